@@ -1,0 +1,51 @@
+"""Fine-tune encoders for retrieval with a contrastive learning penalty loss (CLPL) and mixture-of-experts layers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. Nothing is imported before it is asked for: torch and transformers take
+# seconds, and `import clpl_moe` must not.
+_PUBLIC = {
+    "CLPLLoss": "clpl_moe.loss",
+    "CLPLOutput": "clpl_moe.loss",
+    "SentenceTransformerCLPLLoss": "clpl_moe.sentence_transformers_loss",
+    "MoEConfig": "clpl_moe.moe.config",
+    "inject_moe": "clpl_moe.moe.inject",
+    "merge_experts": "clpl_moe.moe.inject",
+    "load_encoder": "clpl_moe.encoder",
+    "save_encoder": "clpl_moe.encoder",
+    "UserError": "clpl_moe.errors",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+if TYPE_CHECKING:
+    from clpl_moe.encoder import load_encoder, save_encoder
+    from clpl_moe.errors import UserError
+    from clpl_moe.loss import CLPLLoss, CLPLOutput
+    from clpl_moe.moe.config import MoEConfig
+    from clpl_moe.moe.inject import inject_moe, merge_experts
+    from clpl_moe.sentence_transformers_loss import SentenceTransformerCLPLLoss
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def _register_models() -> None:
+    from clpl_moe._register import register_models
+
+    register_models()
+
+
+_register_models()

@@ -1,0 +1,1 @@
+"""Training data: its schema, the dataset, the batches and their tokens."""

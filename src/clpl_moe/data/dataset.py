@@ -1,0 +1,194 @@
+"""The training set: triplets, with the positive queries of each negative."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from FlagEmbedding.abc.finetune.embedder import AbsEmbedderTrainDataset
+
+from clpl_moe.data.schema import data_files, read_examples
+from clpl_moe.errors import UserError
+
+# A draw: the epoch and the number of the example. The epoch travels with the number, so that what is drawn for an
+# example depends on nothing else; worker processes and resumed runs draw the same.
+Draw = tuple[int, int]
+
+_FEATURES = datasets.Features(
+    {
+        "query": datasets.Value("string"),
+        "pos": datasets.List(datasets.Value("string")),
+        "neg": datasets.List(datasets.Value("string")),
+        "neg_q": datasets.List(datasets.List(datasets.Value("string"))),
+        "pos_scores": datasets.List(datasets.Value("float64")),
+        "neg_scores": datasets.List(datasets.Value("float64")),
+        "prompt": datasets.Value("string"),
+        "type": datasets.Value("string"),
+    }
+)
+
+
+@dataclass
+class Example:
+    """One query with its group, prompts applied.
+
+    Attributes:
+        query: the query.
+        passages: the positive, then ``train_group_size - 1`` negatives.
+        negative_queries: for each of these negatives the queries that it answers, possibly none.
+        teacher_scores: one for each passage, or None.
+        in_batch_negatives: False where the file asks for its own negatives only.
+    """
+
+    query: str
+    passages: list[str]
+    negative_queries: list[list[str]]
+    teacher_scores: list[float] | None
+    in_batch_negatives: bool
+
+
+class CLPLTrainDataset(AbsEmbedderTrainDataset):
+    """Examples of all files of ``--train_data``, checked line by line as they are read.
+
+    Indexed by :data:`Draw`. Which positive, which negatives and which of their queries are drawn is a function of the
+    seed, the epoch and the number of the example.
+
+    As in FlagEmbedding, a file or folder whose name ends in ``no_in_batch_neg`` does without in-batch negatives, and
+    with ``same_dataset_within_batch`` files below ``small_threshold`` examples are joined (within a folder) or left out,
+    joined ones also where they stay below ``drop_threshold``.
+
+    Raises:
+        UserError: a file is missing, empty or has a faulty line.
+    """
+
+    def __init__(self, args, seed: int = 42) -> None:
+        self.args = args
+        self.seed = seed
+        self.shuffle_ratio = args.shuffle_ratio
+        parts: list[datasets.Dataset] = []
+        self.part_sizes: list[int] = []
+        self.in_batch_negatives: list[bool] = []
+        for path in args.train_data:
+            own_negatives = Path(path).stem.endswith("no_in_batch_neg")
+            for part in self._load_path(path):
+                parts.append(part)
+                self.part_sizes.append(len(part))
+                self.in_batch_negatives.append(not own_negatives)
+        if not parts:
+            raise UserError(
+                f"small_threshold is {args.small_threshold} and drop_threshold {args.drop_threshold}: no file of"
+                " --train_data has that many examples"
+            )
+        self.dataset = datasets.concatenate_datasets(parts)
+        self._part_of = [part for part, size in enumerate(self.part_sizes) for _ in range(size)]
+
+    def _load_path(self, path: str) -> list[datasets.Dataset]:
+        parts = [self._load_dataset(str(file)) for file in data_files([path])]
+        if not self.args.same_dataset_within_batch:
+            return parts
+        small = [part for part in parts if len(part) < self.args.small_threshold]
+        parts = [part for part in parts if len(part) >= self.args.small_threshold]
+        if small and Path(path).is_dir():
+            joined = datasets.concatenate_datasets(small)
+            if len(joined) >= self.args.drop_threshold:
+                parts.append(joined)
+        return parts
+
+    def _load_dataset(self, file_path: str) -> datasets.Dataset:
+        """Read, check and store one file; later runs take what was stored while the file is unchanged."""
+        stat = Path(file_path).stat()
+        try:
+            dataset = datasets.Dataset.from_generator(
+                _read_for_arrow,
+                features=_FEATURES,
+                cache_dir=self.args.cache_path,
+                gen_kwargs={
+                    "path": str(Path(file_path).resolve()),
+                    "shown": file_path,
+                    "version": [f"{stat.st_size}-{stat.st_mtime_ns}"],
+                    "with_scores": self.args.knowledge_distillation,
+                },
+            )
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None:
+                if isinstance(cause, UserError):
+                    raise cause from None
+                cause = cause.__cause__ or cause.__context__
+            raise
+        limit = self.args.max_example_num_per_dataset
+        if len(dataset) > limit:
+            chosen = random.Random(f"{self.seed}-{file_path}").sample(range(len(dataset)), limit)
+            dataset = dataset.select(sorted(chosen))
+        return dataset
+
+    def group_size(self, part: int) -> int:
+        """Passages per query in one part; FlagEmbedding's ``type`` can lower it."""
+        first = self.dataset[sum(self.part_sizes[:part])]
+        if first["type"] == "only_1neg":
+            return 2
+        if first["type"] == "symmetric_class":
+            return min(len(first["neg"]) + 1, self.args.train_group_size)
+        return self.args.train_group_size
+
+    def __getitem__(self, draw: Draw) -> Example:
+        epoch, index = draw
+        record, part = self.dataset[index], self._part_of[index]
+        rng = random.Random(f"{self.seed}-{epoch}-{index}")
+        positive = rng.randrange(len(record["pos"]))
+        wanted = (self.group_size(part) if self.args.same_dataset_within_batch else self.args.train_group_size) - 1
+        negatives = _sample(rng, len(record["neg"]), wanted)
+        texts = [self._shuffle_words(rng, record["pos"][positive]), *(record["neg"][i] for i in negatives)]
+        limit = self.args.queries_per_negative
+        neg_q = [[q for q in record["neg_q"][i] if q != record["query"]] for i in negatives]
+        neg_q = [queries if len(queries) <= limit else rng.sample(queries, limit) for queries in neg_q]
+        scores = None
+        if self.args.knowledge_distillation:
+            scores = [record["pos_scores"][positive], *(record["neg_scores"][i] for i in negatives)]
+        symmetric = record["type"] in ("symmetric_sts", "symmetric_clustering")
+        return Example(
+            query=self._as_query(record["query"], record["prompt"]),
+            passages=[self._as_query(t, record["prompt"]) if symmetric else self._as_passage(t) for t in texts],
+            negative_queries=[[self._as_query(q, record["prompt"]) for q in queries] for queries in neg_q],
+            teacher_scores=scores,
+            in_batch_negatives=self.in_batch_negatives[part],
+        )
+
+    def _as_query(self, text: str, prompt: str | None) -> str:
+        if self.args.query_instruction_for_retrieval is None:
+            return text
+        instruction = prompt if prompt is not None else self.args.query_instruction_for_retrieval
+        return self.args.query_instruction_format.format(instruction, text)
+
+    def _as_passage(self, text: str) -> str:
+        if self.args.passage_instruction_for_retrieval is None:
+            return text
+        return self.args.passage_instruction_format.format(self.args.passage_instruction_for_retrieval, text)
+
+    def _shuffle_words(self, rng: random.Random, text: str) -> str:
+        """With probability ``shuffle_ratio``, a long text in thirds in another order."""
+        if len(text) <= 100 or not rng.random() < self.shuffle_ratio:
+            return text
+        third = len(text) // 3 + 1
+        parts = [text[start : start + third] for start in range(0, len(text), third)]
+        rng.shuffle(parts)
+        return " ".join(parts)
+
+
+def _sample(rng: random.Random, available: int, wanted: int) -> list[int]:
+    """``wanted`` of ``available`` places, none a second time before each had its turn."""
+    chosen: list[int] = []
+    while len(chosen) < wanted:
+        chosen += rng.sample(range(available), min(available, wanted - len(chosen)))
+    return chosen
+
+
+def _read_for_arrow(path: str, shown: str, version: list[str], with_scores: bool):
+    """Generator behind the stored dataset; ``version`` only makes a changed file a new one."""
+    del version
+    try:
+        yield from read_examples(path, with_scores=with_scores)
+    except UserError as error:
+        raise UserError(str(error).replace(path, shown, 1)) from None

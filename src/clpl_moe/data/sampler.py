@@ -1,0 +1,76 @@
+"""Which examples make up which batch: a function of the seed and the epoch, so that a resumed run goes on exactly."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+
+from torch.utils.data import Sampler
+
+from clpl_moe.data.dataset import Draw
+
+
+class EpochBatchSampler(Sampler[list[Draw]]):
+    """Batches of one process.
+
+    All processes see the same order of global batches and take their share of each, so that N processes with batch B
+    train on what one process with batch N·B trains on. A global batch that is too small to be shared out evenly is
+    filled with examples of its epoch's beginning.
+
+    Args:
+        part_sizes: number of examples of each part of the dataset.
+        batch_size: examples per process and batch.
+        seed: of the shuffling.
+        process_index, num_processes: this process, and how many there are.
+        separate_parts: whether each global batch takes examples of one part only.
+        drop_last: whether to leave out a part's last, incomplete batch.
+    """
+
+    def __init__(
+        self,
+        part_sizes: list[int],
+        batch_size: int,
+        seed: int,
+        *,
+        process_index: int = 0,
+        num_processes: int = 1,
+        separate_parts: bool = False,
+        drop_last: bool = False,
+    ) -> None:
+        starts = [sum(part_sizes[:i]) for i in range(len(part_sizes))]
+        parts = [list(range(start, start + size)) for start, size in zip(starts, part_sizes)]
+        self.parts = parts if separate_parts else [[index for part in parts for index in part]]
+        self.batch_size = batch_size
+        self.seed = seed
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.drop_last = drop_last
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose batches come next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        size = self.batch_size * self.num_processes
+        return sum(len(p) // size if self.drop_last else math.ceil(len(p) / size) for p in self.parts)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        rng = random.Random(f"{self.seed}-{self.epoch}")
+        size = self.batch_size * self.num_processes
+        batches = []
+        for part in self.parts:
+            order = rng.sample(part, len(part))
+            for start in range(0, len(order), size):
+                batch = order[start : start + size]
+                if len(batch) < size and self.drop_last:
+                    continue
+                short = -len(batch) % self.num_processes
+                batch += (order * short)[:short]
+                batches.append(batch)
+        rng.shuffle(batches)
+        for batch in batches:
+            share = len(batch) // self.num_processes
+            mine = batch[self.process_index * share : (self.process_index + 1) * share]
+            yield [(self.epoch, index) for index in mine]

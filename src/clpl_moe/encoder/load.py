@@ -1,0 +1,203 @@
+"""Load an encoder: a stock model, a folder with experts, or a checkpoint in the format of 2024."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from clpl_moe.errors import UserError, at
+from clpl_moe.moe.config import MoEConfig
+from clpl_moe.moe.inject import stack_2024_experts
+from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
+
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def load_encoder(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load an encoder and its tokenizer from a folder or by its name on the hub.
+
+    Folders with experts load without remote code, also those of 2024 (``config.json`` with ``moe``, ``num_experts`` and
+    ``num_experts_per_tok``), whose router becomes ``topk_softmax``. A pooling layer is kept only where the weights hold
+    one. The model is in evaluation mode, in ``dtype``, on the CPU.
+
+    Raises:
+        UserError: nothing is found at ``path``, or what is there cannot be loaded.
+    """
+    hub = {"cache_dir": cache_dir, "token": token}
+    path = str(path)
+    config = read_config(path, **hub)
+    model_type = config.get("model_type")
+    moe_class = {c.config_class.model_type: c for c in MOE_CLASSES.values()}.get(model_type)
+    keys = _weight_names(path, hub)
+    if is_2024_checkpoint(config) and any(".dense.experts." in key for key in keys):
+        model = _load_2024(path, config, hub)
+    else:
+        kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **hub}
+        pooling_types = {c.config_class.model_type for pair in MOE_CLASSES.items() for c in pair}
+        if model_type in pooling_types:
+            kwargs["add_pooling_layer"] = any(".pooler." in f".{key}" for key in keys)
+        try:
+            if moe_class is not None:
+                del kwargs["trust_remote_code"]
+                model, info = moe_class.from_pretrained(path, output_loading_info=True, **kwargs)
+            else:
+                model, info = AutoModel.from_pretrained(path, output_loading_info=True, **kwargs)
+        except Exception as error:  # whatever a damaged or foreign folder brings about
+            raise UserError(f"{at(path)}: the encoder cannot be loaded: {_describe(error)}") from error
+        if missing := sorted(info["missing_keys"]):
+            raise UserError(f"{at(path)}: the weights lack {len(missing)} parameters of the model, first '{missing[0]}'")
+    return model.to(dtype).eval(), _load_tokenizer(path, trust_remote_code, hub)
+
+
+def load_weights(model: PreTrainedModel, path: str | Path) -> None:
+    """Put the weights of a model folder into an encoder of the same shape; in place, exactly.
+
+    Raises:
+        UserError: names or shapes differ from the model's.
+    """
+    try:
+        model.load_state_dict(_state_dict(str(path), {}))
+    except RuntimeError as error:
+        raise UserError(f"{at(path)}: the weights do not fit this model: {error}") from None
+
+
+def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
+    """The ``config.json`` of a folder or of a model on the hub; raises :class:`UserError` where there is none."""
+    file = find_file(str(path), "config.json", hub)
+    if file is None:
+        if Path(path).exists():
+            raise UserError(f"{at(path)}: no config.json, expected a model folder")
+        raise UserError(
+            f"{at(path)}: neither a folder here nor a model that could be fetched from the hub; check the spelling, the"
+            " network and, for gated models, HF_TOKEN"
+        )
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{at(file)}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{at(file)}: expected a JSON object")
+    return config
+
+
+def is_2024_checkpoint(config: dict[str, Any]) -> bool:
+    """Whether a ``config.json`` is of the 2024 format: experts under a stock model type."""
+    return "num_experts_per_tok" in config and not isinstance(config.get("moe"), dict)
+
+
+def _load_2024(path: str, config: dict[str, Any], hub: dict[str, Any]) -> PreTrainedModel:
+    dense_class = {c.config_class.model_type: c for c in MOE_CLASSES}.get(config.get("model_type"))
+    if dense_class is None:
+        raise UserError(f"{at(path)}: model_type is {config.get('model_type')!r}, expected 'xlm-roberta'")
+    state = stack_2024_experts(_state_dict(path, hub))
+    targets = [t for t in ("intermediate", "output") if any(k.endswith(f".{t}.router.weight") for k in state)]
+    if len(targets) != 1:
+        raise UserError(f"{at(path)}: found experts in {targets or 'no layer'}, expected intermediate or output ones")
+    layers = sorted({int(k.split(".layer.")[1].split(".")[0]) for k in state if k.endswith(".router.weight")})
+    num_layers = config.get("num_hidden_layers")
+    try:
+        moe = MoEConfig(
+            num_experts=config.get("num_experts", 2),
+            top_k=config.get("num_experts_per_tok", 1),
+            target=targets[0],
+            layers="all" if len(layers) == num_layers else layers,
+            router="topk_softmax",
+        )
+    except ValueError as error:
+        raise UserError(f"{at(path)}: {error}") from None
+    moe_class = MOE_CLASSES[dense_class]
+    known = {k: v for k, v in config.items() if k not in ("moe", "num_experts", "num_experts_per_tok", "only_train")}
+    known.pop("model_type")
+    pooler = any(name.startswith("pooler.") for name in state)
+    state.pop("embeddings.position_ids", None)
+    try:
+        model = moe_class(moe_class.config_class.from_dict({**known, "moe": moe.to_dict()}), add_pooling_layer=pooler)
+        model.load_state_dict(state)
+    except Exception as error:
+        raise UserError(f"{at(path)}: the weights do not fit config.json: {_describe(error)}") from error
+    model.config.architectures = [moe_class.__name__]
+    return model
+
+
+def _load_tokenizer(path: str, trust_remote_code: bool, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **hub)
+    except Exception as error:  # the tokenizers library raises plain ones
+        raise UserError(f"{at(path)}: the tokenizer cannot be loaded: {_describe(error)}") from error
+
+
+def find_file(path: str, name: str, hub: dict[str, Any] | None = None) -> str | None:
+    """Where a file of a folder or of a hub model lies on this disk; None where it cannot be had."""
+    if Path(path).is_dir():
+        file = Path(path) / name
+        return str(file) if file.is_file() else None
+    try:
+        return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **(hub or {}))
+    except (OSError, ValueError):
+        return None
+
+
+def _weight_file(path: str, hub: dict[str, Any]) -> str:
+    for name in _WEIGHT_FILES:
+        if (file := find_file(path, name, hub)) is not None:
+            return file
+    raise UserError(f"{at(path)}: no weights, expected one of {', '.join(_WEIGHT_FILES)}")
+
+
+def _weight_names(path: str, hub: dict[str, Any]) -> list[str]:
+    file = _weight_file(path, hub)
+    return list(_weight_map(file)) if file.endswith(".json") else list(_read_weights(file, names_only=True))
+
+
+def _state_dict(path: str, hub: dict[str, Any]) -> dict[str, Tensor]:
+    file = _weight_file(path, hub)
+    if not file.endswith(".json"):
+        return _read_weights(file)
+    state: dict[str, Tensor] = {}
+    for shard in sorted(set(_weight_map(file).values())):
+        state.update(_read_weights(find_file(path, shard, hub) or str(Path(path) / shard)))
+    return state
+
+
+def _weight_map(file: str) -> dict[str, str]:
+    """Name of each weight and of the file that holds it, from the index of weights in several files."""
+    try:
+        return dict(json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{at(file)}: no index of weights ({_describe(error)})") from None
+
+
+def _read_weights(file: str, names_only: bool = False) -> dict[str, Any]:
+    try:
+        if file.endswith(".safetensors"):
+            from safetensors import safe_open
+
+            with safe_open(file, framework="pt") as tensors:
+                return {key: None if names_only else tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+        # Files of before torch 1.6 are no archives and cannot be mapped.
+        return torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+    except Exception as error:
+        raise UserError(f"{at(file)}: the weights cannot be read: {_describe(error)}") from error
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

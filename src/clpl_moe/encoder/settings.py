@@ -1,0 +1,217 @@
+"""How an encoder's token states become one embedding: pooling, normalisation and prompts of a model folder.
+
+They are kept in the files of sentence-transformers, where every tool of the field looks for them. Those files
+have two formats; both are read, and the older one is written, since sentence-transformers 5 and 6 load it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clpl_moe.errors import UserError, at
+from clpl_moe.files import write_json
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+# Our name of a pooling -> its key in the older format of 1_Pooling/config.json, its name in the newer one.
+_POOLING = {
+    "cls": ("pooling_mode_cls_token", "cls"),
+    "mean": ("pooling_mode_mean_tokens", "mean"),
+    "last_token": ("pooling_mode_lasttoken", "lasttoken"),
+}
+_OLD_PREFIX = "pooling_mode_"
+
+
+@dataclass(frozen=True)
+class EmbeddingSettings:
+    """What turns token states into the embedding of a text.
+
+    Args:
+        pooling: ``"cls"`` (first token), ``"mean"`` (over all tokens but padding) or ``"last_token"``.
+        normalize: scale embeddings to length 1.
+        query_prompt: text put before every query.
+        passage_prompt: text put before every passage.
+    """
+
+    pooling: str = "cls"
+    normalize: bool = True
+    query_prompt: str = ""
+    passage_prompt: str = ""
+
+
+def read_settings(folder: str | Path) -> EmbeddingSettings:
+    """The settings that the sentence-transformers files of a model state.
+
+    Args:
+        folder: a model folder, or the name of a model on the hub. A model without these files (a bare
+            encoder) or one that cannot be reached has the defaults of :class:`EmbeddingSettings`.
+
+    Raises:
+        UserError: a file is not JSON, or asks for something that this package cannot compute: another
+            pooling, several at once, a projection after it, pooling without the prompt's tokens.
+    """
+    modules = _read(folder, "modules.json", list)
+    if modules is None:
+        return EmbeddingSettings()
+    pooling, normalize = EmbeddingSettings.pooling, False
+    for module in modules:
+        kind = str(module.get("type", "")).rpartition(".")[2]
+        if kind == "Pooling":
+            name = f"{module.get('path')}/config.json"
+            pooling = _pooling_of(_read(folder, name, dict) or {}, at(Path(folder, name)))
+        elif kind == "Normalize":
+            normalize = True
+        elif kind != "Transformer":
+            place = at(Path(folder, "modules.json"))
+            raise UserError(
+                f"{place}: found a module '{kind}', expected only Transformer, Pooling, Normalize"
+            )
+    prompts = (_read(folder, "config_sentence_transformers.json", dict) or {}).get("prompts") or {}
+    return EmbeddingSettings(
+        pooling=pooling,
+        normalize=normalize,
+        query_prompt=prompts.get("query") or "",
+        # The names that `SentenceTransformer.encode_document` tries; one of them may be empty.
+        passage_prompt=next((prompts[k] for k in ("document", "passage", "corpus") if prompts.get(k)), ""),
+    )
+
+
+def write_settings(
+    folder: str | Path, settings: EmbeddingSettings, max_length: int, hidden_size: int
+) -> None:
+    """Write the sentence-transformers files of an encoder, so that ``SentenceTransformer(folder)`` loads it.
+
+    Args:
+        folder: the model folder.
+        settings: what to write.
+        max_length: longest input in tokens, special tokens included.
+        hidden_size: width of the encoder's states.
+
+    Raises:
+        ValueError: unknown ``settings.pooling``.
+    """
+    _check_pooling(settings.pooling)
+    folder = Path(folder)
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    if settings.normalize:
+        modules.append(("2_Normalize", "Normalize"))
+        (folder / "2_Normalize").mkdir(parents=True, exist_ok=True)
+    entries = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (path, kind) in enumerate(modules)
+    ]
+    write_json(folder / "modules.json", entries)
+    write_json(
+        folder / "1_Pooling" / "config.json",
+        {"word_embedding_dimension": hidden_size}
+        | {old: name == settings.pooling for name, (old, _) in _POOLING.items()}
+        | {"include_prompt": True},
+    )
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "prompts": {"query": settings.query_prompt, "document": settings.passage_prompt},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    )
+
+
+def pool(last_hidden_state: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Reduce token states to one vector a text; padding may stand on either side.
+
+    Args:
+        last_hidden_state: (B, T, D), any floating dtype.
+        attention_mask: (B, T), 1 or True where a token is no padding.
+        pooling: ``"cls"``, ``"mean"`` or ``"last_token"``.
+
+    Returns:
+        (B, D) in the dtype of ``last_hidden_state``; the mean is summed in at least float32.
+
+    Raises:
+        ValueError: unknown ``pooling``.
+    """
+    import torch
+
+    _check_pooling(pooling)
+    if pooling == "mean":
+        wide = torch.promote_types(last_hidden_state.dtype, torch.float32)
+        mask = attention_mask.unsqueeze(-1).to(wide)  # (B, T, 1)
+        # A text without any token gets zeros, not NaN.
+        mean = (last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)  # (B, D)
+        return mean.to(last_hidden_state.dtype)
+    tokens = attention_mask.to(torch.int32)  # argmax of int64 and bool is not exported to ONNX
+    if pooling == "cls":
+        index = tokens.argmax(dim=1)  # (B,), the first of the ones
+    else:
+        index = tokens.shape[1] - 1 - tokens.flip(1).argmax(dim=1)
+    rows = torch.arange(tokens.shape[0], device=last_hidden_state.device)
+    return last_hidden_state[rows, index]
+
+
+def _check_pooling(pooling: str) -> None:
+    if pooling not in _POOLING:
+        raise ValueError(f"unknown pooling '{pooling}', expected one of {', '.join(_POOLING)}")
+
+
+def _pooling_of(config: dict[str, Any], place: str) -> str:
+    """Our name for the pooling of a ``1_Pooling/config.json``; without a key it is the library's default."""
+    if "pooling_mode" in config:
+        modes = config["pooling_mode"]
+        names = {new: name for name, (_, new) in _POOLING.items()}
+    else:
+        modes = [key for key, on in config.items() if key.startswith(_OLD_PREFIX) and on]
+        modes = modes or [_POOLING["mean"][0]]
+        names = {old: name for name, (old, _) in _POOLING.items()}
+    modes = [modes] if isinstance(modes, str) else modes
+    if len(modes) != 1 or modes[0] not in names:
+        found = " and ".join(map(str, modes))
+        raise UserError(f"{place}: found pooling '{found}', expected one of {', '.join(_POOLING)}")
+    if not config.get("include_prompt", True):
+        raise UserError(
+            f"{place}: field 'include_prompt': found false, expected true: prompts are pooled too"
+        )
+    return names[modes[0]]
+
+
+def _read(folder: str | Path, name: str, kind: type) -> Any:
+    """A JSON file of a folder or a hub model, whose value is a ``kind``; None where there is no such file."""
+    path = Path(folder, name) if Path(folder).is_dir() else _from_hub(str(folder), name)
+    if path is None or not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise UserError(f"{at(path)}: not JSON ({error})") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{at(path)}: found a {type(value).__name__}, expected a {kind.__name__}")
+    return value
+
+
+def _from_hub(repository: str, name: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(hf_hub_download(repository, name))
+    # A name that is none is the business of whoever loads the weights.
+    except (RepositoryNotFoundError, HFValidationError):
+        return None
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            logger.warning("%s of %s: the hub cannot be reached, taking the defaults", name, repository)
+        return None

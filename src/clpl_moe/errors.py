@@ -1,0 +1,38 @@
+"""How a mistake of the user's reaches them: one message, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can mend: a bad line, a missing file, an unknown key, a folder in the way.
+
+    The message names the place (file, line, field), what was found and what was expected.
+    """
+
+
+def at(path: str | Path, line: int | None = None, field: str | None = None) -> str:
+    """The place of a fault, as every message begins with it: ``file:line: field 'x'``."""
+    place = str(path) if line is None else f"{path}:{line}"
+    return place if field is None else f"{place}: field '{field}'"
+
+
+def command(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command's ``main``: a :class:`UserError` becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapper(*args, **kwargs) -> None:
+        try:
+            main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    return wrapper

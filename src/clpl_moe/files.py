@@ -1,0 +1,123 @@
+"""Reading JSONL with the place of each fault, and writing so that nothing is half-written or overwritten unasked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from clpl_moe.errors import UserError, at
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number (from 1) and object of each line that is not blank.
+
+    Raises:
+        UserError: the file is missing or empty, a line is not UTF-8, not JSON or not an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{at(path)}: no such file" if not path.exists() else f"{at(path)}: not a file")
+    empty = True
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.strip():
+                continue
+            empty = False
+            yield number, parse_line(path, number, raw)
+    if empty:
+        raise UserError(f"{at(path)}: the file is empty, expected one JSON object a line")
+
+
+def parse_line(path: str | Path, number: int, raw: bytes) -> dict[str, Any]:
+    """One line of a JSONL file as an object; raises :class:`UserError` with file and line otherwise."""
+    try:
+        # The byte-order mark that some editors write is no part of the text.
+        record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{at(path, number)}: not UTF-8 text ({error.reason})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise UserError(f"{at(path, number)}: not JSON ({what}), expected one object a line") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{at(path, number)}: found {type(record).__name__}, expected a JSON object")
+    refuse_lone_surrogates(record, raw, at(path, number))
+    return record
+
+
+def refuse_lone_surrogates(value: Any, raw: bytes, place: str) -> None:
+    """Raise :class:`UserError` where JSON holds half a surrogate pair: no tokenizer or file takes such a text."""
+    if b"\\ud" not in raw and b"\\uD" not in raw:  # they come in as escapes only
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: holds half of a surrogate pair (an escape \\ud800 to \\udfff)") from None
+
+
+def refuse_existing(path: str | Path, overwrite: bool = False) -> None:
+    """Raise :class:`UserError` if ``path`` is a file or a folder that is not empty, unless ``overwrite``."""
+    path = Path(path)
+    if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    kind = "folder is not empty" if path.is_dir() else "file exists"
+    raise UserError(f"{at(path)}: the output {kind}; name another, or pass --overwrite true to replace it")
+
+
+@contextlib.contextmanager
+def atomic_open(path: str | Path) -> Iterator[IO[str]]:
+    """A text file that gets its name only when the block ends well; until then ``path`` is untouched."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            yield file
+        Path(name).chmod(0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | Path) -> Iterator[Path]:
+    """A folder that is filled under a temporary name and takes the place of ``path`` when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.exists() or path.is_symlink():
+            path.unlink()
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write one object a line, UTF-8, whole or not at all."""
+    with atomic_open(path) as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write indented JSON, whole or not at all."""
+    with atomic_open(path) as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")

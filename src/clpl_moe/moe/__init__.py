@@ -1,0 +1,1 @@
+"""Mixture of experts in an encoder's feed-forward layers."""

@@ -1,0 +1,89 @@
+"""What the experts are: how many, where, and how tokens reach them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+TARGETS = ("intermediate", "output", "ffn")
+ROUTERS = ("straight_through", "softmax_topk", "topk_softmax")
+
+
+@dataclass
+class MoEConfig:
+    """Settings of the mixture of experts in an encoder's feed-forward layers.
+
+    Raises:
+        ValueError: a value or a combination that makes no sense, with what to do instead.
+    """
+
+    num_experts: int = field(default=2, metadata={"help": "experts per layer, each a copy of the dense layer"})
+    top_k: int = field(default=1, metadata={"help": "experts that each token goes to"})
+    target: str = field(
+        default="intermediate",
+        metadata={
+            "help": "what becomes experts: the layer's intermediate Linear, its output Linear, or the whole ffn",
+            "choices": list(TARGETS),
+        },
+    )
+    layers: str | list[int] = field(
+        default="all", metadata={"help": "layers with experts: all, every:2 (counted from the last), or numbers"}
+    )
+    router: str = field(
+        default="straight_through",
+        metadata={
+            "help": "how experts are weighted: straight_through learns at every top_k; softmax_topk is Switch's rule,"
+            " scaled; topk_softmax is that of the 2024 checkpoints, whose router does not learn at top_k 1",
+            "choices": list(ROUTERS),
+        },
+    )
+    router_init_std: float = field(default=0.02, metadata={"help": "standard deviation of the router's first weights"})
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}: choose a whole number of at least 1")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k is {self.top_k} but there are {self.num_experts} experts: lower it or add experts")
+        if self.target not in TARGETS:
+            raise ValueError(f"target is {self.target!r}: choose one of {', '.join(TARGETS)}")
+        if self.router not in ROUTERS:
+            raise ValueError(f"router is {self.router!r}: choose one of {', '.join(ROUTERS)}")
+        std = self.router_init_std
+        if not isinstance(std, (int, float)) or not (math.isfinite(std) and std >= 0):
+            raise ValueError(f"router_init_std is {std!r}: choose a number of at least 0")
+        self.resolve_layers(10_000)
+
+    def resolve_layers(self, num_layers: int) -> list[int]:
+        """Indices of the layers that get experts, in an encoder of ``num_layers``.
+
+        Raises:
+            ValueError: ``layers`` cannot be read, or names a layer that the encoder does not have.
+        """
+        if self.layers == "all":
+            return list(range(num_layers))
+        if isinstance(self.layers, str) and self.layers.startswith("every:"):
+            step = self.layers.removeprefix("every:")
+            if step.isdigit() and int(step) > 0:
+                # From the last layer down: sparse upcycling (arXiv:2212.05055) converts the last layers first.
+                return sorted(range(num_layers - 1, -1, -int(step)))
+        chosen = self.layers
+        if isinstance(chosen, str):
+            parts = [part.strip() for part in chosen.split(",")]
+            chosen = [int(part) for part in parts] if all(part.isdigit() for part in parts) else None
+        if (
+            not isinstance(chosen, (list, tuple))
+            or not chosen
+            or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in chosen)
+        ):
+            raise ValueError(f"layers is {self.layers!r}: choose 'all', 'every:2' or layer numbers such as 8,9,10,11")
+        for index in chosen:
+            if index >= num_layers:
+                raise ValueError(f"layers names layer {index}, but the encoder's layers are 0 to {num_layers - 1}")
+        return sorted(set(chosen))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as they stand in a model folder's ``config.json``."""
+        return asdict(self)

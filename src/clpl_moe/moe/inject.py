@@ -1,0 +1,97 @@
+"""Put experts into an encoder, merge them back into dense layers, and name the parameters that are trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .config import MoEConfig
+from .install import has_experts, install_experts, remove_experts
+from .layer import Experts, Router
+from .modeling_clpl_moe import become_dense, become_moe
+
+
+def inject_moe(model: nn.Module, config: MoEConfig) -> nn.Module:
+    """Replace FFN Linear layers of an encoder by experts that are copies of them; in place.
+
+    Right afterwards the encoder computes what it computed before. A stock XLM-R, RoBERTa or BERT model also becomes an
+    instance of the matching class of :mod:`clpl_moe.moe.modeling_clpl_moe`, so that ``save_pretrained`` writes a folder
+    that loads without this package.
+
+    Args:
+        model: an encoder whose layers have ``intermediate.dense`` and ``output.dense`` (XLM-R, BERT, RoBERTa and their
+            kin), or a model around one.
+        config: what to inject.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: no such layers were found, the encoder has experts already, or ``config.layers`` does not fit it.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> small = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+        >>> model = inject_moe(BertModel(small), MoEConfig(num_experts=4, top_k=2))
+        >>> model.encoder.layer[0].intermediate.dense
+        Experts(num_experts=4, in_features=8, out_features=16)
+    """
+    encoder = getattr(model, "base_model", model)
+    install_experts(encoder, config)
+    become_moe(encoder, config)
+    return model
+
+
+def merge_experts(model: nn.Module) -> nn.Module:
+    """Make an encoder with experts dense again, each Linear the mean of its experts; in place, returns ``model``.
+
+    The inverse of :func:`inject_moe`: right after injection it restores the dense encoder.
+
+    Raises:
+        ValueError: the encoder has no experts.
+    """
+    encoder = getattr(model, "base_model", model)
+    remove_experts(encoder)
+    become_dense(encoder)
+    return model
+
+
+def expert_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters of experts and routers; empty where the model has none."""
+    if not has_experts(model):
+        return []
+    prefixes = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, (Experts, Router)))
+    return [(name, p) for name, p in model.named_parameters() if name.startswith(prefixes)]
+
+
+def ffn_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters of all FFN Linear layers, dense or experts, and of routers."""
+    return [
+        (name, p)
+        for name, p in model.named_parameters()
+        if name.rpartition(".")[0].endswith(("intermediate.dense", "output.dense", ".router"))
+        and ".attention." not in name
+    ]
+
+
+def stack_2024_experts(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename and stack the experts of a 2024-format state dict to the names used here; other entries pass through.
+
+    ``….dense.experts.{j}.weight|bias`` become ``….dense.weight|bias`` (N, …); ``….dense.gate.weight`` becomes
+    ``….router.weight``.
+    """
+    stacked: dict[str, Tensor] = {}
+    experts: dict[str, dict[int, Tensor]] = {}
+    for name, value in state_dict.items():
+        name = name.removeprefix("model.")
+        owner, marker, rest = name.partition(".dense.experts.")
+        if marker:
+            index, _, kind = rest.partition(".")
+            experts.setdefault(f"{owner}.dense.{kind}", {})[int(index)] = value
+        elif name.endswith(".dense.gate.weight"):
+            stacked[name.removesuffix("dense.gate.weight") + "router.weight"] = value
+        else:
+            stacked[name] = value
+    for name, by_index in experts.items():
+        stacked[name] = torch.stack([by_index[i] for i in sorted(by_index)])
+    return stacked

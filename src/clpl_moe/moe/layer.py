@@ -1,0 +1,263 @@
+"""Router, experts, and the feed-forward modules that use them.
+
+A token's way through a layer with experts:
+
+1. the router scores the experts with a bias-free Linear, in at least float32, and keeps the ``top_k`` best;
+2. tokens are sorted by expert, so that each expert computes one matrix product over its own tokens;
+3. results are put back in the tokens' order, weighted, and summed where ``top_k`` is above 1.
+
+Padding takes no part: it is neither routed nor counted, and the experts' output at its places is zero.
+
+State-dict names: ``router.weight`` (N, in) beside ``dense.weight`` (N, out, in) and ``dense.bias`` (N, out). The
+three-dimensional weights stand where a dense model has two-dimensional ones, so that a loader that does not know the
+experts stops at the shapes.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerState:
+    """What a layer's attention and feed-forward modules have to share: which tokens are real, and the record.
+
+    Copies and pickles of a model start without a batch and without records.
+    """
+
+    def __init__(self, tracking: bool = False) -> None:
+        self.tracking = tracking  # whether training forwards leave records; off, since records hold on to the graph
+        self.records: list[RouterRecord] = []
+        self.call = _Call()
+
+    def __reduce__(self) -> tuple:
+        return LayerState, (self.tracking,)
+
+
+class _Call(threading.local):
+    """The forward pass under way; each thread has its own, so that threads can share a model."""
+
+    tokens: Tensor | None = None  # indices of real tokens in the flattened batch; None: all are real
+    running = False  # whether it is the encoder's own pass, and not what gradient checkpointing repeats of it
+
+
+@dataclass
+class RouterRecord:
+    """What one call of one router leaves for losses and logs; N experts.
+
+    Attributes:
+        counts: (N,) float32, assignments to each expert; they sum to tokens times ``top_k``.
+        probability_sums: (N,) with a graph, the sum over tokens of each expert's softmax probability.
+        z_sum: scalar with a graph, the sum over tokens of the squared log-sum-exp of the logits.
+    """
+
+    counts: Tensor
+    probability_sums: Tensor
+    z_sum: Tensor
+
+
+@dataclass
+class Assignment:
+    """Which rows go to which expert; T tokens, S = T·top_k slots sorted by expert.
+
+    Attributes:
+        rows: (S,) int64, the token of each slot.
+        inverse: (S,) int64, the slot of each token's assignments: ``slots[inverse].view(T, top_k, …)``.
+        sizes: number of slots of each expert.
+        weights: (T, top_k) in at least float32, the weight of each assignment.
+    """
+
+    rows: Tensor
+    inverse: Tensor
+    sizes: list[int]
+    weights: Tensor
+
+
+class Router(nn.Module):
+    """Scores experts and weights the ``top_k`` best of each token.
+
+    The weights of ``p = softmax(logits)`` at the chosen experts C, by kind:
+
+    - ``straight_through``: ``p / sum(p[C])`` with a denominator that counts as a constant in the backward pass. In value
+      it is ``topk_softmax`` (1 at ``top_k`` 1, so that the layer computes what the dense one did), but the gradient is
+      that of the probability, and the router learns at every ``top_k``.
+    - ``softmax_topk``: ``p · N / top_k``, Switch's rule (arXiv:2101.03961) scaled so that weights sum to 1 while the
+      router is undecided. Its first weights are close to 0, which keeps the function at injection.
+    - ``topk_softmax``: softmax over the chosen logits only. At ``top_k`` 1 the router has no gradient.
+    """
+
+    def __init__(self, in_features: int, num_experts: int, top_k: int, kind: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, in_features))
+        self.top_k = top_k
+        self.kind = kind
+
+    def reset_parameters(self, std: float) -> None:
+        """Draw the weights from N(0, std²); for ``softmax_topk`` a thousandth of a thousandth of it."""
+        nn.init.normal_(self.weight, std=std * 1e-6 if self.kind == "softmax_topk" else std)
+
+    def extra_repr(self) -> str:
+        experts, features = self.weight.shape
+        return f"in_features={features}, num_experts={experts}, top_k={self.top_k}, kind={self.kind!r}"
+
+    def forward(self, x: Tensor, state: LayerState) -> Assignment:
+        """Assign x (T, in) to experts; in training, leaves a record in ``state`` where that tracks."""
+        num_experts = self.weight.shape[0]
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            logits = F.linear(x.to(dtype), self.weight.to(dtype))  # (T, N)
+            chosen_logits, experts = logits.topk(self.top_k, dim=-1)  # (T, k)
+            if self.kind == "topk_softmax":
+                weights = chosen_logits.softmax(-1)
+            else:
+                chosen = logits.softmax(-1).gather(-1, experts)
+                if self.kind == "straight_through":
+                    weights = chosen / chosen.sum(-1, keepdim=True).detach()
+                else:
+                    weights = chosen * (num_experts / self.top_k)
+            flat = experts.flatten()  # (S,)
+            counts = torch.bincount(flat, minlength=num_experts)
+            if state.tracking and self.training:
+                record = RouterRecord(
+                    counts=counts.float(),
+                    probability_sums=logits.softmax(-1).sum(0),
+                    z_sum=logits.logsumexp(-1).square().sum(),
+                )
+                # What checkpointing repeats has to be computed as before, but is not to be counted twice.
+                if state.call.running:
+                    state.records.append(record)
+            order = flat.argsort(stable=True)
+            inverse = torch.empty_like(order)
+            inverse[order] = torch.arange(order.shape[0], device=order.device)
+        return Assignment(order // self.top_k, inverse, counts.tolist(), weights)
+
+
+class Experts(nn.Module):
+    """N Linear layers in one parameter: weight (N, out, in), bias (N, out)."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, num_experts: int) -> Experts:
+        """Copies of ``linear``, in its dtype and on its device (sparse upcycling, arXiv:2212.05055)."""
+        experts = cls(0, linear.in_features, linear.out_features)
+        experts.weight = nn.Parameter(linear.weight.detach().expand(num_experts, -1, -1).clone())
+        experts.bias = nn.Parameter(linear.bias.detach().expand(num_experts, -1).clone())
+        return experts
+
+    def merged(self) -> nn.Linear:
+        """A Linear with the mean of the experts' weights."""
+        _, out_features, in_features = self.weight.shape
+        linear = nn.Linear(in_features, out_features, device=self.weight.device, dtype=self.weight.dtype)
+        with torch.no_grad():
+            linear.weight.copy_(self.weight.mean(0))
+            linear.bias.copy_(self.bias.mean(0))
+        return linear
+
+    def extra_repr(self) -> str:
+        experts, out_features, in_features = self.weight.shape
+        return f"num_experts={experts}, in_features={in_features}, out_features={out_features}"
+
+    def forward(self, slots: Tensor, sizes: list[int]) -> Tensor:
+        """Apply each expert to its part of slots (S, in), sorted by expert; returns (S, out)."""
+        parts = [
+            F.linear(part, weight, bias)
+            for part, weight, bias in zip(slots.split(sizes), self.weight.unbind(), self.bias.unbind(), strict=True)
+        ]
+        return torch.cat(parts)
+
+
+def gather_tokens(hidden: Tensor, state: LayerState) -> Tensor:
+    """The real tokens (T, D) of hidden (..., D)."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return flat if state.call.tokens is None else flat[state.call.tokens]
+
+
+def combine(slots: Tensor, assignment: Assignment, state: LayerState, shape: torch.Size) -> Tensor:
+    """Weight and sum slots (S, D) per token, back in place: (*shape, D), zero at padding."""
+    features = slots.shape[-1]
+    mixed = slots[assignment.inverse].view(*assignment.weights.shape, features)  # (T, k, D)
+    weights = assignment.weights.to(mixed.dtype).unsqueeze(-1)
+    mixed = (mixed * weights).sum(1)  # (T, D)
+    if state.call.tokens is not None:
+        mixed = mixed.new_zeros(shape.numel(), features).index_copy(0, state.call.tokens, mixed)
+    return mixed.view(*shape, features)
+
+
+class MoEIntermediate(nn.Module):
+    """Takes the place of a layer's ``intermediate``: experts instead of its Linear, then its activation."""
+
+    def __init__(self, router: Router, dense: Experts, activation: nn.Module, state: LayerState) -> None:
+        super().__init__()
+        self.router = router
+        self.dense = dense
+        self.intermediate_act_fn = activation
+        self.state = state
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, L, hidden) to (B, L, ffn)."""
+        tokens = gather_tokens(hidden, self.state)
+        assignment = self.router(tokens, self.state)
+        slots = self.dense(tokens[assignment.rows], assignment.sizes)
+        return self.intermediate_act_fn(combine(slots, assignment, self.state, hidden.shape[:-1]))
+
+
+class MoEOutput(nn.Module):
+    """Takes the place of a layer's ``output``: experts instead of its Linear, then its dropout and layer norm."""
+
+    def __init__(self, router: Router, dense: Experts, dropout: nn.Module, norm: nn.Module, state: LayerState) -> None:
+        super().__init__()
+        self.router = router
+        self.dense = dense
+        self.dropout = dropout
+        self.LayerNorm = norm
+        self.state = state
+
+    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """(B, L, ffn) and the residual (B, L, hidden) to (B, L, hidden)."""
+        tokens = gather_tokens(hidden, self.state)
+        assignment = self.router(tokens, self.state)
+        slots = self.dense(tokens[assignment.rows], assignment.sizes)
+        mixed = combine(slots, assignment, self.state, hidden.shape[:-1])
+        return self.LayerNorm(self.dropout(mixed) + residual)
+
+
+class SortedTokens:
+    """Activations in the experts' order, handed from the first to the second Linear of whole-FFN experts."""
+
+    def __init__(self, slots: Tensor, assignment: Assignment) -> None:
+        self.slots = slots
+        self.assignment = assignment
+
+
+class MoEFFNIntermediate(MoEIntermediate):
+    """First half of whole-FFN experts: routes once, and leaves the tokens sorted for :class:`MoEFFNOutput`."""
+
+    def forward(self, hidden: Tensor) -> SortedTokens:
+        tokens = gather_tokens(hidden, self.state)
+        assignment = self.router(tokens, self.state)
+        slots = self.dense(tokens[assignment.rows], assignment.sizes)
+        return SortedTokens(self.intermediate_act_fn(slots), assignment)
+
+
+class MoEFFNOutput(nn.Module):
+    """Second half of whole-FFN experts."""
+
+    def __init__(self, dense: Experts, dropout: nn.Module, norm: nn.Module, state: LayerState) -> None:
+        super().__init__()
+        self.dense = dense
+        self.dropout = dropout
+        self.LayerNorm = norm
+        self.state = state
+
+    def forward(self, hidden: SortedTokens, residual: Tensor) -> Tensor:
+        slots = self.dense(hidden.slots, hidden.assignment.sizes)
+        mixed = combine(slots, hidden.assignment, self.state, residual.shape[:-1])
+        return self.LayerNorm(self.dropout(mixed) + residual)

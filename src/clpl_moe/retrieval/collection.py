@@ -1,0 +1,207 @@
+"""Retrieval collections in FlagEmbedding's layout.
+
+``<dir>/<lang>/`` holds ``corpus.jsonl`` (``id``, ``title``, ``text``), ``{split}_queries.jsonl`` (``id``,
+``text``) and ``{split}_qrels.jsonl`` (``qid``, ``docid``, ``relevance``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clpl_moe.errors import UserError, at
+from clpl_moe.files import read_jsonl
+
+
+@dataclass
+class Collection:
+    """The passages of one language, and the queries and relevance judgements of one split.
+
+    Attributes:
+        directory: the folder that holds a folder per language.
+        language: the language, which names the folder inside ``directory``.
+        split: which queries, such as ``dev``.
+        passage_ids: id of each passage.
+        passages: title and text of each passage, joined by a space, at the place of its id.
+        query_ids: id of each query.
+        queries: text of each query, at the place of its id.
+        qrels: for each judged query, passage id -> relevance (above 0 is relevant).
+    """
+
+    directory: Path
+    language: str
+    split: str
+    passage_ids: list[str] = field(repr=False)
+    passages: list[str] = field(repr=False)
+    query_ids: list[str] = field(repr=False)
+    queries: list[str] = field(repr=False)
+    qrels: dict[str, dict[str, int]] = field(repr=False)
+
+    @classmethod
+    def load(cls, directory: str | Path, language: str, split: str) -> Collection:
+        """Read and check a collection.
+
+        As trec_eval does, a relevant passage that the corpus lacks counts as one that is never found: that is
+        warned of, as are queries without a relevant passage.
+
+        Raises:
+            UserError: a file is missing or empty, a line is broken, an id stands twice, a field is missing or
+                of another type, a judgement names an unknown query.
+        """
+        directory = Path(directory)
+        folder = directory / language
+        if not folder.is_dir():
+            raise UserError(f"{at(folder)}: no such folder{_languages(directory)}")
+        if not (folder / f"{split}_queries.jsonl").is_file():
+            raise UserError(f"{at(folder / f'{split}_queries.jsonl')}: no such file{_splits(folder)}")
+        passage_ids, passages = _read_texts(folder / "corpus.jsonl", titles=True)
+        query_ids, queries = _read_texts(folder / f"{split}_queries.jsonl", titles=False)
+        qrels_path = folder / f"{split}_qrels.jsonl"
+        qrels = _read_qrels(qrels_path, set(query_ids), folder / f"{split}_queries.jsonl")
+        _warn_of_gaps(qrels_path, qrels, query_ids, set(passage_ids))
+        return cls(directory, language, split, passage_ids, passages, query_ids, queries, qrels)
+
+    def fingerprint(self) -> str:
+        """Hash of the ids, texts and judgements: equal for equal content, wherever the files lie."""
+        digest = hashlib.sha256()
+
+        def add(*words: str) -> None:
+            for word in words:
+                data = word.encode("utf-8", "surrogatepass")
+                digest.update(len(data).to_bytes(8, "little") + data)
+
+        for ids, texts in ((self.passage_ids, self.passages), (self.query_ids, self.queries)):
+            add(str(len(ids)))
+            for identifier, text in zip(ids, texts):
+                add(identifier, text)
+        for query_id in sorted(self.qrels):
+            judged = self.qrels[query_id]
+            add(query_id, str(len(judged)))
+            for passage_id in sorted(judged):
+                add(passage_id, str(judged[passage_id]))
+        return digest.hexdigest()
+
+
+def normalize_text(text: str) -> str:
+    """The form in which two texts count as equal: Unicode NFC, runs of white space as one space."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def read_positive_queries(path: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """Passage id and known queries of each line of a ``positive_queries.jsonl`` (``docid``, ``queries``).
+
+    Raises:
+        UserError: the file is missing or empty, or a line is broken.
+    """
+    for line, record in read_jsonl(path):
+        docid = _identifier(path, line, record, "docid")
+        queries = _get(path, line, record, "queries", list, "a list of strings")
+        for query in queries:
+            if not isinstance(query, str) or not query.strip():
+                raise UserError(
+                    f"{at(path, line, 'queries')}: found {query!r}, expected strings that are not empty"
+                )
+        yield docid, queries
+
+
+def _read_texts(path: Path, titles: bool) -> tuple[list[str], list[str]]:
+    lines: dict[str, int] = {}
+    texts: list[str] = []
+    for line, record in read_jsonl(path):
+        identifier = _identifier(path, line, record, "id")
+        if identifier in lines:
+            raise UserError(
+                f"{at(path, line, 'id')}: '{identifier}' stands on line {lines[identifier]} already"
+            )
+        text = _get(path, line, record, "text", str, "a string")
+        if titles:
+            if not isinstance(title := record.get("title") or "", str):
+                raise UserError(f"{at(path, line, 'title')}: found {_type(title)}, expected a string")
+            text = f"{title} {text}".strip()  # as FlagEmbedding joins them
+        elif not text.strip():
+            raise UserError(f"{at(path, line, 'text')}: the query is empty")
+        lines[identifier] = line
+        texts.append(text)
+    return list(lines), texts
+
+
+def _read_qrels(path: Path, query_ids: set[str], queries_path: Path) -> dict[str, dict[str, int]]:
+    qrels: dict[str, dict[str, int]] = {}
+    for line, record in read_jsonl(path):
+        query_id = _identifier(path, line, record, "qid")
+        passage_id = _identifier(path, line, record, "docid")
+        relevance = record.get("relevance")
+        if not isinstance(relevance, int) or isinstance(relevance, bool):
+            found = "nothing" if "relevance" not in record else repr(relevance)
+            raise UserError(f"{at(path, line, 'relevance')}: found {found}, expected an integer")
+        if query_id not in query_ids:
+            raise UserError(f"{at(path, line, 'qid')}: '{query_id}' is not an id of {queries_path}")
+        judged = qrels.setdefault(query_id, {})
+        if passage_id in judged:
+            raise UserError(
+                f"{at(path, line, 'docid')}: '{passage_id}' is judged twice for query '{query_id}'"
+            )
+        judged[passage_id] = relevance
+    return qrels
+
+
+def _warn_of_gaps(
+    path: Path, qrels: dict[str, dict[str, int]], query_ids: list[str], passage_ids: set[str]
+) -> None:
+    unknown = {
+        p for judged in qrels.values() for p, grade in judged.items() if grade > 0 and p not in passage_ids
+    }
+    if unknown:
+        warnings.warn(
+            f"{path}: {len(unknown)} relevant passages are not in the corpus, such as '{min(unknown)}'; they"
+            " count as never found",
+            stacklevel=3,
+        )
+    if unjudged := sum(query_id not in qrels for query_id in query_ids):
+        warnings.warn(
+            f"{path}: {unjudged} queries have no line here and are left out of the metrics", stacklevel=3
+        )
+    if without := sum(not any(grade > 0 for grade in judged.values()) for judged in qrels.values()):
+        warnings.warn(
+            f"{path}: {without} queries have no relevant passage; they score 0, as in trec_eval", stacklevel=3
+        )
+
+
+def _identifier(path: str | Path, line: int, record: dict[str, Any], name: str) -> str:
+    identifier = _get(path, line, record, name, str, "a string")
+    # Run files of TREC separate their fields by white space.
+    if not identifier or len(identifier.split()) != 1 or identifier != identifier.strip():
+        raise UserError(f"{at(path, line, name)}: found {identifier!r}, expected an id without white space")
+    return identifier
+
+
+def _get(path: str | Path, line: int, record: dict[str, Any], name: str, kind: type, expected: str) -> Any:
+    if name not in record:
+        raise UserError(
+            f"{at(path, line, name)}: missing, expected {expected}; the line has {', '.join(record) or '{}'}"
+        )
+    if not isinstance(record[name], kind):
+        raise UserError(f"{at(path, line, name)}: found {_type(record[name])}, expected {expected}")
+    return record[name]
+
+
+def _type(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _languages(directory: Path) -> str:
+    if not directory.is_dir():
+        return f", nor is there a folder {directory}"
+    found = sorted(p.parent.name for p in directory.glob("*/corpus.jsonl"))
+    return f"; {directory} holds {', '.join(found)}" if found else f"; {directory} holds no collection"
+
+
+def _splits(folder: Path) -> str:
+    found = sorted(p.name.removesuffix("_queries.jsonl") for p in folder.glob("*_queries.jsonl"))
+    found = [name for name in found if name != "positive"]
+    return f"; the splits here are {', '.join(found)}" if found else ""

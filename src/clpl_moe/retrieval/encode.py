@@ -1,0 +1,236 @@
+"""Texts to embeddings, for corpora of any size.
+
+1. Equal texts are encoded once.
+2. Texts are tokenised a part at a time, their token ids kept as 32-bit integers.
+3. Batches are cut from the longest text to the shortest, each as large as a budget of padded tokens allows:
+   little padding, and a budget that does not fit in memory shows at the start.
+4. Each batch runs in bfloat16 where the device is fast at that, is pooled and normalised in float32, and goes
+   to the place of its texts in the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from clpl_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from clpl_moe.encoder.settings import EmbeddingSettings
+
+_TOKENIZE_AT_ONCE = 4096
+
+
+def encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    settings: EmbeddingSettings,
+    kind: Literal["query", "passage"],
+    max_length: int,
+    batch_tokens: int | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """Embed texts with an encoder, on the device where it lies.
+
+    The model's training mode is left as it was, and so is the global random state.
+
+    Args:
+        model: the encoder; its output has ``last_hidden_state``.
+        tokenizer: the encoder's.
+        texts: any number of texts.
+        settings: pooling, whether to normalise, and the prompts.
+        kind: which of the prompts goes in front of each text.
+        max_length: longest input in tokens, special tokens and prompt included; the rest is cut off.
+        batch_tokens: padded tokens a batch at most; a batch holds one text at least. None: 2,048 on a CPU, where
+            small batches pad least and stay in the cache, else 16,384.
+        dtype: ``torch.float32``, ``torch.bfloat16`` (autocast), or None for what :func:`compute_dtype` finds.
+        progress: whether to show a bar.
+
+    Returns:
+        (n, D) float32 on the CPU, in the order of ``texts``.
+
+    Raises:
+        UserError: ``max_length`` is beyond the encoder's positions, or a batch does not fit in memory.
+    """
+    limit = max_positions(model)
+    if limit is not None and max_length > limit:
+        raise UserError(
+            f"a {kind} length of {max_length} tokens was asked for, the encoder takes {limit} at most"
+        )
+    if batch_tokens is None:
+        batch_tokens = 2048 if model.device.type == "cpu" else 16384
+    if max_length < 1 or batch_tokens < 1:
+        raise ValueError(
+            f"max_length and batch_tokens must be at least 1, found {max_length} and {batch_tokens}"
+        )
+    prompt = settings.query_prompt if kind == "query" else settings.passage_prompt
+    unique: dict[str, int] = {}
+    for text in texts:
+        unique.setdefault(text, len(unique))
+    label = {"query": "queries", "passage": "passages"}[kind]
+    sequences = _tokenize(tokenizer, list(unique), prompt or "", max_length, f"tokenize {label}", progress)
+    embeddings = torch.empty(len(unique), model.config.hidden_size)
+    bar = tqdm(total=len(unique), desc=f"encode {label}", unit=kind, disable=not progress, leave=False)
+    with bar, _evaluation_mode(model), torch.inference_mode():
+        for batch in _batches(sequences, batch_tokens):
+            try:
+                embeddings[batch] = _embed(model, tokenizer, [sequences[i] for i in batch], settings, dtype)
+            except torch.OutOfMemoryError:
+                longest = len(sequences[batch[0]])
+                raise UserError(
+                    f"{len(batch)} texts of up to {longest} tokens do not fit in the memory of"
+                    f" {model.device}: lower the tokens a batch, now {batch_tokens}"
+                ) from None
+            bar.update(len(batch))
+    if len(unique) == len(texts):
+        return embeddings
+    return embeddings[torch.tensor([unique[text] for text in texts])]
+
+
+def compute_dtype(model: nn.Module, dtype: torch.dtype | None = None) -> torch.dtype:
+    """The precision that :func:`encode` runs a model in: ``dtype``, or bfloat16 where that is fast at it.
+
+    A model whose weights are not float32 runs in their precision.
+    """
+    parameter = next(model.parameters())
+    if parameter.dtype != torch.float32:
+        return parameter.dtype
+    if dtype is not None:
+        return dtype
+    return torch.bfloat16 if _fast_bfloat16(parameter.device) else torch.float32
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """The longest sequence that a model has position embeddings for; None where it has no such table."""
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    if table is None:
+        return None
+    # Where the table has a padding row, as in XLM-R, positions start after it.
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
+def model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of weights, configuration and tokenizer: equal for an equal encoder, wherever it came from."""
+    digest = hashlib.sha256()
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _CONFIG_KEYS_WITHOUT_EFFECT}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # Truncation and padding are set by each call: they are no part of what the tokenizer is.
+        described = {
+            k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")
+        }
+    else:
+        described = tokenizer.get_vocab()
+    digest.update(json.dumps(described, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+_CONFIG_KEYS_WITHOUT_EFFECT = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    prompt: str,
+    max_length: int,
+    label: str,
+    progress: bool,
+) -> list[np.ndarray]:
+    """The token ids of each text, an int32 array each."""
+    sequences: list[np.ndarray] = []
+    with tqdm(total=len(texts), desc=label, unit="text", disable=not progress, leave=False) as bar:
+        for start in range(0, len(texts), _TOKENIZE_AT_ONCE):
+            part = [prompt + text for text in texts[start : start + _TOKENIZE_AT_ONCE]]
+            encoded = tokenizer(
+                part,
+                truncation=True,
+                max_length=max_length,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )
+            sequences += [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+            bar.update(len(part))
+    return sequences
+
+
+def _batches(sequences: list[np.ndarray], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of each batch, longest sequences first."""
+    batch: list[int] = []
+    for index in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
+        # The batch's first sequence is its longest, to which the others are padded.
+        if batch and (len(batch) + 1) * len(sequences[batch[0]]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _embed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: list[np.ndarray],
+    settings: EmbeddingSettings,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """(B, D) float32 on the CPU."""
+    from clpl_moe.encoder.settings import pool
+
+    ids = np.full((len(sequences), len(sequences[0])), tokenizer.pad_token_id or 0, dtype=np.int64)  # (B, L)
+    mask = np.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = 1
+    input_ids, attention_mask = (torch.from_numpy(a).to(model.device) for a in (ids, mask))
+    dtype = compute_dtype(model, dtype)
+    half = dtype != torch.float32 and model.dtype == torch.float32
+    with torch.autocast(model.device.type, dtype if half else None, enabled=half):
+        hidden = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, L, D)
+    embeddings = pool(hidden.float(), attention_mask, settings.pooling)
+    return (F.normalize(embeddings, dim=-1) if settings.normalize else embeddings).cpu()
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the block; then the mode that each module was in (frozen ones may differ)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        features = torch.cpu.get_capabilities()
+        return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+    return False

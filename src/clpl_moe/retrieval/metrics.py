@@ -1,0 +1,93 @@
+"""Retrieval metrics through ``ir_measures`` (trec_eval's numbers), and run files in the format of TREC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from clpl_moe.errors import UserError
+from clpl_moe.files import atomic_open
+
+Run = Mapping[str, Mapping[str, float]]
+
+DEFAULT_METRICS = ("nDCG@5", "nDCG@10", "R@100")
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raise :class:`UserError` if ``ir_measures`` does not know one of the names."""
+    _parse(metrics)
+
+
+def evaluate_run(
+    qrels: Mapping[str, Mapping[str, int]], run: Run, metrics: Sequence[str] = DEFAULT_METRICS
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Score a run as trec_eval does.
+
+    The means are over all queries of ``qrels``: one that the run lacks, or that has no relevant passage,
+    scores 0. Passages of equal score (as 32-bit floats) are ranked by descending id.
+
+    Args:
+        qrels: query id -> passage id -> relevance.
+        run: query id -> passage id -> score.
+        metrics: names in the spelling of ``ir_measures``, such as ``nDCG@10``, ``R@100``, ``RR@10``, ``AP``.
+
+    Returns:
+        metric -> mean, and query id -> metric -> value.
+
+    Raises:
+        UserError: ``ir_measures`` does not know a metric.
+    """
+    import ir_measures
+
+    measures = _parse(metrics)
+    # In the order and precision of a run file, so that both score the same.
+    ranked = {query_id: dict(_ranked(scores)) for query_id, scores in run.items()}
+    result = ir_measures.calc(list(measures.values()), qrels, ranked)
+    per_query: dict[str, dict[str, float]] = {query_id: {} for query_id in qrels}
+    names = {measure: name for name, measure in measures.items()}
+    for value in result.per_query:
+        per_query[value.query_id][names[value.measure]] = float(value.value)
+    means = {name: float(result.aggregated[measure]) for name, measure in measures.items()}
+    return means, per_query
+
+
+def write_trec_run(path: str | Path, run: Run, tag: str) -> None:
+    """Write a run file: ``query-id Q0 passage-id rank score tag`` a line, whole or not at all.
+
+    Ranks are trec_eval's (descending score, then descending id) and scores are written so that the same
+    32-bit float is read back: metrics of the file are metrics of ``run``.
+    """
+    tag = "_".join(tag.split()) or "run"
+    with atomic_open(path) as file:
+        for query_id, scores in run.items():
+            for rank, (passage_id, score) in enumerate(_ranked(scores), 1):
+                file.write(f"{query_id} Q0 {passage_id} {rank} {score:.9g} {tag}\n")
+
+
+def _ranked(scores: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Passages with their 32-bit scores in trec_eval's order: descending score, then descending id."""
+    import numpy as np
+
+    ranked = sorted(
+        ((float(np.float32(score)), passage_id) for passage_id, score in scores.items()), reverse=True
+    )
+    return [(passage_id, score) for score, passage_id in ranked]
+
+
+def _parse(metrics: Sequence[str]) -> dict:
+    import ir_measures
+
+    measures = {}
+    for name in metrics:
+        try:
+            measure = ir_measures.parse_measure(name)
+            cutoff = measure.params.get("cutoff", 1)
+            if not isinstance(cutoff, int) or cutoff < 1:
+                raise ValueError  # trec_eval would crash
+            ir_measures.evaluator([measure], {"q": {"p": 1}})  # a name may parse but lack its cutoff
+        except (NameError, ValueError, TypeError, AssertionError):
+            raise UserError(
+                f"metric '{name}' is unknown to ir_measures, expected names such as nDCG@10, R@100, RR@10, AP"
+            ) from None
+        measures[name] = measure
+    return measures

@@ -1,0 +1,86 @@
+"""What the commands that encode text have in common: their options, and the encoder that these ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from clpl_moe.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from clpl_moe.encoder.settings import EmbeddingSettings
+
+
+@dataclass
+class EncodingArguments:
+    """How texts become embeddings."""
+
+    query_max_len: int = field(default=128, metadata={"help": "longest query in tokens; the rest is cut off"})
+    passage_max_len: int = field(
+        default=512, metadata={"help": "longest passage in tokens; the rest is cut off"}
+    )
+    batch_tokens: int | None = field(
+        default=None, metadata={"help": "padded tokens a batch; not given: 2048 on a CPU, 16384 on a GPU"}
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto",
+        metadata={"help": "precision; auto: bfloat16 where the hardware is fast at it, else float32"},
+    )
+    pooling: Literal["cls", "mean", "last_token"] | None = field(
+        default=None, metadata={"help": "pooling, instead of what the model folder says"}
+    )
+    query_prompt: str | None = field(
+        default=None, metadata={"help": "text in front of each query, instead of what the model folder says"}
+    )
+    passage_prompt: str | None = field(
+        default=None,
+        metadata={"help": "text in front of each passage, instead of what the model folder says"},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("query_max_len", "passage_max_len", "batch_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name}: found {value}, expected at least 1")
+
+
+@dataclass
+class Encoder:
+    """An encoder ready to encode, and how it is to be used."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: EmbeddingSettings
+    dtype: torch.dtype
+
+    def describe(self, arguments: EncodingArguments) -> dict[str, Any]:
+        """Everything but the weights and the texts that decides the embeddings."""
+        return {
+            **dataclasses.asdict(self.settings),
+            "query_max_len": arguments.query_max_len,
+            "passage_max_len": arguments.passage_max_len,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def open_encoder(name: str, arguments: EncodingArguments) -> Encoder:
+    """Load an encoder by folder or hub name, on a CUDA device where there is one.
+
+    Raises:
+        UserError: there is no such encoder, or it cannot be loaded.
+    """
+    import torch
+
+    from clpl_moe.encoder import load_encoder
+    from clpl_moe.encoder.settings import read_settings
+    from clpl_moe.retrieval.encode import compute_dtype
+
+    model, tokenizer = load_encoder(name)
+    given = {key: getattr(arguments, key) for key in ("pooling", "query_prompt", "passage_prompt")}
+    settings = dataclasses.replace(read_settings(name), **{k: v for k, v in given.items() if v is not None})
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    return Encoder(model, tokenizer, settings, compute_dtype(model, dtype))

@@ -1,0 +1,64 @@
+"""Exact search for the passages nearest to each query: matrix products in chunks and a running top-k."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_QUERY_BLOCK = 1024
+
+
+@torch.no_grad()
+def search(queries: Tensor, passages: Tensor, k: int, *, chunk_size: int = 16384) -> tuple[Tensor, Tensor]:
+    """The ``k`` passages of the greatest dot product with each query, best first.
+
+    Equal scores are ordered by the lower index, also at the cut after ``k``, so that the result does not
+    depend on how ``topk`` breaks ties. Memory beyond the inputs: ``1024 * chunk_size`` scores and the result.
+
+    Args:
+        queries: (Q, D), on the device that is to compute.
+        passages: (N, D), any floating dtype, any device; moved there and to float32 a chunk at a time.
+        k: how many passages for each query.
+        chunk_size: passages a chunk.
+
+    Returns:
+        scores (Q, min(k, N)) float32 and indices (Q, min(k, N)) int64, on the CPU.
+    """
+    if k < 1 or chunk_size < 1:
+        raise ValueError(f"k and chunk_size must be at least 1, found {k} and {chunk_size}")
+    if queries.shape[-1] != passages.shape[-1]:
+        raise ValueError(f"queries have {queries.shape[-1]} dimensions, passages {passages.shape[-1]}")
+    device = queries.device
+    best: list[tuple[Tensor, Tensor]] = []  # for each block of queries: scores and indices
+    blocks = queries.to(torch.float32).split(_QUERY_BLOCK)
+    for start in range(0, len(passages), chunk_size):
+        chunk = passages[start : start + chunk_size].to(device, torch.float32).T  # (D, chunk)
+        for number, block in enumerate(blocks):
+            scores, columns = _top(block @ chunk, k)  # (block, min(k, chunk))
+            indices = columns + start
+            if start > 0:
+                # What was found before has lower indices and stands first: a stable sort keeps that order.
+                scores = torch.cat([best[number][0], scores], dim=1)
+                indices = torch.cat([best[number][1], indices], dim=1)
+                scores, order = scores.sort(dim=1, descending=True, stable=True)
+                scores, indices = scores[:, :k], indices.gather(1, order[:, :k])
+                best[number] = (scores, indices)
+            else:
+                best.append((scores, indices))
+    if not best:
+        return torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    return torch.cat([b[0] for b in best]).cpu(), torch.cat([b[1] for b in best]).cpu()
+
+
+def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Like ``scores.topk(k, dim=1)``, with ties by the lower column: (rows, min(k, columns)) each."""
+    k = min(k, scores.shape[1])
+    values, columns = scores.topk(k, dim=1)
+    columns = columns.sort(dim=1).values
+    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    columns = columns.gather(1, order)
+    # Where a score equal to the last one was left out, topk chose as it liked: rare, so the slow way.
+    cut_tie = (scores >= values[:, -1:]).sum(dim=1) > k
+    if cut_tie.any():
+        columns[cut_tie] = scores[cut_tie].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return values, columns

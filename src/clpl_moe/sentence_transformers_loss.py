@@ -1,0 +1,165 @@
+"""The contrastive learning penalty loss, as sentence-transformers' trainer takes a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from clpl_moe.loss import CLPLLoss
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+class SentenceTransformerCLPLLoss(nn.Module):
+    """:class:`~clpl_moe.loss.CLPLLoss` of the columns of a data set.
+
+    Args:
+        model: the model that is trained.
+        temperature: divides the similarities in the contrastive term.
+        penalty_weight: λ, the share of the penalty.
+        num_negatives: how many columns of negatives there are; the trainer hands columns over without names.
+        query_prompt: the prompt that the training arguments' ``prompts`` put before the columns of negative
+            queries. Needed to tell the empty ones.
+        in_batch_negatives: whether the passages of the batch's other queries count as negatives too. Passages
+            of the same text as a query's positive never do.
+        false_negative_margin: as in :class:`~clpl_moe.loss.CLPLLoss`.
+        gather_across_devices: as in :class:`~clpl_moe.loss.CLPLLoss`.
+
+    Requirements:
+        1. A text model: the empty texts and the equal ones are told by their tokens.
+
+    Inputs:
+        Columns of text in this order, whatever their names; there are no labels.
+
+        ==================================================  =============================================
+        Columns                                             Meaning
+        ==================================================  =============================================
+        anchor                                              the query
+        positive                                            its positive passage
+        negative_1, …, negative_n                           its hard negatives
+        negative_query_1, …, negative_query_n               a query that each negative answers; optional
+        … and again, any number of times                    more such queries; optional
+        ==================================================  =============================================
+
+        An empty string stands for a query that a negative does not have.
+
+    Recommendations:
+        Batches of ``BatchSamplers.NO_DUPLICATES`` are not needed: equal passages are recognised. They do harm
+        where several rows have empty strings, which that sampler takes for duplicates.
+
+    Example:
+        ::
+
+            train = Dataset.from_dict({
+                "anchor": ["who wrote it?", "when was it built?"],
+                "positive": ["She wrote it in 1922.", "It was built in 1889."],
+                "negative_1": ["He read it in 1930.", "It was painted in 1968."],
+                "negative_query_1": ["when did he read it?", ""],
+            })
+            loss = SentenceTransformerCLPLLoss(model, num_negatives=1)
+            SentenceTransformerTrainer(model=model, train_dataset=train, loss=loss).train()
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        temperature: float = 0.02,
+        penalty_weight: float = 0.1,
+        *,
+        num_negatives: int,
+        query_prompt: str = "",
+        in_batch_negatives: bool = True,
+        false_negative_margin: float | None = None,
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(num_negatives, int) or num_negatives < 0:
+            raise ValueError(f"num_negatives is {num_negatives!r}: give the number of columns of negatives")
+        self.model = model
+        self.num_negatives = num_negatives
+        self.query_prompt = query_prompt
+        self.loss = CLPLLoss(
+            temperature,
+            penalty_weight,
+            in_batch_negatives=in_batch_negatives,
+            false_negative_margin=false_negative_margin,
+            gather_across_devices=gather_across_devices,
+        )
+        preprocess = getattr(model, "preprocess", None) or model.tokenize  # the name before version 6
+        self._empty = _token_ids(preprocess([query_prompt]))[0]
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """The loss of a batch; ``sentence_features`` holds the features of each column."""
+        columns = list(sentence_features)
+        group = 1 + self.num_negatives
+        query_columns = columns[1 + group :]
+        rounds_fit = len(query_columns) % self.num_negatives == 0 if self.num_negatives else not query_columns
+        if len(columns) < 1 + group or not rounds_fit:
+            raise ValueError(
+                f"found {len(columns)} columns, with num_negatives={self.num_negatives} expected {1 + group}"
+                f" (anchor, positive, negatives), or these and {self.num_negatives} more for each round of"
+                " negative queries"
+            )
+        if any(("prompt_length" in features) != bool(self.query_prompt) for features in query_columns):
+            raise ValueError(
+                f"query_prompt is {self.query_prompt!r}, but a column of negative queries comes"
+                f" {'without' if self.query_prompt else 'with'} a prompt: empty queries could not be told,"
+                " give the loss the prompt that the trainer puts before these columns"
+            )
+        passage_ids = [_token_ids(features) for features in columns[1 : 1 + group]]  # G lists of B
+        given = [[ids != self._empty for ids in _token_ids(features)] for features in query_columns]
+        query, *rest = (self.model(features)["sentence_embedding"] for features in columns)  # (B, D) each
+        batch, device = query.shape[0], query.device
+        passages = torch.stack(rest[:group], dim=1).flatten(0, 1)  # (B·G, D)
+        # Texts of the same tokens are the same to the model; hashes of integers are equal in all processes.
+        ids = torch.tensor([hash(ids) for row in zip(*passage_ids) for ids in row], device=device)  # (B·G,)
+        if not query_columns:
+            return self.loss(query, passages, passage_ids=ids).loss
+        mask = torch.tensor(given, device=device).T  # (B, columns)
+        # The column's negative by its place in the group, and by its row of the passages.
+        negative = torch.arange(len(query_columns), device=device) % self.num_negatives + 1  # (columns,)
+        index = torch.arange(batch, device=device).unsqueeze(1) * group + negative  # (B, columns)
+        negative_queries = torch.stack(rest[group:], dim=1)[mask]  # (M, D)
+        return self.loss(query, passages, negative_queries, index[mask], passage_ids=ids).loss
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The settings, for the model card."""
+        return {
+            "temperature": self.loss.temperature,
+            "penalty_weight": self.loss.penalty_weight,
+            "num_negatives": self.num_negatives,
+            "query_prompt": self.query_prompt,
+            "in_batch_negatives": self.loss.in_batch_negatives,
+            "false_negative_margin": self.loss.false_negative_margin,
+            "gather_across_devices": self.loss.gather_across_devices,
+        }
+
+    @property
+    def citation(self) -> str:
+        """BibTeX entry of the paper, for the model card."""
+        return """
+@misc{yu2024efficient,
+    title={Efficient fine-tuning methodology of text embedding models for information retrieval:
+        contrastive learning penalty (clp)},
+    author={Jeongsu Yu},
+    year={2024},
+    eprint={2412.17364},
+    archivePrefix={arXiv},
+    url={https://arxiv.org/abs/2412.17364},
+}
+"""
+
+
+def _token_ids(features: dict[str, Tensor]) -> list[tuple[int, ...]]:
+    """The tokens of each text of a column, without padding."""
+    if "input_ids" not in features or "attention_mask" not in features:
+        raise ValueError(
+            f"the model's features are {', '.join(features)}: input_ids and attention_mask are needed to tell"
+            " empty negative queries and equal passages (is it a text model, and is unpad_inputs off?)"
+        )
+    rows = zip(features["input_ids"].tolist(), features["attention_mask"].tolist())
+    return [tuple(token for token, real in zip(*row) if real) for row in rows]

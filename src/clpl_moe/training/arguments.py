@@ -1,0 +1,228 @@
+"""Every option of training: FlagEmbedding's, with defaults changed and fields added where this package differs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from FlagEmbedding.abc.finetune.embedder import AbsEmbedderDataArguments
+from FlagEmbedding.finetune.embedder.encoder_only.m3 import (
+    EncoderOnlyEmbedderM3ModelArguments,
+    EncoderOnlyEmbedderM3TrainingArguments,
+)
+
+from clpl_moe.moe.config import ROUTERS, TARGETS, MoEConfig
+from clpl_moe.training.compat import prefer_activation_checkpointing
+
+# `Optional` rather than `| None`: the command line's parser reads these annotations.
+
+
+@dataclass
+class CLPLModelArguments(EncoderOnlyEmbedderM3ModelArguments):
+    """The base model and the experts that are put into it."""
+
+    token: Optional[str] = field(
+        default=None, metadata={"help": "Hub token; without it, HF_TOKEN of the environment or the stored login."}
+    )
+    num_experts: int = field(
+        default=2, metadata={"help": "Experts per layer; 0 trains the dense model. A base model with experts keeps its own."}
+    )
+    top_k: int = field(default=1, metadata={"help": "Experts that each token goes to."})
+    moe_target: str = field(
+        default="intermediate",
+        metadata={"help": "Which Linear of the FFN becomes experts, or the whole FFN.", "choices": list(TARGETS)},
+    )
+    moe_layers: str = field(
+        default="all", metadata={"help": "Layers with experts: all, every:2 (from the last), or numbers such as 8,9,10,11."}
+    )
+    router: str = field(
+        default="straight_through",
+        metadata={
+            "help": "How experts are weighted; topk_softmax is that of the 2024 code, whose router does not learn at top_k 1.",
+            "choices": list(ROUTERS),
+        },
+    )
+    router_init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the router's first weights."})
+
+    def moe_config(self) -> MoEConfig | None:
+        """What to inject, or None for a dense model; raises ValueError where the options do not fit together."""
+        if self.num_experts == 0:
+            return None
+        return MoEConfig(
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            target=self.moe_target,
+            layers=self.moe_layers,
+            router=self.router,
+            router_init_std=self.router_init_std,
+        )
+
+    def __post_init__(self) -> None:
+        self.moe_config()
+
+
+@dataclass
+class CLPLDataArguments(AbsEmbedderDataArguments):
+    """The training data and how it is cut into groups and tokens."""
+
+    train_data: Optional[str] = field(
+        default=None,
+        metadata={"help": "Files or folders of training JSONL (see data/README.md).", "nargs": "+"},
+    )
+    train_group_size: int = field(default=8, metadata={"help": "Passages per query: one positive, the rest negatives."})
+    query_max_len: int = field(
+        default=32, metadata={"help": "Longest query in tokens, also of the negatives' queries; longer ones are cut."}
+    )
+    passage_max_len: int = field(default=128, metadata={"help": "Longest passage in tokens; longer ones are cut."})
+    queries_per_negative: int = field(
+        default=1, metadata={"help": "At most so many positive queries of each negative are used in a step."}
+    )
+    query_instruction_for_retrieval: Optional[str] = field(
+        default=None, metadata={"help": "Prompt before each query; without it, the base model folder's own prompt."}
+    )
+    passage_instruction_for_retrieval: Optional[str] = field(
+        default=None, metadata={"help": "Prompt before each passage; without it, the base model folder's own prompt."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.train_data:
+            raise ValueError("train_data is missing: name at least one file or folder of training JSONL (--train_data)")
+        if isinstance(self.train_data, str):
+            self.train_data = [self.train_data]
+        if self.train_group_size < 1:
+            raise ValueError(f"train_group_size is {self.train_group_size}: choose at least 1 (2 or more for negatives)")
+        for name in ("query_max_len", "passage_max_len"):
+            if getattr(self, name) < 3:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose at least 3, two tokens only begin and end a text")
+        if self.queries_per_negative < 0:
+            raise ValueError(f"queries_per_negative is {self.queries_per_negative}: choose 0 (no penalty) or more")
+        for name in ("query_instruction_format", "passage_instruction_format"):
+            value = getattr(self, name).replace("\\n", "\n")
+            if value.count("{}") != 2:
+                raise ValueError(f"{name} is {value!r}: expected two places, '{{}}{{}}', for the prompt and the text")
+            setattr(self, name, value)
+
+
+@dataclass
+class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
+    """The loss, what is trained, evaluation in training, and everything that transformers' Trainer offers.
+
+    Changed defaults: ``logging_steps`` 10, ``report_to`` tensorboard, ``save_total_limit`` 2,
+    ``metric_for_best_model`` ndcg@10, non-reentrant gradient checkpointing, and ``use_cpu`` where there is no
+    accelerator. With ``dev_collection``, evaluation follows ``save_strategy`` unless it is set, and the best checkpoint is
+    loaded at the end.
+    """
+
+    output_dir: Optional[str] = field(default=None, metadata={"help": "Run folder; must be new or empty, unless resuming."})
+    do_train: bool = field(default=True, metadata={"help": "Kept for FlagEmbedding's configs; training always runs."})
+    penalty_weight: float = field(
+        default=0.1, metadata={"help": "λ: the penalty's share of the loss; 0 is the plain contrastive loss."}
+    )
+    in_batch_negatives: bool = field(
+        default=True, metadata={"help": "Whether other queries' passages are negatives too."}
+    )
+    false_negative_margin: Optional[float] = field(
+        default=None,
+        metadata={"help": "Leave out negatives more similar to the query than its positive by over this margin."},
+    )
+    mask_duplicates: bool = field(
+        default=True, metadata={"help": "Leave out negatives whose text is the query's own positive."}
+    )
+    balance_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the routers' load-balancing loss."})
+    z_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the routers' z-loss."})
+    trainable: str = field(
+        default="moe",
+        metadata={
+            "help": "What is trained: experts and routers, all FFN layers, or the whole encoder.",
+            "choices": ["moe", "ffn", "full"],
+        },
+    )
+    sentence_pooling_method: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "How tokens become one embedding; without it, as the base model's folder says, else cls.",
+            "choices": ["cls", "mean", "last_token"],
+        },
+    )
+    dev_collection: Optional[str] = field(
+        default=None, metadata={"help": "Collection folder for evaluation in training (see data/README.md)."}
+    )
+    dev_language: Optional[str] = field(default=None, metadata={"help": "Language folder within dev_collection."})
+    dev_split: str = field(default="dev", metadata={"help": "Split of dev_collection: its queries and qrels."})
+    dev_batch_tokens: int = field(default=16384, metadata={"help": "Tokens per batch when dev_collection is encoded."})
+    early_stopping_patience: Optional[int] = field(
+        default=None, metadata={"help": "Stop after so many evaluations without improvement of metric_for_best_model."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check config and data, print the plan, and stop; loads no weights."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps, or share of all steps below 1."})
+    save_total_limit: Optional[int] = field(
+        default=2, metadata={"help": "Checkpoints kept, the best one among them where there is a dev_collection."}
+    )
+    metric_for_best_model: Optional[str] = field(
+        default="ndcg@10", metadata={"help": "Metric of dev_collection that decides which checkpoint is best."}
+    )
+    resume_from_checkpoint: Optional[str] = field(
+        default=None, metadata={"help": "true continues the newest checkpoint in output_dir; or a checkpoint's folder."}
+    )
+    report_to: Optional[str] = field(
+        default="tensorboard", metadata={"help": "Where to log besides metrics.jsonl: tensorboard, wandb, none, ..."}
+    )
+
+    def __post_init__(self) -> None:
+        import torch
+
+        if not self.output_dir:
+            raise ValueError("output_dir is missing: name the run's folder (--output_dir)")
+        if self.use_mrl:
+            raise ValueError("use_mrl: FlagEmbedding's M3 models do not support it, remove it")
+        self._check_loss()
+        self._check_evaluation()
+        # Asked for before the parent looks at devices: without it, processes on a machine without accelerators do not
+        # find each other.
+        self.wants_cuda = self.fp16
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.fp16 and self.use_cpu:
+            self.fp16 = False
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        prefer_activation_checkpointing(self)
+        if self.resume_from_checkpoint in ("false", "False", ""):
+            self.resume_from_checkpoint = None
+        super().__post_init__()
+
+    def _check_loss(self) -> None:
+        from clpl_moe.loss import CLPLLoss
+
+        CLPLLoss(
+            self.temperature,
+            self.penalty_weight,
+            in_batch_negatives=self.in_batch_negatives,
+            false_negative_margin=self.false_negative_margin,
+            gather_across_devices=self.negatives_cross_device,
+        )
+        for name in ("balance_loss_weight", "z_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose 0 or more")
+
+    def _check_evaluation(self) -> None:
+        if self.dev_collection is None:
+            for name in ("early_stopping_patience", "dev_language"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs a collection to evaluate on: set dev_collection")
+            if self.eval_strategy != "no" or self.eval_on_start or self.load_best_model_at_end:
+                raise ValueError("evaluation in training needs a collection to evaluate on: set dev_collection")
+            return
+        if self.dev_language is None:
+            raise ValueError("dev_collection needs dev_language, the folder within it, such as ko")
+        if self.eval_strategy == "no":
+            self.eval_strategy, self.eval_steps = self.save_strategy, self.eval_steps or self.save_steps
+        if self.save_strategy != "no":
+            self.load_best_model_at_end = True
+        if self.greater_is_better is None:
+            self.greater_is_better = True
+        known = ("ndcg@5", "ndcg@10", "recall@100")
+        if (self.metric_for_best_model or "").removeprefix("eval_") not in known:
+            raise ValueError(f"metric_for_best_model is {self.metric_for_best_model!r}: choose one of {', '.join(known)}")

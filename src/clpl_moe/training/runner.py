@@ -1,0 +1,281 @@
+"""Puts model, data and trainer together, and runs the training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM3Runner
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from clpl_moe.data.collator import CLPLCollator
+from clpl_moe.data.dataset import CLPLTrainDataset
+from clpl_moe.encoder.load import load_encoder
+from clpl_moe.encoder.save import HEAD_FILES
+from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
+from clpl_moe.errors import UserError, at
+from clpl_moe.files import atomic_open
+from clpl_moe.loss import CLPLLoss
+from clpl_moe.moe.inject import has_experts, inject_moe
+from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
+from clpl_moe.training.card import write_model_card
+from clpl_moe.training.model import CLPLModel, choose_trainable
+from clpl_moe.training.trainer import CLPLTrainer, newest_checkpoint
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "train_config.yaml"
+
+
+def resolve_settings(
+    model_args: CLPLModelArguments, data_args: CLPLDataArguments, training_args: CLPLTrainingArguments
+) -> EmbeddingSettings:
+    """Pooling and prompts: as configured, and otherwise as the base model's folder says."""
+    base = read_settings(model_args.model_name_or_path)
+    prompts = {}
+    for kind, default in (("query", base.query_prompt), ("passage", base.passage_prompt)):
+        instruction = getattr(data_args, f"{kind}_instruction_for_retrieval")
+        if instruction is None:
+            prompts[kind] = default
+            continue
+        form = getattr(data_args, f"{kind}_instruction_format")
+        prompts[kind], _, after = form.format(instruction, "\0").partition("\0")
+        if after:
+            logger.warning(
+                "%s_instruction_format puts text after the %s: the saved folder's prompt cannot say so, add it yourself"
+                " when you encode",
+                kind,
+                kind,
+            )
+    return EmbeddingSettings(
+        pooling=training_args.sentence_pooling_method or base.pooling,
+        normalize=training_args.normalize_embeddings,
+        query_prompt=prompts["query"],
+        passage_prompt=prompts["passage"],
+    )
+
+
+def check_output_dir(args: CLPLTrainingArguments) -> None:
+    """Resolve ``resume_from_checkpoint: true`` and refuse a folder that holds something else than the run to resume.
+
+    Raises:
+        UserError: the folder is not empty and no resume was asked for, or there is no such checkpoint.
+    """
+    output_dir = Path(args.output_dir)
+    resume = args.resume_from_checkpoint
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{at(output_dir)}: a file is in the way of the run folder; name another --output_dir")
+    if resume is None:
+        if output_dir.exists() and any(output_dir.iterdir()):
+            raise UserError(
+                f"{at(output_dir)}: the folder is not empty; name another --output_dir, or go on with the run in it:"
+                " --resume_from_checkpoint true"
+            )
+    elif resume.lower() == "true":
+        newest = newest_checkpoint(output_dir)
+        # A run that was killed before its first checkpoint starts again from the beginning.
+        if newest is None and output_dir.exists() and not (output_dir / CONFIG_FILE).exists():
+            raise UserError(f"{at(output_dir)}: no run to resume, found neither a checkpoint nor {CONFIG_FILE}")
+        args.resume_from_checkpoint = None if newest is None else str(newest)
+    elif not (Path(resume) / "trainer_state.json").is_file():
+        raise UserError(f"{at(resume)}: not a checkpoint of a run (no trainer_state.json); --resume_from_checkpoint")
+
+
+def resolved_config(*groups: object) -> dict[str, object]:
+    """All options of the argument dataclasses as plain values, without secrets, as ``--config`` reads them."""
+    values: dict[str, object] = {}
+    for group in groups:
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            if field.init and "token" not in field.name:
+                values[field.name] = value if isinstance(value, (int, float, list, dict, type(None))) else str(value)
+    values.pop("resume_from_checkpoint", None)
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: object) -> object:
+    return json.loads(json.dumps(value, default=str))
+
+
+class CLPLRunner(EncoderOnlyEmbedderM3Runner):
+    """FlagEmbedding's runner with CLPL, experts, evaluation in training and exact resume.
+
+    Raises:
+        UserError: anything that the user can mend; before any file is written.
+    """
+
+    def __init__(
+        self,
+        model_args: CLPLModelArguments,
+        data_args: CLPLDataArguments,
+        training_args: CLPLTrainingArguments,
+    ) -> None:
+        check_output_dir(training_args)
+        if training_args.wants_cuda and not torch.accelerator.is_available():
+            raise UserError(
+                "fp16 needs a CUDA device and none was found: run on a machine with one, or train on the CPU with"
+                " --fp16 false --bf16 true (configs/quickstart.yaml is made for that)"
+            )
+        # Ours first, since the parent's logs every option at length.
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+        self.settings = resolve_settings(model_args, data_args, training_args)
+        data_args.query_instruction_for_retrieval = data_args.query_instruction_for_retrieval or (
+            self.settings.query_prompt or None
+        )
+        data_args.passage_instruction_for_retrieval = data_args.passage_instruction_for_retrieval or (
+            self.settings.passage_prompt or None
+        )
+        self.evaluator = None
+        resume, training_args.do_train = training_args.resume_from_checkpoint, False  # the parent's own folder check
+        super().__init__(model_args, data_args, training_args)
+        training_args.resume_from_checkpoint, training_args.do_train = resume, True
+
+    def load_tokenizer_and_model(self) -> tuple[PreTrainedTokenizerBase, CLPLModel]:
+        args, training = self.model_args, self.training_args
+        encoder, tokenizer = load_encoder(
+            args.model_name_or_path,
+            trust_remote_code=args.trust_remote_code,
+            cache_dir=args.cache_dir,
+            token=args.token,
+        )
+        config = args.moe_config()
+        if has_experts(encoder):
+            logger.warning("the base model has experts of its own, which are kept: %s", encoder.config.moe)
+        elif config is not None:
+            try:
+                inject_moe(encoder, config)
+            except ValueError as error:
+                raise UserError(f"{at(args.model_name_or_path)}: {error}") from None
+        base = {"model": encoder, "colbert_linear": None, "sparse_linear": None}
+        if training.unified_finetuning:
+            base |= load_heads(args.model_name_or_path, encoder.config.hidden_size, args.colbert_dim)
+        model = CLPLModel(
+            base,
+            loss=CLPLLoss(
+                training.temperature,
+                training.penalty_weight,
+                in_batch_negatives=training.in_batch_negatives,
+                false_negative_margin=training.false_negative_margin,
+                normalize=training.normalize_embeddings,
+                gather_across_devices=training.negatives_cross_device and training.world_size > 1,
+            ),
+            settings=self.settings,
+            mask_duplicates=training.mask_duplicates,
+            balance_loss_weight=training.balance_loss_weight,
+            z_loss_weight=training.z_loss_weight,
+            tokenizer=tokenizer,
+            # One process has all passages already.
+            negatives_cross_device=training.negatives_cross_device and training.world_size > 1,
+            sub_batch_size=training.sub_batch_size,
+            kd_loss_type=training.kd_loss_type,
+            unified_finetuning=training.unified_finetuning,
+            use_self_distill=training.use_self_distill,
+            self_distill_start_step=training.self_distill_start_step,
+        )
+        try:
+            choose_trainable(
+                model,
+                training.trainable,
+                fix_position_embedding=training.fix_position_embedding,
+                fix_encoder=training.fix_encoder,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return tokenizer, model
+
+    def load_train_dataset(self) -> CLPLTrainDataset:
+        return CLPLTrainDataset(self.data_args, seed=self.training_args.seed)
+
+    def load_data_collator(self) -> CLPLCollator:
+        return CLPLCollator(
+            tokenizer=self.tokenizer,
+            query_max_len=self.data_args.query_max_len,
+            passage_max_len=self.data_args.passage_max_len,
+            sub_batch_size=self.training_args.sub_batch_size,
+            pad_to_multiple_of=self.data_args.pad_to_multiple_of,
+            padding=True,
+            return_tensors="pt",
+        )
+
+    def load_trainer(self) -> CLPLTrainer:
+        return CLPLTrainer(
+            model=self.model,
+            args=self.training_args,
+            train_dataset=self.train_dataset,
+            data_collator=self.data_collator,
+            processing_class=self.tokenizer,
+            settings=self.settings,
+            max_length=self.data_args.passage_max_len,
+            heads_from=self.model_args.model_name_or_path,
+            evaluator=self._make_evaluator(),
+            same_dataset_within_batch=self.data_args.same_dataset_within_batch,
+        )
+
+    def _make_evaluator(self) -> Callable[[nn.Module], dict[str, float]] | None:
+        args = self.training_args
+        if args.dev_collection is None:
+            return None
+        from clpl_moe.retrieval.collection import Collection
+        from clpl_moe.retrieval.evaluation import evaluate_retrieval
+
+        collection = Collection.load(args.dev_collection, args.dev_language, args.dev_split)
+
+        def evaluator(encoder: nn.Module) -> dict[str, float]:
+            result = evaluate_retrieval(
+                encoder,
+                self.tokenizer,
+                collection,
+                settings=self.settings,
+                query_max_len=self.data_args.query_max_len,
+                passage_max_len=self.data_args.passage_max_len,
+                top_k=100,
+                batch_tokens=args.dev_batch_tokens,
+                metrics=("nDCG@5", "nDCG@10", "R@100"),
+                progress=False,
+            )
+            names = {"nDCG@5": "ndcg@5", "nDCG@10": "ndcg@10", "R@100": "recall@100"}
+            return {names[name]: value for name, value in result.metrics.items()}
+
+        return evaluator
+
+    def run(self) -> None:
+        """Train, from the beginning or from a checkpoint, and leave the model in the run folder."""
+        output_dir = Path(self.training_args.output_dir)
+        if self.trainer.is_world_process_zero():
+            with atomic_open(output_dir / CONFIG_FILE) as file:
+                config = resolved_config(self.model_args, self.data_args, self.training_args)
+                yaml.safe_dump(config, file, allow_unicode=True, sort_keys=False)
+        self.trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
+        self.trainer.save_model()
+        self.trainer.save_state()
+        if self.trainer.is_world_process_zero():
+            write_model_card(self)
+            print(f"saved to {output_dir}: the model, its card README.md, metrics.jsonl and {CONFIG_FILE}")
+
+
+def load_heads(path: str, hidden_size: int, colbert_dim: int) -> dict[str, nn.Linear]:
+    """The sparse and multi-vector heads of a base model, or new ones where it has none.
+
+    Raises:
+        UserError: the base model's heads have other shapes.
+    """
+    from clpl_moe.encoder.load import find_file
+
+    widths = {"sparse_linear.pt": 1, "colbert_linear.pt": colbert_dim if colbert_dim > 0 else hidden_size}
+    heads = {Path(name).stem: nn.Linear(hidden_size, widths[name]) for name in HEAD_FILES}
+    for name in HEAD_FILES:
+        file = find_file(path, name)
+        if file is None:
+            logger.warning("%s has no %s: training begins with a new one", path, name)
+            continue
+        try:
+            heads[Path(name).stem].load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        except RuntimeError as error:
+            raise UserError(f"{at(file)}: does not fit a head of {hidden_size} to {widths[name]}: {error}") from None
+    return heads

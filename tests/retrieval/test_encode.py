@@ -1,0 +1,194 @@
+import dataclasses
+
+import pytest
+import torch
+
+from clpl_moe.encoder import load_encoder
+from clpl_moe.encoder.settings import EmbeddingSettings, pool
+from clpl_moe.errors import UserError
+from clpl_moe.retrieval import encode as encode_module
+from clpl_moe.retrieval.encode import compute_dtype, encode, max_positions, model_fingerprint
+from tiny import make_encoder
+
+TEXTS = ["한국어 문장", "a", "متن فارسی", "हिन्दी", "a longer sentence than the others " * 2, "", "a", "bc"]
+SETTINGS = EmbeddingSettings(pooling="mean", query_prompt="query: ", passage_prompt="passage: ")
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_encoder):
+    return load_encoder(tiny_encoder)
+
+
+def one_by_one(model, tokenizer, texts, settings, prompt, max_length):
+    rows = []
+    with torch.no_grad():
+        for text in texts:
+            inputs = tokenizer(prompt + text, truncation=True, max_length=max_length, return_tensors="pt")
+            mask = inputs["attention_mask"]
+            hidden = model(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
+            rows.append(pool(hidden, mask, settings.pooling)[0])
+    rows = torch.stack(rows)
+    return torch.nn.functional.normalize(rows, dim=1) if settings.normalize else rows
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+@pytest.mark.parametrize("kind", ["query", "passage"])
+@pytest.mark.parametrize("batch_tokens", [1, 60, 16384])
+def test_equals_one_by_one(encoder, pooling, kind, batch_tokens):
+    settings = dataclasses.replace(SETTINGS, pooling=pooling, normalize=kind == "query")
+    embeddings = encode(
+        *encoder,
+        TEXTS,
+        settings=settings,
+        kind=kind,
+        max_length=20,
+        batch_tokens=batch_tokens,
+        dtype=torch.float32,
+        progress=False,
+    )
+    expected = one_by_one(*encoder, TEXTS, settings, f"{kind}: ", max_length=20)
+    assert embeddings.shape == (len(TEXTS), 32)
+    assert embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=0)
+    assert torch.equal(embeddings[1], embeddings[6])
+    # What is compared does depend on the text and the prompt.
+    assert (expected[1] - expected[7]).abs().max() > 1e-2
+
+
+def test_batches_keep_to_the_budget_without_much_padding(encoder, monkeypatch):
+    model, tokenizer = encoder
+    shapes = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    texts = ["x" * (1 + i * 7 % 50) for i in range(200)]
+    monkeypatch.setattr(encode_module, "_TOKENIZE_AT_ONCE", 16)
+    encode(
+        model,
+        tokenizer,
+        texts,
+        settings=EmbeddingSettings(),
+        kind="query",
+        max_length=60,
+        batch_tokens=200,
+        progress=False,
+    )
+    hook.remove()
+    assert sum(rows for rows, _ in shapes) == 50  # equal texts once
+    assert all(rows * length <= 200 for rows, length in shapes)
+    tokens = sum(length + 2 for length in range(1, 51))
+    assert sum(rows * length for rows, length in shapes) < 1.1 * tokens
+    assert shapes[0][1] == max(length for _, length in shapes)
+
+
+def test_leaves_modes_gradients_and_random_state_alone(encoder, tiny_tokenizer):
+    model = make_encoder(vocab_size=len(tiny_tokenizer), hidden_dropout_prob=0.5).train()
+    model.encoder.layer[0].eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    runs = [
+        encode(
+            model,
+            tiny_tokenizer,
+            TEXTS,
+            settings=SETTINGS,
+            kind="query",
+            max_length=20,
+            dtype=dtype,
+            progress=False,
+        )
+        for dtype in (torch.float32, torch.bfloat16, torch.float32)
+    ]
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(runs[0], runs[2])  # without dropout
+    assert not runs[0].requires_grad
+    # Inference in the middle of an autocast block leaves nothing in it that cannot be trained.
+    with torch.autocast("cpu", torch.bfloat16):
+        inputs = {
+            "input_ids": torch.tensor([[0, 5, 2]]),
+            "attention_mask": torch.ones(1, 3, dtype=torch.long),
+        }
+        encode(
+            model,
+            tiny_tokenizer,
+            ["x"],
+            settings=SETTINGS,
+            kind="query",
+            max_length=20,
+            dtype=torch.bfloat16,
+            progress=False,
+        )
+        model(**inputs).last_hidden_state.sum().backward()
+    assert model.encoder.layer[1].output.dense.weight.grad is not None
+
+
+def test_mode_is_restored_after_an_error(encoder):
+    model, tokenizer = encoder
+    model.train()
+    with pytest.raises(ValueError, match="unknown pooling"):
+        encode(
+            model,
+            tokenizer,
+            ["x"],
+            settings=EmbeddingSettings(pooling="sum"),
+            kind="query",
+            max_length=9,
+            progress=False,
+        )
+    assert model.training
+    model.eval()
+
+
+def test_precision(encoder):
+    arguments = {"settings": SETTINGS, "kind": "query", "max_length": 20, "progress": False}
+    exact = encode(*encoder, TEXTS, dtype=torch.float32, **arguments)
+    half = encode(*encoder, TEXTS, dtype=torch.bfloat16, **arguments)
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, exact)
+    assert (half * exact).sum(dim=1).min() > 0.99
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encode(*encoder, TEXTS, dtype=torch.float32, **arguments), exact)
+
+
+def test_compute_dtype(monkeypatch):
+    model = make_encoder()
+    for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(encode_module, "_fast_bfloat16", lambda device, fast=fast: fast)
+        assert compute_dtype(model) == expected
+    assert compute_dtype(model, torch.bfloat16) == torch.bfloat16
+    assert compute_dtype(model.bfloat16(), torch.float32) == torch.bfloat16
+
+
+def test_no_texts(encoder):
+    embeddings = encode(*encoder, [], settings=SETTINGS, kind="query", max_length=20, progress=False)
+    assert embeddings.shape == (0, 32)
+
+
+def test_longer_than_the_encoder_takes(encoder):
+    assert max_positions(encoder[0]) == 128  # 130 rows, two of them before the first position
+    assert max_positions(make_encoder("bert")) == 40
+    with pytest.raises(UserError, match="129 tokens was asked for, the encoder takes 128 at most"):
+        encode(*encoder, ["x"], settings=SETTINGS, kind="passage", max_length=129, progress=False)
+    texts = ["x" * 500]
+    assert (
+        encode(*encoder, texts, settings=SETTINGS, kind="passage", max_length=128, progress=False)
+        .isfinite()
+        .all()
+    )
+
+
+def test_fingerprint_follows_the_content(tiny_encoder, tmp_path, encoder):
+    model, tokenizer = encoder
+    first = model_fingerprint(model, tokenizer)
+    tokenizer(["x", "yy"], padding=True, truncation=True, max_length=5)
+    assert model_fingerprint(model, tokenizer) == first
+    model.save_pretrained(tmp_path / "copy")
+    tokenizer.save_pretrained(tmp_path / "copy")
+    copy, copied_tokenizer = load_encoder(tmp_path / "copy")
+    assert model_fingerprint(copy, copied_tokenizer) == first
+    with torch.no_grad():
+        copy.encoder.layer[1].output.dense.bias[3] += 1e-6
+    assert model_fingerprint(copy, copied_tokenizer) != first
+    copied_tokenizer.add_tokens(["newtoken"])
+    assert model_fingerprint(model, copied_tokenizer) != first

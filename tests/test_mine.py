@@ -1,0 +1,233 @@
+import json
+import re
+
+import pytest
+
+from clpl_moe.data.schema import find_faults
+from clpl_moe.encoder import load_encoder
+from clpl_moe.encoder.settings import EmbeddingSettings
+from clpl_moe.files import read_jsonl, write_jsonl
+from clpl_moe.mine import MineArguments, PassageIndex, main, mine
+from clpl_moe.retrieval.collection import Collection
+from clpl_moe.retrieval.encode import encode
+from clpl_moe.retrieval.options import EncodingArguments, open_encoder
+
+WORDS = ["apple", "brick", "cloud", "drum", "eagle", "flame", "grape", "honey"]
+WORDS += ["ivory", "jolly", "kayak", "lemon", "mango", "noble", "ocean", "piano"]
+PASSAGES = {f"p{i}": f"{a} {b} {i}" for i, (a, b) in enumerate(zip(WORDS, WORDS[1:] + WORDS[:1]))}
+QUERIES = {f"q{i}": f"what about {word}" for i, word in enumerate(WORDS[:6])}
+QRELS = {f"q{i}": {f"p{i}": 1, f"p{i + 1}": 0} for i in range(6)}
+
+
+def make_collection(folder, passages=PASSAGES, queries=QUERIES, qrels=QRELS, positive_queries=None):
+    folder = folder / "ko"
+    write_jsonl(folder / "corpus.jsonl", ({"id": k, "text": v} for k, v in passages.items()))
+    write_jsonl(folder / "train_queries.jsonl", ({"id": k, "text": v} for k, v in queries.items()))
+    judged = ((q, p, r) for q, judgements in qrels.items() for p, r in judgements.items())
+    write_jsonl(folder / "train_qrels.jsonl", ({"qid": q, "docid": p, "relevance": r} for q, p, r in judged))
+    if positive_queries:
+        lines = ({"docid": p, "queries": texts} for p, texts in positive_queries.items())
+        write_jsonl(folder / "positive_queries.jsonl", lines)
+    return folder.parent
+
+
+def run(model, folder, **options):
+    options = {
+        "rank_from": 1,
+        "rank_to": 8,
+        "negatives": 4,
+        "passage_max_len": 100,
+        "dtype": "float32",
+    } | options
+    output = folder / "train.jsonl"
+    argv = ["--model", str(model), "--collection", str(folder), "--language", "ko", "--output", str(output)]
+    main(argv + [f"--{key}={value}" for key, value in options.items()])
+    return {record["query_id"]: record for _, record in read_jsonl(output)}
+
+
+def rank_by_hand(model, query):
+    """Passage ids and cosines, best first."""
+    encoder = load_encoder(model)
+    options = {"settings": EmbeddingSettings(), "max_length": 100, "progress": False}
+    scores = (
+        encode(*encoder, [query], kind="query", **options)
+        @ encode(*encoder, list(PASSAGES.values()), kind="passage", **options).T
+    )
+    return sorted(zip(scores[0].tolist(), PASSAGES), reverse=True)
+
+
+def test_lines_hold_the_most_similar_passages_that_are_not_positives(tiny_encoder, tmp_path):
+    records = run(tiny_encoder, make_collection(tmp_path))
+    assert list(records) == list(QUERIES)
+    for query_id, record in records.items():
+        assert not list(find_faults(record, scores_required=True))
+        ranked = rank_by_hand(tiny_encoder, QUERIES[query_id])
+        (positive,) = record["pos_ids"]
+        assert positive == f"p{query_id[1:]}"
+        others = [(score, passage) for score, passage in ranked if passage != positive]
+        assert record["neg_ids"] == [passage for _, passage in others[:4]]
+        assert record["neg_scores"] == pytest.approx([score for score, _ in others[:4]], abs=2e-3)
+        assert record["pos_scores"] == pytest.approx([s for s, p in ranked if p == positive], abs=2e-3)
+        assert record["query"] == QUERIES[query_id]
+        assert record["pos"] == [PASSAGES[positive]]
+        assert record["neg"] == [PASSAGES[p] for p in record["neg_ids"]]
+        known = {f"p{i}": [QUERIES[f"q{i}"]] for i in range(6)}
+        assert record["neg_q"] == [known.get(p) for p in record["neg_ids"]]
+    assert any(q for record in records.values() for q in record["neg_q"])
+
+
+def test_window_counts_without_positives(tiny_encoder, tmp_path):
+    folder = make_collection(tmp_path)
+    everything = run(tiny_encoder, folder, rank_to=15, negatives=15)
+    window = run(tiny_encoder, folder, rank_from=3, rank_to=9, negatives=2, overwrite="true")
+    for query_id, record in window.items():
+        assert len(everything[query_id]["neg_ids"]) == 15
+        assert record["neg_ids"] == everything[query_id]["neg_ids"][2:4]
+
+
+def test_random_negatives_come_from_the_window_and_the_seed(tiny_encoder, tmp_path):
+    folder = make_collection(tmp_path)
+    ranked = run(tiny_encoder, folder, rank_to=15, negatives=15)
+    options = {"rank_from": 2, "rank_to": 12, "negatives": 4, "sampling": "random", "overwrite": "true"}
+    first, again, other = (run(tiny_encoder, folder, seed=seed, **options) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    drawn = set()
+    for query_id, record in first.items():
+        ranks = [ranked[query_id]["neg_ids"].index(passage) + 1 for passage in record["neg_ids"]]
+        assert ranks == sorted(set(ranks))
+        assert all(2 <= rank <= 12 for rank in ranks)
+        drawn.update(ranks)
+    assert max(drawn) > 5
+
+
+def test_equal_texts_are_one_passage_and_never_a_negative_of_their_own(tiny_encoder, tmp_path):
+    passages = {**PASSAGES, "twin0": "apple  brick 0", "twin9": PASSAGES["p9"], "blank": " "}
+    records = run(
+        tiny_encoder,
+        make_collection(tmp_path, passages=passages),
+        rank_to=40,
+        negatives=40,
+        max_positive_queries=9,
+    )
+    assert set(records["q0"]["neg_ids"]) == set(PASSAGES) - {"p0"}
+    assert set(records["q1"]["neg_ids"]) == set(PASSAGES) - {"p1"}
+
+
+def test_known_queries(tiny_encoder, tmp_path, capsys):
+    positive_queries = {
+        "p0": ["extra one", "extra two", QUERIES["q0"] + " "],
+        "p9": ["about nine", " what  about brick"],
+        "p10": [f"ten {i}" for i in range(7)],
+        "gone": ["nobody"],
+    }
+    folder = make_collection(tmp_path, positive_queries=positive_queries)
+    records = run(tiny_encoder, folder, rank_to=15, negatives=15, max_positive_queries=3)
+    known = dict(zip(records["q1"]["neg_ids"], records["q1"]["neg_q"]))
+    # p9 is known to answer the text of q1: no negative of it, though not judged.
+    assert "p9" not in known
+    assert known["p0"] == [QUERIES["q0"], "extra one", "extra two"]
+    assert known["p11"] is None
+    seen = [
+        q
+        for r in records.values()
+        for p, queries in zip(r["neg_ids"], r["neg_q"])
+        if p == "p10"
+        for q in queries
+    ]
+    assert len(seen) == 3 * len(records)
+    assert len(set(seen)) > 3  # drawn, not always the first ones
+    assert "p9" in records["q0"]["neg_ids"]
+    for record in records.values():
+        assert all(record["query"] not in (queries or ()) for queries in record["neg_q"])
+    output = capsys.readouterr().out
+    assert re.search(r"positive_queries.jsonl left out: passage not in the corpus +1\n", output)
+    assert re.search(r"other passages known to answer the query +1\n", output)
+    none = run(tiny_encoder, folder, max_positive_queries=0, overwrite="true")
+    assert {q for record in none.values() for q in record["neg_q"]} == {None}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_dropped_queries_are_counted(tiny_encoder, tmp_path, capsys):
+    passages = {key: PASSAGES[key] for key in ("p0", "p1", "p2")}
+    qrels = {
+        "q0": {"p0": 1},
+        "q1": {"p1": 1, "gone": 1},
+        "q2": {"gone": 1},
+        "q3": {"p2": 0},
+        "q4": dict.fromkeys(passages, 1),
+    }
+    records = run(tiny_encoder, make_collection(tmp_path, passages=passages, qrels=qrels))
+    assert list(records) == ["q0", "q1"]
+    assert records["q1"]["pos_ids"] == ["p1"]
+    assert len(records["q0"]["neg"]) == 2
+    output = capsys.readouterr().out
+    assert re.search(r"no relevant passage in the corpus +3\n", output)
+    assert re.search(r"no passage left in the window +1\n", output)
+    assert re.search(r"fewer negatives than asked for +2\n", output)
+
+
+def test_prompts_are_used_but_not_written(tiny_encoder, tmp_path):
+    folder = make_collection(tmp_path)
+    plain = run(tiny_encoder, folder)
+    prompted = run(tiny_encoder, folder, query_prompt="zzzz zzzz: ", overwrite="true")
+    assert plain != prompted
+    assert [r["query"] for r in prompted.values()] == list(QUERIES.values())
+    assert {r["pos"][0] for r in prompted.values()} <= set(PASSAGES.values())
+
+
+def test_scores_are_cosines_though_the_settings_do_not_normalize(tiny_encoder, tmp_path):
+    collection = Collection.load(make_collection(tmp_path), "ko", "train")
+    encoding = EncodingArguments(passage_max_len=100)
+    encoder = open_encoder(str(tiny_encoder), encoding)
+    encoder.settings = EmbeddingSettings(normalize=False)
+    arguments = MineArguments("", "", "", "", negatives=3)
+    records, counts = mine(encoder, collection, PassageIndex(collection), arguments, encoding, progress=False)
+    scores = [s for r in records for s in r["pos_scores"] + r["neg_scores"]]
+    assert len(scores) == counts["negatives"] + len(records) == 24
+    assert max(map(abs, scores)) <= 1.001
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank_from": 0}, "expected 1 <= rank_from <= rank_to"),
+        ({"rank_from": 9}, "expected 1 <= rank_from <= rank_to"),
+        ({"negatives": 9}, "the window from rank 1 to 8 holds 8"),
+        ({"negatives": 0}, "--negatives: found 0"),
+        ({"max_positive_queries": -1}, "--max_positive_queries"),
+        ({"sampling": "best"}, "sampling"),
+        ({"passage_max_len": 300}, "the encoder takes 128 at most"),
+        ({"language": "fa"}, "holds ko"),
+        ({"split": "dev"}, "the splits here are train"),
+        ({"negative": 3}, "did you mean 'negatives'?"),
+    ],
+)
+def test_mistakes_end_in_a_message(tiny_encoder, tmp_path, capsys, options, words):
+    folder = make_collection(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        run(tiny_encoder, folder, **options)
+    assert exit.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert not (folder / "train.jsonl").exists()
+
+
+def test_existing_output_is_not_overwritten_unasked(tiny_encoder, tmp_path, capsys):
+    folder = make_collection(tmp_path)
+    (folder / "train.jsonl").write_text(json.dumps({"query_id": "mine"}))
+    with pytest.raises(SystemExit) as exit:
+        run(tiny_encoder, folder)
+    assert exit.value.code == 2
+    assert "--overwrite true" in capsys.readouterr().err
+    assert json.loads((folder / "train.jsonl").read_text()) == {"query_id": "mine"}
+
+
+def test_broken_positive_queries_name_the_line(tiny_encoder, tmp_path, capsys):
+    folder = make_collection(tmp_path)
+    (folder / "ko" / "positive_queries.jsonl").write_text(
+        '{"docid": "p1", "queries": ["x"]}\n{"docid": "p2"}\n'
+    )
+    with pytest.raises(SystemExit) as exit:
+        run(tiny_encoder, folder)
+    assert exit.value.code == 2
+    assert "positive_queries.jsonl:2: field 'queries': missing" in capsys.readouterr().err
