@@ -98,9 +98,7 @@ def save(figure: Figure, output: Path) -> Path:
     drawn, buffer = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png")
     # A palette is enough for text and lines and halves the file; dithering would speckle the white.
-    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-        buffer, "png", optimize=True
-    )
+    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(buffer.getvalue())
     return output
@@ -185,9 +183,7 @@ def _rule(x: Sequence[float], y: Sequence[float]) -> Line2D:
     return Line2D(x, y, color=PALE, linewidth=1.2)
 
 
-def trajectories(
-    penalty_weight: float, steps: int = STEPS, learning_rate: float = LEARNING_RATE
-) -> np.ndarray:
+def trajectories(penalty_weight: float, steps: int = STEPS, learning_rate: float = LEARNING_RATE) -> np.ndarray:
     """Where gradient descent on :class:`clpl_moe.CLPLLoss` takes the four points of ``START``.
 
     Plain steps on free vectors, each scaled back to length 1.
@@ -325,9 +321,7 @@ def _draw_arrow(axes: Axes, way: np.ndarray, color: str) -> None:
     # Past the middle, so that on a way that turns the head points to where the point ends up.
     at_head = 0.75 * lengths[-1]
     tail, head = (np.array([np.interp(x, lengths, axis) for axis in way.T]) for x in (at_head - 1, at_head))
-    axes.annotate(
-        "", head, xytext=tail, arrowprops={"arrowstyle": "-|>", "color": color, "mutation_scale": 15}
-    )
+    axes.annotate("", head, xytext=tail, arrowprops={"arrowstyle": "-|>", "color": color, "mutation_scale": 15})
 
 
 def _draw_cosines(axes: Axes, path: np.ndarray) -> None:
@@ -396,17 +390,13 @@ def plot_run(metrics_jsonl: str | Path, output: str | Path) -> Path:
         if curves:
             drawn.append((title, curves))
     if not drawn:
-        raise UserError(
-            f"{at(metrics_jsonl)}: no line has a step with a loss, a similarity or an nDCG to draw"
-        )
+        raise UserError(f"{at(metrics_jsonl)}: no line has a step with a loss, a similarity or an nDCG to draw")
     with style():
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
         figure = Figure(figsize=(3.9 * len(drawn), 3.5), layout="constrained")
-        for axes, (title, curves) in zip(
-            figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True
-        ):
+        for axes, (title, curves) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
             for points, label, color in curves:
                 _draw_curve(axes, points, label, color)
             axes.set_title(title, weight="bold")
@@ -460,12 +450,8 @@ def _draw_curve(axes: Axes, points: np.ndarray, label: str, color: str) -> None:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Draw the README's figures, or the curves of a training run."
-    )
-    parser.add_argument(
-        "--run", metavar="DIR", type=Path, help="draw this run's metrics.jsonl, not the figures"
-    )
+    parser = argparse.ArgumentParser(description="Draw the README's figures, or the curves of a training run.")
+    parser.add_argument("--run", metavar="DIR", type=Path, help="draw this run's metrics.jsonl, not the figures")
     parser.add_argument(
         "--output",
         metavar="PATH",
@@ -485,16 +471,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.run is None:
         folder = args.output or IMAGES
         if folder.exists() and not folder.is_dir():
-            raise UserError(
-                f"{at(folder)}: not a folder; without --run, --output is the folder of the figures"
-            )
+            raise UserError(f"{at(folder)}: not a folder; without --run, --output is the folder of the figures")
         written = [plot_formula(folder / "formula.png"), plot_clpl(folder / "clpl.png")]
     else:
         output = args.output or args.run / "metrics.png"
         if output.suffix.lower() != ".png":
-            raise UserError(
-                f"{at(output)}: with --run, --output is the picture to write, a name ending in .png"
-            )
+            raise UserError(f"{at(output)}: with --run, --output is the picture to write, a name ending in .png")
         refuse_existing(output, args.overwrite == "true")
         written = [plot_run(args.run / "metrics.jsonl", output)]
     for path in written:

@@ -38,9 +38,7 @@ def golden_state(moe: str | None, num_experts: int) -> dict[str, Tensor]:
     from transformers import XLMRobertaConfig, XLMRobertaModel
 
     with torch.device("meta"):
-        shapes = {
-            k: v.shape for k, v in XLMRobertaModel(XLMRobertaConfig(**GOLDEN["dims"])).state_dict().items()
-        }
+        shapes = {k: v.shape for k, v in XLMRobertaModel(XLMRobertaConfig(**GOLDEN["dims"])).state_dict().items()}
     if moe is not None:
         for layer in range(GOLDEN["dims"]["num_hidden_layers"]):
             dense = f"encoder.layer.{layer}.{moe}.dense"

@@ -14,9 +14,7 @@ import torch.multiprocessing as mp
 def run_in_processes(function: Callable[[int], Any], folder: Path, count: int = 2) -> list[Any]:
     """What ``function(rank)``, a function of a module, returns in each of ``count`` processes."""
     # One server imports everything once; its forks have no threads, as a fork of this process would.
-    mp.get_context("forkserver").set_forkserver_preload(
-        ["clpl_moe.moe.balance", "transformers", "hypothesis"]
-    )
+    mp.get_context("forkserver").set_forkserver_preload(["clpl_moe.moe.balance", "transformers", "hypothesis"])
     mp.start_processes(_work, (function, str(folder), count), count, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
 

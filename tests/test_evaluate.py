@@ -14,11 +14,7 @@ from clpl_moe.files import write_jsonl
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.evaluation import evaluate_retrieval
 
-TEXTS = [
-    f"{a} {b}"
-    for a in ("red", "blue", "green", "white")
-    for b in ("house", "river", "stone", "cloud", "bird")
-]
+TEXTS = [f"{a} {b}" for a in ("red", "blue", "green", "white") for b in ("house", "river", "stone", "cloud", "bird")]
 
 
 def make_collection(folder, language, copies=0):
@@ -27,9 +23,7 @@ def make_collection(folder, language, copies=0):
     folder = folder / language
     write_jsonl(folder / "corpus.jsonl", ({"id": f"p{i}", "text": text} for i, text in enumerate(texts)))
     write_jsonl(folder / "dev_queries.jsonl", ({"id": f"q{i}", "text": f"{TEXTS[i]}s"} for i in range(8)))
-    write_jsonl(
-        folder / "dev_qrels.jsonl", ({"qid": f"q{i}", "docid": f"p{i}", "relevance": 1} for i in range(8))
-    )
+    write_jsonl(folder / "dev_qrels.jsonl", ({"qid": f"q{i}", "docid": f"p{i}", "relevance": 1} for i in range(8)))
     return folder.parent
 
 
@@ -102,7 +96,7 @@ def test_same_content_is_reused_wherever_it_lies(tiny_encoder, collections, tmp_
     run(tmp_path / "moved", tmp_path / "moved data", output, batch_tokens=99)
     printed = capsys.readouterr().out
     assert "not computed again" in printed
-    assert printed.splitlines()[-1].split()[1:] == table[1:]
+    assert printed.splitlines()[-1].split() == ["moved", *table[1:]]
     assert (output / "ko" / "metrics.json").read_text() == before
 
 
@@ -177,11 +171,12 @@ def test_labels():
 
 def test_prompts_and_pooling_come_from_the_folder_and_can_be_overridden(tiny_encoder, collections, tmp_path):
     model = shutil.copytree(tiny_encoder, tmp_path / "model")
-    settings = EmbeddingSettings("mean", True, "query: ", "passage: ")
+    settings = EmbeddingSettings("mean", False, "query: ", "passage: ")
     write_settings(model, settings, max_length=100, hidden_size=32)
     run(model, collections, tmp_path / "out")
     from_folder = json.loads((tmp_path / "out" / "ko" / "metrics.json").read_text())
     assert from_folder["settings"]["pooling"] == "mean"
+    assert from_folder["settings"]["normalize"]  # similarity is the cosine
     assert from_folder["settings"]["passage_prompt"] == "passage: "
     overrides = {"pooling": "cls", "query_prompt": "", "passage_prompt": ""}
     run(model, collections, tmp_path / "overridden", **overrides)

@@ -19,7 +19,7 @@ def start(script, *arguments):
 
 
 def test_public_names_are_there():
-    assert set(clpl_moe.__all__) == set(dir(clpl_moe))
+    assert set(clpl_moe.__all__) == set(dir(clpl_moe)) == {"__version__", *clpl_moe._PUBLIC}
     for name in clpl_moe.__all__:
         assert getattr(clpl_moe, name) is not None
     assert clpl_moe.CLPLLoss.__module__ == "clpl_moe.loss"
@@ -51,9 +51,7 @@ print(*sorted(added & {"torch", "transformers", "numpy", "FlagEmbedding", "sente
             "import clpl_moe.moe.modeling_clpl_moe; from transformers import AutoModel",
             marks=pytest.mark.slow,
         ),
-        pytest.param(
-            "from clpl_moe import inject_moe; from transformers import AutoModel", marks=pytest.mark.slow
-        ),
+        pytest.param("from clpl_moe import inject_moe; from transformers import AutoModel", marks=pytest.mark.slow),
     ],
 )
 def test_auto_model_knows_the_experts_whatever_is_imported_first(tmp_path, order):

@@ -104,9 +104,7 @@ def test_equals_the_formula_on_ragged_batches(data):
     batch, group = data.draw(st.integers(1, 4), "batch"), data.draw(st.integers(1, 4), "group")
     rows = st.integers(0, batch * group - 1)
     negative_index = data.draw(st.lists(rows, max_size=8), "negative_index")
-    inputs = make_batch(
-        batch, group, negative_index, 5, torch.float64, data.draw(st.integers(0, 1000), "seed")
-    )
+    inputs = make_batch(batch, group, negative_index, 5, torch.float64, data.draw(st.integers(0, 1000), "seed"))
     if data.draw(st.booleans(), "ids"):
         inputs["passage_ids"] = torch.tensor([data.draw(st.integers(0, 3)) for _ in range(batch * group)])
     options = {
@@ -129,9 +127,7 @@ def test_equals_the_formula_on_ragged_batches(data):
 @pytest.mark.parametrize("in_batch_negatives", [True, False])
 @pytest.mark.parametrize("false_negative_margin", [None, 0.1])
 def test_gradients_are_the_derivatives(in_batch_negatives, false_negative_margin):
-    loss = CLPLLoss(
-        0.5, 0.3, in_batch_negatives=in_batch_negatives, false_negative_margin=false_negative_margin
-    )
+    loss = CLPLLoss(0.5, 0.3, in_batch_negatives=in_batch_negatives, false_negative_margin=false_negative_margin)
     inputs = make_batch(2, 3, (1, 1, 4), 3, torch.float64)
     index, ids = inputs.pop("negative_index"), torch.tensor([0, 1, 2, 3, 0, 4])
 

@@ -98,9 +98,7 @@ def test_run_is_drawn_from_whatever_its_lines_hold(figures, tmp_path):
     assert_picture(figures.plot_run(path, tmp_path / "run.png"))
     with Image.open(tmp_path / "run.png") as three_panels:
         width = three_panels.width
-    figures.plot_run(
-        run_file(tmp_path, *({"step": n, "loss": 1 / n} for n in range(1, 200))), tmp_path / "one.png"
-    )
+    figures.plot_run(run_file(tmp_path, *({"step": n, "loss": 1 / n} for n in range(1, 200))), tmp_path / "one.png")
     with Image.open(tmp_path / "one.png") as one_panel:
         assert one_panel.width == pytest.approx(width / 3, abs=2)
 

@@ -128,13 +128,7 @@ def test_known_queries(tiny_encoder, tmp_path, capsys):
     assert "p9" not in known
     assert known["p0"] == [QUERIES["q0"], "extra one", "extra two"]
     assert known["p11"] is None
-    seen = [
-        q
-        for r in records.values()
-        for p, queries in zip(r["neg_ids"], r["neg_q"])
-        if p == "p10"
-        for q in queries
-    ]
+    seen = [q for r in records.values() for p, queries in zip(r["neg_ids"], r["neg_q"]) if p == "p10" for q in queries]
     assert len(seen) == 3 * len(records)
     assert len(set(seen)) > 3  # drawn, not always the first ones
     assert "p9" in records["q0"]["neg_ids"]
@@ -224,9 +218,7 @@ def test_existing_output_is_not_overwritten_unasked(tiny_encoder, tmp_path, caps
 
 def test_broken_positive_queries_name_the_line(tiny_encoder, tmp_path, capsys):
     folder = make_collection(tmp_path)
-    (folder / "ko" / "positive_queries.jsonl").write_text(
-        '{"docid": "p1", "queries": ["x"]}\n{"docid": "p2"}\n'
-    )
+    (folder / "ko" / "positive_queries.jsonl").write_text('{"docid": "p1", "queries": ["x"]}\n{"docid": "p2"}\n')
     with pytest.raises(SystemExit) as exit:
         run(tiny_encoder, folder)
     assert exit.value.code == 2

@@ -16,17 +16,13 @@ def article(title, *paragraphs):
         for number, question in enumerate(questions):
             fields = {"question": question} if isinstance(question, str) else question
             answers = [{"text": context[:3], "answer_start": 0}]
-            qas.append(
-                {"id": f"{title}-{context[:8]}-{number}".replace(" ", "_"), "answers": answers, **fields}
-            )
+            qas.append({"id": f"{title}-{context[:8]}-{number}".replace(" ", "_"), "answers": answers, **fields})
         made.append({"context": context, "qas": qas})
     return {"title": title, "paragraphs": made}
 
 
 def squad(path, *articles):
-    path.write_text(
-        json.dumps({"version": "1.1", "data": list(articles)}, ensure_ascii=False), encoding="utf-8"
-    )
+    path.write_text(json.dumps({"version": "1.1", "data": list(articles)}, ensure_ascii=False), encoding="utf-8")
     return path
 
 
@@ -145,9 +141,7 @@ def test_articles_that_share_a_context_or_a_title_stay_on_one_side(tmp_path):
     articles = read_squad(squad(tmp_path / "a.json", *made))
     for seed in range(20):
         prepared = make_collection(articles, 0.4, seed)
-        sides = {
-            split: {line["docid"].split("#")[0] for line in lines} for split, lines in prepared.qrels.items()
-        }
+        sides = {split: {line["docid"].split("#")[0] for line in lines} for split, lines in prepared.qrels.items()}
         assert not sides["train"] & sides["dev"]
         for together in ({"0", "3", "6"}, {"1", "5"}):
             assert together <= sides["train"] or together <= sides["dev"]
@@ -157,9 +151,7 @@ def test_articles_that_share_a_context_or_a_title_stay_on_one_side(tmp_path):
 def test_train_question_that_equals_a_dev_question_is_left_out(tmp_path):
     made = many(10)
     for number, one in enumerate(made):
-        one["paragraphs"][0]["qas"].append(
-            {"id": f"same{number}", "question": "언제  태어났나?", "answers": [1]}
-        )
+        one["paragraphs"][0]["qas"].append({"id": f"same{number}", "question": "언제  태어났나?", "answers": [1]})
     prepared = make_collection(read_squad(squad(tmp_path / "a.json", *made)))
     assert prepared.counts["train questions that equal a dev question left out"] == 8
     texts = {split: {line["text"] for line in lines} for split, lines in prepared.queries.items()}
@@ -175,9 +167,7 @@ def test_several_files_and_no_titles(tmp_path):
     corpus = lines(tmp_path / "out" / "ko" / "corpus.jsonl")
     assert [line["text"] for line in corpus] == [f"{p} {i}." for i in range(4) for p in ("본문", "둘째")]
     assert all(line["title"] == "" for line in corpus)
-    queries = [
-        q for split in ("train", "dev") for q in lines(tmp_path / "out" / "ko" / f"{split}_queries.jsonl")
-    ]
+    queries = [q for split in ("train", "dev") for q in lines(tmp_path / "out" / "ko" / f"{split}_queries.jsonl")]
     assert len(queries) == 12
 
 

@@ -64,9 +64,7 @@ def test_equals_the_loss_of_the_embeddings(model, columns, options):
     torch.testing.assert_close(found, expected.loss)
     assert (expected.penalty > 0) == (columns > 4)
     parameters = [p for name, p in model.named_parameters() if "pooler" not in name]
-    for gradient, wanted in zip(
-        torch.autograd.grad(found, parameters), torch.autograd.grad(expected.loss, parameters)
-    ):
+    for gradient, wanted in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(expected.loss, parameters)):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -110,9 +108,11 @@ def test_passages_of_the_same_text_are_no_negatives(model):
     found = SentenceTransformerCLPLLoss(model, num_negatives=1)(inputs)
     query, positive, negative = (model(model.preprocess(column))["sentence_embedding"] for column in columns)
     passages = torch.stack([positive, negative], dim=1).flatten(0, 1)
-    ids = torch.tensor([0, 1, 2, 0])
-    torch.testing.assert_close(found, CLPLLoss()(query, passages, passage_ids=ids).loss)
+    expected = CLPLLoss()(query, passages, passage_ids=torch.tensor([0, 1, 2, 0])).loss
+    torch.testing.assert_close(found, expected)
     assert found < CLPLLoss()(query, passages).loss
+    with_queries = [*inputs, model.preprocess(["", ""])]
+    torch.testing.assert_close(SentenceTransformerCLPLLoss(model, num_negatives=1)(with_queries), expected)
 
 
 def test_pairs_without_negatives(model):
@@ -151,7 +151,7 @@ def test_trains_experts_of_the_encoder_inside(model):
 
 
 def train(folder, output, penalty_weight):
-    """Train a fresh model with the real trainer; the trainer, the model and the terms of each forward pass."""
+    """Train a fresh model with the real trainer; returns it, the model and the terms of each forward pass."""
     model = SentenceTransformer(str(folder), device="cpu")
     dataset = Dataset.from_dict({name: texts * 2 for name, texts in COLUMNS.items()})
     loss = SentenceTransformerCLPLLoss(model, 0.1, penalty_weight, num_negatives=2, query_prompt="query: ")

@@ -299,10 +299,7 @@ def test_tokenizer_is_what_users_of_xlm_roberta_expect(tokenizer):
     assert tokenizer("Hello world").input_ids == [0, 35378, 8999, 2]  # as xlm-roberta-base has them
     assert tokenizer("Hello", "world").input_ids == [0, 35378, 2, 2, 8999, 2]
     assert tokenizer("a <mask> b").input_ids.count(250001) == 1
-    assert (
-        tokenizer.decode(tokenizer(SENTENCES["ko"][0]).input_ids, skip_special_tokens=True)
-        == SENTENCES["ko"][0]
-    )
+    assert tokenizer.decode(tokenizer(SENTENCES["ko"][0]).input_ids, skip_special_tokens=True) == SENTENCES["ko"][0]
 
 
 def test_truncation_and_padding(tokenizer):
@@ -375,9 +372,7 @@ def is_comparable(tokenizer, text):
 
 def test_thousands_of_texts_are_tokenised_as_the_package_does(tokenizer, engine, known_characters):
     random = np.random.default_rng(0)
-    known_characters["all"] = [
-        random.choice(characters) for characters in known_characters.values() for _ in range(60)
-    ]
+    known_characters["all"] = [random.choice(characters) for characters in known_characters.values() for _ in range(60)]
     for kind, characters in known_characters.items():
         texts = ["".join(random.choice(characters, random.integers(1, 40))) + "." for _ in range(500)]
         texts = [text for text in texts if is_comparable(tokenizer, text)]

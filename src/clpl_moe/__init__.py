@@ -21,7 +21,18 @@ _PUBLIC = {
     "UserError": "clpl_moe.errors",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+__all__ = [
+    "CLPLLoss",
+    "CLPLOutput",
+    "MoEConfig",
+    "SentenceTransformerCLPLLoss",
+    "UserError",
+    "__version__",
+    "inject_moe",
+    "load_encoder",
+    "merge_experts",
+    "save_encoder",
+]
 
 if TYPE_CHECKING:
     from clpl_moe.encoder import load_encoder, save_encoder

@@ -58,9 +58,9 @@ def make_parser(dataclass_types: Sequence[type], prog: str, description: str):
         # `--no_x` beside a true-by-default `--x`: works, but the option is already listed once.
         if action.option_strings and action.option_strings[0].startswith("--no_") and action.nargs == 0:
             action.help = argparse.SUPPRESS
-        # A per cent sign in a dependency's help text would be taken for a format.
+        # A per cent sign in a dependency's help text would be taken for a format; some have doubled theirs already.
         elif action.help:
-            action.help = action.help.replace("%", "%%")
+            action.help = action.help.replace("%%", "%").replace("%", "%%")
     return parser
 
 

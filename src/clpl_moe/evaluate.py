@@ -41,9 +41,7 @@ class EvaluateArguments:
         metadata={"help": "metrics, in the spelling of ir_measures"},
     )
     top_k: int = field(default=1000, metadata={"help": "passages retrieved for each query"})
-    overwrite: bool = field(
-        default=False, metadata={"help": "replace results of another model, data or settings"}
-    )
+    overwrite: bool = field(default=False, metadata={"help": "replace results of another model, data or settings"})
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -78,10 +76,8 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> list[
     for name, collection, folder, key in planned:
         found = None if arguments.overwrite else _read(folder / "metrics.json")
         if found is not None:
-            print(
-                f"{folder}: holds the result of the same model, collection and settings; not computed again"
-            )
-            results.append(found)
+            print(f"{folder}: holds the result of the same model, collection and settings; not computed again")
+            results.append({**found, "model": name})  # it may lie elsewhere now
             continue
         if opened != name:  # one model at a time in memory
             encoder = None
@@ -104,9 +100,7 @@ def _plan(
     limit = max_positions(encoder.model)
     for option in ("query_max_len", "passage_max_len"):
         if limit is not None and getattr(encoding, option) > limit:
-            raise UserError(
-                f"--{option}: found {getattr(encoding, option)}, {name} takes {limit} tokens at most"
-            )
+            raise UserError(f"--{option}: found {getattr(encoding, option)}, {name} takes {limit} tokens at most")
     weights = model_fingerprint(encoder.model, encoder.tokenizer)
     planned = []
     for language, collection in collections.items():
@@ -207,10 +201,7 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
-        words = [
-            w.ljust(width) if column < 2 else w.rjust(width)
-            for column, (w, width) in enumerate(zip(row, widths))
-        ]
+        words = [w.ljust(width) if column < 2 else w.rjust(width) for column, (w, width) in enumerate(zip(row, widths))]
         lines.append("  ".join(words).rstrip())
     return "\n".join(lines)
 

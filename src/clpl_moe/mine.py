@@ -35,9 +35,7 @@ from clpl_moe.retrieval.options import Encoder, EncodingArguments, open_encoder
 class MineArguments:
     """What to mine from, and which negatives to take."""
 
-    model: str = field(
-        metadata={"help": "model folder or hub name; normally the model that is to be trained"}
-    )
+    model: str = field(metadata={"help": "model folder or hub name; normally the model that is to be trained"})
     collection: str = field(metadata={"help": "folder that holds a collection per language"})
     language: str = field(metadata={"help": "language: the folder in it"})
     output: str = field(metadata={"help": "JSONL file to write"})
@@ -46,12 +44,8 @@ class MineArguments:
     rank_from: int = field(
         default=2, metadata={"help": "first rank of the window; rank 1 is too often right but not judged"}
     )
-    rank_to: int = field(
-        default=60, metadata={"help": "last rank of the window; known positives have no rank"}
-    )
-    negatives: int = field(
-        default=8, metadata={"help": "negatives for each query; training draws some each time"}
-    )
+    rank_to: int = field(default=60, metadata={"help": "last rank of the window; known positives have no rank"})
+    negatives: int = field(default=8, metadata={"help": "negatives for each query; training draws some each time"})
     sampling: Literal["top", "random"] = field(
         default="top", metadata={"help": "the window's first passages, or any of it, all equally likely"}
     )
@@ -92,9 +86,7 @@ class PassageIndex:
         unknown: how many entries of ``positive_queries`` name no passage of the corpus.
     """
 
-    def __init__(
-        self, collection: Collection, positive_queries: Iterable[tuple[str, Sequence[str]]] = ()
-    ) -> None:
+    def __init__(self, collection: Collection, positive_queries: Iterable[tuple[str, Sequence[str]]] = ()) -> None:
         self.ids: list[str] = []
         self.texts: list[str] = []
         self.number: dict[str, int] = {}
@@ -168,9 +160,7 @@ def mine(
             continue
         positives[query_id] = relevant
         excluded[query_id] = index.answers[normalize_text(texts[query_id])]
-        counts["passages kept out: other passages known to answer the query"] += len(
-            excluded[query_id]
-        ) - len(relevant)
+        counts["passages kept out: other passages known to answer the query"] += len(excluded[query_id]) - len(relevant)
     counts["passages kept out: empty or same text as another"] = len(collection.passages) - len(index.ids)
     if not positives:
         return [], counts
@@ -184,9 +174,7 @@ def mine(
     wanted = [texts[query_id] for query_id in positives]
     queries = encode(model, tokenizer, wanted, kind="query", max_length=encoding.query_max_len, **how)
     check_finite(queries)
-    passages = encode(
-        model, tokenizer, index.texts, kind="passage", max_length=encoding.passage_max_len, **how
-    )
+    passages = encode(model, tokenizer, index.texts, kind="passage", max_length=encoding.passage_max_len, **how)
     check_finite(passages)
     # Deep enough that the window is full when all that must not be in it has been taken out.
     depth = arguments.rank_to + max(map(len, excluded.values()))
@@ -198,9 +186,7 @@ def mine(
             for place, score in zip(ranked[row].tolist(), scores[row].tolist())
             if place not in excluded[query_id]
         ]
-        draw = random.Random(
-            f"{arguments.seed} {query_id}"
-        )  # of its own, so that other queries do not matter
+        draw = random.Random(f"{arguments.seed} {query_id}")  # of its own, so that other queries do not matter
         window = candidates[arguments.rank_from - 1 : arguments.rank_to]
         if arguments.sampling == "random" and len(window) > arguments.negatives:
             window = [window[i] for i in sorted(draw.sample(range(len(window)), arguments.negatives))]
@@ -208,9 +194,7 @@ def mine(
         if not chosen:
             counts["queries dropped: no passage left in the window"] += 1
             continue
-        neg_q = [
-            _draw_queries(index.known[place], arguments.max_positive_queries, draw) for place, _ in chosen
-        ]
+        neg_q = [_draw_queries(index.known[place], arguments.max_positive_queries, draw) for place, _ in chosen]
         pos_scores = (passages[positives[query_id]] @ queries[row]).tolist()
         records.append(
             {
@@ -228,9 +212,7 @@ def mine(
         counts["negatives"] += len(chosen)
         counts["negatives with known queries"] += sum(q is not None for q in neg_q)
         counts["known queries of negatives"] += sum(len(q or ()) for q in neg_q)
-        counts["negatives more similar than every positive"] += sum(
-            score > max(pos_scores) for _, score in chosen
-        )
+        counts["negatives more similar than every positive"] += sum(score > max(pos_scores) for _, score in chosen)
         counts["queries with fewer negatives than asked for"] += len(chosen) < arguments.negatives
     counts["lines"] = len(records)
     return records, counts
@@ -265,9 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, count in counts.items():
         print(f"{name:<{width}}  {count:>9,}")
     if not records:
-        raise UserError(
-            f"no query of {collection.directory / collection.language} could be given negatives; see above"
-        )
+        raise UserError(f"no query of {collection.directory / collection.language} could be given negatives; see above")
     write_jsonl(arguments.output, records)
     print(f"wrote {arguments.output}")
 

@@ -36,9 +36,7 @@ class PrepareArguments:
     squad: list[str] = field(metadata={"help": "JSON files in SQuAD's shape"})
     language: str = field(metadata={"help": "name of the collection's folder inside --output, such as ko"})
     output: str = field(metadata={"help": "folder for collections"})
-    dev_share: float = field(
-        default=0.2, metadata={"help": "share of the articles whose questions are for dev"}
-    )
+    dev_share: float = field(default=0.2, metadata={"help": "share of the articles whose questions are for dev"})
     seed: int = field(default=42, metadata={"help": "decides which articles are for dev"})
     titles: bool = field(default=True, metadata={"help": "give each passage the title of its article"})
     overwrite: bool = field(default=False, metadata={"help": "replace the collection that is there"})
@@ -230,8 +228,7 @@ def make_collection(
         text = normalize_text(question.text)
         if owners.setdefault(question.id, text) != text:
             raise UserError(
-                f"{question.place}: the id '{question.id}' belongs to another question already:"
-                f" '{owners[question.id]}'"
+                f"{question.place}: the id '{question.id}' belongs to another question already: '{owners[question.id]}'"
             )
         if split == "train" and text in dev_texts:
             counts["train questions that equal a dev question left out"] += 1
@@ -245,9 +242,7 @@ def make_collection(
             passages.append(passage_id)
     for split, share in (("train", 1 - dev_share), ("dev", dev_share)):
         if share > 0 and not queries[split]:
-            raise UserError(
-                f"no question is left for {split}: choose another --dev_share ({dev_share}) or --seed"
-            )
+            raise UserError(f"no question is left for {split}: choose another --dev_share ({dev_share}) or --seed")
         counts[f"{split} queries"] = len(queries[split])
     positive: dict[str, list[str]] = {}
     for query in queries["train"].values():

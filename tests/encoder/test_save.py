@@ -234,8 +234,6 @@ def test_refuses_experts_in_a_class_that_could_not_be_loaded_again(tmp_path, tin
     skipped = ("model_type", "architectures", "dtype")
     values = {k: v for k, v in make_encoder().config.to_dict().items() if k not in skipped}
     model = inject_moe(transformers.CamembertModel(transformers.CamembertConfig(**values)), MoEConfig())
-    with pytest.raises(
-        ValueError, match=r"a CamembertModel with experts could not be loaded again: merge_experts"
-    ):
+    with pytest.raises(ValueError, match=r"a CamembertModel with experts could not be loaded again: merge_experts"):
         save_encoder(model, tiny_tokenizer, tmp_path / "model")
     assert not (tmp_path / "model").exists()

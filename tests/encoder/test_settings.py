@@ -68,9 +68,7 @@ def test_both_formats_of_the_pooling_file(tmp_path, config, pooling):
 
 
 def test_newest_names_of_the_modules(tmp_path):
-    write_modules(
-        tmp_path, "Transformer", "Pooling", "Normalize", prefix="sentence_transformers.base.modules.x."
-    )
+    write_modules(tmp_path, "Transformer", "Pooling", "Normalize", prefix="sentence_transformers.base.modules.x.")
     write(tmp_path, "1_Pooling/config.json", {"pooling_mode": "mean"})
     assert read_settings(tmp_path) == EmbeddingSettings(pooling="mean", normalize=True)
 
@@ -211,9 +209,7 @@ def test_sentence_transformers_reads_what_is_written_and_pools_alike(tmp_path, p
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[CLS]"
     )
     tokenizer.save_pretrained(tmp_path)
-    config = BertConfig(
-        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
+    config = BertConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     model = BertModel(config, add_pooling_layer=False).eval()
     model.save_pretrained(tmp_path)
     settings = EmbeddingSettings(pooling, pooling != "mean", "query: ", "passage: ")

@@ -20,9 +20,7 @@ def terms_of(encoder, *batches):
 def test_losses_by_hand(target, top_k):
     encoder, inputs = make_moe(target, top_k=top_k), {}
     for index, _, router in layer_states(encoder):
-        router.register_forward_hook(
-            lambda _, args, __, index=index: inputs.setdefault(index, []).append(args[0])
-        )
+        router.register_forward_hook(lambda _, args, __, index=index: inputs.setdefault(index, []).append(args[0]))
     terms = terms_of(encoder, make_batch([9, 4]), make_batch([3, 6, 2], 1))
     balances, zs, loads = [], [], []
     for index, _, router in layer_states(encoder):

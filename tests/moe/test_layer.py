@@ -34,7 +34,7 @@ def make_experts(num_experts, in_features, out_features):
 
 def set_mask(state, mask):
     """Tell which of the tokens are real, as an encoder's hooks do."""
-    state.call.tokens = None if mask is None else mask.flatten().nonzero().squeeze(1)
+    state.set_tokens(None if mask is None else mask.flatten().nonzero().squeeze(1))
 
 
 def assignments(x, router):
@@ -185,9 +185,7 @@ def test_slots_are_sorted_by_expert_and_found_again():
     assignment = router(x, LayerState())
     experts = (x @ router.weight.T).topk(2).indices  # (T, k)
     assert assignment.sizes == [int((experts == e).sum()) for e in range(4)]
-    assert torch.equal(
-        assignment.rows[assignment.inverse].view(9, 2), torch.arange(9).unsqueeze(1).expand(9, 2)
-    )
+    assert torch.equal(assignment.rows[assignment.inverse].view(9, 2), torch.arange(9).unsqueeze(1).expand(9, 2))
     slot_experts = torch.arange(4).repeat_interleave(torch.tensor(assignment.sizes))
     assert torch.equal(slot_experts[assignment.inverse].view(9, 2), experts)
 

@@ -171,11 +171,7 @@ def test_longer_than_the_encoder_takes(encoder):
     with pytest.raises(UserError, match="129 tokens was asked for, the encoder takes 128 at most"):
         encode(*encoder, ["x"], settings=SETTINGS, kind="passage", max_length=129, progress=False)
     texts = ["x" * 500]
-    assert (
-        encode(*encoder, texts, settings=SETTINGS, kind="passage", max_length=128, progress=False)
-        .isfinite()
-        .all()
-    )
+    assert encode(*encoder, texts, settings=SETTINGS, kind="passage", max_length=128, progress=False).isfinite().all()
 
 
 def test_fingerprint_follows_the_content(tiny_encoder, tmp_path, encoder):

@@ -13,6 +13,7 @@ Other fields (ids, for instance) are allowed and not used.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +103,7 @@ def data_files(paths: list[str]) -> list[Path]:
 def _found(value: Any) -> str:
     if value is None:
         return "null"
-    kind = {str: "string", bool: "boolean", int: "number", float: "number", list: "list", dict: "object"}
-    return f"a {kind.get(type(value), type(value).__name__)}"
+    return {str: "a string", bool: "a boolean", list: "a list", dict: "an object"}.get(type(value), "a number")
 
 
 def _blank(value: Any) -> bool:
@@ -165,14 +165,22 @@ def _scores(record: dict[str, Any], field: str, texts: str, required: bool) -> I
     value = record.get(field)
     if value is None:
         if required:
-            yield Fault(field, f"is missing, expected numbers, one for each entry of '{texts}' (knowledge_distillation)")
+            yield Fault(
+                field,
+                f"is missing, expected numbers, one for each entry of '{texts}' (knowledge_distillation)",
+            )
         return
     if not isinstance(value, list):
         yield Fault(field, f"found {_found(value)}, expected a list of numbers")
         return
     if isinstance(record.get(texts), list) and len(value) != len(record[texts]):
-        yield Fault(field, f"found {len(value)} numbers, expected {len(record[texts])}, one for each entry of '{texts}'")
+        yield Fault(
+            field,
+            f"found {len(value)} numbers, expected {len(record[texts])}, one for each entry of '{texts}'",
+        )
     for index, score in enumerate(value):
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-            found = _found(score) if not isinstance(score, float) else str(score)
-            yield Fault(f"{field}[{index}]", f"found {found}, expected a number")
+        if isinstance(score, bool) or not isinstance(score, (int, float)):
+            yield Fault(f"{field}[{index}]", f"found {_found(score)}, expected a number")
+        elif not abs(score) <= sys.float_info.max:  # an int may be larger than any float
+            found = "NaN" if isinstance(score, float) and math.isnan(score) else "a number too large"
+            yield Fault(f"{field}[{index}]", f"found {found}, expected a finite number")

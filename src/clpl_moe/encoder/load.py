@@ -32,8 +32,10 @@ def load_encoder(
     trust_remote_code: bool = False,
     cache_dir: str | None = None,
     token: str | None = None,
+    tokenizer: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load an encoder and its tokenizer from a folder or by its name on the hub.
+    """Load an encoder and its tokenizer from a folder or by its name on the hub; the tokenizer from ``tokenizer`` where
+    that is given.
 
     Folders with experts load without remote code, also those of 2024 (``config.json`` with ``moe``, ``num_experts`` and
     ``num_experts_per_tok``), whose router becomes ``topk_softmax``. A pooling layer is kept only where the weights hold
@@ -64,8 +66,10 @@ def load_encoder(
         except Exception as error:  # whatever a damaged or foreign folder brings about
             raise UserError(f"{at(path)}: the encoder cannot be loaded: {_describe(error)}") from error
         if missing := sorted(info["missing_keys"]):
-            raise UserError(f"{at(path)}: the weights lack {len(missing)} parameters of the model, first '{missing[0]}'")
-    return model.to(dtype).eval(), _load_tokenizer(path, trust_remote_code, hub)
+            raise UserError(
+                f"{at(path)}: the weights lack {len(missing)} parameters of the model, first '{missing[0]}'"
+            )
+    return model.to(dtype).eval(), _load_tokenizer(str(tokenizer or path), trust_remote_code, hub)
 
 
 def load_weights(model: PreTrainedModel, path: str | Path) -> None:

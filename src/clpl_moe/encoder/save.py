@@ -37,6 +37,7 @@ def save_encoder(
 
     Args:
         model: the encoder; with experts, one of the classes that can be saved (XLM-R, RoBERTa, BERT).
+        tokenizer: its tokenizer.
         folder: is created where it does not exist; files of the same names are replaced.
         settings: pooling and prompts; the defaults are BGE-M3's.
         max_length: longest input in tokens, as sentence-transformers truncates it.
@@ -61,6 +62,7 @@ def save_encoder(
     for name in HEAD_FILES:
         if heads is not None and name in heads:
             torch.save({key: value.detach().cpu() for key, value in heads[name].items()}, folder / name)
-        elif heads_from is not None and (source := find_file(str(heads_from), name)) is not None:
-            if Path(source).resolve() != (folder / name).resolve():
-                shutil.copyfile(source, folder / name)
+            continue
+        source = None if heads_from is None else find_file(str(heads_from), name)
+        if source is not None and Path(source).resolve() != (folder / name).resolve():
+            shutil.copyfile(source, folder / name)

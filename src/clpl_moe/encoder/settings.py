@@ -70,9 +70,7 @@ def read_settings(folder: str | Path) -> EmbeddingSettings:
             normalize = True
         elif kind != "Transformer":
             place = at(Path(folder, "modules.json"))
-            raise UserError(
-                f"{place}: found a module '{kind}', expected only Transformer, Pooling, Normalize"
-            )
+            raise UserError(f"{place}: found a module '{kind}', expected only Transformer, Pooling, Normalize")
     prompts = (_read(folder, "config_sentence_transformers.json", dict) or {}).get("prompts") or {}
     return EmbeddingSettings(
         pooling=pooling,
@@ -83,9 +81,7 @@ def read_settings(folder: str | Path) -> EmbeddingSettings:
     )
 
 
-def write_settings(
-    folder: str | Path, settings: EmbeddingSettings, max_length: int, hidden_size: int
-) -> None:
+def write_settings(folder: str | Path, settings: EmbeddingSettings, max_length: int, hidden_size: int) -> None:
     """Write the sentence-transformers files of an encoder, so that ``SentenceTransformer(folder)`` loads it.
 
     Args:
@@ -177,9 +173,7 @@ def _pooling_of(config: dict[str, Any], place: str) -> str:
         found = " and ".join(map(str, modes))
         raise UserError(f"{place}: found pooling '{found}', expected one of {', '.join(_POOLING)}")
     if not config.get("include_prompt", True):
-        raise UserError(
-            f"{place}: field 'include_prompt': found false, expected true: prompts are pooled too"
-        )
+        raise UserError(f"{place}: field 'include_prompt': found false, expected true: prompts are pooled too")
     return names[modes[0]]
 
 

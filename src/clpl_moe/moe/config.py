@@ -28,7 +28,8 @@ class MoEConfig:
         },
     )
     layers: str | list[int] = field(
-        default="all", metadata={"help": "layers with experts: all, every:2 (counted from the last), or numbers"}
+        default="all",
+        metadata={"help": "layers with experts: all, every:2 (counted from the last), or numbers"},
     )
     router: str = field(
         default="straight_through",

@@ -165,7 +165,7 @@ class _PassTokens:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         for state in self.states:
-            state.call.running = True
+            state.set_running(True)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         tokens = None
         if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
@@ -181,7 +181,7 @@ class _EndCall:
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
         for state in self.states:
-            state.call.running = False
+            state.set_running(False)
 
 
 class _TakeTokens:
@@ -191,12 +191,12 @@ class _TakeTokens:
         self.state = state
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if self.state.call.running and _TOKENS not in kwargs:
+        if self.state.is_running() and _TOKENS not in kwargs:
             raise RuntimeError(
                 "the encoder does not hand keyword arguments down to its layers, so that they cannot be told which tokens"
                 " are padding: experts do not work in it"
             )
-        self.state.call.tokens = kwargs.pop(_TOKENS, None)
+        self.state.set_tokens(kwargs.pop(_TOKENS, None))
         return args, kwargs
 
 

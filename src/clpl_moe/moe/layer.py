@@ -26,23 +26,39 @@ from torch import Tensor, nn
 class LayerState:
     """What a layer's attention and feed-forward modules have to share: which tokens are real, and the record.
 
-    Copies and pickles of a model start without a batch and without records.
+    What belongs to a forward pass is kept for each thread by itself, so that threads can share a model. Copies and
+    pickles of a model start without it, and without records.
     """
 
     def __init__(self, tracking: bool = False) -> None:
         self.tracking = tracking  # whether training forwards leave records; off, since records hold on to the graph
         self.records: list[RouterRecord] = []
-        self.call = _Call()
+        self._pass = threading.local()
+
+    # torch.compile takes values of one thread for constants: it has to leave these to Python.
+
+    @torch.compiler.disable
+    def get_tokens(self) -> Tensor | None:
+        """Indices of the real tokens in the flattened batch; None where all are real."""
+        return getattr(self._pass, "tokens", None)
+
+    @torch.compiler.disable
+    def set_tokens(self, tokens: Tensor | None) -> None:
+        """Set what :meth:`get_tokens` returns in this thread."""
+        self._pass.tokens = tokens
+
+    @torch.compiler.disable
+    def is_running(self) -> bool:
+        """Whether the encoder's own pass is under way, and not what gradient checkpointing repeats of it."""
+        return getattr(self._pass, "running", False)
+
+    @torch.compiler.disable
+    def set_running(self, running: bool) -> None:
+        """Set what :meth:`is_running` returns in this thread."""
+        self._pass.running = running
 
     def __reduce__(self) -> tuple:
         return LayerState, (self.tracking,)
-
-
-class _Call(threading.local):
-    """The forward pass under way; each thread has its own, so that threads can share a model."""
-
-    tokens: Tensor | None = None  # indices of real tokens in the flattened batch; None: all are real
-    running = False  # whether it is the encoder's own pass, and not what gradient checkpointing repeats of it
 
 
 @dataclass
@@ -128,7 +144,7 @@ class Router(nn.Module):
                     z_sum=logits.logsumexp(-1).square().sum(),
                 )
                 # What checkpointing repeats has to be computed as before, but is not to be counted twice.
-                if state.call.running:
+                if state.is_running():
                     state.records.append(record)
             order = flat.argsort(stable=True)
             inverse = torch.empty_like(order)
@@ -177,7 +193,8 @@ class Experts(nn.Module):
 def gather_tokens(hidden: Tensor, state: LayerState) -> Tensor:
     """The real tokens (T, D) of hidden (..., D)."""
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return flat if state.call.tokens is None else flat[state.call.tokens]
+    tokens = state.get_tokens()
+    return flat if tokens is None else flat[tokens]
 
 
 def combine(slots: Tensor, assignment: Assignment, state: LayerState, shape: torch.Size) -> Tensor:
@@ -186,8 +203,9 @@ def combine(slots: Tensor, assignment: Assignment, state: LayerState, shape: tor
     mixed = slots[assignment.inverse].view(*assignment.weights.shape, features)  # (T, k, D)
     weights = assignment.weights.to(mixed.dtype).unsqueeze(-1)
     mixed = (mixed * weights).sum(1)  # (T, D)
-    if state.call.tokens is not None:
-        mixed = mixed.new_zeros(shape.numel(), features).index_copy(0, state.call.tokens, mixed)
+    tokens = state.get_tokens()
+    if tokens is not None:
+        mixed = mixed.new_zeros(shape.numel(), features).index_copy(0, tokens, mixed)
     return mixed.view(*shape, features)
 
 

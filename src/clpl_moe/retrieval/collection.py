@@ -103,9 +103,7 @@ def read_positive_queries(path: str | Path) -> Iterator[tuple[str, list[str]]]:
         queries = _get(path, line, record, "queries", list, "a list of strings")
         for query in queries:
             if not isinstance(query, str) or not query.strip():
-                raise UserError(
-                    f"{at(path, line, 'queries')}: found {query!r}, expected strings that are not empty"
-                )
+                raise UserError(f"{at(path, line, 'queries')}: found {query!r}, expected strings that are not empty")
         yield docid, queries
 
 
@@ -115,9 +113,7 @@ def _read_texts(path: Path, titles: bool) -> tuple[list[str], list[str]]:
     for line, record in read_jsonl(path):
         identifier = _identifier(path, line, record, "id")
         if identifier in lines:
-            raise UserError(
-                f"{at(path, line, 'id')}: '{identifier}' stands on line {lines[identifier]} already"
-            )
+            raise UserError(f"{at(path, line, 'id')}: '{identifier}' stands on line {lines[identifier]} already")
         text = _get(path, line, record, "text", str, "a string")
         if titles:
             if not isinstance(title := record.get("title") or "", str):
@@ -143,19 +139,13 @@ def _read_qrels(path: Path, query_ids: set[str], queries_path: Path) -> dict[str
             raise UserError(f"{at(path, line, 'qid')}: '{query_id}' is not an id of {queries_path}")
         judged = qrels.setdefault(query_id, {})
         if passage_id in judged:
-            raise UserError(
-                f"{at(path, line, 'docid')}: '{passage_id}' is judged twice for query '{query_id}'"
-            )
+            raise UserError(f"{at(path, line, 'docid')}: '{passage_id}' is judged twice for query '{query_id}'")
         judged[passage_id] = relevance
     return qrels
 
 
-def _warn_of_gaps(
-    path: Path, qrels: dict[str, dict[str, int]], query_ids: list[str], passage_ids: set[str]
-) -> None:
-    unknown = {
-        p for judged in qrels.values() for p, grade in judged.items() if grade > 0 and p not in passage_ids
-    }
+def _warn_of_gaps(path: Path, qrels: dict[str, dict[str, int]], query_ids: list[str], passage_ids: set[str]) -> None:
+    unknown = {p for judged in qrels.values() for p, grade in judged.items() if grade > 0 and p not in passage_ids}
     if unknown:
         warnings.warn(
             f"{path}: {len(unknown)} relevant passages are not in the corpus, such as '{min(unknown)}'; they"
@@ -163,9 +153,7 @@ def _warn_of_gaps(
             stacklevel=3,
         )
     if unjudged := sum(query_id not in qrels for query_id in query_ids):
-        warnings.warn(
-            f"{path}: {unjudged} queries have no line here and are left out of the metrics", stacklevel=3
-        )
+        warnings.warn(f"{path}: {unjudged} queries have no line here and are left out of the metrics", stacklevel=3)
     if without := sum(not any(grade > 0 for grade in judged.values()) for judged in qrels.values()):
         warnings.warn(
             f"{path}: {without} queries have no relevant passage; they score 0, as in trec_eval", stacklevel=3

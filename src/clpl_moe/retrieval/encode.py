@@ -55,8 +55,8 @@ def encode(
         settings: pooling, whether to normalise, and the prompts.
         kind: which of the prompts goes in front of each text.
         max_length: longest input in tokens, special tokens and prompt included; the rest is cut off.
-        batch_tokens: padded tokens a batch at most; a batch holds one text at least. None: 2,048 on a CPU, where
-            small batches pad least and stay in the cache, else 16,384.
+        batch_tokens: padded tokens a batch at most, but one text at least. None: 16,384, or 2,048 on a CPU,
+            where small batches pad least and stay in its cache.
         dtype: ``torch.float32``, ``torch.bfloat16`` (autocast), or None for what :func:`compute_dtype` finds.
         progress: whether to show a bar.
 
@@ -68,15 +68,11 @@ def encode(
     """
     limit = max_positions(model)
     if limit is not None and max_length > limit:
-        raise UserError(
-            f"a {kind} length of {max_length} tokens was asked for, the encoder takes {limit} at most"
-        )
+        raise UserError(f"a {kind} length of {max_length} tokens was asked for, the encoder takes {limit} at most")
     if batch_tokens is None:
         batch_tokens = 2048 if model.device.type == "cpu" else 16384
     if max_length < 1 or batch_tokens < 1:
-        raise ValueError(
-            f"max_length and batch_tokens must be at least 1, found {max_length} and {batch_tokens}"
-        )
+        raise ValueError(f"max_length and batch_tokens must be at least 1, found {max_length} and {batch_tokens}")
     prompt = settings.query_prompt if kind == "query" else settings.passage_prompt
     unique: dict[str, int] = {}
     for text in texts:
@@ -131,9 +127,7 @@ def model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         # Truncation and padding are set by each call: they are no part of what the tokenizer is.
-        described = {
-            k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")
-        }
+        described = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
     else:
         described = tokenizer.get_vocab()
     digest.update(json.dumps(described, sort_keys=True).encode())

@@ -83,9 +83,7 @@ def evaluate_retrieval(
     queries = encode(model, tokenizer, collection.queries, kind="query", max_length=query_max_len, **how)
     check_finite(queries)
     clock("encode_queries")
-    passages = encode(
-        model, tokenizer, collection.passages, kind="passage", max_length=passage_max_len, **how
-    )
+    passages = encode(model, tokenizer, collection.passages, kind="passage", max_length=passage_max_len, **how)
     check_finite(passages)
     clock("encode_passages")
     scores, indices = search(queries.to(model.device), passages, top_k)

@@ -68,9 +68,7 @@ def _ranked(scores: Mapping[str, float]) -> list[tuple[str, float]]:
     """Passages with their 32-bit scores in trec_eval's order: descending score, then descending id."""
     import numpy as np
 
-    ranked = sorted(
-        ((float(np.float32(score)), passage_id) for passage_id, score in scores.items()), reverse=True
-    )
+    ranked = sorted(((float(np.float32(score)), passage_id) for passage_id, score in scores.items()), reverse=True)
     return [(passage_id, score) for score, passage_id in ranked]
 
 

@@ -20,9 +20,7 @@ class EncodingArguments:
     """How texts become embeddings."""
 
     query_max_len: int = field(default=128, metadata={"help": "longest query in tokens; the rest is cut off"})
-    passage_max_len: int = field(
-        default=512, metadata={"help": "longest passage in tokens; the rest is cut off"}
-    )
+    passage_max_len: int = field(default=512, metadata={"help": "longest passage in tokens; the rest is cut off"})
     batch_tokens: int | None = field(
         default=None, metadata={"help": "padded tokens a batch; not given: 2048 on a CPU, 16384 on a GPU"}
     )
@@ -80,7 +78,9 @@ def open_encoder(name: str, arguments: EncodingArguments) -> Encoder:
 
     model, tokenizer = load_encoder(name)
     given = {key: getattr(arguments, key) for key in ("pooling", "query_prompt", "passage_prompt")}
-    settings = dataclasses.replace(read_settings(name), **{k: v for k, v in given.items() if v is not None})
+    given = {key: value for key, value in given.items() if value is not None}
+    # Similarity is the cosine, as in training, also where the folder leaves the normalisation to its user.
+    settings = dataclasses.replace(read_settings(name), **given, normalize=True)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     return Encoder(model, tokenizer, settings, compute_dtype(model, dtype))

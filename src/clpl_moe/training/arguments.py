@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional
 
 from FlagEmbedding.abc.finetune.embedder import AbsEmbedderDataArguments
 from FlagEmbedding.finetune.embedder.encoder_only.m3 import (
@@ -21,19 +20,25 @@ from clpl_moe.training.compat import prefer_activation_checkpointing
 class CLPLModelArguments(EncoderOnlyEmbedderM3ModelArguments):
     """The base model and the experts that are put into it."""
 
-    token: Optional[str] = field(
-        default=None, metadata={"help": "Hub token; without it, HF_TOKEN of the environment or the stored login."}
+    token: str | None = field(
+        default=None,
+        metadata={"help": "Hub token; without it, HF_TOKEN of the environment or the stored login."},
     )
     num_experts: int = field(
-        default=2, metadata={"help": "Experts per layer; 0 trains the dense model. A base model with experts keeps its own."}
+        default=2,
+        metadata={"help": "Experts per layer; 0 trains the dense model. A base model with experts keeps its own."},
     )
     top_k: int = field(default=1, metadata={"help": "Experts that each token goes to."})
     moe_target: str = field(
         default="intermediate",
-        metadata={"help": "Which Linear of the FFN becomes experts, or the whole FFN.", "choices": list(TARGETS)},
+        metadata={
+            "help": "Which Linear of the FFN becomes experts, or the whole FFN.",
+            "choices": list(TARGETS),
+        },
     )
     moe_layers: str = field(
-        default="all", metadata={"help": "Layers with experts: all, every:2 (from the last), or numbers such as 8,9,10,11."}
+        default="all",
+        metadata={"help": "Layers with experts: all, every:2 (from the last), or numbers such as 8,9,10,11."},
     )
     router: str = field(
         default="straight_through",
@@ -65,23 +70,26 @@ class CLPLModelArguments(EncoderOnlyEmbedderM3ModelArguments):
 class CLPLDataArguments(AbsEmbedderDataArguments):
     """The training data and how it is cut into groups and tokens."""
 
-    train_data: Optional[str] = field(
+    train_data: str | None = field(
         default=None,
         metadata={"help": "Files or folders of training JSONL (see data/README.md).", "nargs": "+"},
     )
     train_group_size: int = field(default=8, metadata={"help": "Passages per query: one positive, the rest negatives."})
     query_max_len: int = field(
-        default=32, metadata={"help": "Longest query in tokens, also of the negatives' queries; longer ones are cut."}
+        default=32,
+        metadata={"help": "Longest query in tokens, also of the negatives' queries; longer ones are cut."},
     )
     passage_max_len: int = field(default=128, metadata={"help": "Longest passage in tokens; longer ones are cut."})
     queries_per_negative: int = field(
         default=1, metadata={"help": "At most so many positive queries of each negative are used in a step."}
     )
-    query_instruction_for_retrieval: Optional[str] = field(
-        default=None, metadata={"help": "Prompt before each query; without it, the base model folder's own prompt."}
+    query_instruction_for_retrieval: str | None = field(
+        default=None,
+        metadata={"help": "Prompt before each query; without it, the base model folder's own prompt."},
     )
-    passage_instruction_for_retrieval: Optional[str] = field(
-        default=None, metadata={"help": "Prompt before each passage; without it, the base model folder's own prompt."}
+    passage_instruction_for_retrieval: str | None = field(
+        default=None,
+        metadata={"help": "Prompt before each passage; without it, the base model folder's own prompt."},
     )
 
     def __post_init__(self) -> None:
@@ -90,10 +98,14 @@ class CLPLDataArguments(AbsEmbedderDataArguments):
         if isinstance(self.train_data, str):
             self.train_data = [self.train_data]
         if self.train_group_size < 1:
-            raise ValueError(f"train_group_size is {self.train_group_size}: choose at least 1 (2 or more for negatives)")
+            raise ValueError(
+                f"train_group_size is {self.train_group_size}: choose at least 1 (2 or more for negatives)"
+            )
         for name in ("query_max_len", "passage_max_len"):
             if getattr(self, name) < 3:
-                raise ValueError(f"{name} is {getattr(self, name)}: choose at least 3, two tokens only begin and end a text")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}: choose at least 3, two tokens only begin and end a text"
+                )
         if self.queries_per_negative < 0:
             raise ValueError(f"queries_per_negative is {self.queries_per_negative}: choose 0 (no penalty) or more")
         for name in ("query_instruction_format", "passage_instruction_format"):
@@ -113,7 +125,9 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     loaded at the end.
     """
 
-    output_dir: Optional[str] = field(default=None, metadata={"help": "Run folder; must be new or empty, unless resuming."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Run folder; must be new or empty, unless resuming."}
+    )
     do_train: bool = field(default=True, metadata={"help": "Kept for FlagEmbedding's configs; training always runs."})
     penalty_weight: float = field(
         default=0.1, metadata={"help": "λ: the penalty's share of the loss; 0 is the plain contrastive loss."}
@@ -121,7 +135,7 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     in_batch_negatives: bool = field(
         default=True, metadata={"help": "Whether other queries' passages are negatives too."}
     )
-    false_negative_margin: Optional[float] = field(
+    false_negative_margin: float | None = field(
         default=None,
         metadata={"help": "Leave out negatives more similar to the query than its positive by over this margin."},
     )
@@ -137,37 +151,47 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             "choices": ["moe", "ffn", "full"],
         },
     )
-    sentence_pooling_method: Optional[str] = field(
+    sentence_pooling_method: str | None = field(
         default=None,
         metadata={
             "help": "How tokens become one embedding; without it, as the base model's folder says, else cls.",
             "choices": ["cls", "mean", "last_token"],
         },
     )
-    dev_collection: Optional[str] = field(
+    dev_collection: str | None = field(
         default=None, metadata={"help": "Collection folder for evaluation in training (see data/README.md)."}
     )
-    dev_language: Optional[str] = field(default=None, metadata={"help": "Language folder within dev_collection."})
+    dev_language: str | None = field(default=None, metadata={"help": "Language folder within dev_collection."})
     dev_split: str = field(default="dev", metadata={"help": "Split of dev_collection: its queries and qrels."})
-    dev_batch_tokens: int = field(default=16384, metadata={"help": "Tokens per batch when dev_collection is encoded."})
-    early_stopping_patience: Optional[int] = field(
-        default=None, metadata={"help": "Stop after so many evaluations without improvement of metric_for_best_model."}
+    dev_batch_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens per batch when dev_collection is encoded; 2,048 on CPUs, else 16,384."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without improvement of metric_for_best_model."},
     )
     dry_run: bool = field(
         default=False, metadata={"help": "Check config and data, print the plan, and stop; loads no weights."}
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps, or share of all steps below 1."})
-    save_total_limit: Optional[int] = field(
-        default=2, metadata={"help": "Checkpoints kept, the best one among them where there is a dev_collection."}
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every so many steps, or share of all steps below 1."}
     )
-    metric_for_best_model: Optional[str] = field(
-        default="ndcg@10", metadata={"help": "Metric of dev_collection that decides which checkpoint is best."}
+    save_total_limit: int | None = field(
+        default=2,
+        metadata={"help": "Checkpoints kept, the best one among them where there is a dev_collection."},
     )
-    resume_from_checkpoint: Optional[str] = field(
-        default=None, metadata={"help": "true continues the newest checkpoint in output_dir; or a checkpoint's folder."}
+    metric_for_best_model: str | None = field(
+        default="ndcg@10",
+        metadata={"help": "Metric of dev_collection that decides which checkpoint is best."},
     )
-    report_to: Optional[str] = field(
-        default="tensorboard", metadata={"help": "Where to log besides metrics.jsonl: tensorboard, wandb, none, ..."}
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "true continues the newest checkpoint in output_dir; or a checkpoint's folder."},
+    )
+    report_to: str | None = field(
+        default="tensorboard",
+        metadata={"help": "Where to log besides metrics.jsonl: tensorboard, wandb, none, ..."},
     )
 
     def __post_init__(self) -> None:
@@ -225,4 +249,6 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             self.greater_is_better = True
         known = ("ndcg@5", "ndcg@10", "recall@100")
         if (self.metric_for_best_model or "").removeprefix("eval_") not in known:
-            raise ValueError(f"metric_for_best_model is {self.metric_for_best_model!r}: choose one of {', '.join(known)}")
+            raise ValueError(
+                f"metric_for_best_model is {self.metric_for_best_model!r}: choose one of {', '.join(known)}"
+            )

@@ -47,7 +47,12 @@ def model_card(runner: CLPLRunner, evaluations: list[dict[str, float]]) -> str:
     header = {
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
-        "tags": ["sentence-transformers", "feature-extraction", "clpl", *(["moe"] if has_experts(encoder) else [])],
+        "tags": [
+            "sentence-transformers",
+            "feature-extraction",
+            "clpl",
+            *(["moe"] if has_experts(encoder) else []),
+        ],
         "base_model": model_args.model_name_or_path,
     }
     if args.dev_language is not None:
@@ -70,7 +75,7 @@ def model_card(runner: CLPLRunner, evaluations: list[dict[str, float]]) -> str:
 | loss | CLPL, temperature {args.temperature}, penalty weight {args.penalty_weight}, in-batch negatives {"on" if args.in_batch_negatives else "off"} |
 | experts | {experts} |
 | trained | {args.trainable}: {trained:,} of {total:,} parameters |
-| learning rate | {args.learning_rate}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)} |
+| learning rate | {args.learning_rate}, {getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)} |
 | lengths | queries {data_args.query_max_len}, passages {data_args.passage_max_len} tokens |
 | embedding | {settings.pooling} pooling{", normalised" if settings.normalize else ""}; query prompt `{settings.query_prompt!r}`, passage prompt `{settings.passage_prompt!r}` |
 
@@ -103,5 +108,7 @@ def _results(evaluations: list[dict[str, float]], args) -> str:
         "|---|---|" + "---|" * len(metrics),
     ]
     for name, record in rows.items():
-        table.append(f"| {name} | {record['step']} | " + " | ".join(f"{record[f'eval_{m}']:.4f}" for m in metrics) + " |")
+        table.append(
+            f"| {name} | {record['step']} | " + " | ".join(f"{record[f'eval_{m}']:.4f}" for m in metrics) + " |"
+        )
     return "\n".join(table)

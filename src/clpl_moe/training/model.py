@@ -102,7 +102,10 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         if teacher_scores is not None or self.unified_finetuning:
             targets = self._teacher_targets(teacher_scores, query_dense)
             dense_scores, contrastive = self._stock_loss(own_only)(
-                query_dense, passage_dense, teacher_targets=targets, compute_score_func=self.compute_dense_score
+                query_dense,
+                passage_dense,
+                teacher_targets=targets,
+                compute_score_func=self.compute_dense_score,
             )
             if targets is not None:
                 # The penalty's part stays, distillation takes the place of the contrastive part.
@@ -155,7 +158,10 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         compute = self._compute_no_in_batch_neg_loss if own_only else self._compute_in_batch_neg_loss
         batch, rows = query_dense.shape[0], passage_dense.shape[0]
         sparse_scores, sparse_loss = compute(
-            query_vectors[0], passage_vectors[0], teacher_targets=targets, compute_score_func=self.compute_sparse_score
+            query_vectors[0],
+            passage_vectors[0],
+            teacher_targets=targets,
+            compute_score_func=self.compute_sparse_score,
         )
         colbert_scores, colbert_loss = compute(
             query_vectors[1],
@@ -185,7 +191,11 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
                 + self.distill_loss("kl_div", teacher, colbert_scores)
             ) / 3
             loss = (loss + distilled) / 2
-        return loss, {"sparse": sparse_loss.detach(), "colbert": colbert_loss.detach(), "summed": summed_loss.detach()}
+        return loss, {
+            "sparse": sparse_loss.detach(),
+            "colbert": colbert_loss.detach(),
+            "summed": summed_loss.detach(),
+        }
 
     def _group_loss(self, scores: Tensor, target: Tensor, targets: Tensor | None) -> Tensor:
         """Loss of scores (B, G) of each query's own group, with or without teacher targets."""
@@ -235,7 +245,9 @@ def choose_trainable(model: CLPLModel, trainable: str, *, fix_position_embedding
     """
     encoder = model.model
     if trainable == "moe" and not has_experts(encoder):
-        raise ValueError("trainable is moe but the model has no experts: set num_experts to 2 or more, or trainable to full")
+        raise ValueError(
+            "trainable is moe but the model has no experts: set num_experts to 2 or more, or trainable to full"
+        )
     if trainable != "full":
         chosen = expert_parameters(encoder) if trainable == "moe" else ffn_parameters(encoder)
         encoder.requires_grad_(False)

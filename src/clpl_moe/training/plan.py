@@ -85,8 +85,10 @@ def make_plan(
     batch = training_args.per_device_train_batch_size
     batches = math.ceil(len(dataset) / (batch * world))
     steps_per_epoch = max(1, math.ceil(batches / accumulation))
-    steps = training_args.max_steps if training_args.max_steps > 0 else math.ceil(
-        steps_per_epoch * training_args.num_train_epochs
+    steps = (
+        training_args.max_steps
+        if training_args.max_steps > 0
+        else math.ceil(steps_per_epoch * training_args.num_train_epochs)
     )
     tokenizer = _tokenizer(model_args) if reached else None
     example_tokens, longest, with_penalty = _lengths(dataset, data_args, tokenizer)
@@ -113,10 +115,13 @@ def make_plan(
     ]
     if training_args.dev_collection is not None:
         lines.insert(
-            -1, f"evaluation      {len(dev.queries):,} queries, {len(dev.passages):,} passages of {training_args.dev_collection}"
+            -1,
+            f"evaluation      {len(dev.queries):,} queries, {len(dev.passages):,} passages of {training_args.dev_collection}",
         )
     if training_args.wants_cuda and not torch.accelerator.is_available():
-        lines.append("note            fp16 needs a CUDA device and this machine has none: the run itself would stop here")
+        lines.append(
+            "note            fp16 needs a CUDA device and this machine has none: the run itself would stop here"
+        )
     return Plan(
         len(dataset), round(with_penalty), steps_per_epoch, steps, tokens, tokenizer is not None, parameters, trained, state_bytes,
         activation_bytes, lines,
@@ -142,7 +147,9 @@ def _meta_encoder(args: CLPLModelArguments):
             encoder = AutoModel.from_config(config, trust_remote_code=args.trust_remote_code)
         config = args.moe_config()
         if is_2024_checkpoint(values):
-            config = MoEConfig(values["num_experts"], values["num_experts_per_tok"], values.get("moe") or "intermediate")
+            config = MoEConfig(
+                values["num_experts"], values["num_experts_per_tok"], values.get("moe") or "intermediate"
+            )
         if config is not None and not has_experts(encoder):
             try:
                 inject_moe(encoder, config)
@@ -177,9 +184,7 @@ def _lengths(
     for index in range(0, len(dataset), max(1, len(dataset) // _SAMPLE)):
         example = dataset[(0, index)]
         queries = [example.query, *(q for queries in example.negative_queries for q in queries)]
-        totals.append(
-            count(queries, data_args.query_max_len) + count(example.passages, data_args.passage_max_len)
-        )
+        totals.append(count(queries, data_args.query_max_len) + count(example.passages, data_args.passage_max_len))
         negatives += len(example.negative_queries)
         answered += sum(bool(queries) for queries in example.negative_queries)
     return sum(totals) / len(totals), max(totals), answered / max(1, negatives)

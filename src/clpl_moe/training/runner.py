@@ -132,7 +132,10 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             self.settings.passage_prompt or None
         )
         self.evaluator = None
-        resume, training_args.do_train = training_args.resume_from_checkpoint, False  # the parent's own folder check
+        resume, training_args.do_train = (
+            training_args.resume_from_checkpoint,
+            False,
+        )  # the parent's own folder check
         super().__init__(model_args, data_args, training_args)
         training_args.resume_from_checkpoint, training_args.do_train = resume, True
 
@@ -143,6 +146,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             trust_remote_code=args.trust_remote_code,
             cache_dir=args.cache_dir,
             token=args.token,
+            tokenizer=args.tokenizer_name,
         )
         config = args.moe_config()
         if has_experts(encoder):

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Set up a virtual environment and run the tests and the linter: scripts/test.sh [all | pytest arguments]
+# "all" also runs the slow tests (training in several processes), as CI does.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+
+ruff check .
+ruff format --check .
+if [ "${1:-}" = "all" ]; then
+    shift
+    python -m pytest -m "not gpu" "$@"
+else
+    python -m pytest "$@"
+fi
