@@ -57,7 +57,8 @@ def test_yaml_values_and_the_command_line_over_them(config):
 
 
 def test_values_that_begin_with_a_dash_or_hold_spaces(config):
-    options = parse(f"--config={config('name: "--odd name"\nmargin: -1\nfiles: one file.jsonl')}")
+    path = config("name: '--odd name'\nmargin: -1\nfiles: one file.jsonl")
+    options = parse(f"--config={path}")
     assert (options.name, options.margin, options.files) == ("--odd name", -1.0, ["one file.jsonl"])
 
 

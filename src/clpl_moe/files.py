@@ -79,7 +79,7 @@ def atomic_open(path: str | Path) -> Iterator[IO[str]]:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             yield file
         Path(name).chmod(0o666 & ~_umask())
-        os.replace(name, path)
+        Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -98,7 +98,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(path)
         elif path.exists() or path.is_symlink():
             path.unlink()
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -85,7 +85,9 @@ def test_without_a_prompt_texts_stay_as_they_are(tmp_path, same_dataset):
     for index, record in enumerate(make_triplets(4)):
         example = dataset[(0, index)]
         assert example.query == record["query"]
-        assert not [t for t in example.passages + sum(example.negative_queries, []) if "None" in t]
+        assert not [
+            t for t in [*example.passages, *(q for queries in example.negative_queries for q in queries)] if "None" in t
+        ]
 
 
 def test_prompts(tmp_path):

@@ -237,8 +237,10 @@ def choose_trainable(model: CLPLModel, trainable: str, *, fix_position_embedding
     """Leave gradients only where they are wanted.
 
     Args:
+        model: changed in place.
         trainable: ``moe`` (experts and routers), ``ffn`` (all FFN Linear layers, experts and routers) or ``full``.
-        fix_position_embedding, fix_encoder: FlagEmbedding's options; they only freeze more.
+        fix_position_embedding: FlagEmbedding's option, freezes these too.
+        fix_encoder: FlagEmbedding's option, leaves only its heads to train.
 
     Raises:
         ValueError: ``moe`` for a model without experts, or nothing would be trained.

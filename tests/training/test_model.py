@@ -1,0 +1,216 @@
+import pytest
+import torch
+
+from clpl_moe import CLPLLoss
+from clpl_moe.data.collator import CLPLCollator
+from clpl_moe.encoder.load import load_encoder
+from clpl_moe.encoder.settings import EmbeddingSettings, pool
+from clpl_moe.moe.config import MoEConfig
+from clpl_moe.moe.inject import expert_parameters, inject_moe
+from clpl_moe.training.model import CLPLModel, choose_trainable
+from tiny import perturb_experts
+
+SETTINGS = EmbeddingSettings(pooling="mean")
+
+
+@pytest.fixture
+def make_model(tiny_encoder):
+    """Builds the same model each time; its experts differ."""
+
+    def make(num_experts=2, loss=None, settings=SETTINGS, **options):
+        encoder, tokenizer = load_encoder(tiny_encoder)
+        if num_experts:
+            perturb_experts(inject_moe(encoder, MoEConfig(num_experts, 1)))
+        torch.manual_seed(1)
+        heads = {"colbert_linear": None, "sparse_linear": None}
+        if options.get("unified_finetuning"):
+            heads = {"colbert_linear": torch.nn.Linear(32, 32), "sparse_linear": torch.nn.Linear(32, 1)}
+        loss = loss or CLPLLoss(0.1, 0.3)
+        model = CLPLModel({"model": encoder, **heads}, loss=loss, settings=settings, tokenizer=tokenizer, **options)
+        return model.train()
+
+    return make
+
+
+def make_batch(tokenizer, *, sub_batch_size=-1, examples=None, **changes):
+    from clpl_moe.data.dataset import Example
+
+    examples = examples or [
+        Example("what is a", ["aa bb cc", "bb dd", "cc ee ff"], [["which b", "bb"], []], None, True),
+        Example("and c", ["cc cc", "aa bb cc", "x y z z y"], [[], ["xyz"]], None, True),
+    ]
+    collator = CLPLCollator(
+        tokenizer=tokenizer,
+        query_max_len=16,
+        passage_max_len=24,
+        sub_batch_size=sub_batch_size,
+        padding=True,
+        return_tensors="pt",
+    )
+    return collator(examples) | changes
+
+
+def gradients(model, batch):
+    output = model(**batch)
+    output.loss.backward()
+    return output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected, **tolerances):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], **tolerances, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+@pytest.mark.parametrize("own", [False, True])
+def test_loss_is_that_of_the_encoders_embeddings(make_model, tiny_tokenizer, pooling, own):
+    settings = EmbeddingSettings(pooling=pooling)
+    batch = make_batch(tiny_tokenizer, no_in_batch_neg_flag=own)
+    output, found = gradients(make_model(settings=settings), batch)
+    encoder = make_model(settings=settings).model
+
+    def embed(features):
+        return pool(encoder(**features).last_hidden_state, features["attention_mask"], pooling)
+
+    expected = CLPLLoss(0.1, 0.3, in_batch_negatives=not own)(
+        embed(batch["queries"]),
+        embed(batch["passages"]),
+        negative_queries=embed(batch["negative_queries"]),
+        negative_index=batch["negative_index"],
+        passage_ids=batch["passage_ids"],
+    )
+    torch.testing.assert_close(output.loss, expected.loss)
+    for name in ("contrastive", "penalty", "positive_similarity", "negative_similarity", "negative_query_similarity"):
+        torch.testing.assert_close(output.terms[name], getattr(expected, name).detach())
+        assert not output.terms[name].requires_grad
+    assert output.terms["penalty"] > 0.001
+    expected.loss.backward()
+    assert_same(found, {f"model.{n}": p.grad for n, p in encoder.named_parameters() if p.grad is not None})
+    assert any("router" in name and gradient.abs().max() > 0 for name, gradient in found.items())
+
+
+def test_duplicates_of_the_positive_are_left_out(make_model, tiny_tokenizer):
+    """The second query's negative is the first one's positive, word for word."""
+    batch = make_batch(tiny_tokenizer)
+    masked, counted = (make_model(mask_duplicates=value)(**batch).loss for value in (True, False))
+    assert masked < counted
+
+
+def test_without_queries_of_negatives_the_loss_is_the_contrastive_one(make_model, tiny_tokenizer):
+    batch = make_batch(tiny_tokenizer, negative_queries=None, negative_index=None)
+    output = make_model()(**batch)
+    assert output.loss.item() == output.terms["contrastive"].item()
+    assert "penalty" not in output.terms
+    assert output.loss.item() == make_model(loss=CLPLLoss(0.1, 0.0))(**batch).loss.item()
+
+
+def test_routers_losses_are_added_and_logged(make_model, tiny_tokenizer):
+    batch = make_batch(tiny_tokenizer)
+    plain, weighted = (make_model(**w)(**batch) for w in ({}, {"balance_loss_weight": 0.5, "z_loss_weight": 0.25}))
+    added = 0.5 * plain.terms["balance"] + 0.25 * plain.terms["z"]
+    assert added > 0.1
+    torch.testing.assert_close(weighted.loss, plain.loss + added)
+    assert plain.terms["expert_load"].shape == (2, 2)
+    torch.testing.assert_close(plain.terms["expert_load"].sum(1), torch.ones(2))
+    assert "expert_load" not in make_model(num_experts=0)(**batch).terms
+
+
+def test_sub_batches_give_the_same_gradients(make_model, tiny_tokenizer):
+    whole = gradients(make_model(unified_finetuning=True), make_batch(tiny_tokenizer))
+    parts = gradients(
+        make_model(unified_finetuning=True, sub_batch_size=2), make_batch(tiny_tokenizer, sub_batch_size=2)
+    )
+    torch.testing.assert_close(parts[0].loss, whole[0].loss)
+    assert_same(parts[1], whole[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_unified_finetuning_and_self_distillation(make_model, tiny_tokenizer, own):
+    batch = make_batch(tiny_tokenizer, no_in_batch_neg_flag=own)
+    output, found = gradients(make_model(unified_finetuning=True), batch)
+    terms = output.terms
+    dense = 0.7 * terms["contrastive"] + 0.3 * terms["penalty"]
+    dense = make_model()(**batch).loss.detach()
+    expected = (dense + terms["summed"] + 0.1 * terms["sparse"] + terms["colbert"]) / 4
+    torch.testing.assert_close(output.loss.detach(), expected)
+    assert {"colbert_linear.weight", "sparse_linear.weight"} < found.keys()
+    distilling = make_model(unified_finetuning=True, use_self_distill=True, self_distill_start_step=3)
+    distilling.step = 3
+    assert distilling(**batch).loss == output.loss
+    distilling.step = 4
+    assert distilling(**batch).loss != output.loss
+
+
+@pytest.mark.parametrize("kind", ["kl_div", "m3_kd_loss"])
+@pytest.mark.parametrize("unified", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_teacher_scores(make_model, tiny_tokenizer, kind, unified, own):
+    """Distillation takes the contrastive term's place, the penalty's part stays."""
+    options = {"kd_loss_type": kind, "unified_finetuning": unified}
+    scores = [3.0, 1.0, 0.0, 2.0, 1.5, 0.0]
+    batch = make_batch(tiny_tokenizer, teacher_scores=scores, no_in_batch_neg_flag=own)
+    output, found = gradients(make_model(**options), batch)
+    assert torch.isfinite(output.loss)
+    assert output.terms["distillation"] != output.terms["contrastive"]
+    other = make_model(**options)(**batch | {"teacher_scores": scores[::-1]})
+    assert other.terms["distillation"] != output.terms["distillation"]
+    heavier = make_model(loss=CLPLLoss(0.1, 0.9), **options)(**batch)
+    assert heavier.loss != output.loss
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+
+
+def test_in_evaluation_mode_there_are_embeddings_and_no_loss(make_model, tiny_tokenizer):
+    output = make_model().eval()(**make_batch(tiny_tokenizer))
+    assert output.loss is None
+    assert (output.q_reps.shape, output.p_reps.shape) == ((2, 32), (6, 32))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(make_model, tiny_tokenizer):
+    batch = make_batch(tiny_tokenizer)
+    plain = make_model(balance_loss_weight=0.1)
+    checkpointed = make_model(balance_loss_weight=0.1)
+    checkpointed.model.gradient_checkpointing_enable({"use_reentrant": False})
+    first, second = gradients(plain, batch), gradients(checkpointed, batch)
+    assert first[0].loss.item() == second[0].loss.item()
+    assert_same(second[1], first[1], rtol=0, atol=0)
+    assert second[0].terms["expert_load"].equal(first[0].terms["expert_load"])
+
+
+class TestTrainable:
+    def trained(self, model, trainable, **options):
+        options = {"fix_position_embedding": False, "fix_encoder": False} | options
+        choose_trainable(model, trainable, **options)
+        return {name.removeprefix("model.") for name, p in model.named_parameters() if p.requires_grad}
+
+    def test_moe_is_experts_and_routers(self, make_model):
+        model = make_model()
+        found = self.trained(model, "moe")
+        assert found == {name for name, _ in expert_parameters(model.model)}
+        assert all(".intermediate." in name for name in found)
+        assert len([name for name in found if "router" in name]) == 2
+
+    def test_ffn_is_all_linear_layers_of_the_ffn(self, make_model):
+        found = self.trained(make_model(num_experts=0), "ffn")
+        layers = [f"encoder.layer.{i}.{part}.dense" for i in (0, 1) for part in ("intermediate", "output")]
+        assert found == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+        assert self.trained(make_model(), "moe") < self.trained(make_model(), "ffn")
+
+    def test_full_is_all_but_the_pooler(self, make_model):
+        model = make_model()
+        every = {name.removeprefix("model.") for name, _ in model.named_parameters()}
+        assert self.trained(model, "full") == {name for name in every if not name.startswith("pooler.")}
+        left = every - self.trained(make_model(), "full", fix_position_embedding=True)
+        assert {name for name in left if not name.startswith("pooler.")} == {"embeddings.position_embeddings.weight"}
+
+    def test_fixed_encoder_leaves_the_heads(self, make_model):
+        found = self.trained(make_model(unified_finetuning=True), "moe", fix_encoder=True)
+        assert found == {
+            f"{head}.{kind}" for head in ("colbert_linear", "sparse_linear") for kind in ("weight", "bias")
+        }
+
+    def test_mistakes(self, make_model):
+        with pytest.raises(ValueError, match="trainable is moe but the model has no experts"):
+            self.trained(make_model(num_experts=0), "moe")
+        with pytest.raises(ValueError, match="nothing would be trained"):
+            self.trained(make_model(), "full", fix_encoder=True)

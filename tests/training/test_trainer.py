@@ -1,0 +1,243 @@
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from clpl_moe.encoder.load import load_encoder
+from clpl_moe.train import main
+from clpl_moe.training.trainer import newest_checkpoint
+from tiny_training import arguments, make_collection, make_runner, read_metrics, write_triplets
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_triplets(tmp_path_factory.mktemp("data") / "train.jsonl", 10)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_encoder, data, tmp_path_factory):
+    """A finished run with all that a run can have."""
+    folder = tmp_path_factory.mktemp("runs")
+    options = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": 1,
+        "dev_collection": make_collection(folder / "dev"),
+        "dev_language": "ko",
+        "eval_on_start": True,
+        "report_to": "tensorboard",
+        "token": "hf_secret",
+    }
+    main(arguments(tiny_encoder, data, folder / "run", **options))
+    return folder / "run"
+
+
+def refused(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return err
+
+
+def test_every_term_is_logged(run):
+    """FlagEmbedding logs one number."""
+    records = [record for record in read_metrics(run) if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, 7))
+    names = ("contrastive", "penalty", "positive_similarity", "negative_similarity", "negative_query_similarity")
+    for record in records:
+        assert all(math.isfinite(record[n]) for n in (*names, "learning_rate", "grad_norm", "balance", "z", "epoch"))
+        assert [sum(layer) for layer in record["expert_load"]] == pytest.approx([1, 1])
+        assert record["grad_norm"] > 0
+        # Not every query of a batch has a penalty.
+        assert record["loss"] <= record["contrastive"]
+    assert records[0]["learning_rate"] > records[-1]["learning_rate"]
+
+
+def test_tensorboard_has_them_too(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = run.rglob("events.out.tfevents*")
+    events = EventAccumulator(str(file.parent))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    names = ("loss", "contrastive", "penalty", "negative_query_similarity", "grad_norm", "expert_load/layer_0/expert_1")
+    assert {f"train/{name}" for name in names} < tags
+    assert {"eval/ndcg@5", "eval/ndcg@10", "eval/recall@100"} < tags
+
+
+def test_evaluation_follows_saving_and_the_best_checkpoint_is_the_result(run):
+    """FlagEmbedding has no evaluation in training."""
+    found = {r["step"]: r for r in read_metrics(run) if "eval_ndcg@10" in r}
+    assert list(found) == [0, 2, 4, 6]
+    assert all(0 < r["eval_ndcg@5"] <= 1 and r["eval_recall@100"] == 1 for r in found.values())
+    # The Trainer does not count the evaluation before training: there is no checkpoint of it.
+    best = max([2, 4, 6], key=lambda step: found[step]["eval_ndcg@10"])
+    assert f"checkpoint-{best}" in {folder.name for folder in run.glob("checkpoint-*")}
+    checkpoint = load_file(run / f"checkpoint-{best}" / "model.safetensors")
+    result = load_file(run / "model.safetensors")
+    assert all(result[name].equal(checkpoint[name]) for name in checkpoint)
+
+
+def test_evaluation_is_that_of_the_saved_model(run):
+    from clpl_moe.encoder.settings import read_settings
+    from clpl_moe.retrieval.collection import Collection
+    from clpl_moe.retrieval.evaluation import evaluate_retrieval
+
+    collection = Collection.load(run.parent / "dev", "ko", "dev")
+    expected = evaluate_retrieval(
+        *load_encoder(run), collection, settings=read_settings(run), query_max_len=24, passage_max_len=40
+    )
+    best = max(r["eval_ndcg@10"] for r in read_metrics(run) if r.get("eval_ndcg@10") and r["step"])
+    assert best == pytest.approx(expected.metrics["nDCG@10"], abs=1e-6)
+
+
+def test_only_the_experts_have_moved(run, tiny_encoder):
+    base, result = load_file(tiny_encoder / "model.safetensors"), load_file(run / "model.safetensors")
+    shared = [name for name in base if name in result]
+    assert len(shared) > 20
+    assert all(result[name].equal(base[name]) for name in shared)
+    for layer in (0, 1):
+        kept = base[f"encoder.layer.{layer}.intermediate.dense.weight"]
+        moved = [
+            v for n, v in result.items() if n not in base and f"layer.{layer}." in n and v.shape[-2:] == kept.shape
+        ]
+        assert moved
+        assert all((value - kept).abs().max() > 1e-5 for value in moved)
+
+
+def test_heads_of_the_base_survive(run, tiny_encoder):
+    """FlagEmbedding drops them without unified fine-tuning; they are random at the next load."""
+    folders = [run, *run.glob("checkpoint-*")]
+    assert len(folders) > 1
+    for folder in folders:
+        for name in ("sparse_linear.pt", "colbert_linear.pt"):
+            base = torch.load(tiny_encoder / name)
+            saved = torch.load(folder / name)
+            assert all(saved[key].equal(base[key]) for key in base)
+
+
+def test_config_of_the_run_trains_it_again(run, tmp_path):
+    config = yaml.safe_load((run / "train_config.yaml").read_text(encoding="utf-8"))
+    assert config["learning_rate"] == 1e-3
+    assert config["num_experts"] == 2
+    assert "hf_secret" not in (run / "train_config.yaml").read_text()
+    assert not [name for name in config if "token" in name and name != "dev_batch_tokens" and config[name]]
+    argv = ["--config", str(run / "train_config.yaml"), "--output_dir", str(tmp_path / "again")]
+    main(argv)
+    again, first = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", run))
+    assert all(again[name].equal(first[name]) for name in first)
+
+
+def test_folder_that_holds_a_run_is_refused_and_left(run, tiny_encoder, data, capsys):
+    """FlagEmbedding overwrites it without a word."""
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    for dry_run in (False, True):
+        err = refused(arguments(tiny_encoder, data, run, dry_run=dry_run), capsys)
+        assert f"{run}: the folder is not empty" in err
+        assert "--resume_from_checkpoint true" in err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    err = refused(arguments(tiny_encoder, data, run / "README.md"), capsys)
+    assert "a file is in the way" in err
+
+
+def test_early_stopping(tiny_encoder, data, tmp_path):
+    main(
+        arguments(
+            tiny_encoder,
+            data,
+            tmp_path / "run",
+            max_steps=40,
+            learning_rate=0,
+            save_strategy="steps",
+            save_steps=1,
+            dev_collection=make_collection(tmp_path / "dev"),
+            dev_language="ko",
+            early_stopping_patience=2,
+        )
+    )
+    assert max(record["step"] for record in read_metrics(tmp_path / "run")) == 3
+
+
+def test_without_queries_of_negatives_the_weight_has_no_effect(tiny_encoder, tmp_path):
+    data = write_triplets(tmp_path / "train.jsonl", 10, neg_q=None)
+    for weight in (0, 0.7):
+        main(arguments(tiny_encoder, data, tmp_path / f"{weight}", penalty_weight=weight))
+    first, second = (load_file(tmp_path / f"{weight}" / "model.safetensors") for weight in (0, 0.7))
+    assert all(first[name].equal(second[name]) for name in first)
+    for record in read_metrics(tmp_path / "0.7"):
+        assert "penalty" not in record
+        assert "loss" not in record or record["loss"] == pytest.approx(record["contrastive"], rel=1e-5)
+
+
+def test_accumulated_steps_are_steps_on_the_joint_batch(tiny_encoder, data, tmp_path):
+    """With each query's own negatives; also where a step has fewer queries than the others."""
+    options = {"in_batch_negatives": False, "optim": "sgd", "learning_rate": 0.1, "max_steps": 4, "max_grad_norm": 0}
+    for batch, accumulation in ((4, 1), (1, 4)):
+        main(
+            arguments(
+                tiny_encoder,
+                data,
+                tmp_path / f"{batch}",
+                **options,
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulation,
+            )
+        )
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("4", "1"))
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"bf16": True, "gradient_checkpointing": True}, id="bf16"),
+        pytest.param(
+            {"unified_finetuning": True, "use_self_distill": True, "sub_batch_size": 2, "knowledge_distillation": True},
+            id="unified",
+        ),
+        pytest.param({"num_experts": 0, "trainable": "ffn", "train_group_size": 1}, id="dense"),
+        pytest.param({"moe_target": "ffn", "num_experts": 3, "top_k": 2, "router": "softmax_topk"}, id="ffn"),
+    ],
+)
+def test_variants_train_and_load(tiny_encoder, tmp_path, options):
+    data = write_triplets(tmp_path / "t.jsonl", 6, pos=["abc abd"], pos_scores=[1.0], neg_scores=[0.4, 0.3, 0.2, 0.1])
+    main(arguments(tiny_encoder, data, tmp_path / "run", **options))
+    losses = [record["loss"] for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert len(losses) == 4
+    assert all(math.isfinite(loss) for loss in losses)
+    encoder, tokenizer = load_encoder(tmp_path / "run")
+    assert encoder.dtype == torch.float32
+    assert torch.isfinite(encoder(**tokenizer("abc", return_tensors="pt")).last_hidden_state).all()
+    moved = torch.load(tmp_path / "run" / "colbert_linear.pt")["weight"]
+    assert moved.equal(torch.load(tiny_encoder / "colbert_linear.pt")["weight"]) != bool(
+        options.get("unified_finetuning")
+    )
+
+
+def test_metrics_of_an_overwritten_time_are_dropped(tiny_encoder, data, tmp_path):
+    runner = make_runner(arguments(tiny_encoder, data, tmp_path / "run", max_steps=1))
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 3, "loss": 1}\n{"step": 4, "lo')
+    runner.run()
+    assert {record["step"] for record in read_metrics(tmp_path / "run")} == {1}
+
+
+def test_newest_checkpoint(tmp_path):
+    assert newest_checkpoint(tmp_path / "nowhere") is None
+    for name, state in (("2", "{}"), ("10", "{}"), ("12", None), ("13", "{"), ("x", "{}")):
+        folder = tmp_path / f"checkpoint-{name}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_saved_state_is_json(run):
+    assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 6
