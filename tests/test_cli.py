@@ -143,15 +143,16 @@ def test_help_lists_every_option_once_with_its_default(capsys):
     assert "{a,b}" in texts["router"]
 
 
+@pytest.fixture(scope="module")
+def parser():
+    from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
+
+    classes = [CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments]
+    return cli.make_parser(classes, train.PROG, train.DESCRIPTION)
+
+
 class TestTraining:
     """The command with the most options."""
-
-    @pytest.fixture(scope="class")
-    def parser(self):
-        from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
-
-        classes = [CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments]
-        return cli.make_parser(classes, train.PROG, train.DESCRIPTION)
 
     def test_help_is_that_of_the_parser(self, parser):
         """The stored text: equal where the versions are those it was made with, else the same names of ours."""

@@ -306,6 +306,8 @@ def _write_model(folder: Path, checkpoint: BertCheckpoint) -> int:
         max_position_embeddings=len(weights["embeddings.position_embeddings.weight"]),
         type_vocab_size=1,
         layer_norm_eps=checkpoint.layer_norm_eps,
+        # This model is for training on CPUs, where attention with dropout falls back to a slow, memory-hungry path.
+        attention_probs_dropout_prob=0.0,
         bos_token_id=0,
         pad_token_id=1,
         eos_token_id=2,

@@ -25,7 +25,13 @@ def data(tmp_path_factory):
         {"max_steps": -1, "num_train_epochs": 3, "dataloader_drop_last": True},
         {"num_experts": 3, "top_k": 2, "moe_target": "ffn", "trainable": "ffn"},
         {"num_experts": 0, "trainable": "full"},
-        {"max_steps": -1, "num_train_epochs": 1, "same_dataset_within_batch": True, "small_threshold": 0},
+        {
+            "max_steps": -1,
+            "num_train_epochs": 1,
+            "same_dataset_within_batch": True,
+            "small_threshold": 0,
+            "per_device_train_batch_size": 5,
+        },
     ],
 )
 def test_figures_are_those_of_the_run(tiny_encoder, data, tmp_path, options):

@@ -175,8 +175,9 @@ def test_without_queries_of_negatives_the_weight_has_no_effect(tiny_encoder, tmp
         assert "loss" not in record or record["loss"] == pytest.approx(record["contrastive"], rel=1e-5)
 
 
-def test_accumulated_steps_are_steps_on_the_joint_batch(tiny_encoder, data, tmp_path):
-    """With each query's own negatives; also where a step has fewer queries than the others."""
+def test_accumulated_steps_are_steps_on_the_joint_batch(tiny_encoder, tmp_path):
+    """With each query's own negatives; here three of four batches that are to be accumulated, all that there are."""
+    data = write_triplets(tmp_path / "t.jsonl", 3)
     options = {"in_batch_negatives": False, "optim": "sgd", "learning_rate": 0.1, "max_steps": 4, "max_grad_norm": 0}
     for batch, accumulation in ((4, 1), (1, 4)):
         main(

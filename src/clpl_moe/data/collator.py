@@ -48,17 +48,17 @@ class CLPLCollator(AbsEmbedderCollator):
 
     def _tokenise(self, texts: list[str], max_length: int) -> Any:
         tokens = self.tokenizer(texts, truncation=True, max_length=max_length)
-        size = self.sub_batch_size if self.sub_batch_size and self.sub_batch_size > 0 else len(texts)
-        padded = [
-            self.tokenizer.pad(
-                {name: values[start : start + size] for name, values in tokens.items()},
-                padding=self.padding,
-                pad_to_multiple_of=self.pad_to_multiple_of,
-                return_tensors=self.return_tensors,
-            )
+        # Before it is split: the model joins the sub-batches' multi-vector embeddings again.
+        padded = self.tokenizer.pad(
+            tokens, padding=self.padding, pad_to_multiple_of=self.pad_to_multiple_of, return_tensors=self.return_tensors
+        )
+        size = self.sub_batch_size
+        if not size or size < 0:
+            return padded
+        return [
+            {name: values[start : start + size] for name, values in padded.items()}
             for start in range(0, len(texts), size)
         ]
-        return padded if self.sub_batch_size and self.sub_batch_size > 0 else padded[0]
 
 
 def text_id(text: str) -> int:

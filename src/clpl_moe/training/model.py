@@ -197,6 +197,17 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
             "summed": summed_loss.detach(),
         }
 
+    @staticmethod
+    def distill_loss(
+        kd_loss_type: str, teacher_targets: Tensor, student_scores: Tensor, group_size: int | None = None
+    ) -> Tensor:
+        """FlagEmbedding's distillation loss, whose ``m3_kd_loss`` fails on scores (B, G) of each query's own group."""
+        if kd_loss_type != "m3_kd_loss" or student_scores.shape[1] != group_size:
+            return EncoderOnlyEmbedderM3Model.distill_loss(kd_loss_type, teacher_targets, student_scores, group_size)
+        # Each passage against those after it, weighted by its target.
+        terms = [student_scores[:, i:].log_softmax(-1)[:, 0] * teacher_targets[:, i] for i in range(group_size)]
+        return -torch.stack(terms).sum(0).mean()
+
     def _group_loss(self, scores: Tensor, target: Tensor, targets: Tensor | None) -> Tensor:
         """Loss of scores (B, G) of each query's own group, with or without teacher targets."""
         if targets is None:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from clpl_moe.data.dataset import CLPLTrainDataset
+from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.encoder.load import is_2024_checkpoint, read_config
 from clpl_moe.errors import UserError, at
 from clpl_moe.moe.config import MoEConfig
@@ -83,8 +84,15 @@ def make_plan(
 
     world, accumulation = training_args.world_size, training_args.gradient_accumulation_steps
     batch = training_args.per_device_train_batch_size
-    batches = math.ceil(len(dataset) / (batch * world))
-    steps_per_epoch = max(1, math.ceil(batches / accumulation))
+    batches = EpochBatchSampler(
+        dataset.part_sizes,
+        batch,
+        training_args.seed,
+        num_processes=world,
+        separate_parts=data_args.same_dataset_within_batch,
+        drop_last=training_args.dataloader_drop_last,
+    )
+    steps_per_epoch = max(1, math.ceil(len(batches) / accumulation))
     steps = (
         training_args.max_steps
         if training_args.max_steps > 0

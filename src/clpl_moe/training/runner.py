@@ -94,7 +94,7 @@ def resolved_config(*groups: object) -> dict[str, object]:
         for field in dataclasses.fields(group):
             value = getattr(group, field.name)
             if field.init and "token" not in field.name:
-                values[field.name] = value if isinstance(value, (int, float, list, dict, type(None))) else str(value)
+                values[field.name] = value
     values.pop("resume_from_checkpoint", None)
     return {name: _plain(value) for name, value in values.items()}
 
