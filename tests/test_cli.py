@@ -82,6 +82,7 @@ def test_flags():
         ("bf16: maybe", "c.yaml: field 'bf16': found 'maybe', expected true or false"),
         ("router: c", "c.yaml: field 'router': found 'c', expected one of a, b"),
         ("num_experts: [1, 2]", "c.yaml: field 'num_experts': a list was found, one value is expected"),
+        ("name: x\nfiles: []", "c.yaml: field 'files': an empty list was found, at least one value is expected"),
         ("num_experts: {a: 1}", "c.yaml: field 'num_experts': found {'a': 1}, expected int"),
         ("name: x\nbf16: true\nname: y", "c.yaml:3: not valid YAML: 'name' stands twice"),
         ("name: x\nfiles: [a", "c.yaml:"),

@@ -84,6 +84,8 @@ def _to_argv(path: Path, values: dict[str, Any], parser: argparse.ArgumentParser
         items = value if isinstance(value, list) else [value]
         if isinstance(value, list) and known[key].nargs not in ("+", "*"):
             raise UserError(f"{at(path, field=key)}: a list was found, one value is expected")
+        if not items:
+            raise UserError(f"{at(path, field=key)}: an empty list was found, at least one value is expected")
         words = [json.dumps(v) if isinstance(v, dict) else str(v) for v in items]
         # `=` keeps a value that begins with a dash from being taken for an option.
         spelled = [f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words]

@@ -160,6 +160,19 @@ def test_teacher_scores(make_model, tiny_tokenizer, kind, unified, own):
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
 
 
+def test_distillation_of_own_groups_is_flagembeddings_of_each_query_alone():
+    """Where the latter knows only the scores of in-batch negatives, and fails on groups of several queries."""
+    from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM3Model
+
+    torch.manual_seed(0)
+    targets, scores = torch.rand(3, 4).softmax(1), torch.randn(3, 4)
+    stock = EncoderOnlyEmbedderM3Model.distill_loss
+    rows = [stock("m3_kd_loss", targets[i : i + 1], scores[i : i + 1], 4) for i in range(3)]
+    torch.testing.assert_close(CLPLModel.distill_loss("m3_kd_loss", targets, scores, 4), torch.stack(rows).mean())
+    with pytest.raises(IndexError):
+        stock("m3_kd_loss", targets, scores, 4)
+
+
 def test_in_evaluation_mode_there_are_embeddings_and_no_loss(make_model, tiny_tokenizer):
     output = make_model().eval()(**make_batch(tiny_tokenizer))
     assert output.loss is None

@@ -191,7 +191,7 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     )
     report_to: str | None = field(
         default="tensorboard",
-        metadata={"help": "Where to log besides metrics.jsonl: tensorboard, wandb, none, ..."},
+        metadata={"help": "Where to log besides metrics.jsonl: tensorboard, wandb, none, ...", "nargs": "+"},
     )
 
     def __post_init__(self) -> None:

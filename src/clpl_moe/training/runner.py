@@ -96,11 +96,13 @@ def resolved_config(*groups: object) -> dict[str, object]:
             if field.init and "token" not in field.name:
                 values[field.name] = value
     values.pop("resume_from_checkpoint", None)
-    return {name: _plain(value) for name, value in values.items()}
+    # An empty list is the default of every option that takes one, but for this one's.
+    values["report_to"] = values.get("report_to") or "none"
+    return {name: _plain(value) for name, value in values.items() if value != []}
 
 
 def _plain(value: object) -> object:
-    return json.loads(json.dumps(value, default=str))
+    return json.loads(json.dumps(value, default=lambda v: v.to_dict() if hasattr(v, "to_dict") else str(v)))
 
 
 class CLPLRunner(EncoderOnlyEmbedderM3Runner):
