@@ -306,8 +306,10 @@ def _write_model(folder: Path, checkpoint: BertCheckpoint) -> int:
         max_position_embeddings=len(weights["embeddings.position_embeddings.weight"]),
         type_vocab_size=1,
         layer_norm_eps=checkpoint.layer_norm_eps,
-        # This model is for training on CPUs, where attention with dropout falls back to a slow, memory-hungry path.
+        # This model is for short training on CPUs, where dropout is slow (attention with it falls back to a path that
+        # also needs much more memory) and, in the few steps that there is time for, no help.
         attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=0.0,
         bos_token_id=0,
         pad_token_id=1,
         eos_token_id=2,
