@@ -21,7 +21,9 @@ def machine() -> dict[str, object]:
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         model = names[0] if names else model
     return {
         "processor": model,
@@ -43,6 +45,10 @@ def main() -> None:
         str(path.parent.relative_to(args.results)): json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(args.results.rglob("metrics.json"))
     }
+    for evaluation in evaluations.values():
+        # Names only: the folders lie elsewhere on other machines.
+        for key in ("model", "collection"):
+            evaluation[key] = Path(evaluation[key]).name
     records = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     training = next(record for record in reversed(records) if "train_runtime" in record)
     write_json(args.output, {"machine": machine(), "training": training, "evaluations": evaluations})
