@@ -6,6 +6,8 @@ import json
 import random
 from pathlib import Path
 
+import pytest
+
 from clpl_moe.files import write_jsonl
 
 
@@ -110,3 +112,15 @@ def train_until(argv: list[str], call: int) -> None:
 def read_metrics(folder: Path) -> list[dict]:
     """The records of a run's ``metrics.jsonl``."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def refused(argv, capsys) -> str:
+    """What a training command that refuses writes to stderr: exit code 2, no traceback."""
+    from clpl_moe.train import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return err

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from clpl_moe.encoder.load import load_encoder
 from clpl_moe.train import main
 from clpl_moe.training.trainer import newest_checkpoint
-from tiny_training import arguments, make_collection, make_runner, read_metrics, write_triplets
+from tiny_training import arguments, make_collection, make_runner, read_metrics, refused, write_triplets
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +34,6 @@ def run(tiny_encoder, data, tmp_path_factory):
     }
     main(arguments(tiny_encoder, data, folder / "run", **options))
     return folder / "run"
-
-
-def refused(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    return err
 
 
 def test_every_term_is_logged(run):

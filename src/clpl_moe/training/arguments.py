@@ -13,8 +13,6 @@ from FlagEmbedding.finetune.embedder.encoder_only.m3 import (
 from clpl_moe.moe.config import ROUTERS, TARGETS, MoEConfig
 from clpl_moe.training.compat import prefer_activation_checkpointing
 
-# `Optional` rather than `| None`: the command line's parser reads these annotations.
-
 
 @dataclass
 class CLPLModelArguments(EncoderOnlyEmbedderM3ModelArguments):

@@ -175,9 +175,8 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
             dense_scores = dense_scores[rank * batch : (rank + 1) * batch, rank * rows : (rank + 1) * rows]
         summed = self.ensemble_score(None, None, dense_scores, sparse_scores, colbert_scores)
         if own_only:
-            # These scores are of each query's own group already, one "passage" a query for the helper's arithmetic.
-            local = torch.zeros(batch, dtype=torch.long, device=summed.device)
-            summed_loss = self._group_loss(summed, local, targets)
+            # FlagEmbedding's helper would look for the groups' scores among all; these are the groups' already.
+            summed_loss = self._group_loss(summed, targets)
         else:
             _, summed_loss = compute(
                 query_dense, passage_dense, teacher_targets=targets, compute_score_func=lambda q, p: summed
@@ -208,12 +207,13 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         terms = [student_scores[:, i:].log_softmax(-1)[:, 0] * teacher_targets[:, i] for i in range(group_size)]
         return -torch.stack(terms).sum(0).mean()
 
-    def _group_loss(self, scores: Tensor, target: Tensor, targets: Tensor | None) -> Tensor:
-        """Loss of scores (B, G) of each query's own group, with or without teacher targets."""
+    def _group_loss(self, scores: Tensor, targets: Tensor | None) -> Tensor:
+        """Loss of scores (B, G) of each query's own group, the positive first, with or without teacher targets."""
+        positive = torch.zeros(scores.shape[0], dtype=torch.long, device=scores.device)
         if targets is None:
-            return self.compute_loss(scores, target)
+            return self.compute_loss(scores, positive)
         loss = self.distill_loss(self.kd_loss_type, targets, scores, group_size=scores.shape[1])
-        return loss + self.compute_loss(scores, target) if self.kd_loss_type == "kl_div" else loss
+        return loss + self.compute_loss(scores, positive) if self.kd_loss_type == "kl_div" else loss
 
     def _dense_embedding(self, last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
         return pool(last_hidden_state, attention_mask, self.sentence_pooling_method)

@@ -134,12 +134,10 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             self.settings.passage_prompt or None
         )
         self.evaluator = None
-        resume, training_args.do_train = (
-            training_args.resume_from_checkpoint,
-            False,
-        )  # the parent's own folder check
+        # The folder was checked above; the parent's own check, which this turns off, ends in a ValueError.
+        training_args.do_train = False
         super().__init__(model_args, data_args, training_args)
-        training_args.resume_from_checkpoint, training_args.do_train = resume, True
+        training_args.do_train = True
 
     def load_tokenizer_and_model(self) -> tuple[PreTrainedTokenizerBase, CLPLModel]:
         args, training = self.model_args, self.training_args
