@@ -92,9 +92,9 @@ def resolved_config(*groups: object) -> dict[str, object]:
     values: dict[str, object] = {}
     for group in groups:
         for field in dataclasses.fields(group):
-            value = getattr(group, field.name)
-            if field.init and "token" not in field.name:
-                values[field.name] = value
+            secret = field.name == "token" or field.name.endswith("_token")
+            if field.init and not secret:
+                values[field.name] = getattr(group, field.name)
     values.pop("resume_from_checkpoint", None)
     # An empty list is the default of every option that takes one, but for this one's.
     values["report_to"] = values.get("report_to") or "none"
