@@ -194,8 +194,6 @@ class TestTraining:
             "hf_secret",
             "--hub_token",
             "hf_secret",
-            "--push_to_hub_token",
-            "hf_secret",
             "--dev_batch_tokens",
             "4096",
         ]
@@ -205,7 +203,7 @@ class TestTraining:
         # Of all others none is left out, whatever their names hold.
         names = {f.name for group in groups for f in dataclasses.fields(group) if f.init}
         empty = {name for name in names if any(getattr(g, name, None) == [] for g in groups)}
-        assert names - config.keys() - empty == {"token", "hub_token", "push_to_hub_token", "resume_from_checkpoint"}
+        assert names - config.keys() - empty == {"token", "hub_token", "resume_from_checkpoint"}
         assert config["dev_batch_tokens"] == 4096
 
     def test_mistakes_end_with_code_2(self, tiny_encoder, tmp_path, capsys, config):

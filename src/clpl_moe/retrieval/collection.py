@@ -53,6 +53,7 @@ class Collection:
             UserError: a file is missing or empty, a line is broken, an id stands twice, a field is missing or
                 of another type, a judgement names an unknown query.
         """
+        check_language(language)
         directory = Path(directory)
         folder = directory / language
         if not folder.is_dir():
@@ -85,6 +86,12 @@ class Collection:
             for passage_id in sorted(judged):
                 add(passage_id, str(judged[passage_id]))
         return digest.hexdigest()
+
+
+def check_language(language: str) -> None:
+    """Raise :class:`UserError` where a language cannot name a folder inside another one; results are written there."""
+    if language in ("", ".", "..") or language != Path(language).name or "\0" in language:
+        raise UserError(f"language: found {language!r}, expected the name of a folder, such as ko")
 
 
 def normalize_text(text: str) -> str:

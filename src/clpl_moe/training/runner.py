@@ -20,7 +20,7 @@ from clpl_moe.encoder.load import load_encoder
 from clpl_moe.encoder.save import HEAD_FILES
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
 from clpl_moe.errors import UserError, at
-from clpl_moe.files import atomic_open
+from clpl_moe.files import atomic_open, refuse_unwritable
 from clpl_moe.loss import CLPLLoss
 from clpl_moe.moe.inject import has_experts, inject_moe
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
@@ -71,6 +71,7 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
     resume = args.resume_from_checkpoint
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{at(output_dir)}: a file is in the way of the run folder; name another --output_dir")
+    refuse_unwritable(output_dir / CONFIG_FILE)
     if resume is None:
         if output_dir.exists() and any(output_dir.iterdir()):
             raise UserError(
