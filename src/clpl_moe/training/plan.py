@@ -138,8 +138,9 @@ def make_plan(
 
 def _meta_encoder(args: CLPLModelArguments):
     """The encoder with experts, shapes only; where its shape comes from; whether the model could be reached."""
+    hub = {"cache_dir": args.cache_dir, "token": args.token}
     try:
-        values, source, reached = read_config(args.model_name_or_path), "shape from its config.json", True
+        values, source, reached = read_config(args.model_name_or_path, **hub), "shape from its config.json", True
     except UserError:
         if args.model_name_or_path != "BAAI/bge-m3":
             raise
@@ -151,7 +152,9 @@ def _meta_encoder(args: CLPLModelArguments):
             known = {k: v for k, v in values.items() if k != "model_type" and not (k == "moe" and isinstance(v, str))}
             encoder = classes[model_type](classes[model_type].config_class.from_dict(known), add_pooling_layer=False)
         else:
-            config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+            config = AutoConfig.from_pretrained(
+                args.model_name_or_path, trust_remote_code=args.trust_remote_code, **hub
+            )
             encoder = AutoModel.from_config(config, trust_remote_code=args.trust_remote_code)
         config = args.moe_config()
         if is_2024_checkpoint(values):

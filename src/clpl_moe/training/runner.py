@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.dataset import CLPLTrainDataset
-from clpl_moe.encoder.load import load_encoder
-from clpl_moe.encoder.save import HEAD_FILES
+from clpl_moe.encoder.load import HEAD_FILES, find_heads, load_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
 from clpl_moe.errors import UserError, at
 from clpl_moe.files import atomic_open, refuse_unwritable
@@ -37,7 +36,7 @@ def resolve_settings(
     model_args: CLPLModelArguments, data_args: CLPLDataArguments, training_args: CLPLTrainingArguments
 ) -> EmbeddingSettings:
     """Pooling and prompts: as configured, and otherwise as the base model's folder says."""
-    base = read_settings(model_args.model_name_or_path)
+    base = read_settings(model_args.model_name_or_path, cache_dir=model_args.cache_dir, token=model_args.token)
     prompts = {}
     for kind, default in (("query", base.query_prompt), ("passage", base.passage_prompt)):
         instruction = getattr(data_args, f"{kind}_instruction_for_retrieval")
@@ -158,8 +157,11 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             except ValueError as error:
                 raise UserError(f"{at(args.model_name_or_path)}: {error}") from None
         base = {"model": encoder, "colbert_linear": None, "sparse_linear": None}
+        self.base_heads = read_heads(
+            args.model_name_or_path, required=training.unified_finetuning, cache_dir=args.cache_dir, token=args.token
+        )
         if training.unified_finetuning:
-            base |= load_heads(args.model_name_or_path, encoder.config.hidden_size, args.colbert_dim)
+            base |= make_heads(self.base_heads, args.model_name_or_path, encoder.config.hidden_size, args.colbert_dim)
         model = CLPLModel(
             base,
             loss=CLPLLoss(
@@ -217,7 +219,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             processing_class=self.tokenizer,
             settings=self.settings,
             max_length=self.data_args.passage_max_len,
-            heads_from=self.model_args.model_name_or_path,
+            base_heads=self.base_heads,
             evaluator=self._make_evaluator(),
             same_dataset_within_batch=self.data_args.same_dataset_within_batch,
         )
@@ -264,23 +266,52 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             print(f"saved to {output_dir}: the model, its card README.md, metrics.jsonl and {CONFIG_FILE}")
 
 
-def load_heads(path: str, hidden_size: int, colbert_dim: int) -> dict[str, nn.Linear]:
-    """The sparse and multi-vector heads of a base model, or new ones where it has none.
+def read_heads(path: str, *, required: bool, **hub: str | None) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of the sparse and multi-vector heads that a base model has, by file name.
+
+    Args:
+        path: folder or hub name.
+        required: whether they are trained, so that it must be known if there are any.
+        hub: ``cache_dir`` and ``token``.
+
+    Raises:
+        UserError: a file cannot be read, or the hub gives no answer although ``required``; otherwise that is warned of.
+    """
+    try:
+        files = find_heads(path, **hub)
+    except UserError as error:
+        if required:
+            raise
+        logger.warning("%s. The folders of this run will have none: only dense embeddings will be of use", error)
+        return {}
+    heads = {}
+    for name, file in files.items():
+        try:
+            heads[name] = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file brings about
+            raise UserError(f"{at(file)}: the head cannot be read: {error}") from None
+    return heads
+
+
+def make_heads(
+    weights: dict[str, dict[str, torch.Tensor]], path: str, hidden_size: int, colbert_dim: int
+) -> dict[str, nn.Linear]:
+    """The heads of a base model as modules, new ones where it has none.
 
     Raises:
         UserError: the base model's heads have other shapes.
     """
-    from clpl_moe.encoder.load import find_file
-
     widths = {"sparse_linear.pt": 1, "colbert_linear.pt": colbert_dim if colbert_dim > 0 else hidden_size}
-    heads = {Path(name).stem: nn.Linear(hidden_size, widths[name]) for name in HEAD_FILES}
+    heads = {}
     for name in HEAD_FILES:
-        file = find_file(path, name)
-        if file is None:
+        head = heads[Path(name).stem] = nn.Linear(hidden_size, widths[name])
+        if name not in weights:
             logger.warning("%s has no %s: training begins with a new one", path, name)
             continue
         try:
-            heads[Path(name).stem].load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            head.load_state_dict(weights[name])
         except RuntimeError as error:
-            raise UserError(f"{at(file)}: does not fit a head of {hidden_size} to {widths[name]}: {error}") from None
+            raise UserError(
+                f"{at(path)}: {name} does not fit a head of {hidden_size} to {widths[name]}: {error}"
+            ) from None
     return heads
