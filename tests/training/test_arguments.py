@@ -4,7 +4,7 @@ import torch
 from clpl_moe.errors import UserError
 from clpl_moe.train import main
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
-from tiny_training import arguments, make_runner, write_triplets
+from tiny_training import arguments, make_runner, refused, write_triplets
 
 
 def training(**options):
@@ -181,3 +181,21 @@ def test_heads_that_cannot_be_read(tiny_encoder, tmp_path):
     (tmp_path / "sparse_linear.pt").write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"sparse_linear\.pt: the head cannot be read"):
         read_heads(str(tmp_path), required=False)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_lengths_beyond_the_positions_of_the_encoder(tiny_encoder, tmp_path, capsys, dry_run):
+    """The first text that is so long would end the run, in an IndexError."""
+    data = write_triplets(tmp_path / "t.jsonl", 4)
+    for options, message in (
+        ({"passage_max_len": 129}, f"passage_max_len is 129: {tiny_encoder} takes 128 tokens at most"),
+        ({"query_max_len": 512}, "query_max_len is 512"),
+    ):
+        assert message in refused(arguments(tiny_encoder, data, tmp_path / "a", dry_run=dry_run, **options), capsys)
+    assert not (tmp_path / "a").exists()
+
+
+def test_options_that_the_trainer_refuses_end_in_a_message(tiny_encoder, tmp_path, capsys):
+    data = write_triplets(tmp_path / "t.jsonl", 4)
+    err = refused(arguments(tiny_encoder, data, tmp_path / "a", report_to="no_such_tracker"), capsys)
+    assert "error: no_such_tracker is not supported" in err

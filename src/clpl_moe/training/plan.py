@@ -17,6 +17,7 @@ from clpl_moe.moe.inject import has_experts, inject_moe
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.training.model import choose_trainable
+from clpl_moe.training.runner import check_lengths
 
 # The shape of the base model of the published recipe, so that its configs can be checked where the hub is out of reach
 # (config.json of BAAI/bge-m3).
@@ -64,6 +65,7 @@ def make_plan(
     """
     dataset = CLPLTrainDataset(data_args, seed=training_args.seed)
     encoder, shape_source, reached = _meta_encoder(model_args)
+    check_lengths(encoder, model_args.model_name_or_path, data_args)
     wrapper = torch.nn.Module()
     wrapper.model = encoder
     try:

@@ -22,6 +22,7 @@ from clpl_moe.errors import UserError, at
 from clpl_moe.files import atomic_open, refuse_unwritable
 from clpl_moe.loss import CLPLLoss
 from clpl_moe.moe.inject import has_experts, inject_moe
+from clpl_moe.retrieval.encode import max_positions
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.training.card import write_model_card
 from clpl_moe.training.model import CLPLModel, choose_trainable
@@ -87,6 +88,15 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
         raise UserError(f"{at(resume)}: not a checkpoint of a run (no trainer_state.json); --resume_from_checkpoint")
 
 
+def check_lengths(encoder: nn.Module, name: str, args: CLPLDataArguments) -> None:
+    """Raise :class:`UserError` where texts may become longer than the encoder has positions for: the first such text
+    would end the run."""
+    limit = max_positions(encoder)
+    for option in ("query_max_len", "passage_max_len"):
+        if limit is not None and getattr(args, option) > limit:
+            raise UserError(f"{option} is {getattr(args, option)}: {name} takes {limit} tokens at most")
+
+
 def resolved_config(*groups: object) -> dict[str, object]:
     """All options of the argument dataclasses as plain values, without secrets, as ``--config`` reads them."""
     values: dict[str, object] = {}
@@ -148,6 +158,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             token=args.token,
             tokenizer=args.tokenizer_name,
         )
+        check_lengths(encoder, args.model_name_or_path, self.data_args)
         config = args.moe_config()
         if has_experts(encoder):
             logger.warning("the base model has experts of its own, which are kept: %s", encoder.config.moe)
@@ -211,18 +222,22 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
         )
 
     def load_trainer(self) -> CLPLTrainer:
-        return CLPLTrainer(
-            model=self.model,
-            args=self.training_args,
-            train_dataset=self.train_dataset,
-            data_collator=self.data_collator,
-            processing_class=self.tokenizer,
-            settings=self.settings,
-            max_length=self.data_args.passage_max_len,
-            base_heads=self.base_heads,
-            evaluator=self._make_evaluator(),
-            same_dataset_within_batch=self.data_args.same_dataset_within_batch,
-        )
+        evaluator = self._make_evaluator()
+        try:
+            return CLPLTrainer(
+                model=self.model,
+                args=self.training_args,
+                train_dataset=self.train_dataset,
+                data_collator=self.data_collator,
+                processing_class=self.tokenizer,
+                settings=self.settings,
+                max_length=self.data_args.passage_max_len,
+                base_heads=self.base_heads,
+                evaluator=evaluator,
+                same_dataset_within_batch=self.data_args.same_dataset_within_batch,
+            )
+        except (ValueError, ImportError) as error:  # transformers checks some options no sooner
+            raise UserError(" ".join(str(error).split())) from error
 
     def _make_evaluator(self) -> Callable[[nn.Module], dict[str, float]] | None:
         args = self.training_args
