@@ -230,7 +230,9 @@ def test_result_of_the_function(tiny_encoder, collections):
     ("options", "words"),
     [
         ({"passage_max_len": 300}, "--passage_max_len: found 300"),
-        ({"query_max_len": 0}, "--query_max_len: found 0, expected at least 1"),
+        ({"query_max_len": 2}, "--query_max_len: found 2, expected at least 3"),
+        ({"batch_tokens": 0}, "--batch_tokens: found 0, expected at least 1"),
+        ({"languages": ("../ko",)}, "expected the name of a folder"),
         ({"metrics": "ndcg@5"}, "metric 'ndcg@5'"),
         ({"top_k": 0}, "--top_k: found 0"),
         ({"split": "test"}, "the splits here are dev"),

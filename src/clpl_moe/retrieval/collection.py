@@ -17,6 +17,8 @@ from typing import Any
 from clpl_moe.errors import UserError, at
 from clpl_moe.files import read_jsonl
 
+_MOST_RELEVANT = 1000  # trec_eval's arithmetic overflows far above it, without a word
+
 
 @dataclass
 class Collection:
@@ -142,6 +144,8 @@ def _read_qrels(path: Path, query_ids: set[str], queries_path: Path) -> dict[str
         if not isinstance(relevance, int) or isinstance(relevance, bool):
             found = "nothing" if "relevance" not in record else repr(relevance)
             raise UserError(f"{at(path, line, 'relevance')}: found {found}, expected an integer")
+        if abs(relevance) > _MOST_RELEVANT:
+            raise UserError(f"{at(path, line, 'relevance')}: found {relevance}, expected at most {_MOST_RELEVANT}")
         if query_id not in query_ids:
             raise UserError(f"{at(path, line, 'qid')}: '{query_id}' is not an id of {queries_path}")
         judged = qrels.setdefault(query_id, {})

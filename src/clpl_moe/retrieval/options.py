@@ -43,9 +43,10 @@ class EncodingArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("query_max_len", "passage_max_len", "batch_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"--{name}: found {value}, expected at least 1")
+        # Two tokens only begin and end a text, and a tokenizer that is to cut off more cuts nothing.
+        for name, least in (("query_max_len", 3), ("passage_max_len", 3), ("batch_tokens", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"--{name}: found {value}, expected at least {least}")
 
 
 @dataclass
