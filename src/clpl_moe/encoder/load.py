@@ -82,7 +82,8 @@ def load_weights(model: PreTrainedModel, path: str | Path) -> None:
     try:
         model.load_state_dict(_state_dict(str(path), {}))
     except RuntimeError as error:
-        raise UserError(f"{at(path)}: the weights do not fit this model: {error}") from None
+        first = " ".join(str(error).split("\n")[:2]).replace("\t", "")  # a line for each weight
+        raise UserError(f"{at(path)}: the weights do not fit this model: {first}") from None
 
 
 def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from clpl_moe.cli import load_yaml
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.encoder.load import HEAD_FILES, find_heads, load_encoder
@@ -31,6 +32,12 @@ from clpl_moe.training.trainer import CLPLTrainer, newest_checkpoint
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "train_config.yaml"
+
+# What a checkpoint's weights and optimizer state are of; they do not fit a run that changes one of these.
+_FIXED_IN_A_RUN = (
+    "num_experts", "top_k", "moe_target", "moe_layers", "router", "trainable", "optim", "unified_finetuning", "colbert_dim",
+    "fix_encoder", "fix_position_embedding",
+)  # fmt: skip
 
 
 def resolve_settings(
@@ -113,6 +120,28 @@ def resolved_config(*groups: object) -> dict[str, object]:
 
 def _plain(value: object) -> object:
     return json.loads(json.dumps(value, default=lambda v: v.to_dict() if hasattr(v, "to_dict") else str(v)))
+
+
+def check_same_run(config: dict[str, object], checkpoint: str | Path) -> None:
+    """Compare the options of a resumed run with those that its checkpoint was made with, where these are still known.
+
+    Raises:
+        UserError: an option differs that the checkpoint does not fit. Others are warned of: the run is then not the one
+            that it would have been.
+    """
+    path = Path(checkpoint).parent / CONFIG_FILE
+    if not path.is_file():
+        return
+    before = load_yaml(path)
+    names = sorted((before.keys() | config.keys()) - {"output_dir", "dry_run"})
+    changed = {name: (before.get(name), config.get(name)) for name in names if before.get(name) != config.get(name)}
+    for name in _FIXED_IN_A_RUN:
+        if name in changed:
+            old, new = changed[name]
+            raise UserError(f"{name} is {new}, but the run to resume has {old} ({path}): resume it with that")
+    if changed:
+        what = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+        logger.warning("resumed with other options than %s: %s", path, what)
 
 
 class CLPLRunner(EncoderOnlyEmbedderM3Runner):
@@ -269,9 +298,11 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
     def run(self) -> None:
         """Train, from the beginning or from a checkpoint, and leave the model in the run folder."""
         output_dir = Path(self.training_args.output_dir)
+        config = resolved_config(self.model_args, self.data_args, self.training_args)
+        if self.training_args.resume_from_checkpoint is not None:
+            check_same_run(config, self.training_args.resume_from_checkpoint)
         if self.trainer.is_world_process_zero():
             with atomic_open(output_dir / CONFIG_FILE) as file:
-                config = resolved_config(self.model_args, self.data_args, self.training_args)
                 yaml.safe_dump(config, file, allow_unicode=True, sort_keys=False)
         self.trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
         self.trainer.save_model()
