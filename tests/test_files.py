@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from clpl_moe.errors import UserError, command
-from clpl_moe.files import read_jsonl, refuse_existing, refuse_unwritable
+from clpl_moe.files import atomic_dir, atomic_open, read_jsonl, refuse_existing, refuse_unwritable
 from clpl_moe.prepare import read_squad
 
 
@@ -93,3 +93,17 @@ def test_what_the_machine_refuses_is_one_line(capsys):
     assert capsys.readouterr().err == "error: x.jsonl: No space left on device\n"
     with pytest.raises(OSError, match="odd"):  # a fault of ours keeps its traceback
         main(OSError(errno.EINVAL, "odd"))
+
+
+@pytest.mark.parametrize("make", [atomic_open, atomic_dir])
+def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path, make):
+    path = tmp_path / "output"
+    path.write_text("before")
+    with pytest.raises(RuntimeError), make(path) as output:
+        if make is atomic_dir:
+            (output / "a").write_text("half")
+        else:
+            output.write("half")
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["output"]
+    assert path.read_text() == "before"
