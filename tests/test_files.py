@@ -99,11 +99,16 @@ def test_what_the_machine_refuses_is_one_line(capsys):
 def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path, make):
     path = tmp_path / "output"
     path.write_text("before")
-    with pytest.raises(RuntimeError), make(path) as output:
-        if make is atomic_dir:
-            (output / "a").write_text("half")
-        else:
-            output.write("half")
-        raise RuntimeError
+
+    def fail():
+        with make(path) as output:
+            if make is atomic_dir:
+                (output / "a").write_text("half")
+            else:
+                output.write("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert [p.name for p in tmp_path.iterdir()] == ["output"]
     assert path.read_text() == "before"
