@@ -194,9 +194,17 @@ class TestTraining:
             "hf_secret",
             "--hub_token",
             "hf_secret",
+            "--dev_batch_tokens",
+            "4096",
         ]
         groups = cli.parse([CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments], "", "", argv)
-        assert "secret" not in str(resolved_config(*groups))
+        config = resolved_config(*groups)
+        assert "secret" not in str(config)
+        # Of all others none is left out, whatever their names hold.
+        names = {f.name for group in groups for f in dataclasses.fields(group) if f.init}
+        empty = {name for name in names if any(getattr(g, name, None) == [] for g in groups)}
+        assert names - config.keys() - empty == {"token", "hub_token", "resume_from_checkpoint"}
+        assert config["dev_batch_tokens"] == 4096
 
     def test_mistakes_end_with_code_2(self, tiny_encoder, tmp_path, capsys, config):
         argv = arguments(tiny_encoder, tmp_path / "t.jsonl", tmp_path / "out")

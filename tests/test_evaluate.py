@@ -230,7 +230,9 @@ def test_result_of_the_function(tiny_encoder, collections):
     ("options", "words"),
     [
         ({"passage_max_len": 300}, "--passage_max_len: found 300"),
-        ({"query_max_len": 0}, "--query_max_len: found 0, expected at least 1"),
+        ({"query_max_len": 2}, "--query_max_len: found 2, expected at least 3"),
+        ({"batch_tokens": 0}, "--batch_tokens: found 0, expected at least 1"),
+        ({"languages": ("../ko",)}, "expected the name of a folder"),
         ({"metrics": "ndcg@5"}, "metric 'ndcg@5'"),
         ({"top_k": 0}, "--top_k: found 0"),
         ({"split": "test"}, "the splits here are dev"),
@@ -260,3 +262,31 @@ def test_no_such_model(collections, tmp_path, capsys):
         run(tmp_path / "nowhere", collections, tmp_path / "out")
     assert exit.value.code == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_model_with_code_of_its_own_runs_only_if_trusted(tiny_encoder, collections, tmp_path, capsys):
+    from clpl_moe.mine import main as mine_main
+
+    model = shutil.copytree(tiny_encoder, tmp_path / "model")
+    (model / "own.py").write_text(
+        "from transformers import XLMRobertaConfig, XLMRobertaModel\n"
+        "class OwnConfig(XLMRobertaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(XLMRobertaModel):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}}
+    (model / "config.json").write_text(json.dumps(config))
+    mined = ["--model", str(model), "--collection", str(collections), "--language", "ko", "--split", "dev"]
+    mined += ["--output", str(tmp_path / "mined.jsonl"), "--passage_max_len", "100", "--negatives", "1"]
+    for command in (lambda: run(model, collections, tmp_path / "out"), lambda: mine_main(mined)):
+        with pytest.raises(SystemExit) as exit:
+            command()
+        assert exit.value.code == 2
+        assert "--trust_remote_code true" in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "model"]
+    run(model, collections, tmp_path / "out", trust_remote_code=True)
+    run(tiny_encoder, collections, tmp_path / "stock")
+    mine_main([*mined, "--trust_remote_code", "true"])
+    first, second = (tmp_path / folder / "ko" / "run.trec" for folder in ("out", "stock"))
+    ranked = [[line.split()[:5] for line in path.read_text().splitlines()] for path in (first, second)]
+    assert ranked[0] == ranked[1]

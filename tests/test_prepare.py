@@ -270,3 +270,12 @@ def test_share_out_of_range(tmp_path, capsys):
         prepare(squad(tmp_path / "a.json", *many(5)), output=tmp_path / "out", dev_share=1.5)
     assert exit.value.code == 2
     assert "--dev_share: found 1.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("language", ["", "..", "a/b"])
+def test_language_names_a_folder(tmp_path, capsys, language):
+    """Otherwise --overwrite would replace a folder that is no collection."""
+    with pytest.raises(SystemExit) as stop:
+        main(["--squad", "x.json", "--output", str(tmp_path), "--overwrite", "true", f"--language={language}"])
+    assert stop.value.code == 2
+    assert "expected the name of a folder" in capsys.readouterr().err

@@ -195,5 +195,5 @@ def parse(
         try:
             outputs.append(cls(**{k: v for k, v in vars(namespace).items() if k in keys}))
         except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
-            raise UserError(str(error)) from None
+            raise UserError(" ".join(str(error).split())) from None  # transformers breaks lines
     return outputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -21,8 +22,13 @@ def at(path: str | Path, line: int | None = None, field: str | None = None) -> s
     return place if field is None else f"{place}: field '{field}'"
 
 
+# What the machine refuses, rather than a fault of the program: it is told as briefly.
+_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG, errno.ENOTDIR)
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command's ``main``: a :class:`UserError` becomes one line on stderr and exit code 2."""
+    """Decorate a command's ``main``: a :class:`UserError`, and a disk that is full or may not be written to, become one
+    line on stderr and exit code 2."""
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs) -> None:
@@ -30,6 +36,12 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            if error.errno not in _OF_THE_MACHINE:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            print(f"error: {place}{error.strerror}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

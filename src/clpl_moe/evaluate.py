@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from clpl_moe import __version__
 from clpl_moe.cli import parse
 from clpl_moe.errors import UserError, at, command
-from clpl_moe.files import write_json
+from clpl_moe.files import refuse_unwritable, write_json
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.metrics import DEFAULT_METRICS, check_metrics, write_trec_run
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
@@ -114,6 +114,7 @@ def _plan(
             },
         }
         place = folder / language
+        refuse_unwritable(place / "metrics.json")
         found = _read(place / "metrics.json")
         if not arguments.overwrite and (place / "metrics.json").exists():
             differing = [k for k in key if (found or {}).get(k) != key[k]]

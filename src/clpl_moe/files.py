@@ -18,13 +18,17 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number (from 1) and object of each line that is not blank.
 
     Raises:
-        UserError: the file is missing or empty, a line is not UTF-8, not JSON or not an object.
+        UserError: the file is missing, empty or unreadable, a line is not UTF-8, not JSON or not an object.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{at(path)}: no such file" if not path.exists() else f"{at(path)}: not a file")
     empty = True
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{at(path)}: cannot be read ({error.strerror})") from None
+    with file:
         for number, raw in enumerate(file, 1):
             if not raw.strip():
                 continue
@@ -38,15 +42,32 @@ def parse_line(path: str | Path, number: int, raw: bytes) -> dict[str, Any]:
     """One line of a JSONL file as an object; raises :class:`UserError` with file and line otherwise."""
     try:
         # The byte-order mark that some editors write is no part of the text.
-        record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+        record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise UserError(f"{at(path, number)}: not UTF-8 text ({error.reason})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise UserError(f"{at(path, number)}: not JSON ({what}), expected one object a line") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{at(path, number)}: not JSON ({json_fault(error)}), expected one object a line") from None
     if not isinstance(record, dict):
         raise UserError(f"{at(path, number)}: found {type(record).__name__}, expected a JSON object")
     refuse_lone_surrogates(record, raw, at(path, number))
+    return record
+
+
+def json_fault(error: ValueError | RecursionError) -> str:
+    """In a few words, why ``json.loads`` took a text not for JSON."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "a number of thousands of digits" if "digits" in str(error) else str(error)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON takes the last of two equal keys, and so would drop data without a word."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(key for key in record if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"'{twice}' stands twice")
     return record
 
 
@@ -60,13 +81,35 @@ def refuse_lone_surrogates(value: Any, raw: bytes, place: str) -> None:
         raise UserError(f"{place}: holds half of a surrogate pair (an escape \\ud800 to \\udfff)") from None
 
 
-def refuse_existing(path: str | Path, overwrite: bool = False) -> None:
-    """Raise :class:`UserError` if ``path`` is a file or a folder that is not empty, unless ``overwrite``."""
+def refuse_existing(path: str | Path, overwrite: bool = False, *, marker: str | None = None) -> None:
+    """Raise :class:`UserError` if an output is in the way or could not be written.
+
+    Args:
+        path: the output.
+        overwrite: whether it may be replaced.
+        marker: where the output is a folder, a file that each such folder has: another folder is not replaced, even if
+            asked (a slip of the pen would delete anything). None: the output is a file.
+    """
     path = Path(path)
-    if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    refuse_unwritable(path)
+    if not path.exists() or (marker is not None and path.is_dir() and not any(path.iterdir())):
         return
-    kind = "folder is not empty" if path.is_dir() else "file exists"
-    raise UserError(f"{at(path)}: the output {kind}; name another, or pass --overwrite true to replace it")
+    if not overwrite:
+        kind = "folder is not empty" if path.is_dir() else "file exists"
+        raise UserError(f"{at(path)}: the output {kind}; name another, or pass --overwrite true to replace it")
+    if path.is_dir() and (marker is None or not (path / marker).is_file()):
+        expected = "a file" if marker is None else f"a folder with {marker}"
+        raise UserError(f"{at(path)}: found a folder with other things, expected {expected} to replace; name another")
+
+
+def refuse_unwritable(path: str | Path) -> None:
+    """Raise :class:`UserError` where nothing can be written at ``path``: said before the work, not after it."""
+    path = Path(path).absolute()
+    there = next(parent for parent in path.parents if os.path.lexists(parent))
+    if not there.is_dir():
+        raise UserError(f"{at(path)}: cannot be written, {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{at(path)}: cannot be written, the folder {there} is read-only")
 
 
 @contextlib.contextmanager
@@ -88,7 +131,7 @@ def atomic_open(path: str | Path) -> Iterator[IO[str]]:
 @contextlib.contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
     """A folder that is filled under a temporary name and takes the place of ``path`` when the block ends well."""
-    path = Path(path)
+    path = Path(path).absolute()  # of "." and of "" there is no parent
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:

@@ -26,8 +26,8 @@ from typing import Any
 
 from clpl_moe.cli import parse
 from clpl_moe.errors import UserError, at, command
-from clpl_moe.files import atomic_dir, refuse_existing, refuse_lone_surrogates, write_jsonl
-from clpl_moe.retrieval.collection import normalize_text
+from clpl_moe.files import atomic_dir, json_fault, refuse_existing, refuse_lone_surrogates, write_jsonl
+from clpl_moe.retrieval.collection import check_language, normalize_text
 
 
 @dataclass
@@ -43,6 +43,7 @@ class PrepareArguments:
     overwrite: bool = field(default=False, metadata={"help": "replace the collection that is there"})
 
     def __post_init__(self) -> None:
+        check_language(self.language)
         if not 0 <= self.dev_share <= 1:
             raise UserError(f"--dev_share: found {self.dev_share}, expected a share from 0 to 1")
 
@@ -100,8 +101,8 @@ def read_squad(path: str | Path) -> list[Article]:
         raise UserError(f"{at(path)}: not UTF-8 text ({error.reason})") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{at(path, error.lineno)}: not JSON ({error.msg}), expected SQuAD's shape") from None
-    except RecursionError:
-        raise UserError(f"{at(path)}: nested too deeply, expected SQuAD's shape") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{at(path)}: not JSON ({json_fault(error)}), expected SQuAD's shape") from None
     refuse_lone_surrogates(content, raw, at(path))
     reader = _Reader(path)
     articles = []
@@ -344,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv=argv,
     )
     folder = Path(arguments.output) / arguments.language
-    refuse_existing(folder, arguments.overwrite)
+    refuse_existing(folder, arguments.overwrite, marker="corpus.jsonl")
     articles = [article for path in arguments.squad for article in read_squad(path)]
     prepared = make_collection(articles, arguments.dev_share, arguments.seed, arguments.titles)
     write_collection(folder, prepared)

@@ -105,7 +105,7 @@ def build_small_encoder(output: str | Path, source: str = "auto", overwrite: boo
     from clpl_moe.encoder.settings import EmbeddingSettings, write_settings
 
     output = Path(output)
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, marker="config.json")
     wheel = None if source == "hub" else find_wheel_file()
     if source == "wheel" and wheel is None:
         raise UserError(f"the package {WHEEL} is not installed: {INSTALL}, or pass --source hub")

@@ -224,7 +224,7 @@ def index_of_nothing(folder):
         (lambda f: (f / "config.json").write_text("[]"), "config.json: expected a JSON object"),
         (lambda f: (f / "config.json").write_bytes(b"\xff"), "config.json: not JSON"),
         (lambda f: (f / "config.json").write_text("{}"), "the encoder cannot be loaded"),
-        (lambda f: edit_config(f, model_type="unheard_of"), "the encoder cannot be loaded"),
+        (lambda f: edit_config(f, model_type="unheard_of"), "needs code from its own folder.*--trust_remote_code true"),
         (lambda f: edit_config(f, hidden_size="wide"), "the encoder cannot be loaded"),
         (lambda f: edit_config(f, moe={"experts": 2}), "unexpected keyword argument 'experts'"),
         (lambda f: edit_config(f, moe=MoEConfig(4).to_dict()), "the encoder cannot be loaded"),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from clpl_moe import MoEConfig, inject_moe, load_encoder, merge_experts, save_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings, pool, read_settings
+from clpl_moe.errors import UserError
 from tiny import make_encoder, perturb_experts
 
 TEXTS = [
@@ -187,6 +188,24 @@ def test_a_model_without_heads_gets_none(tmp_path, tiny_encoder):
     save_encoder(encoder, tokenizer, tmp_path / "one")
     save_encoder(encoder, tokenizer, tmp_path / "two", heads_from=tmp_path / "one")
     assert not list(tmp_path.glob("*/*_linear.pt"))
+
+
+@pytest.mark.parametrize("error", ["LocalEntryNotFoundError", "RepositoryNotFoundError"])
+def test_heads_are_never_lost_in_silence(tmp_path, tiny_encoder, monkeypatch, error):
+    """Where the hub gives no answer nobody knows whether there are any."""
+    from huggingface_hub import errors
+
+    def download(*args, **kwargs):
+        raise getattr(errors, error).__new__(getattr(errors, error))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    encoder, tokenizer = load_encoder(tiny_encoder)
+    with pytest.raises(UserError, match="someone/bge-m3: .* cannot be told whether there are sparse"):
+        save_encoder(encoder, tokenizer, tmp_path / "out", heads_from="someone/bge-m3")
+    assert not (tmp_path / "out").exists()
+    # All are given: there is nothing to ask for.
+    heads = {name: torch.load(tiny_encoder / name) for name in ("sparse_linear.pt", "colbert_linear.pt")}
+    save_encoder(encoder, tokenizer, tmp_path / "out", heads=heads, heads_from="someone/bge-m3")
 
 
 def test_a_folder_can_be_saved_onto_itself(tmp_path, tiny_encoder):

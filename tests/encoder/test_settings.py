@@ -128,19 +128,21 @@ def test_files_of_a_hub_model(tmp_path, monkeypatch):
     write_settings(tmp_path, E5, max_length=512, hidden_size=384)
     asked = []
 
-    def download(repository, name):
-        asked.append((repository, name))
+    def download(repository, name, cache_dir, token):
+        asked.append((repository, name, cache_dir, token))
         return str(tmp_path / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert read_settings("someone/some-model") == E5
-    assert asked[0] == ("someone/some-model", "modules.json")
+    assert read_settings("someone/some-model", cache_dir="cache", token="secret") == E5
+    assert asked[0] == ("someone/some-model", "modules.json", "cache", "secret")
+    # A private model would otherwise get the defaults in silence.
+    assert {call[2:] for call in asked} == {("cache", "secret")}
     assert len(asked) == 3
 
 
 @pytest.mark.parametrize("error", [LocalEntryNotFoundError, RepositoryNotFoundError])
 def test_hub_that_gives_nothing_means_defaults(monkeypatch, caplog, error):
-    def download(repository, name):
+    def download(repository, name, **hub):
         raise error.__new__(error)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)

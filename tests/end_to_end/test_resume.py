@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from clpl_moe.train import main
-from tiny_training import arguments, read_metrics, train_until, write_triplets
+from tiny_training import arguments, read_metrics, refused, train_until, write_triplets
 
 # FlagEmbedding's own resume ends in an AttributeError, and past that restores no weights (encoder keys without their
 # prefix) and starts same-dataset batches from the beginning: every test here fails on it.
@@ -104,7 +104,17 @@ def test_killed_and_resumed_in_a_new_process_is_the_uninterrupted_run(model, dat
     [
         pytest.param(12, {"same_dataset_within_batch": True, "small_threshold": 0, "drop_threshold": 0}, id="files"),
         # Both heads are trained, and restored; more negatives' queries than are used, so that drawing them shows.
-        pytest.param(17, {"unified_finetuning": True, "queries_per_negative": 1}, id="heads"),
+        # Self-distillation begins in between; FlagEmbedding counts passes from 0 again.
+        pytest.param(
+            17,
+            {
+                "unified_finetuning": True,
+                "queries_per_negative": 1,
+                "use_self_distill": True,
+                "self_distill_start_step": 5,
+            },
+            id="heads",
+        ),
         pytest.param(15, {"gradient_checkpointing": True, "trainable": "full", "dataloader_num_workers": 1}, id="full"),
     ],
 )
@@ -161,3 +171,20 @@ def test_nothing_to_resume(model, data, tmp_path, capsys):
     assert stop.value.code == 2
     assert "not a checkpoint" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_options_of_a_run_cannot_change_unnoticed(model, data, tmp_path, capsys, caplog):
+    folder = tmp_path / "run"
+    train_until(arguments(model, data, folder, **options()), 9)
+    before = (folder / "train_config.yaml").read_text()
+    for more, message in (
+        ({"num_experts": 3}, "num_experts is 3, but the run to resume has 2"),
+        ({"trainable": "full"}, "trainable is full, but the run to resume has moe"),
+        ({"optim": "sgd"}, "optim is sgd, but the run to resume has"),
+    ):
+        err = refused(arguments(model, data, folder, **options(**more), resume_from_checkpoint=True), capsys)
+        assert message in err
+    assert (folder / "train_config.yaml").read_text() == before
+    assert "resumed with other options" not in caplog.text
+    main(arguments(model, data, folder, **options(max_steps=4, seed=7), resume_from_checkpoint=True))
+    assert "max_steps 10 -> 4, seed 42 -> 7" in caplog.text

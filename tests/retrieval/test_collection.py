@@ -62,6 +62,12 @@ def test_load(tmp_path):
         ("queries", [{"id": "q1", "text": " "}], "dev_queries.jsonl:1: field 'text'", "empty"),
         ("queries", [{"id": "q1", "query": "x"}], "dev_queries.jsonl:1: field 'text'", "missing"),
         ("qrels", [{"qid": "q9", "docid": "p1", "relevance": 1}], "dev_qrels.jsonl:1: field 'qid'", "'q9'"),
+        (
+            "qrels",
+            [{"qid": "q1", "docid": "p1", "relevance": 10**12}],  # trec_eval gives an nDCG of 9e13
+            "dev_qrels.jsonl:1: field 'relevance'",
+            "at most 1000",
+        ),
         ("qrels", [{"qid": "q1", "relevance": 1}], "dev_qrels.jsonl:1: field 'docid'", "missing"),
         ("qrels", [{"qid": "q1", "docid": "p1"}], "dev_qrels.jsonl:1: field 'relevance'", "found nothing"),
         (

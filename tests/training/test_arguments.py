@@ -5,7 +5,7 @@ from clpl_moe.errors import UserError
 from clpl_moe.retrieval import encode
 from clpl_moe.train import main
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
-from tiny_training import arguments, make_runner, write_triplets
+from tiny_training import arguments, make_runner, refused, write_triplets
 
 
 def training(**options):
@@ -23,7 +23,30 @@ def training(**options):
         ({"eval_strategy": "steps"}, "needs a collection"),
         ({"dev_collection": "d"}, "needs dev_language"),
         ({"dev_collection": "d", "dev_language": "ko", "metric_for_best_model": "mrr"}, "choose one of ndcg@5"),
+        (
+            {"dev_collection": "d", "dev_language": "ko", "save_strategy": "best"},
+            "needs evaluations: set eval_strategy",
+        ),
+        (
+            {"dev_collection": "d", "dev_language": "ko", "save_strategy": "no", "early_stopping_patience": 1},
+            "early_stopping_patience needs evaluations",
+        ),
+        ({"save_strategy": "best"}, "needs a collection"),
         ({"use_mrl": True}, "use_mrl"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0: choose a number of at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
+        ({"learning_rate": -1e-5}, "learning_rate is -1e-05"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"z_loss_weight": float("nan")}, "z_loss_weight is nan"),
+        ({"dev_batch_tokens": 0}, "dev_batch_tokens is 0"),
+        ({"early_stopping_patience": 0}, "early_stopping_patience is 0"),
+        ({"save_steps": 0}, "save_steps is 0"),
+        ({"logging_steps": -3}, "logging_steps is -3"),
+        ({"num_train_epochs": 0}, "num_train_epochs is 0"),
+        ({"sub_batch_size": 0}, "sub_batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1"),
     ],
 )
 def test_training_options_that_do_not_fit(options, message):
@@ -42,6 +65,9 @@ def test_training_options_that_do_not_fit(options, message):
         ({"passage_max_len": 2}, "passage_max_len is 2"),
         ({"queries_per_negative": -1}, "queries_per_negative is -1"),
         ({"query_instruction_format": "{}"}, "expected two places"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0"),
+        ({"max_example_num_per_dataset": 0}, "max_example_num_per_dataset is 0"),
+        ({"shuffle_ratio": -1}, "shuffle_ratio is -1"),
     ],
 )
 def test_data_options_that_do_not_fit(options, message):
@@ -114,5 +140,71 @@ def test_prompts_and_pooling_come_from_the_base_folder_unless_given(tiny_encoder
 
 def test_heads_of_another_shape_are_refused(tiny_encoder, tmp_path):
     data = write_triplets(tmp_path / "t.jsonl", 4)
-    with pytest.raises(UserError, match=r"colbert_linear\.pt: does not fit a head of 32 to 16"):
+    with pytest.raises(UserError, match=r"colbert_linear\.pt does not fit a head of 32 to 16"):
         make_runner(arguments(tiny_encoder, data, tmp_path / "a", unified_finetuning=True, colbert_dim=16))
+
+
+class Hub:
+    """Stands in for the hub: gives the files of one folder, or no answer."""
+
+    def __init__(self, monkeypatch, folder):
+        self.folder, self.asked, self.error = folder, [], None
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", self.download)
+
+    def download(self, repository, name, **hub):
+        from huggingface_hub.errors import EntryNotFoundError
+
+        self.asked.append((name, hub))
+        if self.error is not None:
+            raise self.error.__new__(self.error)
+        if not (self.folder / name).exists():
+            raise EntryNotFoundError.__new__(EntryNotFoundError)
+        return str(self.folder / name)
+
+
+def test_heads_of_a_hub_model(tiny_encoder, tmp_path, monkeypatch, caplog):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    from clpl_moe.training.runner import read_heads
+
+    hub = Hub(monkeypatch, tiny_encoder)
+    heads = read_heads("someone/m3", required=False, cache_dir="cache", token="secret")
+    assert heads["sparse_linear.pt"]["weight"].equal(torch.load(tiny_encoder / "sparse_linear.pt")["weight"])
+    assert list(heads) == ["sparse_linear.pt", "colbert_linear.pt"]
+    assert hub.asked[0] == ("sparse_linear.pt", {"cache_dir": "cache", "token": "secret"})
+    # A model that has none, and is known to have none.
+    hub.folder = tmp_path
+    assert read_heads("someone/e5", required=True) == {}
+    assert not caplog.records
+    # It cannot be told: warned of where they are only kept, an error where they are trained.
+    hub.error = LocalEntryNotFoundError
+    assert read_heads("someone/m3", required=False) == {}
+    assert "cannot be told whether there are sparse and multi-vector heads" in caplog.text
+    with pytest.raises(UserError, match="someone/m3: neither a folder here nor a model that the hub gives"):
+        read_heads("someone/m3", required=True)
+
+
+def test_heads_that_cannot_be_read(tiny_encoder, tmp_path):
+    from clpl_moe.training.runner import read_heads
+
+    (tmp_path / "sparse_linear.pt").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=r"sparse_linear\.pt: the head cannot be read"):
+        read_heads(str(tmp_path), required=False)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_lengths_beyond_the_positions_of_the_encoder(tiny_encoder, tmp_path, capsys, dry_run):
+    """The first text that is so long would end the run, in an IndexError."""
+    data = write_triplets(tmp_path / "t.jsonl", 4)
+    for options, message in (
+        ({"passage_max_len": 129}, f"passage_max_len is 129: {tiny_encoder} takes 128 tokens at most"),
+        ({"query_max_len": 512}, "query_max_len is 512"),
+    ):
+        assert message in refused(arguments(tiny_encoder, data, tmp_path / "a", dry_run=dry_run, **options), capsys)
+    assert not (tmp_path / "a").exists()
+
+
+def test_options_that_the_trainer_refuses_end_in_a_message(tiny_encoder, tmp_path, capsys):
+    data = write_triplets(tmp_path / "t.jsonl", 4)
+    err = refused(arguments(tiny_encoder, data, tmp_path / "a", report_to="no_such_tracker"), capsys)
+    assert "error: no_such_tracker is not supported" in err

@@ -64,6 +64,7 @@ def load_encoder(
             else:
                 model, info = AutoModel.from_pretrained(path, output_loading_info=True, **kwargs)
         except Exception as error:  # whatever a damaged or foreign folder brings about
+            _refuse_remote_code(path, error, trust_remote_code)
             raise UserError(f"{at(path)}: the encoder cannot be loaded: {_describe(error)}") from error
         if missing := sorted(info["missing_keys"]):
             raise UserError(
@@ -81,7 +82,8 @@ def load_weights(model: PreTrainedModel, path: str | Path) -> None:
     try:
         model.load_state_dict(_state_dict(str(path), {}))
     except RuntimeError as error:
-        raise UserError(f"{at(path)}: the weights do not fit this model: {error}") from None
+        first = " ".join(str(error).split("\n")[:2]).replace("\t", "")  # a line for each weight
+        raise UserError(f"{at(path)}: the weights do not fit this model: {first}") from None
 
 
 def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
@@ -146,7 +148,16 @@ def _load_tokenizer(path: str, trust_remote_code: bool, hub: dict[str, Any]) -> 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **hub)
     except Exception as error:  # the tokenizers library raises plain ones
+        _refuse_remote_code(path, error, trust_remote_code)
         raise UserError(f"{at(path)}: the tokenizer cannot be loaded: {_describe(error)}") from error
+
+
+def _refuse_remote_code(path: str, error: Exception, trusted: bool) -> None:
+    if not trusted and "trust_remote_code" in str(error):
+        raise UserError(
+            f"{at(path)}: the model needs code from its own folder; look at that code, and if you trust it, pass"
+            " --trust_remote_code true (trust_remote_code=True in Python)"
+        ) from error
 
 
 def find_file(path: str, name: str, hub: dict[str, Any] | None = None) -> str | None:
@@ -158,6 +169,35 @@ def find_file(path: str, name: str, hub: dict[str, Any] | None = None) -> str | 
         return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **(hub or {}))
     except (OSError, ValueError):
         return None
+
+
+# BGE-M3's sparse and multi-vector heads, as FlagEmbedding names their files.
+HEAD_FILES = ("sparse_linear.pt", "colbert_linear.pt")
+
+
+def find_heads(path: str | Path, **hub: Any) -> dict[str, str]:
+    """Where the sparse and multi-vector heads of a folder or hub model lie on this disk, by file name; those it has.
+
+    Raises:
+        UserError: it cannot be told whether there are heads: no such folder, and the hub gives no answer.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+    if Path(path).is_dir():
+        return {name: str(Path(path) / name) for name in HEAD_FILES if (Path(path) / name).is_file()}
+    found = {}
+    for name in HEAD_FILES:
+        try:
+            found[name] = hf_hub_download(str(path), name, **hub)
+        except (EntryNotFoundError, HFValidationError, OSError) as error:  # HTTP errors are OSErrors
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                continue
+            raise UserError(
+                f"{at(path)}: neither a folder here nor a model that the hub gives, so that it cannot be told whether"
+                f" there are sparse and multi-vector heads ({', '.join(HEAD_FILES)}); check the spelling and the network"
+            ) from None
+    return found
 
 
 def _weight_file(path: str, hub: dict[str, Any]) -> str:

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from clpl_moe.encoder.load import find_file
+from clpl_moe.encoder.load import HEAD_FILES, find_heads
 from clpl_moe.encoder.settings import EmbeddingSettings, write_settings
 from clpl_moe.moe.install import has_experts
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
-
-# BGE-M3's sparse and multi-vector heads, as FlagEmbedding names their files.
-HEAD_FILES = ("sparse_linear.pt", "colbert_linear.pt")
 
 
 def save_encoder(
@@ -47,6 +44,7 @@ def save_encoder(
 
     Raises:
         ValueError: the encoder has experts but is of a class that cannot be loaded again.
+        UserError: it cannot be told whether ``heads_from`` has heads, since the hub is out of reach. Nothing is written.
     """
     if has_experts(model) and not isinstance(model, tuple(MOE_CLASSES.values())):
         names = ", ".join(c.__name__ for c in MOE_CLASSES)
@@ -54,15 +52,15 @@ def save_encoder(
             f"a {type(model).__name__} with experts could not be loaded again: merge_experts(model) first, or start from"
             f" one of {names}"
         )
+    heads = heads or {}
+    base_heads = {} if heads_from is None or set(HEAD_FILES) <= set(heads) else find_heads(heads_from)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
     write_settings(folder, settings or EmbeddingSettings(), max_length=max_length, hidden_size=model.config.hidden_size)
     for name in HEAD_FILES:
-        if heads is not None and name in heads:
+        if name in heads:
             torch.save({key: value.detach().cpu() for key, value in heads[name].items()}, folder / name)
-            continue
-        source = None if heads_from is None else find_file(str(heads_from), name)
-        if source is not None and Path(source).resolve() != (folder / name).resolve():
-            shutil.copyfile(source, folder / name)
+        elif name in base_heads and Path(base_heads[name]).resolve() != (folder / name).resolve():
+            shutil.copyfile(base_heads[name], folder / name)

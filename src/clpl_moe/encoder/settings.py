@@ -46,18 +46,21 @@ class EmbeddingSettings:
     passage_prompt: str = ""
 
 
-def read_settings(folder: str | Path) -> EmbeddingSettings:
+def read_settings(folder: str | Path, *, cache_dir: str | None = None, token: str | None = None) -> EmbeddingSettings:
     """The settings that the sentence-transformers files of a model state.
 
     Args:
         folder: a model folder, or the name of a model on the hub. A model without these files (a bare
             encoder) or one that cannot be reached has the defaults of :class:`EmbeddingSettings`.
+        cache_dir: of the hub, as for the weights.
+        token: of the hub, without which a private model's settings would look as if they were not there.
 
     Raises:
         UserError: a file is not JSON, or asks for something that this package cannot compute: another
             pooling, several at once, a projection after it, pooling without the prompt's tokens.
     """
-    modules = _read(folder, "modules.json", list)
+    hub = {"cache_dir": cache_dir, "token": token}
+    modules = _read(folder, "modules.json", list, hub)
     if modules is None:
         return EmbeddingSettings()
     pooling, normalize = EmbeddingSettings.pooling, False
@@ -65,13 +68,13 @@ def read_settings(folder: str | Path) -> EmbeddingSettings:
         kind = str(module.get("type", "")).rpartition(".")[2]
         if kind == "Pooling":
             name = f"{module.get('path')}/config.json"
-            pooling = _pooling_of(_read(folder, name, dict) or {}, at(Path(folder, name)))
+            pooling = _pooling_of(_read(folder, name, dict, hub) or {}, at(Path(folder, name)))
         elif kind == "Normalize":
             normalize = True
         elif kind != "Transformer":
             place = at(Path(folder, "modules.json"))
             raise UserError(f"{place}: found a module '{kind}', expected only Transformer, Pooling, Normalize")
-    prompts = (_read(folder, "config_sentence_transformers.json", dict) or {}).get("prompts") or {}
+    prompts = (_read(folder, "config_sentence_transformers.json", dict, hub) or {}).get("prompts") or {}
     return EmbeddingSettings(
         pooling=pooling,
         normalize=normalize,
@@ -177,9 +180,9 @@ def _pooling_of(config: dict[str, Any], place: str) -> str:
     return names[modes[0]]
 
 
-def _read(folder: str | Path, name: str, kind: type) -> Any:
+def _read(folder: str | Path, name: str, kind: type, hub: dict[str, str | None]) -> Any:
     """A JSON file of a folder or a hub model, whose value is a ``kind``; None where there is no such file."""
-    path = Path(folder, name) if Path(folder).is_dir() else _from_hub(str(folder), name)
+    path = Path(folder, name) if Path(folder).is_dir() else _from_hub(str(folder), name, hub)
     if path is None or not path.is_file():
         return None
     try:
@@ -191,7 +194,7 @@ def _read(folder: str | Path, name: str, kind: type) -> Any:
     return value
 
 
-def _from_hub(repository: str, name: str) -> Path | None:
+def _from_hub(repository: str, name: str, hub: dict[str, str | None]) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -201,7 +204,7 @@ def _from_hub(repository: str, name: str) -> Path | None:
     )
 
     try:
-        return Path(hf_hub_download(repository, name))
+        return Path(hf_hub_download(repository, name, **hub))
     # A name that is none is the business of whoever loads the weights.
     except (RepositoryNotFoundError, HFValidationError):
         return None

@@ -17,6 +17,8 @@ from typing import Any
 from clpl_moe.errors import UserError, at
 from clpl_moe.files import read_jsonl
 
+_MOST_RELEVANT = 1000  # trec_eval's arithmetic overflows far above it, without a word
+
 
 @dataclass
 class Collection:
@@ -56,6 +58,7 @@ class Collection:
             UserError: a file is missing or empty, a line is broken, an id stands twice, a field is missing or
                 of another type, a judgement names an unknown query.
         """
+        check_language(language)
         directory = Path(directory)
         folder = directory / language
         if not folder.is_dir():
@@ -88,6 +91,12 @@ class Collection:
             for passage_id in sorted(judged):
                 add(passage_id, str(judged[passage_id]))
         return digest.hexdigest()
+
+
+def check_language(language: str) -> None:
+    """Raise :class:`UserError` where a language cannot name a folder inside another one; results are written there."""
+    if language in ("", ".", "..") or language != Path(language).name or "\0" in language:
+        raise UserError(f"language: found {language!r}, expected the name of a folder, such as ko")
 
 
 def normalize_text(text: str) -> str:
@@ -141,6 +150,8 @@ def _read_qrels(path: Path, query_ids: set[str], queries_path: Path) -> dict[str
         if not isinstance(relevance, int) or isinstance(relevance, bool):
             found = "nothing" if "relevance" not in record else repr(relevance)
             raise UserError(f"{at(path, line, 'relevance')}: found {found}, expected an integer")
+        if abs(relevance) > _MOST_RELEVANT:
+            raise UserError(f"{at(path, line, 'relevance')}: found {relevance}, expected at most {_MOST_RELEVANT}")
         if query_id not in query_ids:
             raise UserError(f"{at(path, line, 'qid')}: '{query_id}' is not an id of {queries_path}")
         judged = qrels.setdefault(query_id, {})

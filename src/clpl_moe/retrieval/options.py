@@ -38,11 +38,15 @@ class EncodingArguments:
         default=None,
         metadata={"help": "text in front of each passage, instead of what the model folder says"},
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code that the model's own folder holds; look at it first"}
+    )
 
     def __post_init__(self) -> None:
-        for name in ("query_max_len", "passage_max_len", "batch_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"--{name}: found {value}, expected at least 1")
+        # Two tokens only begin and end a text, and a tokenizer that is to cut off more cuts nothing.
+        for name, least in (("query_max_len", 3), ("passage_max_len", 3), ("batch_tokens", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"--{name}: found {value}, expected at least {least}")
 
 
 @dataclass
@@ -76,7 +80,7 @@ def open_encoder(name: str, arguments: EncodingArguments) -> Encoder:
     from clpl_moe.encoder.settings import read_settings
     from clpl_moe.retrieval.encode import compute_dtype
 
-    model, tokenizer = load_encoder(name)
+    model, tokenizer = load_encoder(name, trust_remote_code=arguments.trust_remote_code)
     given = {key: getattr(arguments, key) for key in ("pooling", "query_prompt", "passage_prompt")}
     given = {key: value for key, value in given.items() if value is not None}
     # Similarity is the cosine, as in training, also where the folder leaves the normalisation to its user.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from FlagEmbedding.abc.finetune.embedder import AbsEmbedderDataArguments
 from FlagEmbedding.finetune.embedder.encoder_only.m3 import (
@@ -12,6 +14,14 @@ from FlagEmbedding.finetune.embedder.encoder_only.m3 import (
 
 from clpl_moe.moe.config import ROUTERS, TARGETS, MoEConfig
 from clpl_moe.training.compat import prefer_activation_checkpointing
+
+
+def _check_numbers(options: Any, **least: float) -> None:
+    """Raise ValueError where a number is below its least value or not finite; None is no number."""
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and not (bound <= value < math.inf):
+            raise ValueError(f"{name} is {value}: choose a number of at least {bound}")
 
 
 @dataclass
@@ -95,6 +105,7 @@ class CLPLDataArguments(AbsEmbedderDataArguments):
             raise ValueError("train_data is missing: name at least one file or folder of training JSONL (--train_data)")
         if isinstance(self.train_data, str):
             self.train_data = [self.train_data]
+        _check_numbers(self, pad_to_multiple_of=1, max_example_num_per_dataset=1, shuffle_ratio=0)
         if self.train_group_size < 1:
             raise ValueError(
                 f"train_group_size is {self.train_group_size}: choose at least 1 (2 or more for negatives)"
@@ -205,6 +216,7 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             raise ValueError("output_dir is missing: name the run's folder (--output_dir)")
         if self.use_mrl:
             raise ValueError("use_mrl: FlagEmbedding's M3 models do not support it, remove it")
+        self._check_run()
         self._check_loss()
         self._check_evaluation()
         # Asked for before the parent looks at devices: without it, processes on a machine without accelerators do not
@@ -224,6 +236,33 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             self.resume_from_checkpoint = None
         super().__post_init__()
 
+    def _check_run(self) -> None:
+        """What transformers and torch would stop at in the middle, or take for something else."""
+        _check_numbers(
+            self,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,
+            learning_rate=0,
+            max_grad_norm=0,
+            weight_decay=0,
+            save_total_limit=0,
+            dataloader_num_workers=0,
+            seed=0,
+            data_seed=0,
+            dev_batch_tokens=1,
+            early_stopping_patience=1,
+        )
+        if self.seed >= 2**32:
+            raise ValueError(f"seed is {self.seed}: choose a number below 2**32")
+        for name in ("logging_steps", "save_steps", "eval_steps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}: choose a number of steps, or a share of all below 1")
+        if not self.max_steps > 0 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}: choose a number above 0, or set max_steps")
+        if self.sub_batch_size is not None and self.sub_batch_size < 1 and self.sub_batch_size != -1:
+            raise ValueError(f"sub_batch_size is {self.sub_batch_size}: choose at least 1, or -1 for whole batches")
+
     def _check_loss(self) -> None:
         from clpl_moe.loss import CLPLLoss
 
@@ -234,20 +273,23 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             false_negative_margin=self.false_negative_margin,
             gather_across_devices=self.negatives_cross_device,
         )
-        for name in ("balance_loss_weight", "z_loss_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: choose 0 or more")
+        _check_numbers(self, balance_loss_weight=0, z_loss_weight=0)
 
     def _check_evaluation(self) -> None:
         if self.dev_collection is None:
             for name in ("early_stopping_patience", "dev_language"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} needs a collection to evaluate on: set dev_collection")
-            if self.eval_strategy != "no" or self.eval_on_start or self.load_best_model_at_end:
+            wanted = self.eval_strategy != "no" or self.eval_on_start or self.load_best_model_at_end
+            if wanted or self.save_strategy == "best":
                 raise ValueError("evaluation in training needs a collection to evaluate on: set dev_collection")
             return
         if self.dev_language is None:
             raise ValueError("dev_collection needs dev_language, the folder within it, such as ko")
+        if self.eval_strategy == "no" and self.save_strategy == "best":
+            raise ValueError("save_strategy best needs evaluations: set eval_strategy to steps or epoch")
+        if self.eval_strategy == "no" and self.save_strategy == "no" and self.early_stopping_patience is not None:
+            raise ValueError("early_stopping_patience needs evaluations: set save_strategy or eval_strategy")
         if self.eval_strategy == "no":
             self.eval_strategy, self.eval_steps = self.save_strategy, self.eval_steps or self.save_steps
         if self.save_strategy != "no":

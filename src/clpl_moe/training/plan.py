@@ -17,6 +17,7 @@ from clpl_moe.moe.inject import has_experts, inject_moe
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.training.model import choose_trainable
+from clpl_moe.training.runner import check_lengths
 
 # The shape of the base model of the published recipe, so that its configs can be checked where the hub is out of reach
 # (config.json of BAAI/bge-m3).
@@ -64,6 +65,7 @@ def make_plan(
     """
     dataset = CLPLTrainDataset(data_args, seed=training_args.seed)
     encoder, shape_source, reached = _meta_encoder(model_args)
+    check_lengths(encoder, model_args.model_name_or_path, data_args)
     wrapper = torch.nn.Module()
     wrapper.model = encoder
     try:
@@ -138,8 +140,9 @@ def make_plan(
 
 def _meta_encoder(args: CLPLModelArguments):
     """The encoder with experts, shapes only; where its shape comes from; whether the model could be reached."""
+    hub = {"cache_dir": args.cache_dir, "token": args.token}
     try:
-        values, source, reached = read_config(args.model_name_or_path), "shape from its config.json", True
+        values, source, reached = read_config(args.model_name_or_path, **hub), "shape from its config.json", True
     except UserError:
         if args.model_name_or_path != "BAAI/bge-m3":
             raise
@@ -151,7 +154,9 @@ def _meta_encoder(args: CLPLModelArguments):
             known = {k: v for k, v in values.items() if k != "model_type" and not (k == "moe" and isinstance(v, str))}
             encoder = classes[model_type](classes[model_type].config_class.from_dict(known), add_pooling_layer=False)
         else:
-            config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+            config = AutoConfig.from_pretrained(
+                args.model_name_or_path, trust_remote_code=args.trust_remote_code, **hub
+            )
             encoder = AutoModel.from_config(config, trust_remote_code=args.trust_remote_code)
         config = args.moe_config()
         if is_2024_checkpoint(values):

@@ -14,15 +14,16 @@ from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from clpl_moe.cli import load_yaml
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.dataset import CLPLTrainDataset
-from clpl_moe.encoder.load import load_encoder
-from clpl_moe.encoder.save import HEAD_FILES
+from clpl_moe.encoder.load import HEAD_FILES, find_heads, load_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
 from clpl_moe.errors import UserError, at
-from clpl_moe.files import atomic_open
+from clpl_moe.files import atomic_open, refuse_unwritable
 from clpl_moe.loss import CLPLLoss
 from clpl_moe.moe.inject import has_experts, inject_moe
+from clpl_moe.retrieval.encode import max_positions
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.training.card import write_model_card
 from clpl_moe.training.model import CLPLModel, choose_trainable
@@ -32,12 +33,18 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "train_config.yaml"
 
+# What a checkpoint's weights and optimizer state are of; they do not fit a run that changes one of these.
+_FIXED_IN_A_RUN = (
+    "num_experts", "top_k", "moe_target", "moe_layers", "router", "trainable", "optim", "unified_finetuning", "colbert_dim",
+    "fix_encoder", "fix_position_embedding",
+)  # fmt: skip
+
 
 def resolve_settings(
     model_args: CLPLModelArguments, data_args: CLPLDataArguments, training_args: CLPLTrainingArguments
 ) -> EmbeddingSettings:
     """Pooling and prompts: as configured, and otherwise as the base model's folder says."""
-    base = read_settings(model_args.model_name_or_path)
+    base = read_settings(model_args.model_name_or_path, cache_dir=model_args.cache_dir, token=model_args.token)
     prompts = {}
     for kind, default in (("query", base.query_prompt), ("passage", base.passage_prompt)):
         instruction = getattr(data_args, f"{kind}_instruction_for_retrieval")
@@ -71,6 +78,7 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
     resume = args.resume_from_checkpoint
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{at(output_dir)}: a file is in the way of the run folder; name another --output_dir")
+    refuse_unwritable(output_dir / CONFIG_FILE)
     if resume is None:
         if output_dir.exists() and any(output_dir.iterdir()):
             raise UserError(
@@ -87,14 +95,23 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
         raise UserError(f"{at(resume)}: not a checkpoint of a run (no trainer_state.json); --resume_from_checkpoint")
 
 
+def check_lengths(encoder: nn.Module, name: str, args: CLPLDataArguments) -> None:
+    """Raise :class:`UserError` where texts may become longer than the encoder has positions for: the first such text
+    would end the run."""
+    limit = max_positions(encoder)
+    for option in ("query_max_len", "passage_max_len"):
+        if limit is not None and getattr(args, option) > limit:
+            raise UserError(f"{option} is {getattr(args, option)}: {name} takes {limit} tokens at most")
+
+
 def resolved_config(*groups: object) -> dict[str, object]:
     """All options of the argument dataclasses as plain values, without secrets, as ``--config`` reads them."""
     values: dict[str, object] = {}
     for group in groups:
         for field in dataclasses.fields(group):
-            value = getattr(group, field.name)
-            if field.init and "token" not in field.name:
-                values[field.name] = value
+            secret = field.name == "token" or field.name.endswith("_token")
+            if field.init and not secret:
+                values[field.name] = getattr(group, field.name)
     values.pop("resume_from_checkpoint", None)
     # An empty list is the default of every option that takes one, but for this one's.
     values["report_to"] = values.get("report_to") or "none"
@@ -103,6 +120,28 @@ def resolved_config(*groups: object) -> dict[str, object]:
 
 def _plain(value: object) -> object:
     return json.loads(json.dumps(value, default=lambda v: v.to_dict() if hasattr(v, "to_dict") else str(v)))
+
+
+def check_same_run(config: dict[str, object], checkpoint: str | Path) -> None:
+    """Compare the options of a resumed run with those that its checkpoint was made with, where these are still known.
+
+    Raises:
+        UserError: an option differs that the checkpoint does not fit. Others are warned of: the run is then not the one
+            that it would have been.
+    """
+    path = Path(checkpoint).parent / CONFIG_FILE
+    if not path.is_file():
+        return
+    before = load_yaml(path)
+    names = sorted((before.keys() | config.keys()) - {"output_dir", "dry_run"})
+    changed = {name: (before.get(name), config.get(name)) for name in names if before.get(name) != config.get(name)}
+    for name in _FIXED_IN_A_RUN:
+        if name in changed:
+            old, new = changed[name]
+            raise UserError(f"{name} is {new}, but the run to resume has {old} ({path}): resume it with that")
+    if changed:
+        what = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+        logger.warning("resumed with other options than %s: %s", path, what)
 
 
 class CLPLRunner(EncoderOnlyEmbedderM3Runner):
@@ -148,6 +187,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             token=args.token,
             tokenizer=args.tokenizer_name,
         )
+        check_lengths(encoder, args.model_name_or_path, self.data_args)
         config = args.moe_config()
         if has_experts(encoder):
             logger.warning("the base model has experts of its own, which are kept: %s", encoder.config.moe)
@@ -157,8 +197,11 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             except ValueError as error:
                 raise UserError(f"{at(args.model_name_or_path)}: {error}") from None
         base = {"model": encoder, "colbert_linear": None, "sparse_linear": None}
+        self.base_heads = read_heads(
+            args.model_name_or_path, required=training.unified_finetuning, cache_dir=args.cache_dir, token=args.token
+        )
         if training.unified_finetuning:
-            base |= load_heads(args.model_name_or_path, encoder.config.hidden_size, args.colbert_dim)
+            base |= make_heads(self.base_heads, args.model_name_or_path, encoder.config.hidden_size, args.colbert_dim)
         model = CLPLModel(
             base,
             loss=CLPLLoss(
@@ -208,18 +251,22 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
         )
 
     def load_trainer(self) -> CLPLTrainer:
-        return CLPLTrainer(
-            model=self.model,
-            args=self.training_args,
-            train_dataset=self.train_dataset,
-            data_collator=self.data_collator,
-            processing_class=self.tokenizer,
-            settings=self.settings,
-            max_length=self.data_args.passage_max_len,
-            heads_from=self.model_args.model_name_or_path,
-            evaluator=self._make_evaluator(),
-            same_dataset_within_batch=self.data_args.same_dataset_within_batch,
-        )
+        evaluator = self._make_evaluator()
+        try:
+            return CLPLTrainer(
+                model=self.model,
+                args=self.training_args,
+                train_dataset=self.train_dataset,
+                data_collator=self.data_collator,
+                processing_class=self.tokenizer,
+                settings=self.settings,
+                max_length=self.data_args.passage_max_len,
+                base_heads=self.base_heads,
+                evaluator=evaluator,
+                same_dataset_within_batch=self.data_args.same_dataset_within_batch,
+            )
+        except (ValueError, ImportError) as error:  # transformers checks some options no sooner
+            raise UserError(" ".join(str(error).split())) from error
 
     def _make_evaluator(self) -> Callable[[nn.Module], dict[str, float]] | None:
         args = self.training_args
@@ -251,9 +298,11 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
     def run(self) -> None:
         """Train, from the beginning or from a checkpoint, and leave the model in the run folder."""
         output_dir = Path(self.training_args.output_dir)
+        config = resolved_config(self.model_args, self.data_args, self.training_args)
+        if self.training_args.resume_from_checkpoint is not None:
+            check_same_run(config, self.training_args.resume_from_checkpoint)
         if self.trainer.is_world_process_zero():
             with atomic_open(output_dir / CONFIG_FILE) as file:
-                config = resolved_config(self.model_args, self.data_args, self.training_args)
                 yaml.safe_dump(config, file, allow_unicode=True, sort_keys=False)
         self.trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
         self.trainer.save_model()
@@ -263,23 +312,52 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             print(f"saved to {output_dir}: the model, its card README.md, metrics.jsonl and {CONFIG_FILE}")
 
 
-def load_heads(path: str, hidden_size: int, colbert_dim: int) -> dict[str, nn.Linear]:
-    """The sparse and multi-vector heads of a base model, or new ones where it has none.
+def read_heads(path: str, *, required: bool, **hub: str | None) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of the sparse and multi-vector heads that a base model has, by file name.
+
+    Args:
+        path: folder or hub name.
+        required: whether they are trained, so that it must be known if there are any.
+        hub: ``cache_dir`` and ``token``.
+
+    Raises:
+        UserError: a file cannot be read, or the hub gives no answer although ``required``; otherwise that is warned of.
+    """
+    try:
+        files = find_heads(path, **hub)
+    except UserError as error:
+        if required:
+            raise
+        logger.warning("%s. The folders of this run will have none: only dense embeddings will be of use", error)
+        return {}
+    heads = {}
+    for name, file in files.items():
+        try:
+            heads[name] = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file brings about
+            raise UserError(f"{at(file)}: the head cannot be read: {error}") from None
+    return heads
+
+
+def make_heads(
+    weights: dict[str, dict[str, torch.Tensor]], path: str, hidden_size: int, colbert_dim: int
+) -> dict[str, nn.Linear]:
+    """The heads of a base model as modules, new ones where it has none.
 
     Raises:
         UserError: the base model's heads have other shapes.
     """
-    from clpl_moe.encoder.load import find_file
-
     widths = {"sparse_linear.pt": 1, "colbert_linear.pt": colbert_dim if colbert_dim > 0 else hidden_size}
-    heads = {Path(name).stem: nn.Linear(hidden_size, widths[name]) for name in HEAD_FILES}
+    heads = {}
     for name in HEAD_FILES:
-        file = find_file(path, name)
-        if file is None:
+        head = heads[Path(name).stem] = nn.Linear(hidden_size, widths[name])
+        if name not in weights:
             logger.warning("%s has no %s: training begins with a new one", path, name)
             continue
         try:
-            heads[Path(name).stem].load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            head.load_state_dict(weights[name])
         except RuntimeError as error:
-            raise UserError(f"{at(file)}: does not fit a head of {hidden_size} to {widths[name]}: {error}") from None
+            raise UserError(
+                f"{at(path)}: {name} does not fit a head of {hidden_size} to {widths[name]}: {error}"
+            ) from None
     return heads

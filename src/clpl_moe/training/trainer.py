@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
 from clpl_moe.data.sampler import EpochBatchSampler
-from clpl_moe.encoder.load import load_weights
-from clpl_moe.encoder.save import HEAD_FILES, save_encoder
+from clpl_moe.encoder.load import HEAD_FILES, load_weights
+from clpl_moe.encoder.save import save_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings
 from clpl_moe.training.callbacks import ConsoleCallback, EpochCallback, MetricsFileCallback
 from clpl_moe.training.model import CLPLModel
@@ -29,7 +29,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
     Args:
         settings: pooling and prompts, saved with every checkpoint.
         max_length: longest input in tokens, as saved for sentence-transformers.
-        heads_from: base model whose sparse and multi-vector heads are saved along unless they are trained.
+        base_heads: the base model's sparse and multi-vector heads by file name, saved along unless they are trained.
         evaluator: computes metrics of the current encoder on the dev collection; None without one.
         same_dataset_within_batch: whether each batch takes examples of one file only.
         kwargs: arguments of transformers' Trainer.
@@ -40,7 +40,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         *,
         settings: EmbeddingSettings,
         max_length: int,
-        heads_from: str | None,
+        base_heads: dict[str, dict[str, Tensor]],
         evaluator: Callable[[nn.Module], dict[str, float]] | None,
         same_dataset_within_batch: bool,
         **kwargs: Any,
@@ -49,7 +49,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         super().__init__(eval_dataset=[] if evaluator is not None else None, **kwargs)
         self.settings = settings
         self.max_length = max_length
-        self.heads_from = heads_from
+        self.base_heads = base_heads
         self.evaluator = evaluator
         self.batch_sampler = EpochBatchSampler(
             self.train_dataset.part_sizes,
@@ -138,7 +138,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         model: CLPLModel = self.accelerator.unwrap_model(self.model)
-        heads, encoder_state = None, None
+        heads, encoder_state = self.base_heads, None
         if model.unified_finetuning:
             heads = {name: getattr(model, Path(name).stem).state_dict() for name in HEAD_FILES}
         if state_dict is not None:
@@ -150,7 +150,6 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             self.settings,
             max_length=self.max_length,
             heads=heads,
-            heads_from=self.heads_from,
             state_dict=encoder_state,
         )
         torch.save(self.args, folder / "training_args.bin")
