@@ -156,6 +156,13 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             "choices": ["cls", "mean", "last_token"],
         },
     )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "No padding: all texts of a step in one stream, equal ones once; false pads as FlagEmbedding does."
+            " unified_finetuning, sub_batch_size and encoders other than XLM-R, RoBERTa and BERT are padded anyway."
+        },
+    )
     dev_collection: str | None = field(
         default=None, metadata={"help": "Collection folder for evaluation in training (see data/README.md)."}
     )

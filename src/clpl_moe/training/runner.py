@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.encoder.load import load_encoder
+from clpl_moe.encoder.packing import can_pack
 from clpl_moe.encoder.save import HEAD_FILES
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
 from clpl_moe.errors import UserError, at
@@ -205,7 +206,14 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             pad_to_multiple_of=self.data_args.pad_to_multiple_of,
             padding=True,
             return_tensors="pt",
+            packing=self._packs(),
         )
+
+    def _packs(self) -> bool:
+        args = self.training_args
+        # Sparse and multi-vector losses need the states of all tokens, in rows.
+        whole = args.unified_finetuning or (args.sub_batch_size or -1) > 0
+        return args.packing and not whole and can_pack(self.model.model)
 
     def load_trainer(self) -> CLPLTrainer:
         return CLPLTrainer(
