@@ -19,7 +19,8 @@ class CLPLCollator(AbsEmbedderCollator):
 
     Args:
         packing: give all texts of the step as one :class:`PackedTexts`, equal ones (after prompts and truncation) once.
-            They then share their dropout, and count once in the routers' losses. ``pad_to_multiple_of`` and ``sub_batch_size`` have no meaning in it.
+            They then share their dropout, and count once in the routers' losses. ``pad_to_multiple_of`` and
+            ``sub_batch_size`` have no meaning in it.
         kwargs: FlagEmbedding's.
     """
 

@@ -117,7 +117,8 @@ class CLPLDataArguments(AbsEmbedderDataArguments):
 class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     """The loss, what is trained, evaluation in training, and everything that transformers' Trainer offers.
 
-    Changed defaults: ``logging_steps`` 10, ``report_to`` tensorboard, ``save_total_limit`` 2,
+    Changed defaults: ``logging_steps`` 10, ``report_to`` tensorboard, ``save_total_limit`` 2, ``dataloader_num_workers`` 2
+    beside an accelerator,
     ``metric_for_best_model`` ndcg@10, non-reentrant gradient checkpointing, and ``use_cpu`` where there is no
     accelerator. With ``dev_collection``, evaluation follows ``save_strategy`` unless it is set, and the best checkpoint is
     loaded at the end.
@@ -182,6 +183,10 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many steps, or share of all steps below 1."}
     )
+    dataloader_num_workers: int = field(
+        default=-1,
+        metadata={"help": "Processes that tokenise; -1 is 2 beside an accelerator, which need not wait then, else 0."},
+    )
     save_total_limit: int | None = field(
         default=2,
         metadata={"help": "Checkpoints kept, the best one among them where there is a dev_collection."},
@@ -215,6 +220,8 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             self.use_cpu = True
         if self.fp16 and self.use_cpu:
             self.fp16 = False
+        if self.dataloader_num_workers < 0:
+            self.dataloader_num_workers = 0 if self.use_cpu else 2
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         prefer_activation_checkpointing(self)
