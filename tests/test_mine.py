@@ -19,9 +19,11 @@ QUERIES = {f"q{i}": f"what about {word}" for i, word in enumerate(WORDS[:6])}
 QRELS = {f"q{i}": {f"p{i}": 1, f"p{i + 1}": 0} for i in range(6)}
 
 
-def make_collection(folder, passages=PASSAGES, queries=QUERIES, qrels=QRELS, positive_queries=None):
+def make_collection(folder, passages=PASSAGES, queries=QUERIES, qrels=QRELS, positive_queries=None, splits=None):
     folder = folder / "ko"
-    write_jsonl(folder / "corpus.jsonl", ({"id": k, "text": v} for k, v in passages.items()))
+    splits = splits or {}
+    lines = ({"id": k, "text": v, "split": splits.get(k)} for k, v in passages.items())
+    write_jsonl(folder / "corpus.jsonl", lines)
     write_jsonl(folder / "train_queries.jsonl", ({"id": k, "text": v} for k, v in queries.items()))
     judged = ((q, p, r) for q, judgements in qrels.items() for p, r in judgements.items())
     write_jsonl(folder / "train_qrels.jsonl", ({"qid": q, "docid": p, "relevance": r} for q, p, r in judged))
@@ -112,6 +114,14 @@ def test_equal_texts_are_one_passage_and_never_a_negative_of_their_own(tiny_enco
     )
     assert set(records["q0"]["neg_ids"]) == set(PASSAGES) - {"p0"}
     assert set(records["q1"]["neg_ids"]) == set(PASSAGES) - {"p1"}
+
+
+def test_passages_of_another_split_are_no_negatives(tiny_encoder, tmp_path, capsys):
+    splits = {"p9": "dev", "p10": "dev", "p11": "train"}
+    records = run(tiny_encoder, make_collection(tmp_path, splits=splits), rank_to=40, negatives=40)
+    for query_id, record in records.items():
+        assert set(record["neg_ids"]) == set(PASSAGES) - {"p9", "p10", f"p{query_id[1:]}"}
+    assert re.search(r"reserved to another split +2\n", capsys.readouterr().out)
 
 
 def test_known_queries(tiny_encoder, tmp_path, capsys):

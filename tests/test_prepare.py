@@ -47,7 +47,9 @@ def test_command_writes_a_collection_split_by_article(tmp_path, capsys):
     folder = tmp_path / "out" / "ko"
     corpus = {line["id"]: line for line in lines(folder / "corpus.jsonl")}
     assert len(corpus) == 20
+    split = corpus["3#1"].pop("split")
     assert corpus["3#1"] == {"id": "3#1", "title": "제목 3", "text": "둘째 3."}
+    corpus["3#1"]["split"] = split
     sides = {}
     for split, articles in (("train", 8), ("dev", 2)):
         collection = Collection.load(tmp_path / "out", "ko", split)
@@ -60,6 +62,7 @@ def test_command_writes_a_collection_split_by_article(tmp_path, capsys):
             (passage_id,) = judged
             assert texts[query_id].rstrip("?").split()[-1] == passage_id.split("#")[0]
     assert not sides["train"] & sides["dev"]
+    assert all(line["id"].split("#")[0] in sides[line["split"]] for line in corpus.values())
     positive = {line["docid"]: line["queries"] for line in lines(folder / "positive_queries.jsonl")}
     train = lines(folder / "train_queries.jsonl")
     assert sorted(q for queries in positive.values() for q in queries) == sorted(q["text"] for q in train)

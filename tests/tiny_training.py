@@ -66,6 +66,7 @@ def arguments(model: Path, data: Path | list[Path], output: Path, **options) -> 
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
+        "bf16": False,  # the same figures on every machine
         "disable_tqdm": True,
         "cache_path": output.parent / "cache",
     } | options

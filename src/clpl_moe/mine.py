@@ -2,7 +2,8 @@
 
 For each query of a split:
 
-1. Passages of equal text (Unicode NFC, white space folded) count as one, empty ones not at all.
+1. Passages of equal text (Unicode NFC, white space folded) count as one, empty ones not at all, nor those that the
+   corpus reserves to another split (``split``).
 2. All passages are ranked by cosine similarity to the query; those that are known to answer it are taken out:
    its relevant passages, and passages that have the same question among their known queries.
 3. From a window of the ranks that are left, negatives are taken from the top or drawn at random.
@@ -84,14 +85,19 @@ class PassageIndex:
         number: passage id -> its place in these lists.
         answers: normalised query -> places of the passages known to answer it.
         unknown: how many entries of ``positive_queries`` name no passage of the corpus.
+        reserved: how many passages belong to another split.
     """
 
     def __init__(self, collection: Collection, positive_queries: Iterable[tuple[str, Sequence[str]]] = ()) -> None:
         self.ids: list[str] = []
         self.texts: list[str] = []
         self.number: dict[str, int] = {}
+        self.reserved = 0
         places: dict[str, int] = {}
         for passage_id, text in zip(collection.passage_ids, collection.passages):
+            if collection.reserved.get(passage_id, collection.split) != collection.split:
+                self.reserved += 1
+                continue
             normalized = normalize_text(text)
             if not normalized:
                 continue
@@ -161,7 +167,9 @@ def mine(
         positives[query_id] = relevant
         excluded[query_id] = index.answers[normalize_text(texts[query_id])]
         counts["passages kept out: other passages known to answer the query"] += len(excluded[query_id]) - len(relevant)
-    counts["passages kept out: empty or same text as another"] = len(collection.passages) - len(index.ids)
+    counts["passages kept out: reserved to another split"] = index.reserved
+    duplicates = len(collection.passages) - index.reserved - len(index.ids)
+    counts["passages kept out: empty or same text as another"] = duplicates
     if not positives:
         return [], counts
     how = {

@@ -8,7 +8,8 @@ From files in SQuAD's shape:
    depends neither on the order of the files nor on the version of Python.
 3. Questions that are impossible or empty are skipped; a question that comes again on the same side becomes
    one query with all its passages. A train question that equals a dev question is left out.
-4. The corpus holds every passage, also those without a question. ``positive_queries.jsonl`` says which train
+4. The corpus holds every passage, also those without a question, and the side of its article as ``split``: mining
+   for training takes no dev passage, which as a negative without a question would only ever be pushed away. ``positive_queries.jsonl`` says which train
    queries each passage answers, for the penalty of the loss; dev questions are not in it, since what it holds
    is trained on.
 """
@@ -216,6 +217,8 @@ def make_collection(
     if not asked:
         raise UserError("no question is left: all are impossible or empty")
     is_dev = _choose_dev(groups, articles, titles, dev_share, seed)
+    for line in corpus.values():
+        line["split"] = "dev" if is_dev[int(line["id"].partition("#")[0])] else "train"
     queries: dict[str, dict[str, dict[str, Any]]] = {
         "train": {},
         "dev": {},

@@ -169,7 +169,7 @@ def test_precision(encoder):
 def test_compute_dtype(monkeypatch):
     model = make_encoder()
     for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(encode_module, "_fast_bfloat16", lambda device, fast=fast: fast)
+        monkeypatch.setattr(encode_module, "fast_bfloat16", lambda device, fast=fast: fast)
         assert compute_dtype(model) == expected
     assert compute_dtype(model, torch.bfloat16) == torch.bfloat16
     assert compute_dtype(model.bfloat16(), torch.float32) == torch.bfloat16

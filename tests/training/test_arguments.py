@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from clpl_moe.errors import UserError
+from clpl_moe.retrieval import encode
 from clpl_moe.train import main
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from tiny_training import arguments, make_runner, write_triplets
@@ -63,6 +64,14 @@ def test_evaluation_follows_saving():
     assert args.greater_is_better
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_where_the_hardware_is_fast_at_it_unless_said_otherwise(monkeypatch, fast):
+    monkeypatch.setattr(encode, "fast_bfloat16", lambda device: fast)
+    assert training(use_cpu=True).bf16 is fast
+    assert training(use_cpu=True, bf16=not fast).bf16 is not fast
+    assert training(use_cpu=True, fp16=True).bf16 is False
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 def test_processes_that_tokenise():
     """An accelerator is not to wait for the tokenizer; on a CPU, they would take it from the training."""
@@ -83,7 +92,7 @@ class TestWithoutAccelerator:
         assert stop.value.code == 2
         err = capsys.readouterr().err
         assert "fp16 needs a CUDA device" in err
-        assert "--bf16 true" in err
+        assert "--fp16 false" in err
         assert not (tmp_path / "out").exists()
         main([*argv, "--dry_run", "true"])
         assert "the run itself would stop here" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """Retrieval collections in FlagEmbedding's layout.
 
-``<dir>/<lang>/`` holds ``corpus.jsonl`` (``id``, ``title``, ``text``), ``{split}_queries.jsonl`` (``id``,
+``<dir>/<lang>/`` holds ``corpus.jsonl`` (``id``, ``title``, ``text``, optionally ``split``), ``{split}_queries.jsonl`` (``id``,
 ``text``) and ``{split}_qrels.jsonl`` (``qid``, ``docid``, ``relevance``).
 """
 
@@ -31,6 +31,8 @@ class Collection:
         query_ids: id of each query.
         queries: text of each query, at the place of its id.
         qrels: for each judged query, passage id -> relevance (above 0 is relevant).
+        reserved: passage id -> the split that alone may train on it, for passages that name one. All are searched
+            in every split.
     """
 
     directory: Path
@@ -41,6 +43,7 @@ class Collection:
     query_ids: list[str] = field(repr=False)
     queries: list[str] = field(repr=False)
     qrels: dict[str, dict[str, int]] = field(repr=False)
+    reserved: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(cls, directory: str | Path, language: str, split: str) -> Collection:
@@ -59,12 +62,12 @@ class Collection:
             raise UserError(f"{at(folder)}: no such folder{_languages(directory)}")
         if not (folder / f"{split}_queries.jsonl").is_file():
             raise UserError(f"{at(folder / f'{split}_queries.jsonl')}: no such file{_splits(folder)}")
-        passage_ids, passages = _read_texts(folder / "corpus.jsonl", titles=True)
-        query_ids, queries = _read_texts(folder / f"{split}_queries.jsonl", titles=False)
+        passage_ids, passages, reserved = _read_texts(folder / "corpus.jsonl", titles=True)
+        query_ids, queries, _ = _read_texts(folder / f"{split}_queries.jsonl", titles=False)
         qrels_path = folder / f"{split}_qrels.jsonl"
         qrels = _read_qrels(qrels_path, set(query_ids), folder / f"{split}_queries.jsonl")
         _warn_of_gaps(qrels_path, qrels, query_ids, set(passage_ids))
-        return cls(directory, language, split, passage_ids, passages, query_ids, queries, qrels)
+        return cls(directory, language, split, passage_ids, passages, query_ids, queries, qrels, reserved)
 
     def fingerprint(self) -> str:
         """Hash of the ids, texts and judgements: equal for equal content, wherever the files lie."""
@@ -107,9 +110,10 @@ def read_positive_queries(path: str | Path) -> Iterator[tuple[str, list[str]]]:
         yield docid, queries
 
 
-def _read_texts(path: Path, titles: bool) -> tuple[list[str], list[str]]:
+def _read_texts(path: Path, titles: bool) -> tuple[list[str], list[str], dict[str, str]]:
     lines: dict[str, int] = {}
     texts: list[str] = []
+    splits: dict[str, str] = {}
     for line, record in read_jsonl(path):
         identifier = _identifier(path, line, record, "id")
         if identifier in lines:
@@ -119,11 +123,13 @@ def _read_texts(path: Path, titles: bool) -> tuple[list[str], list[str]]:
             if not isinstance(title := record.get("title") or "", str):
                 raise UserError(f"{at(path, line, 'title')}: found {_type(title)}, expected a string")
             text = f"{title} {text}".strip()  # as FlagEmbedding joins them
+            if record.get("split") is not None:
+                splits[identifier] = _get(path, line, record, "split", str, "a string")
         elif not text.strip():
             raise UserError(f"{at(path, line, 'text')}: the query is empty")
         lines[identifier] = line
         texts.append(text)
-    return list(lines), texts
+    return list(lines), texts, splits
 
 
 def _read_qrels(path: Path, query_ids: set[str], queries_path: Path) -> dict[str, dict[str, int]]:

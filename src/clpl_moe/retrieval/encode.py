@@ -117,7 +117,7 @@ def compute_dtype(model: nn.Module, dtype: torch.dtype | None = None) -> torch.d
         return parameter.dtype
     if dtype is not None:
         return dtype
-    return torch.bfloat16 if _fast_bfloat16(parameter.device) else torch.float32
+    return torch.bfloat16 if fast_bfloat16(parameter.device) else torch.float32
 
 
 def max_positions(model: nn.Module) -> int | None:
@@ -247,7 +247,8 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _fast_bfloat16(device: torch.device) -> bool:
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes matrix products faster in bfloat16 than in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):

@@ -117,10 +117,10 @@ class CLPLDataArguments(AbsEmbedderDataArguments):
 class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     """The loss, what is trained, evaluation in training, and everything that transformers' Trainer offers.
 
-    Changed defaults: ``logging_steps`` 10, ``report_to`` tensorboard, ``save_total_limit`` 2, ``dataloader_num_workers`` 2
-    beside an accelerator,
-    ``metric_for_best_model`` ndcg@10, non-reentrant gradient checkpointing, and ``use_cpu`` where there is no
-    accelerator. With ``dev_collection``, evaluation follows ``save_strategy`` unless it is set, and the best checkpoint is
+    Changed defaults: ``logging_steps`` 10, ``report_to`` tensorboard, ``save_total_limit`` 2,
+    ``metric_for_best_model`` ndcg@10, non-reentrant gradient checkpointing, ``use_cpu`` where there is no accelerator,
+    ``dataloader_num_workers`` 2 where there is one, and ``bf16`` where the hardware is fast at it and ``fp16`` is not
+    asked for. With ``dev_collection``, evaluation follows ``save_strategy`` unless it is set, and the best checkpoint is
     loaded at the end.
     """
 
@@ -163,6 +163,10 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             "help": "No padding: all texts of a step in one stream, equal ones once; false pads as FlagEmbedding does."
             " unified_finetuning, sub_batch_size and encoders other than XLM-R, RoBERTa and BERT are padded anyway."
         },
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bfloat16 mixed precision; not given: where the hardware is fast at it and fp16 is not set."},
     )
     dev_collection: str | None = field(
         default=None, metadata={"help": "Collection folder for evaluation in training (see data/README.md)."}
@@ -207,6 +211,8 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     def __post_init__(self) -> None:
         import torch
 
+        from clpl_moe.retrieval.encode import fast_bfloat16
+
         if not self.output_dir:
             raise ValueError("output_dir is missing: name the run's folder (--output_dir)")
         if self.use_mrl:
@@ -218,6 +224,9 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
         self.wants_cuda = self.fp16
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.bf16 is None:
+            device = torch.device("cpu" if self.use_cpu else torch.accelerator.current_accelerator().type)
+            self.bf16 = not self.fp16 and fast_bfloat16(device)
         if self.fp16 and self.use_cpu:
             self.fp16 = False
         if self.dataloader_num_workers < 0:

@@ -123,7 +123,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
         if training_args.wants_cuda and not torch.accelerator.is_available():
             raise UserError(
                 "fp16 needs a CUDA device and none was found: run on a machine with one, or train on the CPU with"
-                " --fp16 false --bf16 true (configs/quickstart.yaml is made for that)"
+                " --fp16 false (configs/quickstart.yaml is made for that)"
             )
         # Ours first, since the parent's logs every option at length.
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
