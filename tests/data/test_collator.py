@@ -82,3 +82,41 @@ def test_padding(tiny_tokenizer):
     batch = make(tiny_tokenizer, pad_to_multiple_of=8)(EXAMPLES)
     assert batch["passages"]["input_ids"].shape[1] == 8
     assert batch["passages"]["attention_mask"].sum(1).tolist() == [3] * 7
+
+
+class TestPacked:
+    def decode(self, tokenizer, batch, rows):
+        texts = batch["texts"].select(rows)
+        return [tokenizer.decode(ids).replace(" ", "") for ids in texts.input_ids.split(texts.lengths.tolist())]
+
+    def test_holds_the_padded_batchs_texts(self, tiny_tokenizer):
+        padded, packed = make(tiny_tokenizer)(EXAMPLES), make(tiny_tokenizer, packing=True)(EXAMPLES)
+        for name, rows in (
+            ("queries", "query_rows"),
+            ("passages", "passage_rows"),
+            ("negative_queries", "negative_query_rows"),
+        ):
+            expected = [f"<s>{text}</s>" for text in texts(tiny_tokenizer, padded[name])]
+            assert self.decode(tiny_tokenizer, packed, packed[rows]) == expected
+        for name in ("negative_index", "passage_ids"):
+            assert packed[name].equal(padded[name])
+        for name in ("teacher_scores", "no_in_batch_neg_flag"):
+            assert packed[name] == padded[name]
+
+    def test_equal_texts_are_there_once(self, tiny_tokenizer):
+        """Among queries, passages and the queries of negatives; also those that only truncation makes equal."""
+        same = example("ab", ["ab", "c", "abcdefghijkl"], [["c"], ["abcdefghijxx", "ab"]])
+        batch = make(tiny_tokenizer, packing=True, passage_max_len=8)([same, example("x", ["abcdefghijyy"], [])])
+        assert sorted(batch["texts"].lengths.tolist()) == [3, 3, 4, 8]
+        assert len(batch["passage_rows"]) == 4
+        assert batch["passage_rows"][2] == batch["passage_rows"][3] == batch["negative_query_rows"][1]
+        assert batch["query_rows"][0] == batch["passage_rows"][0] == batch["negative_query_rows"][2]
+
+    def test_equal_lengths_are_neighbours(self, tiny_tokenizer):
+        lengths = make(tiny_tokenizer, packing=True)(EXAMPLES)["texts"].lengths
+        assert lengths.equal(lengths.sort().values)
+
+    def test_without_queries_of_negatives(self, tiny_tokenizer):
+        batch = make(tiny_tokenizer, packing=True)([example(), example()])
+        assert batch["negative_query_rows"] is None
+        assert len(batch["texts"]) == 4

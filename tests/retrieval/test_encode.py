@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from clpl_moe.encoder import load_encoder
+from clpl_moe.encoder import load_encoder, packing
 from clpl_moe.encoder.settings import EmbeddingSettings, pool
 from clpl_moe.errors import UserError
 from clpl_moe.retrieval import encode as encode_module
@@ -55,10 +55,14 @@ def test_equals_one_by_one(encoder, pooling, kind, batch_tokens):
     assert (expected[1] - expected[7]).abs().max() > 1e-2
 
 
-def test_batches_keep_to_the_budget_without_much_padding(encoder, monkeypatch):
+@pytest.mark.parametrize("packs", [True, False])
+def test_batches_keep_to_the_budget(encoder, monkeypatch, packs):
+    """Without padding where the encoder allows it; otherwise with little."""
     model, tokenizer = encoder
+    if not packs:
+        monkeypatch.setattr(packing, "_ENCODERS", ())
     shapes = []
-    hook = model.register_forward_pre_hook(
+    hook = model.embeddings.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     texts = ["x" * (1 + i * 7 % 50) for i in range(200)]
@@ -74,11 +78,22 @@ def test_batches_keep_to_the_budget_without_much_padding(encoder, monkeypatch):
         progress=False,
     )
     hook.remove()
-    assert sum(rows for rows, _ in shapes) == 50  # equal texts once
+    tokens = sum(length + 2 for length in range(1, 51))  # equal texts once
     assert all(rows * length <= 200 for rows, length in shapes)
-    tokens = sum(length + 2 for length in range(1, 51))
-    assert sum(rows * length for rows, length in shapes) < 1.1 * tokens
-    assert shapes[0][1] == max(length for _, length in shapes)
+    if packs:
+        assert sum(rows * length for rows, length in shapes) == tokens
+        assert len(shapes) < 1.2 * tokens / 200
+    else:
+        assert sum(rows for rows, _ in shapes) == 50
+        assert tokens < sum(rows * length for rows, length in shapes) < 1.1 * tokens
+        assert shapes[0][1] == max(length for _, length in shapes)
+
+
+def test_other_encoders_are_padded_and_give_the_same(encoder, monkeypatch):
+    arguments = {"settings": SETTINGS, "kind": "query", "max_length": 20, "progress": False}
+    packed = encode(*encoder, TEXTS, **arguments)
+    monkeypatch.setattr(packing, "_ENCODERS", ())
+    torch.testing.assert_close(encode(*encoder, TEXTS, **arguments), packed, atol=1e-5, rtol=0)
 
 
 def test_leaves_modes_gradients_and_random_state_alone(encoder, tiny_tokenizer):

@@ -99,6 +99,12 @@ def test_bf16_where_the_hardware_is_fast_at_it_unless_said_otherwise(monkeypatch
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_processes_that_tokenise():
+    """An accelerator is not to wait for the tokenizer; on a CPU, they would take it from the training."""
+    assert training(use_cpu=True).dataloader_num_workers == 0
+    assert training(dataloader_num_workers=3).dataloader_num_workers == 3
+
+
 class TestWithoutAccelerator:
     def test_cpu_is_used(self):
         """FlagEmbedding's processes do not find each other unless use_cpu is said."""

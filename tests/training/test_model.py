@@ -33,7 +33,7 @@ def make_model(tiny_encoder):
     return make
 
 
-def make_batch(tokenizer, *, sub_batch_size=-1, examples=None, **changes):
+def make_batch(tokenizer, *, sub_batch_size=-1, examples=None, packing=False, **changes):
     from clpl_moe.data.dataset import Example
 
     examples = examples or [
@@ -47,6 +47,7 @@ def make_batch(tokenizer, *, sub_batch_size=-1, examples=None, **changes):
         sub_batch_size=sub_batch_size,
         padding=True,
         return_tensors="pt",
+        packing=packing,
     )
     return collator(examples) | changes
 
@@ -89,6 +90,47 @@ def test_loss_is_that_of_the_encoders_embeddings(make_model, tiny_tokenizer, poo
     expected.loss.backward()
     assert_same(found, {f"model.{n}": p.grad for n, p in encoder.named_parameters() if p.grad is not None})
     assert any("router" in name and gradient.abs().max() > 0 for name, gradient in found.items())
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("scores", [None, [3.0, 1.0, 0.0, 2.0, 1.5, 0.0]])
+@pytest.mark.parametrize("num_experts", [0, 2])
+def test_packed_batches_give_the_same_losses_and_gradients(
+    make_model, tiny_tokenizer, pooling, own, scores, num_experts
+):
+    changes = {"no_in_batch_neg_flag": own, "teacher_scores": scores}
+    # The routers of the last layer see one token a text, and equal texts once: the balance is another one.
+    options = {"settings": EmbeddingSettings(pooling=pooling), "num_experts": num_experts}
+    batches = [make_batch(tiny_tokenizer, packing=packing, **changes) for packing in (False, True)]
+    assert len(batches[1]["texts"]) == 10  # of 11, one is there twice
+    padded, packed = (gradients(make_model(**options), batch) for batch in batches)
+    torch.testing.assert_close(packed[0].loss, padded[0].loss, atol=1e-5, rtol=1e-5)
+    for name in padded[0].terms.keys() - {"balance", "z", "expert_load"}:
+        torch.testing.assert_close(packed[0].terms[name], padded[0].terms[name], atol=1e-5, rtol=1e-5)
+    assert packed[0].terms.keys() == padded[0].terms.keys()
+    assert_same(packed[1], padded[1], atol=1e-5, rtol=1e-3)
+
+
+def test_packed_batch_goes_through_the_encoder_once(make_model, tiny_tokenizer):
+    model, calls = make_model(), []
+    model.model.embeddings.register_forward_hook(lambda *_: calls.append(1))
+    model(**make_batch(tiny_tokenizer, packing=True))
+    assert len(calls) == 1
+
+
+def test_packed_batches_are_refused_in_unified_finetuning(make_model, tiny_tokenizer):
+    with pytest.raises(ValueError, match="unified_finetuning needs padded batches"):
+        make_model(unified_finetuning=True)(**make_batch(tiny_tokenizer, packing=True))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_unified_finetuning_computes_the_dense_loss_once(make_model, tiny_tokenizer, own, monkeypatch):
+    model, calls = make_model(unified_finetuning=True), []
+    stock = model.compute_loss
+    monkeypatch.setattr(model, "compute_loss", lambda scores, target: calls.append(1) or stock(scores, target))
+    model(**make_batch(tiny_tokenizer, no_in_batch_neg_flag=own))
+    assert len(calls) == 3  # sparse, multi-vector, summed
 
 
 def test_duplicates_of_the_positive_are_left_out(make_model, tiny_tokenizer):
@@ -179,8 +221,9 @@ def test_in_evaluation_mode_there_are_embeddings_and_no_loss(make_model, tiny_to
     assert (output.q_reps.shape, output.p_reps.shape) == ((2, 32), (6, 32))
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(make_model, tiny_tokenizer):
-    batch = make_batch(tiny_tokenizer)
+@pytest.mark.parametrize("packing", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(make_model, tiny_tokenizer, packing):
+    batch = make_batch(tiny_tokenizer, packing=packing)
     plain = make_model(balance_loss_weight=0.1)
     checkpointed = make_model(balance_loss_weight=0.1)
     checkpointed.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

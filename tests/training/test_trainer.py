@@ -211,6 +211,35 @@ def test_variants_train_and_load(tiny_encoder, tmp_path, options):
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "packed"),
+    [
+        ({}, True),
+        ({"packing": False}, False),
+        ({"sub_batch_size": 2}, False),
+        ({"unified_finetuning": True}, False),
+    ],
+)
+def test_batches_are_packed_unless_something_needs_rows(tiny_encoder, data, tmp_path, options, packed):
+    runner = make_runner(arguments(tiny_encoder, data, tmp_path / "run", **options))
+    batch = next(iter(runner.trainer.get_train_dataloader()))
+    assert ("texts" in batch) == packed
+    assert ("queries" in batch) != packed
+    runner.run()
+
+
+def test_packed_run_is_the_padded_one(tiny_encoder, data, tmp_path):
+    """But for rounding."""
+    options = {"optim": "sgd", "learning_rate": 0.1, "trainable": "full", "dataloader_num_workers": 1}
+    for packing in (True, False):
+        main(arguments(tiny_encoder, data, tmp_path / f"{packing}", packing=packing, **options))
+    packed, padded = (load_file(tmp_path / name / "model.safetensors") for name in ("True", "False"))
+    base = load_file(tiny_encoder / "model.safetensors")
+    assert (packed["embeddings.word_embeddings.weight"] - base["embeddings.word_embeddings.weight"]).abs().max() > 1e-3
+    for name in padded:
+        torch.testing.assert_close(packed[name], padded[name], atol=1e-5, rtol=1e-4)
+
+
 def test_metrics_of_an_overwritten_time_are_dropped(tiny_encoder, data, tmp_path):
     runner = make_runner(arguments(tiny_encoder, data, tmp_path / "run", max_steps=1))
     (tmp_path / "run").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""From examples to token tensors: queries, passages, and the queries that negatives answer."""
+"""From examples to tokens: queries, passages, and the queries that negatives answer."""
 
 from __future__ import annotations
 
@@ -10,20 +10,33 @@ import torch
 from FlagEmbedding.abc.finetune.embedder import AbsEmbedderCollator
 
 from clpl_moe.data.dataset import Example
+from clpl_moe.encoder.packing import PackedTexts
 
 
 @dataclass
 class CLPLCollator(AbsEmbedderCollator):
-    """Tokenises a batch; the queries of negatives are treated as queries (their length, not the passages')."""
+    """Tokenises a batch; the queries of negatives are treated as queries (their length, not the passages').
+
+    Args:
+        packing: give all texts of the step as one :class:`PackedTexts`, equal ones (after prompts and truncation) once.
+            They then share their dropout, and count once in the routers' losses. ``pad_to_multiple_of`` and
+            ``sub_batch_size`` have no meaning in it.
+        kwargs: FlagEmbedding's.
+    """
+
+    packing: bool = False
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
         """Batch B examples of group size G with M queries of negatives.
 
         Returns:
-            ``queries`` and ``passages``: token tensors (B, L) and (B·G, L'), or lists of them with ``sub_batch_size``;
-            ``negative_queries``: (M, L'') likewise, or None; ``negative_index``: (M,) int64, the row of ``passages`` that
-            each of them answers, or None; ``passage_ids``: (B·G,) int64, equal for equal texts, in every process;
-            ``teacher_scores``: B·G numbers, or None; ``no_in_batch_neg_flag``: as in FlagEmbedding.
+            ``negative_index``: (M,) int64, the row of passages that each negative's query answers, or None;
+            ``passage_ids``: (B·G,) int64, equal for equal texts, in every process; ``teacher_scores``: B·G numbers, or
+            None; ``no_in_batch_neg_flag``: as in FlagEmbedding. Besides, padded: ``queries`` and ``passages``, token
+            tensors (B, L) and (B·G, L'), or lists of them with ``sub_batch_size``; ``negative_queries``, (M, L'')
+            likewise, or None. Packed: ``texts``, with neighbours of equal length, and for each query, passage and
+            negative's query its number there, int64: ``query_rows`` (B,), ``passage_rows`` (B·G,),
+            ``negative_query_rows`` (M,) or None.
         """
         passages = [text for example in examples for text in example.passages]
         negative_queries, negative_index = [], []
@@ -36,14 +49,38 @@ class CLPLCollator(AbsEmbedderCollator):
         scores = None
         if examples[0].teacher_scores is not None:
             scores = [score for example in examples for score in example.teacher_scores]
-        return {
-            "queries": self._tokenise([example.query for example in examples], self.query_max_len),
-            "passages": self._tokenise(passages, self.passage_max_len),
-            "negative_queries": self._tokenise(negative_queries, self.query_max_len) if negative_queries else None,
+        queries = [example.query for example in examples]
+        tokens = self._pack if self.packing else self._pad
+        return tokens(queries, passages, negative_queries) | {
             "negative_index": torch.tensor(negative_index) if negative_queries else None,
             "passage_ids": torch.tensor([text_id(text) for text in passages]),
             "teacher_scores": scores,
             "no_in_batch_neg_flag": not all(example.in_batch_negatives for example in examples),
+        }
+
+    def _pack(self, queries: list[str], passages: list[str], negative_queries: list[str]) -> dict[str, Any]:
+        sequences = self._token_ids(queries + negative_queries, self.query_max_len)
+        sequences += self._token_ids(passages, self.passage_max_len)
+        unique = sorted(set(sequences), key=lambda ids: (len(ids), ids))
+        number = {ids: row for row, ids in enumerate(unique)}
+        rows = torch.tensor([number[ids] for ids in sequences])
+        query_rows, negative_rows, passage_rows = rows.split([len(queries), len(negative_queries), len(passages)])
+        return {
+            "texts": PackedTexts.from_sequences(unique),
+            "query_rows": query_rows,
+            "passage_rows": passage_rows,
+            "negative_query_rows": negative_rows if negative_queries else None,
+        }
+
+    def _token_ids(self, texts: list[str], max_length: int) -> list[tuple[int, ...]]:
+        tokens = self.tokenizer(texts, truncation=True, max_length=max_length)
+        return [tuple(ids) for ids in tokens["input_ids"]]
+
+    def _pad(self, queries: list[str], passages: list[str], negative_queries: list[str]) -> dict[str, Any]:
+        return {
+            "queries": self._tokenise(queries, self.query_max_len),
+            "passages": self._tokenise(passages, self.passage_max_len),
+            "negative_queries": self._tokenise(negative_queries, self.query_max_len) if negative_queries else None,
         }
 
     def _tokenise(self, texts: list[str], max_length: int) -> Any:

@@ -96,7 +96,7 @@ def write_settings(folder: str | Path, settings: EmbeddingSettings, max_length: 
     Raises:
         ValueError: unknown ``settings.pooling``.
     """
-    _check_pooling(settings.pooling)
+    check_pooling(settings.pooling)
     folder = Path(folder)
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     if settings.normalize:
@@ -141,7 +141,7 @@ def pool(last_hidden_state: torch.Tensor, attention_mask: torch.Tensor, pooling:
     """
     import torch
 
-    _check_pooling(pooling)
+    check_pooling(pooling)
     if pooling == "mean":
         wide = torch.promote_types(last_hidden_state.dtype, torch.float32)
         mask = attention_mask.unsqueeze(-1).to(wide)  # (B, T, 1)
@@ -157,7 +157,7 @@ def pool(last_hidden_state: torch.Tensor, attention_mask: torch.Tensor, pooling:
     return last_hidden_state[rows, index]
 
 
-def _check_pooling(pooling: str) -> None:
+def check_pooling(pooling: str) -> None:
     if pooling not in _POOLING:
         raise ValueError(f"unknown pooling '{pooling}', expected one of {', '.join(_POOLING)}")
 

@@ -2,10 +2,11 @@
 
 1. Equal texts are encoded once.
 2. Texts are tokenised a part at a time, their token ids kept as 32-bit integers.
-3. Batches are cut from the longest text to the shortest, each as large as a budget of padded tokens allows:
-   little padding, and a budget that does not fit in memory shows at the start.
-4. Each batch runs in bfloat16 where the device is fast at that, is pooled and normalised in float32, and goes
-   to the place of its texts in the result.
+3. Batches are cut from the longest text to the shortest, each as large as a budget of tokens allows, so that a
+   budget that does not fit in memory shows at the start.
+4. Each batch is one stream of tokens without padding (:mod:`clpl_moe.encoder.packing`; padded for encoders that this
+   does not know), runs in bfloat16 where the device is fast at that, is pooled and normalised in float32, and goes to
+   the place of its texts in the result.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -55,8 +55,8 @@ def encode(
         settings: pooling, whether to normalise, and the prompts.
         kind: which of the prompts goes in front of each text.
         max_length: longest input in tokens, special tokens and prompt included; the rest is cut off.
-        batch_tokens: padded tokens a batch at most, but one text at least. None: 16,384, or 2,048 on a CPU,
-            where small batches pad least and stay in its cache.
+        batch_tokens: tokens a batch at most (padding counts where there is any), but one text at least. None:
+            16,384, or 2,048 on a CPU, where small batches stay in its cache.
         dtype: ``torch.float32``, ``torch.bfloat16`` (autocast), or None for what :func:`compute_dtype` finds.
         progress: whether to show a bar.
 
@@ -66,6 +66,8 @@ def encode(
     Raises:
         UserError: ``max_length`` is beyond the encoder's positions, or a batch does not fit in memory.
     """
+    from clpl_moe.encoder.packing import can_pack
+
     limit = max_positions(model)
     if limit is not None and max_length > limit:
         raise UserError(f"a {kind} length of {max_length} tokens was asked for, the encoder takes {limit} at most")
@@ -79,19 +81,27 @@ def encode(
         unique.setdefault(text, len(unique))
     label = {"query": "queries", "passage": "passages"}[kind]
     sequences = _tokenize(tokenizer, list(unique), prompt or "", max_length, f"tokenize {label}", progress)
+    padded = not can_pack(model)
     embeddings = torch.empty(len(unique), model.config.hidden_size)
     bar = tqdm(total=len(unique), desc=f"encode {label}", unit=kind, disable=not progress, leave=False)
     with bar, _evaluation_mode(model), torch.inference_mode():
-        for batch in _batches(sequences, batch_tokens):
+        pending: Callable[[], None] | None = None
+        for batch in _batches(sequences, batch_tokens, padded):
             try:
-                embeddings[batch] = _embed(model, tokenizer, [sequences[i] for i in batch], settings, dtype)
+                output = _embed(model, [sequences[i] for i in batch], settings, dtype)
             except torch.OutOfMemoryError:
                 longest = len(sequences[batch[0]])
                 raise UserError(
                     f"{len(batch)} texts of up to {longest} tokens do not fit in the memory of"
                     f" {model.device}: lower the tokens a batch, now {batch_tokens}"
                 ) from None
+            # The batch before is taken off the device now, when that has this one to work on.
+            if pending is not None:
+                pending()
+            pending = _fetch(output, embeddings, batch)
             bar.update(len(batch))
+        if pending is not None:
+            pending()
     if len(unique) == len(texts):
         return embeddings
     return embeddings[torch.tensor([unique[text] for text in texts])]
@@ -167,46 +177,62 @@ def _tokenize(
                 return_attention_mask=False,
                 return_token_type_ids=False,
             )
-            sequences += [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+            # A tokenizer without special tokens finds none in an empty text: it is then one of padding.
+            empty = [tokenizer.pad_token_id or 0]
+            sequences += [np.asarray(ids or empty, dtype=np.int32) for ids in encoded["input_ids"]]
             bar.update(len(part))
     return sequences
 
 
-def _batches(sequences: list[np.ndarray], batch_tokens: int) -> Iterator[list[int]]:
+def _batches(sequences: list[np.ndarray], batch_tokens: int, padded: bool) -> Iterator[list[int]]:
     """Indices of each batch, longest sequences first."""
     batch: list[int] = []
+    tokens = 0
     for index in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
-        # The batch's first sequence is its longest, to which the others are padded.
-        if batch and (len(batch) + 1) * len(sequences[batch[0]]) > batch_tokens:
+        # A padded batch is as wide as its first sequence, the longest.
+        width = len(sequences[batch[0]]) if padded and batch else len(sequences[index])
+        if batch and tokens + width > batch_tokens:
             yield batch
-            batch = []
+            batch, tokens, width = [], 0, len(sequences[index])
         batch.append(index)
+        tokens += width
     if batch:
         yield batch
 
 
 def _embed(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     sequences: list[np.ndarray],
     settings: EmbeddingSettings,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """(B, D) float32 on the CPU."""
-    from clpl_moe.encoder.settings import pool
+    """(B, D) float32 on the model's device, which may still be computing it."""
+    from clpl_moe.encoder.packing import PackedTexts, embed_packed
 
-    ids = np.full((len(sequences), len(sequences[0])), tokenizer.pad_token_id or 0, dtype=np.int64)  # (B, L)
-    mask = np.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = sequence
-        mask[row, : len(sequence)] = 1
-    input_ids, attention_mask = (torch.from_numpy(a).to(model.device) for a in (ids, mask))
+    texts = PackedTexts.from_sequences(sequences)
+    if model.device.type == "cuda":
+        texts = texts.pin_memory()  # copies from elsewhere wait for the device
+    texts = texts.to(model.device)
     dtype = compute_dtype(model, dtype)
     half = dtype != torch.float32 and model.dtype == torch.float32
     with torch.autocast(model.device.type, dtype if half else None, enabled=half):
-        hidden = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, L, D)
-    embeddings = pool(hidden.float(), attention_mask, settings.pooling)
-    return (F.normalize(embeddings, dim=-1) if settings.normalize else embeddings).cpu()
+        return embed_packed(model, texts, pooling=settings.pooling, normalize=settings.normalize).float()
+
+
+def _fetch(output: Tensor, embeddings: Tensor, rows: list[int]) -> Callable[[], None]:
+    """Begin to copy ``output`` off its device; the function returned waits for it and puts it into ``rows``."""
+    host = output.to("cpu", non_blocking=True)
+    done = None
+    if output.device.type == "cuda":
+        done = torch.cuda.Event()
+        done.record()
+
+    def put() -> None:
+        if done is not None:
+            done.synchronize()
+        embeddings[rows] = host
+
+    return put
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def evaluate_retrieval(
         query_max_len: longest query in tokens.
         passage_max_len: longest passage in tokens.
         top_k: passages kept for each query (all, where the corpus has fewer).
-        batch_tokens: padded tokens a batch, None for what suits the device.
+        batch_tokens: tokens a batch, None for what suits the device.
         metrics: names in the spelling of ``ir_measures``.
         dtype: precision of the encoder, as :func:`clpl_moe.retrieval.encode.encode` takes it.
         progress: whether to show bars.

@@ -129,8 +129,9 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     """The loss, what is trained, evaluation in training, and everything that transformers' Trainer offers.
 
     Changed defaults: ``logging_steps`` 10, ``report_to`` tensorboard, ``save_total_limit`` 2,
-    ``metric_for_best_model`` ndcg@10, non-reentrant gradient checkpointing, ``use_cpu`` where there is no
-    accelerator, and ``bf16`` where the hardware is fast at it and ``fp16`` is not asked for. With ``dev_collection``, evaluation follows ``save_strategy`` unless it is set, and the best checkpoint is
+    ``metric_for_best_model`` ndcg@10, non-reentrant gradient checkpointing, ``use_cpu`` where there is no accelerator,
+    ``dataloader_num_workers`` 2 where there is one, and ``bf16`` where the hardware is fast at it and ``fp16`` is not
+    asked for. With ``dev_collection``, evaluation follows ``save_strategy`` unless it is set, and the best checkpoint is
     loaded at the end.
     """
 
@@ -167,6 +168,13 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             "choices": ["cls", "mean", "last_token"],
         },
     )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "No padding: all texts of a step in one stream, equal ones once; false pads as FlagEmbedding does."
+            " unified_finetuning, sub_batch_size and encoders other than XLM-R, RoBERTa and BERT are padded anyway."
+        },
+    )
     bf16: bool | None = field(
         default=None,
         metadata={"help": "bfloat16 mixed precision; not given: where the hardware is fast at it and fp16 is not set."},
@@ -189,6 +197,10 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     )
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many steps, or share of all steps below 1."}
+    )
+    dataloader_num_workers: int = field(
+        default=-1,
+        metadata={"help": "Processes that tokenise; -1 is 2 beside an accelerator, which need not wait then, else 0."},
     )
     save_total_limit: int | None = field(
         default=2,
@@ -229,6 +241,8 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             self.bf16 = not self.fp16 and fast_bfloat16(device)
         if self.fp16 and self.use_cpu:
             self.fp16 = False
+        if self.dataloader_num_workers < 0:
+            self.dataloader_num_workers = 0 if self.use_cpu else 2
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         prefer_activation_checkpointing(self)

@@ -11,6 +11,7 @@ from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clpl_moe.encoder.packing import PackedTexts, embed_packed
 from clpl_moe.encoder.settings import EmbeddingSettings, pool
 from clpl_moe.loss import CLPLLoss, CLPLOutput, gather_rows
 from clpl_moe.moe.balance import pop_router_terms, track_routers
@@ -24,6 +25,25 @@ class CLPLModelOutput(EmbedderOutput):
     """``loss`` with a graph, and the terms by name, detached scalars (``expert_load``: (L, N))."""
 
     terms: dict[str, Tensor] | None = None
+
+
+@dataclass
+class _UnifiedBatch:
+    """What the unified loss needs of a batch.
+
+    Attributes:
+        query: dense (B, D), sparse and multi-vector embeddings of the queries.
+        passage: those of the passages, dense (B·G, D).
+        query_mask: (B, L), 1 where a query's token is no padding.
+        targets: (B, G) from teacher scores, or None.
+        own_only: whether each query has its own negatives only.
+    """
+
+    query: tuple[Tensor, Tensor, Tensor]
+    passage: tuple[Tensor, Tensor, Tensor]
+    query_mask: Tensor
+    targets: Tensor | None
+    own_only: bool
 
 
 class CLPLModel(EncoderOnlyEmbedderM3Model):
@@ -82,11 +102,28 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         negative_queries: Features | None = None,
         negative_index: Tensor | None = None,
         passage_ids: Tensor | None = None,
+        texts: PackedTexts | None = None,
+        query_rows: Tensor | None = None,
+        passage_rows: Tensor | None = None,
+        negative_query_rows: Tensor | None = None,
     ) -> CLPLModelOutput:
-        """Loss and terms of one batch as :class:`clpl_moe.data.collator.CLPLCollator` makes it."""
-        query_dense, query_sparse, query_colbert = self.encode(queries)
-        passage_dense, passage_sparse, passage_colbert = self.encode(passages)
-        negative_dense = None if negative_queries is None else self.encode(negative_queries)[0]
+        """Loss and terms of one batch as :class:`clpl_moe.data.collator.CLPLCollator` makes it, padded or packed.
+
+        Raises:
+            ValueError: a packed batch in unified fine-tuning, whose sparse and multi-vector losses need padded ones.
+        """
+        if texts is not None:
+            if self.unified_finetuning:
+                raise ValueError("unified_finetuning needs padded batches: set the collator's packing to False")
+            embeddings = embed_packed(
+                self.model, texts, pooling=self.sentence_pooling_method, normalize=self.normalize_embeddings
+            )
+            query, passage = (embeddings[query_rows],), (embeddings[passage_rows],)
+            negative_dense = None if negative_query_rows is None else embeddings[negative_query_rows]
+        else:
+            query, passage = self.encode(queries), self.encode(passages)
+            negative_dense = None if negative_queries is None else self.encode(negative_queries)[0]
+        query_dense, passage_dense = query[0], passage[0]
         if not self.training:
             return CLPLModelOutput(q_reps=query_dense, p_reps=passage_dense)
 
@@ -99,31 +136,18 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
             passage_ids=passage_ids if self.mask_duplicates else None,
         )
         loss, terms = dense.loss, _named_terms(dense)
-        if teacher_scores is not None or self.unified_finetuning:
-            targets = self._teacher_targets(teacher_scores, query_dense)
-            dense_scores, contrastive = self._stock_loss(own_only)(
-                query_dense,
-                passage_dense,
-                teacher_targets=targets,
-                compute_score_func=self.compute_dense_score,
+        targets = self._teacher_targets(teacher_scores, query_dense)
+        if targets is not None:
+            # The penalty's part stays, distillation takes the place of the contrastive part.
+            _, distillation = self._stock_loss(own_only)(
+                query_dense, passage_dense, teacher_targets=targets, compute_score_func=self.compute_dense_score
             )
-            if targets is not None:
-                # The penalty's part stays, distillation takes the place of the contrastive part.
-                loss = contrastive + dense.loss - dense.contrastive
-                terms["distillation"] = contrastive.detach()
-            if self.unified_finetuning:
-                loss, unified_terms = self._unified_loss(
-                    loss,
-                    dense_scores,
-                    (query_sparse, query_colbert),
-                    (passage_sparse, passage_colbert),
-                    targets,
-                    own_only,
-                    queries,
-                    passage_dense,
-                    query_dense,
-                )
-                terms |= unified_terms
+            loss = distillation + dense.loss - dense.contrastive
+            terms["distillation"] = distillation.detach()
+        if self.unified_finetuning:
+            mask = self._get_queries_attention_mask(queries)
+            loss, unified_terms = self._unified_loss(loss, _UnifiedBatch(query, passage, mask, targets, own_only))
+            terms |= unified_terms
         router = pop_router_terms(self.model) if has_experts(self.model) else None
         if router is not None:
             loss = loss + self.balance_loss_weight * router.balance + self.z_loss_weight * router.z
@@ -141,38 +165,26 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         scores = torch.tensor(teacher_scores, device=like.device, dtype=torch.float32)
         return F.softmax(scores.view(like.shape[0], -1), dim=-1)  # (B, G)
 
-    def _unified_loss(
-        self,
-        dense_loss: Tensor,
-        dense_scores: Tensor,
-        query_vectors: tuple[Tensor, Tensor],
-        passage_vectors: tuple[Tensor, Tensor],
-        targets: Tensor | None,
-        own_only: bool,
-        queries: Features,
-        passage_dense: Tensor,
-        query_dense: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """FlagEmbedding's joint loss of dense, sparse, multi-vector and summed scores; sparse and multi-vector scores see
-        this process's passages only."""
+    def _unified_loss(self, dense_loss: Tensor, batch: _UnifiedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """FlagEmbedding's joint loss of dense, sparse, multi-vector and summed scores; all but ``dense_loss`` see this
+        process's passages only."""
+        own_only, targets = batch.own_only, batch.targets
         compute = self._compute_no_in_batch_neg_loss if own_only else self._compute_in_batch_neg_loss
-        batch, rows = query_dense.shape[0], passage_dense.shape[0]
+        query_dense, query_sparse, query_colbert = batch.query
+        passage_dense, passage_sparse, passage_colbert = batch.passage
         sparse_scores, sparse_loss = compute(
-            query_vectors[0],
-            passage_vectors[0],
-            teacher_targets=targets,
-            compute_score_func=self.compute_sparse_score,
+            query_sparse, passage_sparse, teacher_targets=targets, compute_score_func=self.compute_sparse_score
         )
         colbert_scores, colbert_loss = compute(
-            query_vectors[1],
-            passage_vectors[1],
+            query_colbert,
+            passage_colbert,
             teacher_targets=targets,
             compute_score_func=self.compute_colbert_score,
-            q_mask=self._get_queries_attention_mask(queries),
+            q_mask=batch.query_mask,
         )
-        if not own_only and self.negatives_cross_device:
-            rank = self.process_rank
-            dense_scores = dense_scores[rank * batch : (rank + 1) * batch, rank * rows : (rank + 1) * rows]
+        dense_scores = self.compute_dense_score(query_dense, passage_dense)  # (B, B·G)
+        if own_only:
+            dense_scores = self.get_local_score(query_dense, passage_dense, dense_scores)  # (B, G)
         summed = self.ensemble_score(None, None, dense_scores, sparse_scores, colbert_scores)
         if own_only:
             # FlagEmbedding's helper would look for the groups' scores among all; these are the groups' already.

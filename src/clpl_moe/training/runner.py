@@ -18,6 +18,7 @@ from clpl_moe.cli import load_yaml
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.encoder.load import HEAD_FILES, find_heads, load_encoder
+from clpl_moe.encoder.packing import can_pack
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
 from clpl_moe.errors import UserError, at
 from clpl_moe.files import atomic_open, refuse_unwritable
@@ -248,7 +249,14 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             pad_to_multiple_of=self.data_args.pad_to_multiple_of,
             padding=True,
             return_tensors="pt",
+            packing=self._packs(),
         )
+
+    def _packs(self) -> bool:
+        args = self.training_args
+        # Sparse and multi-vector losses need the states of all tokens, in rows.
+        whole = args.unified_finetuning or (args.sub_batch_size or -1) > 0
+        return args.packing and not whole and can_pack(self.model.model)
 
     def load_trainer(self) -> CLPLTrainer:
         evaluator = self._make_evaluator()

@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.encoder.load import HEAD_FILES, load_weights
+from clpl_moe.encoder.packing import PackedTexts
 from clpl_moe.encoder.save import save_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings
 from clpl_moe.training.callbacks import ConsoleCallback, EpochCallback, MetricsFileCallback
@@ -82,6 +83,12 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             # A generator of its own: drawing from the global one would change dropout after a resume.
             generator=torch.Generator().manual_seed(self.args.seed),
         )
+
+    def _prepare_input(self, data: Any) -> Any:
+        if isinstance(data, PackedTexts) or (isinstance(data, Tensor) and not data.is_floating_point()):
+            # From page-locked memory; the stock version waits until the device is done with all before it.
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
         self.accelerator.unwrap_model(model).step = self.state.global_step

@@ -1,0 +1,146 @@
+"""Encoding a corpus: ours beside sentence-transformers' and FlagEmbedding's, dense embeddings only.
+
+``python benchmarks/encoding.py --model FOLDER [--pooling cls] [--texts FILE.jsonl] [--limit 300]``
+
+The three take turns in one process, with the same weights, texts, longest input and precision (bfloat16 weights on CUDA,
+float32 on a CPU). Each gets the best of several batch sizes, tried out beforehand: tokens for ours, for the others the
+number of texts with that many tokens on average. Their embeddings have to agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import machine
+
+from clpl_moe.encoder import load_encoder, save_encoder
+from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
+from clpl_moe.files import write_json
+from clpl_moe.retrieval.encode import encode
+
+ROOT = Path(__file__).parents[1]
+Encoder = Callable[[list[str], int], np.ndarray]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="an XLM-R, RoBERTa or BERT model folder")
+    parser.add_argument("--pooling", choices=["cls", "mean"], help="instead of the folder's; figures only")
+    parser.add_argument("--texts", type=Path, help="JSONL with a field text; default: the samples' corpora")
+    parser.add_argument("--limit", type=int, default=300, help="take so many texts, evenly spread over the file")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--budgets", type=int, nargs="+", help="tokens a batch to try")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "encoding.json")
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    budgets = args.budgets or ([16384, 65536] if cuda else [1024, 2048, 4096])
+    texts = load_texts(args.texts, args.limit)
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer = load_encoder(args.model)
+        pooling = args.pooling or read_settings(args.model).pooling
+        # Without prompts, which the others would each have to be told in another way.
+        save_encoder(model, tokenizer, folder, EmbeddingSettings(pooling=pooling), max_length=args.max_length)
+        encoders = make_encoders(folder, pooling, args.max_length)
+    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=args.max_length)["input_ids"]]
+    mean_length = sum(lengths) / len(lengths)
+
+    def run(name: str, budget: int) -> tuple[np.ndarray, float, float]:
+        # clpl_moe counts tokens, the others texts.
+        size = budget if name == "clpl_moe" else max(1, round(budget / mean_length))
+        wall, cpu = time.perf_counter(), time.process_time()
+        embeddings = encoders[name](texts, size)
+        return embeddings, time.perf_counter() - wall, time.process_time() - cpu
+
+    best = {}
+    for name in encoders:
+        run(name, budgets[0])  # warm
+        best[name] = min(budgets, key=lambda budget, n=name: run(n, budget)[2 if not cuda else 1])
+        print(f"{name}: {best[name]} tokens a batch")
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in encoders}
+    embeddings: dict[str, np.ndarray] = {}
+    for number in range(args.rounds):
+        for name in encoders:
+            embeddings[name], wall, cpu = run(name, best[name])
+            seconds[name].append((wall, cpu))
+            print(f"round {number + 1} {name}: {wall:.2f} s, {cpu:.2f} s of CPU")
+    agreement = {name: float((embeddings[name] * embeddings["clpl_moe"]).sum(1).min()) for name in encoders}
+    assert min(agreement.values()) > (0.99 if cuda else 0.9999), agreement
+    results = {}
+    for name, values in seconds.items():
+        wall, cpu = ([value[i] for value in values] for i in (0, 1))
+        results[name] = {
+            "batch_tokens": best[name],
+            "texts_per_second": round(len(texts) / statistics.median(wall), 2),
+            "tokens_per_second": round(sum(lengths) / statistics.median(wall), 1),
+            "seconds": {"median": statistics.median(wall), "min": min(wall), "max": max(wall)},
+            "cpu_seconds": {"median": statistics.median(cpu), "min": min(cpu), "max": max(cpu)},
+            "lowest_cosine": agreement[name],
+        }
+    ours = results["clpl_moe"]
+    for name, result in results.items():
+        # Of processor time too: it is the steadier one where other work shares the cores.
+        result["ours_is_faster_by"] = {
+            clock: round(result[clock]["median"] / ours[clock]["median"], 3) for clock in ("seconds", "cpu_seconds")
+        }
+        print(f"{name:22} {result['texts_per_second']:8.1f} texts/s, ours is faster by {result['ours_is_faster_by']}")
+    report = {
+        "machine": machine() | {"threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)},
+        "versions": {name: version(name) for name in ("transformers", "sentence-transformers", "FlagEmbedding")},
+        "model": {"name": Path(args.model).name, "type": model.config.model_type, "pooling": pooling}
+        | {name: getattr(model.config, name) for name in ("hidden_size", "num_hidden_layers")},
+        "texts": {"number": len(texts), "tokens": sum(lengths), "longest": max(lengths), "shortest": min(lengths)},
+        "precision": "bfloat16" if cuda else "float32",
+        "rounds": args.rounds,
+        "results": results,
+    }
+    write_json(args.output, report)
+    print(f"wrote {args.output}")
+
+
+def load_texts(path: Path | None, limit: int) -> list[str]:
+    """Different texts, in no order of length."""
+    paths = [path] if path else sorted((ROOT / "data" / "samples").glob("*/corpus.jsonl"))
+    lines = (json.loads(line) for p in paths for line in p.read_text(encoding="utf-8").splitlines())
+    texts = list(dict.fromkeys(line["text"] for line in lines))
+    return texts[:: max(1, len(texts) // limit)][:limit]
+
+
+def make_encoders(folder: str, pooling: str, max_length: int) -> dict[str, Encoder]:
+    """Name -> function of texts and batch size (tokens for ours, texts for the others)."""
+    from FlagEmbedding import BGEM3FlagModel
+    from sentence_transformers import SentenceTransformer
+
+    cuda = torch.cuda.is_available()
+    dtype, device = (torch.bfloat16, "cuda") if cuda else (torch.float32, "cpu")
+    model, tokenizer = load_encoder(folder, dtype=dtype)
+    model.to(device)
+    peer = SentenceTransformer(folder, device=device, model_kwargs={"dtype": dtype})
+    flag = BGEM3FlagModel(folder, devices=[device], use_fp16=False, use_bf16=cuda, pooling_method=pooling)
+    how = {"settings": EmbeddingSettings(pooling=pooling), "kind": "passage", "max_length": max_length}
+
+    def ours(texts: list[str], size: int) -> np.ndarray:
+        return encode(model, tokenizer, texts, batch_tokens=size, progress=False, **how).numpy()
+
+    def sentence_transformers(texts: list[str], size: int) -> np.ndarray:
+        return peer.encode(texts, batch_size=size, normalize_embeddings=True, show_progress_bar=False)
+
+    def flag_embedding(texts: list[str], size: int) -> np.ndarray:
+        return flag.encode(texts, batch_size=size, max_length=max_length, return_dense=True)["dense_vecs"]
+
+    return {"clpl_moe": ours, "SentenceTransformer": sentence_transformers, "BGEM3FlagModel": flag_embedding}
+
+
+if __name__ == "__main__":
+    main()

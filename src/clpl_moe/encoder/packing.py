@@ -1,0 +1,289 @@
+"""Texts of different lengths encoded in one stream of tokens, without padding.
+
+1. The token ids of all texts stand in a row (T,), each text's positions count from its own start.
+2. Embeddings, projections and FFNs see the stream (1, T, D); only attention has to know where a text ends. On CUDA, in
+   half precision, one variable-length flash attention does all texts; elsewhere texts of equal length, which lie side by
+   side, are one batch of scaled dot product attention, without a mask.
+3. Frozen layers below the first trained one run without a graph. Autograd sees to that by itself but for gradient
+   checkpointing, under which transformers makes the embeddings require gradients, so that all layers would be run again.
+4. Of the last layer, CLS and last-token pooling need one row a text: queries, attention output and FFN are computed for
+   these rows only, keys and values for all.
+
+The layers of XLM-R, RoBERTa and BERT are run from here, module by module, instead of through the encoder's ``forward``
+with an attention function registered in transformers: gradient checkpointing runs a layer again in the backward pass,
+when such a setting would have been put back, and the fourth point cannot be said in it. Weights, adapters and experts
+within the modules work as ever. Other encoders, and layers that something wraps (FSDP), get padded batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertModel, PreTrainedModel, RobertaModel, XLMRobertaModel
+from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
+from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaSelfAttention
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer, XLMRobertaSelfAttention
+
+from clpl_moe.encoder.settings import check_pooling, pool
+from clpl_moe.moe.install import has_experts, layer_states
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.11
+    varlen_attn = None
+
+_ENCODERS = (XLMRobertaModel, RobertaModel, BertModel)
+_LAYERS = (XLMRobertaLayer, RobertaLayer, BertLayer)
+_ATTENTIONS = (XLMRobertaSelfAttention, RobertaSelfAttention, BertSelfAttention)
+
+
+@dataclass(eq=False)
+class PackedTexts:
+    """n texts as one stream of T tokens.
+
+    Attributes:
+        input_ids: (T,) int64, on any device.
+        lengths: (n,) int64, each at least 1; always on the CPU, so that nobody waits for a device to learn them.
+        offsets: (n + 1,) int64 beside ``input_ids``: where each text begins, and T. Follows from ``lengths``.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    offsets: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.offsets is None:
+            offsets = F.pad(self.lengths.cumsum(0), (1, 0))
+            self.offsets = offsets.to(self.input_ids.device, non_blocking=True)
+
+    @classmethod
+    def from_sequences(cls, sequences: Sequence[Sequence[int] | np.ndarray]) -> PackedTexts:
+        """Pack token ids of texts, special tokens included; on the CPU.
+
+        Raises:
+            ValueError: a text has no tokens.
+        """
+        lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+        if empty := (lengths == 0).nonzero().flatten().tolist():
+            raise ValueError(f"text {empty[0]} has no tokens: a packed text has one at least")
+        ids = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences]) if len(sequences) else []
+        return cls(torch.as_tensor(ids, dtype=torch.int64), lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def select(self, rows: Tensor | Sequence[int]) -> PackedTexts:
+        """The texts of these numbers (m,), in this order; repeated ones are repeated. Numbers are taken on the CPU."""
+        rows = torch.as_tensor(rows, dtype=torch.int64)
+        lengths = self.lengths[rows]
+        starts = (self.lengths.cumsum(0) - self.lengths)[rows]
+        # Each token's place: its text's start here, plus its distance from the text's start there.
+        shift = starts - (lengths.cumsum(0) - lengths)
+        index = shift.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
+        return PackedTexts(self.input_ids[index.to(self.input_ids.device, non_blocking=True)], lengths)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedTexts:
+        """The same with ``input_ids`` and ``offsets`` on ``device``."""
+        ids, offsets = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.input_ids, self.offsets))
+        return PackedTexts(ids, self.lengths, offsets)
+
+    def pin_memory(self) -> PackedTexts:
+        """The same in page-locked memory; a data loader calls it."""
+        return PackedTexts(self.input_ids.pin_memory(), self.lengths, self.offsets.pin_memory())
+
+
+def can_pack(encoder: nn.Module) -> bool:
+    """Whether :func:`embed_packed` runs ``encoder`` without padding: XLM-R, RoBERTa or BERT, also with experts."""
+    if not isinstance(encoder, _ENCODERS) or encoder.config.is_decoder:
+        return False
+    # Exact classes: a subclass may compute something else.
+    return all(type(layer) in _LAYERS and type(layer.attention.self) in _ATTENTIONS for layer in encoder.encoder.layer)
+
+
+def embed_packed(encoder: PreTrainedModel, packed: PackedTexts, *, pooling: str, normalize: bool = False) -> Tensor:
+    """Embed texts in one pass of the encoder, in its mode (training or evaluation) and under the caller's autocast.
+
+    Embeddings and gradients are those of padded batches. With CLS or last-token pooling, routers of the last layer see
+    only the tokens that are pooled, so that its balance loss and load count these.
+
+    Args:
+        encoder: any encoder; where :func:`can_pack` says no, the texts are padded to the longest.
+        packed: n texts on the encoder's device; no text longer than its positions. Nothing has to be sorted, but with
+            texts of equal length side by side the tokens need not be moved.
+        pooling: ``"cls"``, ``"mean"`` or ``"last_token"``.
+        normalize: scale embeddings to length 1.
+
+    Returns:
+        (n, D) in at least float32, in the order of ``packed``.
+
+    Raises:
+        ValueError: unknown ``pooling``.
+    """
+    check_pooling(pooling)
+    if len(packed) == 0:
+        return torch.zeros(0, encoder.config.hidden_size, device=packed.input_ids.device)
+    embed = _embed_stream if can_pack(encoder) else _embed_padded
+    embeddings = embed(encoder, packed, pooling)
+    embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    return F.normalize(embeddings, dim=-1) if normalize else embeddings
+
+
+def _embed_padded(encoder: PreTrainedModel, packed: PackedTexts, pooling: str) -> Tensor:
+    mask = torch.arange(int(packed.lengths.max())) < packed.lengths.unsqueeze(1)  # (n, L)
+    mask = mask.to(packed.input_ids.device)
+    ids = torch.full(mask.shape, getattr(encoder.config, "pad_token_id", None) or 0, device=mask.device)
+    ids[mask] = packed.input_ids
+    mask = mask.long()
+    hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (n, L, D)
+    return pool(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), mask, pooling)
+
+
+@dataclass
+class _Stream:
+    """What attention has to know of the texts.
+
+    Attributes:
+        flash: whether variable-length flash attention does all texts at once.
+        offsets: (n + 1,) int32 on the device.
+        longest: tokens of the longest text.
+        runs: length and number of neighbouring texts of equal length.
+    """
+
+    flash: bool
+    offsets: Tensor
+    longest: int
+    runs: list[tuple[int, int]]
+
+
+def _embed_stream(encoder: PreTrainedModel, packed: PackedTexts, pooling: str) -> Tensor:
+    flash = _flash_fits(encoder, packed.input_ids.device)
+    lengths = packed.lengths.tolist()
+    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
+    order = None
+    if not flash and len(runs) > len(set(lengths)):
+        order = packed.lengths.argsort(stable=True)
+        packed = packed.select(order)
+        runs = [(length, len(list(same))) for length, same in groupby(sorted(lengths))]
+    stream = _Stream(flash, packed.offsets.int(), max(lengths), runs)
+    rows = {"cls": packed.offsets[:-1], "last_token": packed.offsets[1:] - 1, "mean": None}[pooling]  # (n,)
+    layers = encoder.encoder.layer
+    parts = [encoder.embeddings, *layers]
+    trained = [any(parameter.requires_grad for parameter in part.parameters()) for part in parts]
+    graph = torch.is_grad_enabled()
+    with _running(encoder):
+        with torch.set_grad_enabled(graph and trained[0]):
+            ids, positions = packed.input_ids.unsqueeze(0), _positions(encoder, packed).unsqueeze(0)
+            hidden = encoder.embeddings(input_ids=ids, position_ids=positions)  # (1, T, D)
+        for number, layer in enumerate(layers, 1):
+            with torch.set_grad_enabled(graph and any(trained[: number + 1])):
+                # The last one returns (1, n, D), or (1, T, D) for the mean.
+                hidden = _run_layer(layer, hidden, stream, rows if number == len(layers) else None)
+    embeddings = hidden.squeeze(0)
+    if pooling == "mean":
+        wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        # unsafe leaves out checks that would wait for the device.
+        embeddings = torch.segment_reduce(wide, "mean", offsets=packed.offsets, axis=0, unsafe=True)
+    return embeddings if order is None else embeddings[order.argsort().to(embeddings.device, non_blocking=True)]
+
+
+def _positions(encoder: PreTrainedModel, packed: PackedTexts) -> Tensor:
+    """(T,) int64, the position of each token as the encoder's own embeddings count it."""
+    ids, starts = packed.input_ids, packed.offsets[:-1]
+    # The first token of each token's text; with the size given, the device is not waited for.
+    first = starts.repeat_interleave(packed.offsets.diff(), output_size=len(ids))  # (T,)
+    padding = getattr(encoder.embeddings, "padding_idx", None)
+    if padding is None:
+        return torch.arange(len(ids), device=ids.device) - first
+    # XLM-R and RoBERTa count from the padding's number on, and do not count a padding token that stands in a text.
+    counted = ids.ne(padding)
+    through = counted.cumsum(0)
+    before = through - counted.long()
+    return (through - before[first]) * counted + padding
+
+
+def _run_layer(layer: nn.Module, hidden: Tensor, stream: _Stream, rows: Tensor | None) -> Tensor:
+    """One transformer layer, (1, T, D) to (1, T, D), or to (1, n, D) for ``rows`` (n,), one token of each text."""
+    run = partial(_layer, layer, stream=stream, rows=rows)
+    if not (layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()):
+        return run(hidden)
+    checkpoint = layer._gradient_checkpointing_func
+    if not hidden.requires_grad and getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
+        hidden = hidden.detach().requires_grad_()  # the reentrant kind has no gradients otherwise
+    return checkpoint(run, hidden)
+
+
+def _layer(layer: nn.Module, hidden: Tensor, stream: _Stream, rows: Tensor | None) -> Tensor:
+    for module in (layer.intermediate, layer.output):
+        if hasattr(module, "state"):  # experts: every token that they are shown is real
+            module.state.set_tokens(None)
+    attention = layer.attention.self
+    shape = (-1, attention.num_attention_heads, attention.attention_head_size)
+    kept = hidden if rows is None else hidden[:, rows]
+    query = attention.query(kept).view(shape)  # (T or n, heads, d)
+    key, value = attention.key(hidden).view(shape), attention.value(hidden).view(shape)  # (T, heads, d)
+    dropout = attention.dropout.p if attention.training else 0.0
+    attend = _flash_attention if stream.flash else _grouped_attention
+    context = attend(query, key, value, stream, dropout)  # (T or n, heads, d)
+    kept = layer.attention.output(context.reshape(1, len(query), -1), kept)
+    return layer.output(layer.intermediate(kept), kept)
+
+
+def _grouped_attention(query: Tensor, key: Tensor, value: Tensor, stream: _Stream, dropout: float) -> Tensor:
+    one_row = len(query) != len(key)
+    counts = [count for _, count in stream.runs]
+    # split rather than slices: its backward pass writes each gradient once.
+    tokens = [length * count for length, count in stream.runs]
+    queries = query.split(counts if one_row else tokens)
+    outputs = []
+    for count, q, k, v in zip(counts, queries, key.split(tokens), value.split(tokens), strict=True):
+        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))  # (count, heads, length or 1, d)
+        output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
+
+
+def _flash_attention(query: Tensor, key: Tensor, value: Tensor, stream: _Stream, dropout: float) -> Tensor:
+    offsets, longest, longest_query = stream.offsets, stream.longest, stream.longest
+    query_offsets = offsets
+    if len(query) != len(key):
+        query_offsets = torch.arange(len(offsets), dtype=torch.int32, device=offsets.device)
+        longest_query = 1
+    if dropout == 0 and varlen_attn is not None:
+        return varlen_attn(query, key, value, query_offsets, offsets, longest_query, longest)
+    # The public function has no dropout; this is what it calls.
+    arguments = (query_offsets, offsets, longest_query, longest, dropout, False, False)
+    return torch.ops.aten._flash_attention_forward(query, key, value, *arguments)[0]
+
+
+def _flash_fits(encoder: PreTrainedModel, device: torch.device) -> bool:
+    """Whether torch's variable-length flash attention takes this encoder's queries, keys and values."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    attention = encoder.encoder.layer[0].attention.self
+    dtype = attention.query.weight.dtype
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    width = attention.attention_head_size
+    fits = dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256
+    return fits and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@contextlib.contextmanager
+def _running(encoder: PreTrainedModel) -> Iterator[None]:
+    """Tells experts that this is the pass itself, and not what checkpointing repeats of it."""
+    states = [state for _, state, _ in layer_states(encoder)] if has_experts(encoder) else []
+    for state in states:
+        state.set_running(True)
+    try:
+        yield
+    finally:
+        for state in states:
+            state.set_running(False)
