@@ -1,16 +1,34 @@
-"""What the benchmarks share."""
+"""What the benchmarks share: the machine's description, timing side by side, fresh processes, memory, result files."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import math
 import os
 import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from clpl_moe.files import write_json
+from clpl_moe.retrieval.encode import fast_bfloat16
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "transformers", "FlagEmbedding", "sentence-transformers", "accelerate")
+
+Result = TypeVar("Result")
 
 
 def machine() -> dict[str, object]:
     """What the figures were measured on."""
-    import torch
-
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -26,3 +44,186 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def keep_freed_memory() -> None:
+    """Start this program again with an allocator that keeps what is freed, unless it has such settings already.
+
+    By default glibc hands buffers of many MB back to the system and asks for them anew, page by page. That costs more than
+    some of what is measured here, up to a factor of 2, and falls on the variants unevenly. The thresholds are read when a
+    process starts.
+    """
+    settings = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 40)}
+    if platform.libc_ver()[0] == "glibc" and not settings.keys() <= os.environ.keys():
+        os.environ.update(settings)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that the figures depend on."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def alternate(functions: dict[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
+    """Call every function once a round, in turn and every other round backwards, so that what slows a machine down for a
+    while slows all of them down."""
+    results: dict[str, list[Result]] = {name: [] for name in functions}
+    for number in range(rounds):
+        for name in list(functions)[:: -1 if number % 2 else 1]:
+            results[name].append(functions[name]())
+    return results
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """``median``, ``low`` and ``high`` of the values, and ``spread``: (high - low) / median."""
+    median, low, high = statistics.median(values), min(values), max(values)
+    return {"median": median, "low": low, "high": high, "spread": (high - low) / median if median else math.nan}
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Slope of the least-squares line through (log x, log y): the exponent with which y grows with x."""
+    return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
+
+
+def pick_device(name: str) -> str:
+    """``auto`` resolved: a CUDA device where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def pick_precision(name: str, device: str) -> str:
+    """``auto`` resolved: bf16 where the hardware multiplies matrices in it, else fp32."""
+    if name != "auto":
+        return name
+    if fast_bfloat16(torch.device(device)):
+        return "bf16"
+    return "fp16" if device == "cuda" else "fp32"
+
+
+def synchronize(device: str) -> None:
+    """Wait until a device has done what it was given, so that a clock read next is right."""
+    if device != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Duration of one call, with all that it started on the device."""
+    synchronize(device.type)
+    start = time.perf_counter()
+    call()
+    synchronize(device.type)
+    return time.perf_counter() - start
+
+
+def side_by_side(
+    calls: dict[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int = 1
+) -> dict[str, dict[str, float]]:
+    """Time calls in turn, and compare each with the first one.
+
+    Every repetition runs all calls once, so that what else the machine does falls on all of them; the ratio is taken within a
+    repetition. The first call of a repetition is another one each time.
+
+    Returns:
+        By name: ``seconds``, the median; ``ratio``, the median of the ratios to the first call; ``ratio_low`` and
+        ``ratio_high``, their quartiles.
+    """
+    names = list(calls)
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(repeats):
+        shift = repeat % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append(seconds(calls[name], device))
+    results = {}
+    for name in names:
+        ratios = [t / base for t, base in zip(times[name], times[names[0]], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if repeats > 1 else ratios * 3
+        results[name] = {
+            "seconds": round(statistics.median(times[name]), 5),
+            "ratio": round(middle, 3),
+            "ratio_low": round(low, 3),
+            "ratio_high": round(high, 3),
+        }
+    return results
+
+
+def print_table(title: str, results: dict[str, dict[str, float]]) -> None:
+    """Print what :func:`side_by_side` returned."""
+    print(f"\n{title}\n{'':24} {'seconds':>9} {'ratio':>7}   quartiles")
+    for name, row in results.items():
+        print(
+            f"{name:24} {row['seconds']:9.4f} {row['ratio']:7.3f}   {row['ratio_low']:.3f} to {row['ratio_high']:.3f}",
+            flush=True,
+        )
+
+
+def reset_peak_memory(device: str) -> None:
+    """Let :func:`peak_memory` forget what was before, such as loading a model; on CPUs needs Linux."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        clear = Path("/proc/self/clear_refs")
+        if clear.exists():
+            clear.write_text("5")
+
+
+def peak_memory(device: str) -> int:
+    """Highest number of bytes since :func:`reset_peak_memory`: allocated on a GPU; on CPUs resident in this process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def in_fresh_process(script: str | Path, job: dict[str, Any]) -> Any:
+    """Run ``script --job JSON`` in a process of its own, on one GPU at most; returns the JSON of its last line.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it wrote to stderr.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible, "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, str(script), "--job", json.dumps(job)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{job} ended with code {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def write_result(
+    output: str | Path,
+    question: str,
+    settings: dict[str, Any],
+    rows: list[dict[str, Any]],
+    measurements: dict[str, Any],
+) -> None:
+    """Write a result file, of which ``table.py`` makes a table.
+
+    Args:
+        output: the file, commonly in ``benchmarks/results/``.
+        question: what was measured, in a sentence; the table's caption.
+        settings: everything that another run needs to be the same; paths by name only.
+        rows: one for each line of the table, all with the same keys, which become its columns.
+        measurements: the single values that the rows sum up.
+    """
+    result = {
+        "question": question,
+        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *_without_folders(sys.argv[1:])]),
+        "machine": machine(),
+        "versions": versions(),
+        "settings": settings,
+        "rows": rows,
+        "measurements": measurements,
+    }
+    write_json(output, result)
+    print(f"wrote {output}")
+
+
+def _without_folders(argv: list[str]) -> list[str]:
+    # Folders of other machines tell nothing.
+    return [Path(value).name if value.startswith("/") else value for value in argv]

@@ -15,6 +15,7 @@ from .layer import (
     MoEFFNOutput,
     MoEIntermediate,
     MoEOutput,
+    RoutedOutput,
     Router,
 )
 
@@ -53,7 +54,7 @@ def remove_experts(encoder: nn.Module) -> None:
     for layer in find_layers(encoder):
         if isinstance(layer.intermediate, MoEIntermediate):
             layer.intermediate = _Dense(layer.intermediate)
-        if isinstance(layer.output, (MoEOutput, MoEFFNOutput)):
+        if isinstance(layer.output, (MoEOutput, MoEFFNOutput, RoutedOutput)):
             layer.output = _DenseOutput(layer.output)
         _remove_hooks(layer.attention)
     _remove_hooks(encoder)
@@ -95,17 +96,26 @@ def find_layers(encoder: nn.Module) -> list[nn.Module]:
     return layers
 
 
+_INTERMEDIATE = {"dense", "intermediate_act_fn"}
+_OUTPUT = {"dense", "dropout", "LayerNorm"}
+
+
+def _unfit(module: nn.Module, parts: set[str]) -> str | None:
+    """What the module consists of, where that is not ``parts``."""
+    found = {part for part, _ in module.named_children()}
+    # An activation may be a plain function, which is no child.
+    if found <= parts and all(hasattr(module, part) for part in parts):
+        return None
+    return f"{type(module).__name__} consists of {', '.join(sorted(found))}, expected {', '.join(sorted(parts))}"
+
+
 def _check_layer(layer: nn.Module, target: str) -> None:
-    replaced = {"intermediate": {"dense", "intermediate_act_fn"}, "output": {"dense", "dropout", "LayerNorm"}}
+    replaced = {"intermediate": _INTERMEDIATE, "output": _OUTPUT}
     for name in replaced if target == "ffn" else (target,):
-        module, parts = getattr(layer, name), replaced[name]
-        found = {part for part, _ in module.named_children()}
-        # An activation may be a plain function, which is no child.
-        if not found <= parts or not all(hasattr(module, part) for part in parts):
-            raise ValueError(
-                f"{type(module).__name__} consists of {', '.join(sorted(found))}, expected {', '.join(sorted(parts))}, as"
-                f" in XLM-R, BERT and RoBERTa: experts cannot take its place"
-            )
+        module = getattr(layer, name)
+        problem = _unfit(module, replaced[name])
+        if problem is not None:
+            raise ValueError(f"{problem}, as in XLM-R, BERT and RoBERTa: experts cannot take its place")
         if not isinstance(module.dense, nn.Linear) or module.dense.bias is None:
             raise ValueError(
                 f"{type(module).__name__}.dense is {module.dense}, expected a Linear with bias: experts are put in before"
@@ -138,9 +148,13 @@ def _install_in_layer(layer: nn.Module, config: MoEConfig) -> None:
         return Experts.from_linear(linear, config.num_experts)
 
     if config.target == "intermediate":
+        # An output module of another build gets what it got from the dense layer.
+        hands_over = _unfit(output, _OUTPUT) is None
         layer.intermediate = MoEIntermediate(
-            router, experts(intermediate.dense), intermediate.intermediate_act_fn, state
+            router, experts(intermediate.dense), intermediate.intermediate_act_fn, state, hands_over
         )
+        if hands_over:
+            layer.output = RoutedOutput(output.dense, output.dropout, output.LayerNorm, state)
     elif config.target == "output":
         layer.output = MoEOutput(router, experts(output.dense), output.dropout, output.LayerNorm, state)
     else:
@@ -224,11 +238,11 @@ class _Dense(nn.Module):
 
 
 class _DenseOutput(nn.Module):
-    """A dense ``output`` with merged weights."""
+    """A dense ``output``, with merged weights where it had experts."""
 
-    def __init__(self, moe: MoEOutput | MoEFFNOutput) -> None:
+    def __init__(self, moe: MoEOutput | MoEFFNOutput | RoutedOutput) -> None:
         super().__init__()
-        self.dense = moe.dense.merged()
+        self.dense = moe.dense.merged() if isinstance(moe.dense, Experts) else moe.dense
         self.dropout = moe.dropout
         self.LayerNorm = moe.LayerNorm
 

@@ -3,8 +3,10 @@
 A token's way through a layer with experts:
 
 1. the router scores the experts with a bias-free Linear, in at least float32, and keeps the ``top_k`` best;
-2. tokens are sorted by expert, so that each expert computes one matrix product over its own tokens;
-3. results are put back in the tokens' order, weighted, and summed where ``top_k`` is above 1.
+2. tokens are sorted by expert, so that each expert computes one matrix product over its own tokens (:mod:`.dispatch`);
+3. results are weighted, and summed where ``top_k`` is above 1;
+4. what follows and acts on single tokens (activation, output Linear) is computed in the sorted order as far as it goes;
+   then results are put back in the tokens' order.
 
 Padding takes no part: it is neither routed nor counted, and the experts' output at its places is zero.
 
@@ -19,8 +21,9 @@ import threading
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .dispatch import Assignment, assign, expert_linear, gather, mixes_all, pick, restore, scores
 
 
 class LayerState:
@@ -76,23 +79,6 @@ class RouterRecord:
     z_sum: Tensor
 
 
-@dataclass
-class Assignment:
-    """Which rows go to which expert; T tokens, S = T·top_k slots sorted by expert.
-
-    Attributes:
-        rows: (S,) int64, the token of each slot.
-        inverse: (S,) int64, the slot of each token's assignments: ``slots[inverse].view(T, top_k, …)``.
-        sizes: number of slots of each expert.
-        weights: (T, top_k) in at least float32, the weight of each assignment.
-    """
-
-    rows: Tensor
-    inverse: Tensor
-    sizes: list[int]
-    weights: Tensor
-
-
 class Router(nn.Module):
     """Scores experts and weights the ``top_k`` best of each token.
 
@@ -124,32 +110,33 @@ class Router(nn.Module):
         """Assign x (T, in) to experts; in training, leaves a record in ``state`` where that tracks."""
         num_experts = self.weight.shape[0]
         with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))  # (T, N)
-            chosen_logits, experts = logits.topk(self.top_k, dim=-1)  # (T, k)
-            if self.kind == "topk_softmax":
-                weights = chosen_logits.softmax(-1)
+            logits = scores(x, self.weight)  # (T, N)
+            if mixes_all(num_experts, self.top_k):
+                # All kinds agree where all experts are chosen; nothing has to be sorted.
+                counts = torch.full((num_experts,), x.shape[0], device=x.device)
+                assignment = Assignment(logits.softmax(-1), counts)
             else:
-                chosen = logits.softmax(-1).gather(-1, experts)
-                if self.kind == "straight_through":
-                    weights = chosen / chosen.sum(-1, keepdim=True).detach()
+                chosen_logits, experts = logits.topk(self.top_k, dim=-1)  # (T, k)
+                if self.kind == "topk_softmax":
+                    weights = chosen_logits.softmax(-1)
                 else:
-                    weights = chosen * (num_experts / self.top_k)
-            flat = experts.flatten()  # (S,)
-            counts = torch.bincount(flat, minlength=num_experts)
+                    chosen = logits.softmax(-1).gather(-1, experts)
+                    if self.kind == "straight_through":
+                        weights = chosen / chosen.sum(-1, keepdim=True).detach()
+                    else:
+                        weights = chosen * (num_experts / self.top_k)
+                unit = self.top_k == 1 and self.kind != "softmax_topk"
+                assignment = assign(experts, weights, num_experts, unit=unit)
             if state.tracking and self.training:
                 record = RouterRecord(
-                    counts=counts.float(),
+                    counts=assignment.counts.float(),
                     probability_sums=logits.softmax(-1).sum(0),
                     z_sum=logits.logsumexp(-1).square().sum(),
                 )
                 # What checkpointing repeats has to be computed as before, but is not to be counted twice.
                 if state.is_running():
                     state.records.append(record)
-            order = flat.argsort(stable=True)
-            inverse = torch.empty_like(order)
-            inverse[order] = torch.arange(order.shape[0], device=order.device)
-        return Assignment(order // self.top_k, inverse, counts.tolist(), weights)
+        return assignment
 
 
 class Experts(nn.Module):
@@ -181,50 +168,80 @@ class Experts(nn.Module):
         experts, out_features, in_features = self.weight.shape
         return f"num_experts={experts}, in_features={in_features}, out_features={out_features}"
 
-    def forward(self, slots: Tensor, sizes: list[int]) -> Tensor:
-        """Apply each expert to its part of slots (S, in), sorted by expert; returns (S, out)."""
-        parts = [
-            F.linear(part, weight, bias)
-            for part, weight, bias in zip(slots.split(sizes), self.weight.unbind(), self.bias.unbind(), strict=True)
-        ]
-        return torch.cat(parts)
+    def forward(self, x: Tensor, assignment: Assignment, weigh: bool = True) -> Tensor:
+        """Apply each expert to its part of x; shapes as in :func:`clpl_moe.moe.dispatch.expert_linear`."""
+        return expert_linear(x, self.weight, self.bias, assignment, weigh=weigh)
 
 
-def gather_tokens(hidden: Tensor, state: LayerState) -> Tensor:
+class RoutedTokens:
+    """Activations as the experts left them, handed from a layer's intermediate to its output module.
+
+    Attributes:
+        values: slots or rows of tokens; without padding and, where sorted, in the experts' order.
+        assignment: whose are which.
+    """
+
+    def __init__(self, values: Tensor, assignment: Assignment) -> None:
+        self.values = values
+        self.assignment = assignment
+
+
+def real_tokens(hidden: Tensor, state: LayerState) -> Tensor:
     """The real tokens (T, D) of hidden (..., D)."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    tokens = state.get_tokens()
-    return flat if tokens is None else flat[tokens]
+    flat, real = hidden.reshape(-1, hidden.shape[-1]), state.get_tokens()
+    return flat if real is None else pick(flat, real)
 
 
-def combine(slots: Tensor, assignment: Assignment, state: LayerState, shape: torch.Size) -> Tensor:
-    """Weight and sum slots (S, D) per token, back in place: (*shape, D), zero at padding."""
-    features = slots.shape[-1]
-    mixed = slots[assignment.inverse].view(*assignment.weights.shape, features)  # (T, k, D)
-    weights = assignment.weights.to(mixed.dtype).unsqueeze(-1)
-    mixed = (mixed * weights).sum(1)  # (T, D)
-    tokens = state.get_tokens()
-    if tokens is not None:
-        mixed = mixed.new_zeros(shape.numel(), features).index_copy(0, tokens, mixed)
-    return mixed.view(*shape, features)
+def back_in_place(routed: RoutedTokens, state: LayerState, shape: torch.Size) -> Tensor:
+    """Rows of weighted results (T, D) where they came from: (*shape, D), zero at padding."""
+    flat = restore(routed.values, routed.assignment, state.get_tokens(), shape.numel())
+    return flat.view(*shape, flat.shape[-1])
 
 
 class MoEIntermediate(nn.Module):
-    """Takes the place of a layer's ``intermediate``: experts instead of its Linear, then its activation."""
+    """Takes the place of a layer's ``intermediate``: experts instead of its Linear, then its activation.
 
-    def __init__(self, router: Router, dense: Experts, activation: nn.Module, state: LayerState) -> None:
+    With ``hands_over`` the activations stay sorted and without padding for a :class:`RoutedOutput`; without, the module
+    returns what a dense one does.
+    """
+
+    def __init__(
+        self, router: Router, dense: Experts, activation: nn.Module, state: LayerState, hands_over: bool = False
+    ) -> None:
         super().__init__()
         self.router = router
         self.dense = dense
         self.intermediate_act_fn = activation
         self.state = state
+        self.hands_over = hands_over
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor | RoutedTokens:
         """(B, L, hidden) to (B, L, ffn)."""
-        tokens = gather_tokens(hidden, self.state)
+        tokens = real_tokens(hidden, self.state)
         assignment = self.router(tokens, self.state)
-        slots = self.dense(tokens[assignment.rows], assignment.sizes)
-        return self.intermediate_act_fn(combine(slots, assignment, self.state, hidden.shape[:-1]))
+        mixed = self.dense(gather(tokens, assignment), assignment)
+        routed = RoutedTokens(self.intermediate_act_fn(mixed), assignment)
+        return routed if self.hands_over else back_in_place(routed, self.state, hidden.shape[:-1])
+
+
+class RoutedOutput(nn.Module):
+    """Takes the place of a layer's ``output`` behind a :class:`MoEIntermediate`: its own Linear, dropout and layer norm.
+
+    The Linear acts on single tokens, so that they are put back in place only after it.
+    """
+
+    def __init__(self, dense: nn.Linear, dropout: nn.Module, norm: nn.Module, state: LayerState) -> None:
+        super().__init__()
+        self.dense = dense
+        self.dropout = dropout
+        self.LayerNorm = norm
+        self.state = state
+
+    def forward(self, hidden: RoutedTokens, residual: Tensor) -> Tensor:
+        """Activations of the tokens and the residual (B, L, hidden) to (B, L, hidden)."""
+        results = RoutedTokens(self.dense(hidden.values), hidden.assignment)
+        mixed = back_in_place(results, self.state, residual.shape[:-1])
+        return self.LayerNorm(self.dropout(mixed) + residual)
 
 
 class MoEOutput(nn.Module):
@@ -240,29 +257,22 @@ class MoEOutput(nn.Module):
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """(B, L, ffn) and the residual (B, L, hidden) to (B, L, hidden)."""
-        tokens = gather_tokens(hidden, self.state)
+        tokens = real_tokens(hidden, self.state)
         assignment = self.router(tokens, self.state)
-        slots = self.dense(tokens[assignment.rows], assignment.sizes)
-        mixed = combine(slots, assignment, self.state, hidden.shape[:-1])
+        results = RoutedTokens(self.dense(gather(tokens, assignment), assignment), assignment)
+        mixed = back_in_place(results, self.state, hidden.shape[:-1])
         return self.LayerNorm(self.dropout(mixed) + residual)
-
-
-class SortedTokens:
-    """Activations in the experts' order, handed from the first to the second Linear of whole-FFN experts."""
-
-    def __init__(self, slots: Tensor, assignment: Assignment) -> None:
-        self.slots = slots
-        self.assignment = assignment
 
 
 class MoEFFNIntermediate(MoEIntermediate):
     """First half of whole-FFN experts: routes once, and leaves the tokens sorted for :class:`MoEFFNOutput`."""
 
-    def forward(self, hidden: Tensor) -> SortedTokens:
-        tokens = gather_tokens(hidden, self.state)
+    def forward(self, hidden: Tensor) -> RoutedTokens:
+        """(B, L, hidden) to the activations of all slots."""
+        tokens = real_tokens(hidden, self.state)
         assignment = self.router(tokens, self.state)
-        slots = self.dense(tokens[assignment.rows], assignment.sizes)
-        return SortedTokens(self.intermediate_act_fn(slots), assignment)
+        slots = self.dense(gather(tokens, assignment), assignment, weigh=False)
+        return RoutedTokens(self.intermediate_act_fn(slots), assignment)
 
 
 class MoEFFNOutput(nn.Module):
@@ -275,7 +285,8 @@ class MoEFFNOutput(nn.Module):
         self.LayerNorm = norm
         self.state = state
 
-    def forward(self, hidden: SortedTokens, residual: Tensor) -> Tensor:
-        slots = self.dense(hidden.slots, hidden.assignment.sizes)
-        mixed = combine(slots, hidden.assignment, self.state, residual.shape[:-1])
+    def forward(self, hidden: RoutedTokens, residual: Tensor) -> Tensor:
+        """Activations of all slots and the residual (B, L, hidden) to (B, L, hidden)."""
+        results = RoutedTokens(self.dense(hidden.values, hidden.assignment), hidden.assignment)
+        mixed = back_in_place(results, self.state, residual.shape[:-1])
         return self.LayerNorm(self.dropout(mixed) + residual)

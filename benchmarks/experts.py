@@ -1,0 +1,258 @@
+"""What experts cost beside the dense layers that they replace: the feed-forward part, and a whole training step.
+
+``python benchmarks/experts.py`` measures on the CPU, or with ``--device cuda`` on a GPU, and writes
+``benchmarks/results/experts.json``. Dense layers, this package's experts and a loop over experts as the code of 2024 had it run in
+turn within one process. Every ratio is to the dense layers in the same repetition.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import keep_freed_memory, machine, print_table, side_by_side
+from torch import Tensor, nn
+from transformers import XLMRobertaConfig, XLMRobertaModel
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer
+
+from clpl_moe import CLPLLoss, MoEConfig, inject_moe
+from clpl_moe.files import write_json
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class LoopIntermediate(nn.Module):
+    """Experts as the code of 2024 had them: for each expert its tokens by ``torch.where``, results added in place."""
+
+    def __init__(self, dense: nn.Linear, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dense.in_features, num_experts, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(dense.in_features, dense.out_features) for _ in range(num_experts))
+        for expert in self.experts:
+            expert.load_state_dict(dense.state_dict())
+        self.top_k = top_k
+        self.activation = nn.GELU()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        chosen, experts = self.gate(flat).topk(self.top_k, dim=-1)
+        weights = chosen.softmax(-1, dtype=torch.float32).to(flat.dtype)
+        mixed = flat.new_zeros(flat.shape[0], self.experts[0].out_features)
+        for index, expert in enumerate(self.experts):
+            tokens, rank = torch.where(experts == index)
+            mixed[tokens] += weights[tokens, rank, None] * expert(flat[tokens])
+        return self.activation(mixed.view(*hidden.shape[:-1], -1))
+
+
+class FeedForward(nn.Module):
+    """The feed-forward part of one encoder layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.intermediate = layer.intermediate
+        self.output = layer.output
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.output(self.intermediate(hidden), hidden)
+
+
+def feed_forward(
+    num_experts: int = 1, top_k: int = 1, *, style: str = "dense", hidden: int = 1024, ffn: int = 4096
+) -> FeedForward:
+    """The feed-forward part of an XLM-R layer without dropout: ``style`` dense, ours or loop."""
+    torch.manual_seed(0)
+    config = XLMRobertaConfig(
+        vocab_size=10,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_attention_heads=hidden // 64,
+        num_hidden_layers=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    if style == "ours":
+        encoder = inject_moe(XLMRobertaModel(config), MoEConfig(num_experts, top_k))
+        return FeedForward(encoder.encoder.layer[0])
+    layer = XLMRobertaLayer(config)
+    if style == "loop":
+        layer.intermediate = LoopIntermediate(layer.intermediate.dense, num_experts, top_k)
+    return FeedForward(layer)
+
+
+def measure_feed_forward(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    tokens: int = 4096,
+    hidden: int = 1024,
+    ffn: int = 4096,
+    sizes: tuple[tuple[int, int], ...] = ((2, 1), (8, 1), (2, 2), (8, 2)),
+    styles: tuple[str, ...] = ("ours", "loop"),
+    repeats: int = 7,
+    backward: bool = True,
+) -> dict[str, dict[str, float]]:
+    """Times of forward (and backward) by the feed-forward part on ``tokens`` tokens; names such as ``ours N=2 k=1``."""
+    x = torch.randn(1, tokens, hidden, device=device, dtype=dtype).requires_grad_()
+    direction = torch.randn(1, tokens, hidden, device=device, dtype=dtype)
+
+    def call(module: FeedForward) -> Callable[[], None]:
+        module.to(device=device, dtype=dtype).train()
+
+        def run() -> None:
+            if not backward:
+                with torch.no_grad():
+                    module(x)
+                return
+            module.zero_grad(set_to_none=True)
+            x.grad = None
+            module(x).backward(direction)
+
+        return run
+
+    calls = {"dense": call(feed_forward(hidden=hidden, ffn=ffn))}
+    for num_experts, top_k in sizes:
+        for style in styles:
+            module = feed_forward(num_experts, top_k, style=style, hidden=hidden, ffn=ffn)
+            calls[f"{style} N={num_experts} k={top_k}"] = call(module)
+    return side_by_side(calls, device, repeats)
+
+
+def training_step(
+    encoder: nn.Module,
+    device: torch.device,
+    *,
+    queries: int = 8,
+    query_length: int = 32,
+    passages: int = 32,
+    passage_length: int = 96,
+    padded: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[], None]:
+    """One step of contrastive training, optimizer included, of the Linear layers that ``trainable: moe`` trains.
+
+    The dense encoder trains its intermediate Linear layers in the same places.
+
+    Args:
+        encoder: dense, or with experts.
+        device: where it is to run.
+        queries: number of queries.
+        query_length: their length in tokens.
+        passages: number of passages, a multiple of ``queries``.
+        passage_length: their (greatest) length in tokens.
+        padded: whether lengths vary from half to all of the length; without, no mask is passed.
+        dtype: what autocast computes in.
+    """
+    encoder.to(device).train().requires_grad_(False)
+    trained = [p for name, p in encoder.named_parameters() if ".intermediate." in name]
+    for parameter in trained:
+        parameter.requires_grad_()
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, foreach=True)
+    loss = CLPLLoss()
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(count: int, length: int) -> dict[str, Tensor | None]:
+        ids = torch.randint(4, encoder.config.vocab_size, (count, length), generator=generator)
+        mask = None
+        if padded:
+            lengths = torch.randint(length // 2, length + 1, (count, 1), generator=generator)
+            mask = (torch.arange(length) < lengths).long()
+            ids = torch.where(mask.bool(), ids, encoder.config.pad_token_id)
+            mask = mask.to(device)
+        return {"input_ids": ids.to(device), "attention_mask": mask}
+
+    inputs = batch(queries, query_length), batch(passages, passage_length)
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            query, passage = (encoder(**part).last_hidden_state[:, 0] for part in inputs)
+        loss(query, passage).loss.backward()
+        optimizer.step()
+
+    return run
+
+
+def small_encoder() -> XLMRobertaModel:
+    """An encoder of the small encoder's shape (12 layers, width 384), random: weights do not change how long it takes."""
+    torch.manual_seed(0)
+    config = XLMRobertaConfig(
+        vocab_size=10_000,
+        hidden_size=384,
+        intermediate_size=1536,
+        num_attention_heads=12,
+        num_hidden_layers=12,
+        max_position_embeddings=514,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return XLMRobertaModel(config)
+
+
+def measure_step(
+    device: torch.device,
+    *,
+    make: Callable[[], XLMRobertaModel] = small_encoder,
+    sizes: tuple[tuple[int, int], ...] = ((2, 1), (8, 1)),
+    repeats: int = 7,
+    **options,
+) -> dict[str, dict[str, float]]:
+    """Times of a :func:`training_step` with experts and without."""
+    calls = {"dense": training_step(make(), device, **options)}
+    for num_experts, top_k in sizes:
+        encoder = inject_moe(make(), MoEConfig(num_experts, top_k))
+        calls[f"ours N={num_experts} k={top_k}"] = training_step(encoder, device, **options)
+    return side_by_side(calls, device, repeats)
+
+
+def waits_for_device(call: Callable[[], None]) -> bool:
+    """Whether a call on CUDA makes the host wait for the device, as far as torch notices."""
+    call()  # the first one sets up libraries
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="few tokens and repetitions: does it run at all?")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "experts.json")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    tokens, repeats = (256, 2) if args.quick else (args.tokens, args.repeats)
+    sizes = ((2, 1), (8, 1)) if args.quick else ((2, 1), (8, 1), (2, 2), (8, 2))
+    results: dict[str, object] = {
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "settings": {"tokens": tokens, "repeats": repeats, "hidden": 1024, "ffn": 4096},
+    }
+    for name in args.dtypes:
+        rows = measure_feed_forward(device, DTYPES[name], tokens=tokens, sizes=sizes, repeats=repeats)
+        print_table(f"feed-forward 1024 → 4096 → 1024, {tokens} tokens, forward + backward, {name}", rows)
+        results[f"feed_forward_{name}"] = rows
+    lengths = {"passages": 8, "passage_length": 32} if args.quick else {}
+    for padded in (False, True):
+        rows = measure_step(device, padded=padded, repeats=repeats, **lengths)
+        print_table(f"training step of the small encoder, {'with' if padded else 'no'} padding, float32", rows)
+        results[f"small_encoder_step_{'padded' if padded else 'unpadded'}"] = rows
+    write_json(args.output, results)
+    print(f"\nwrote {args.output}")
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    main()
