@@ -142,6 +142,12 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     )
     balance_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the routers' load-balancing loss."})
     z_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the routers' z-loss."})
+    grad_cache_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens per chunk of gradient caching: large batches in the memory of this many tokens; none: off."
+        },
+    )
     trainable: str = field(
         default="moe",
         metadata={
@@ -200,6 +206,7 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
         if self.use_mrl:
             raise ValueError("use_mrl: FlagEmbedding's M3 models do not support it, remove it")
         self._check_loss()
+        self._check_grad_cache()
         self._check_evaluation()
         # Asked for before the parent looks at devices: without it, processes on a machine without accelerators do not
         # find each other.
@@ -228,6 +235,28 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
         for name in ("balance_loss_weight", "z_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: choose 0 or more")
+
+    def _check_grad_cache(self) -> None:
+        if self.grad_cache_tokens is None:
+            return
+        if self.grad_cache_tokens < 1:
+            raise ValueError(
+                f"grad_cache_tokens is {self.grad_cache_tokens}: choose at least 1, such as 16384, or none to turn it off"
+            )
+        if self.unified_finetuning:
+            raise ValueError(
+                "grad_cache_tokens caches dense embeddings only, unified_finetuning needs every token's: choose one of them"
+            )
+        if self.sub_batch_size is not None and self.sub_batch_size > 0:
+            raise ValueError(
+                "grad_cache_tokens and sub_batch_size both cut batches into chunks: leave out sub_batch_size, which saves"
+                " hardly any memory in training"
+            )
+        if self.fsdp:
+            raise ValueError(
+                "grad_cache_tokens needs every parameter whole in the backward pass, and FSDP shards them: leave out one"
+                " of the two"
+            )
 
     def _check_evaluation(self) -> None:
         if self.dev_collection is None:

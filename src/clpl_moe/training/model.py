@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from clpl_moe.encoder.settings import EmbeddingSettings, pool
 from clpl_moe.loss import CLPLLoss, CLPLOutput, gather_rows
-from clpl_moe.moe.balance import pop_router_terms, track_routers
+from clpl_moe.moe.balance import pop_router_terms, put_router_records, take_router_records, track_routers
 from clpl_moe.moe.inject import expert_parameters, ffn_parameters, has_experts
+from clpl_moe.training.grad_cache import cached_forward, chunks_by_tokens
 
 Features = dict[str, Tensor] | list[dict[str, Tensor]]
 
@@ -38,6 +39,8 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         settings: pooling and normalisation.
         mask_duplicates: whether negatives with the positive's text are left out.
         balance_loss_weight, z_loss_weight: of the routers' losses.
+        grad_cache_tokens: in training, embed the texts in chunks of so many tokens with gradient caching; None: all at
+            once. Not together with unified fine-tuning or ``sub_batch_size``.
         kwargs: further arguments of FlagEmbedding's model.
     """
 
@@ -50,6 +53,7 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         mask_duplicates: bool = True,
         balance_loss_weight: float = 0.0,
         z_loss_weight: float = 0.0,
+        grad_cache_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -70,6 +74,7 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         self.mask_duplicates = mask_duplicates
         self.balance_loss_weight = balance_loss_weight
         self.z_loss_weight = z_loss_weight
+        self.grad_cache_tokens = grad_cache_tokens
         if has_experts(self.model):
             track_routers(self.model)
 
@@ -84,9 +89,12 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         passage_ids: Tensor | None = None,
     ) -> CLPLModelOutput:
         """Loss and terms of one batch as :class:`clpl_moe.data.collator.CLPLCollator` makes it."""
-        query_dense, query_sparse, query_colbert = self.encode(queries)
-        passage_dense, passage_sparse, passage_colbert = self.encode(passages)
-        negative_dense = None if negative_queries is None else self.encode(negative_queries)[0]
+        if self.grad_cache_tokens is not None and self.training:
+            query_dense, passage_dense, negative_dense = self._encode_cached(queries, passages, negative_queries)
+        else:
+            query_dense, query_sparse, query_colbert = self.encode(queries)
+            passage_dense, passage_sparse, passage_colbert = self.encode(passages)
+            negative_dense = None if negative_queries is None else self.encode(negative_queries)[0]
         if not self.training:
             return CLPLModelOutput(q_reps=query_dense, p_reps=passage_dense)
 
@@ -129,6 +137,26 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
             loss = loss + self.balance_loss_weight * router.balance + self.z_loss_weight * router.z
             terms |= {"balance": router.balance.detach(), "z": router.z.detach(), "expert_load": router.load}
         return CLPLModelOutput(loss=loss, terms=terms)
+
+    def _encode_cached(self, *parts: dict[str, Tensor] | None) -> list[Tensor | None]:
+        """Dense embeddings (n, D) of each part, all of them chunks of one gradient caching."""
+        given = [part for part in parts if part is not None]
+        features = _join_rows(given, self.tokenizer.pad_token_id, self.tokenizer.padding_side)
+        lengths = features["attention_mask"].sum(1).tolist()
+        chunks = chunks_by_tokens(lengths, self.grad_cache_tokens)
+
+        def embed(rows: list[int]) -> tuple[Tensor, ...]:
+            longest = max(lengths[row] for row in rows)
+            kept = slice(-longest, None) if self.tokenizer.padding_side == "left" else slice(longest)
+            dense = self.encode({name: values[rows, kept] for name, values in features.items()})[0]
+            return dense, *(take_router_records(self.model) if has_experts(self.model) else ())
+
+        embeddings, *records = cached_forward(self.model, embed, chunks)
+        if records:
+            put_router_records(self.model, *records)
+        order = torch.tensor([row for rows in chunks for row in rows], device=embeddings.device)
+        in_order = iter(embeddings[order.argsort()].split([part["input_ids"].shape[0] for part in given]))
+        return [None if part is None else next(in_order) for part in parts]
 
     def _stock_loss(self, own_only: bool):
         if own_only:
@@ -229,6 +257,20 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
     def save(self, output_dir: str) -> None:
         """Not used: the trainer saves the encoder as a model folder."""
         raise NotImplementedError("use clpl_moe.encoder.save_encoder")
+
+
+def _join_rows(parts: list[dict[str, Tensor]], pad_token_id: int, padding_side: str) -> dict[str, Tensor]:
+    """Token tensors (n, L) of several parts as one, padded to the longest part's length."""
+    width = max(part["input_ids"].shape[1] for part in parts)
+
+    def widen(values: Tensor, fill: int) -> Tensor:
+        missing = width - values.shape[1]
+        return F.pad(values, (missing, 0) if padding_side == "left" else (0, missing), value=fill)
+
+    return {
+        name: torch.cat([widen(part[name], pad_token_id if name == "input_ids" else 0) for part in parts])
+        for name in parts[0]
+    }
 
 
 def _named_terms(output: CLPLOutput) -> dict[str, Tensor]:

@@ -173,6 +173,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             mask_duplicates=training.mask_duplicates,
             balance_loss_weight=training.balance_loss_weight,
             z_loss_weight=training.z_loss_weight,
+            grad_cache_tokens=training.grad_cache_tokens,
             tokenizer=tokenizer,
             # One process has all passages already.
             negatives_cross_device=training.negatives_cross_device and training.world_size > 1,
