@@ -82,6 +82,17 @@ class TestCachedForward:
         assert found[1].equal(expected[1])
         assert_close(gradients(two), gradients(one))
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+    def test_on_a_gpu(self, dtype):
+        """Dropout draws from the device's generator, and the backward pass runs in another thread."""
+        chunks = torch.randn(8, 6, device="cuda").split([4, 1, 3])
+        one, two = self.network().cuda(), self.network().cuda()
+        with torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False):
+            expected, found = self.run(forward_with_graph, one, chunks), self.run(cached_forward, two, chunks)
+        assert found[0] == expected[0]
+        assert_close(gradients(two), gradients(one))
+
     def test_gradients_add_up_over_calls(self):
         one, two = self.network(), self.network()
         for seed in (1, 2):

@@ -1,0 +1,172 @@
+"""What the benchmarks share: the machine's description, fresh processes in alternation, medians, memory, result files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from clpl_moe.files import write_json
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "transformers", "FlagEmbedding", "sentence-transformers", "accelerate")
+
+Result = TypeVar("Result")
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    import torch
+
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that the figures depend on."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def alternate(functions: dict[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
+    """Call every function once a round, in turn and every other round backwards, so that what slows a machine down for a
+    while slows all of them down."""
+    results: dict[str, list[Result]] = {name: [] for name in functions}
+    for number in range(rounds):
+        for name in list(functions)[:: -1 if number % 2 else 1]:
+            results[name].append(functions[name]())
+    return results
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """``median``, ``low`` and ``high`` of the values, and ``spread``: (high - low) / median."""
+    median, low, high = statistics.median(values), min(values), max(values)
+    return {"median": median, "low": low, "high": high, "spread": (high - low) / median if median else math.nan}
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Slope of the least-squares line through (log x, log y): the exponent with which y grows with x."""
+    return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
+
+
+def pick_device(name: str) -> str:
+    """``auto`` resolved: a CUDA device where there is one."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def pick_precision(name: str, device: str) -> str:
+    """``auto`` resolved: bf16 where the hardware multiplies matrices in it, else fp32."""
+    import torch
+
+    if name != "auto":
+        return name
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
+def synchronize(device: str) -> None:
+    """Wait until a device has done what it was given, so that a clock read next is right."""
+    import torch
+
+    if device != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def reset_peak_memory(device: str) -> None:
+    """Let :func:`peak_memory` forget what was before, such as loading a model; on CPUs needs Linux."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        clear = Path("/proc/self/clear_refs")
+        if clear.exists():
+            clear.write_text("5")
+
+
+def peak_memory(device: str) -> int:
+    """Highest number of bytes since :func:`reset_peak_memory`: allocated on a GPU; on CPUs resident in this process."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def in_fresh_process(script: str | Path, job: dict[str, Any]) -> Any:
+    """Run ``script --job JSON`` in a process of its own, on one GPU at most; returns the JSON of its last line.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it wrote to stderr.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible, "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, str(script), "--job", json.dumps(job)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{job} ended with code {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def write_result(
+    output: str | Path,
+    question: str,
+    settings: dict[str, Any],
+    rows: list[dict[str, Any]],
+    measurements: dict[str, Any],
+) -> None:
+    """Write a result file, of which ``table.py`` makes a table.
+
+    Args:
+        output: the file, commonly in ``benchmarks/results/``.
+        question: what was measured, in a sentence; the table's caption.
+        settings: everything that another run needs to be the same; paths by name only.
+        rows: one for each line of the table, all with the same keys, which become its columns.
+        measurements: the single values that the rows sum up.
+    """
+    result = {
+        "question": question,
+        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *_without_folders(sys.argv[1:])]),
+        "machine": machine(),
+        "versions": versions(),
+        "settings": settings,
+        "rows": rows,
+        "measurements": measurements,
+    }
+    write_json(output, result)
+    print(f"wrote {output}")
+
+
+def _without_folders(argv: list[str]) -> list[str]:
+    # Folders of other machines tell nothing.
+    return [Path(value).name if value.startswith("/") else value for value in argv]
