@@ -175,6 +175,7 @@ class TestCachedForward:
             embeddings.sum().backward()
 
     def test_weights_cast_by_autocast_still_get_gradients_elsewhere(self):
+        """Fails without the cache's clearing only where torch has the fault that this works around."""
         network = self.network()
         with torch.autocast("cpu", torch.bfloat16):
             cached_forward(network, lambda chunk: (network(chunk),), torch.randn(8, 6).split(2))

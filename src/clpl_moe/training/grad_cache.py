@@ -74,7 +74,8 @@ class _CachedForward(torch.autograd.Function):
         for chunk in chunks:
             ctx.random_states.append(_RandomState(device))
             outputs.append(step.forward_chunk(chunk))
-        # Weights cast here have no graph; whoever computes with a graph in the same autocast must not be given them.
+        # Older versions of torch hand casts made here, which have no graph, to whoever computes with one in the same
+        # autocast (pytorch/pytorch#158232).
         torch.clear_autocast_cache()
         ctx.sizes = [[output.shape[0] for output in of_chunk] for of_chunk in outputs]
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
