@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import machine
 
 from clpl_moe.encoder import load_encoder, save_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
 from clpl_moe.files import write_json
 from clpl_moe.retrieval.encode import encode
+from common import machine
 
 ROOT = Path(__file__).parents[1]
 Encoder = Callable[[list[str], int], np.ndarray]

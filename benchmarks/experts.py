@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import keep_freed_memory, machine, print_table, side_by_side
 from torch import Tensor, nn
 from transformers import XLMRobertaConfig, XLMRobertaModel
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer
 
 from clpl_moe import CLPLLoss, MoEConfig, inject_moe
 from clpl_moe.files import write_json
+from common import keep_freed_memory, machine, print_table, side_by_side
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

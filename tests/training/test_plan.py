@@ -114,3 +114,10 @@ def test_checkpointing_lowers_the_memory(tiny_encoder, data, tmp_path):
     argv = arguments(tiny_encoder, data, tmp_path / "run")
     bytes_ = [plan([*argv, "--gradient_checkpointing", value]).activation_bytes for value in ("false", "true")]
     assert bytes_[1] < bytes_[0]
+
+
+def test_gradient_caching_lowers_the_memory_of_a_large_batch_to_that_of_a_chunk(tiny_encoder, data, tmp_path):
+    argv = [*arguments(tiny_encoder, data, tmp_path / "run"), "--grad_cache_tokens", "50"]
+    batches = [plan([*argv, "--per_device_train_batch_size", size]).activation_bytes for size in ("2", "200")]
+    assert batches[0] == batches[1]
+    assert plan(arguments(tiny_encoder, data, tmp_path / "run")).activation_bytes > 2 * batches[0]

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .install import layer_states
+from .layer import RouterRecord
 
 
 @dataclass
@@ -37,6 +38,31 @@ def track_routers(encoder: nn.Module, enabled: bool = True) -> None:
     for _, state, _ in layer_states(encoder):
         state.tracking = enabled
         state.records.clear()
+
+
+def take_router_records(encoder: nn.Module) -> tuple[Tensor, ...]:
+    """What the routers recorded since the last call, summed over forward passes; the encoder forgets it.
+
+    Returns:
+        counts (1, L, N), probability sums (1, L, N) and z-sums (1, L) of L layers with experts, all float32 or wider, the
+        latter two with their graph; or nothing where nothing was recorded. See :class:`RouterRecord`.
+    """
+    layers = []
+    for _, state, _ in layer_states(encoder):
+        if state.records:
+            fields = zip(*((r.counts, r.probability_sums, r.z_sum) for r in state.records), strict=True)
+            layers.append([torch.stack(values).sum(0) for values in fields])
+            state.records.clear()
+    return tuple(torch.stack(values).unsqueeze(0) for values in zip(*layers, strict=True))
+
+
+def put_router_records(encoder: nn.Module, counts: Tensor, probability_sums: Tensor, z_sums: Tensor) -> None:
+    """Give back what C calls of :func:`take_router_records` took: (C, L, N), (C, L, N) and (C, L)."""
+    for layer, (_, state, _) in enumerate(layer_states(encoder)):
+        record = RouterRecord(
+            counts[:, layer].detach().sum(0), probability_sums[:, layer].sum(0), z_sums[:, layer].sum()
+        )
+        state.records.append(record)
 
 
 def pop_router_terms(encoder: nn.Module) -> RouterTerms | None:

@@ -154,6 +154,12 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     )
     balance_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the routers' load-balancing loss."})
     z_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the routers' z-loss."})
+    grad_cache_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens per chunk of gradient caching: large batches in the memory of this many tokens; none: off."
+        },
+    )
     trainable: str = field(
         default="moe",
         metadata={
@@ -198,9 +204,11 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many steps, or share of all steps below 1."}
     )
-    dataloader_num_workers: int = field(
-        default=-1,
-        metadata={"help": "Processes that tokenise; -1 is 2 beside an accelerator, which need not wait then, else 0."},
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that tokenise; not given: 2 beside an accelerator, so that it does not wait, else 0."
+        },
     )
     save_total_limit: int | None = field(
         default=2,
@@ -230,6 +238,7 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             raise ValueError("use_mrl: FlagEmbedding's M3 models do not support it, remove it")
         self._check_run()
         self._check_loss()
+        self._check_grad_cache()
         self._check_evaluation()
         # Asked for before the parent looks at devices: without it, processes on a machine without accelerators do not
         # find each other.
@@ -241,7 +250,7 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             self.bf16 = not self.fp16 and fast_bfloat16(device)
         if self.fp16 and self.use_cpu:
             self.fp16 = False
-        if self.dataloader_num_workers < 0:
+        if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 0 if self.use_cpu else 2
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
@@ -288,6 +297,28 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             gather_across_devices=self.negatives_cross_device,
         )
         _check_numbers(self, balance_loss_weight=0, z_loss_weight=0)
+
+    def _check_grad_cache(self) -> None:
+        if self.grad_cache_tokens is None:
+            return
+        if self.grad_cache_tokens < 1:
+            raise ValueError(
+                f"grad_cache_tokens is {self.grad_cache_tokens}: choose at least 1, such as 16384, or none to turn it off"
+            )
+        if self.unified_finetuning:
+            raise ValueError(
+                "grad_cache_tokens caches dense embeddings only, unified_finetuning needs every token's: choose one of them"
+            )
+        if self.sub_batch_size is not None and self.sub_batch_size > 0:
+            raise ValueError(
+                "grad_cache_tokens and sub_batch_size both cut batches into chunks: leave out sub_batch_size, which saves"
+                " hardly any memory in training"
+            )
+        if self.fsdp:
+            raise ValueError(
+                "grad_cache_tokens needs every parameter whole in the backward pass, and FSDP shards them: leave out one"
+                " of the two"
+            )
 
     def _check_evaluation(self) -> None:
         if self.dev_collection is None:

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from clpl_moe.encoder.packing import PackedTexts, embed_packed
 from clpl_moe.encoder.settings import EmbeddingSettings, pool
 from clpl_moe.loss import CLPLLoss, CLPLOutput, gather_rows
-from clpl_moe.moe.balance import pop_router_terms, track_routers
+from clpl_moe.moe.balance import pop_router_terms, put_router_records, take_router_records, track_routers
 from clpl_moe.moe.inject import expert_parameters, ffn_parameters, has_experts
+from clpl_moe.training.grad_cache import cached_forward, chunks_by_tokens
 
 Features = dict[str, Tensor] | list[dict[str, Tensor]]
 
@@ -58,6 +59,8 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         settings: pooling and normalisation.
         mask_duplicates: whether negatives with the positive's text are left out.
         balance_loss_weight, z_loss_weight: of the routers' losses.
+        grad_cache_tokens: in training, embed the texts in chunks of so many tokens with gradient caching; None: all at
+            once. Not together with unified fine-tuning or ``sub_batch_size``.
         kwargs: further arguments of FlagEmbedding's model.
     """
 
@@ -70,6 +73,7 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         mask_duplicates: bool = True,
         balance_loss_weight: float = 0.0,
         z_loss_weight: float = 0.0,
+        grad_cache_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -90,6 +94,7 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         self.mask_duplicates = mask_duplicates
         self.balance_loss_weight = balance_loss_weight
         self.z_loss_weight = z_loss_weight
+        self.grad_cache_tokens = grad_cache_tokens
         if has_experts(self.model):
             track_routers(self.model)
 
@@ -115,9 +120,7 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         if texts is not None:
             if self.unified_finetuning:
                 raise ValueError("unified_finetuning needs padded batches: set the collator's packing to False")
-            embeddings = embed_packed(
-                self.model, texts, pooling=self.sentence_pooling_method, normalize=self.normalize_embeddings
-            )
+            embeddings = self._embed(texts)
             query, passage = (embeddings[query_rows],), (embeddings[passage_rows],)
             negative_dense = None if negative_query_rows is None else embeddings[negative_query_rows]
         else:
@@ -153,6 +156,27 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
             loss = loss + self.balance_loss_weight * router.balance + self.z_loss_weight * router.z
             terms |= {"balance": router.balance.detach(), "z": router.z.detach(), "expert_load": router.load}
         return CLPLModelOutput(loss=loss, terms=terms)
+
+    def _embed(self, texts: PackedTexts) -> Tensor:
+        """Dense embeddings (n, D) of packed texts; in training with gradient caching, where it is on."""
+
+        def embed(part: PackedTexts) -> Tensor:
+            return embed_packed(
+                self.model, part, pooling=self.sentence_pooling_method, normalize=self.normalize_embeddings
+            )
+
+        if self.grad_cache_tokens is None or not self.training:
+            return embed(texts)
+
+        def embed_chunk(rows: list[int]) -> tuple[Tensor, ...]:
+            return embed(texts.select(rows)), *(take_router_records(self.model) if has_experts(self.model) else ())
+
+        chunks = chunks_by_tokens(texts.lengths.tolist(), self.grad_cache_tokens)
+        embeddings, *records = cached_forward(self.model, embed_chunk, chunks)
+        if records:
+            put_router_records(self.model, *records)
+        order = torch.tensor([row for rows in chunks for row in rows]).argsort()
+        return embeddings[order.to(embeddings.device, non_blocking=True)]
 
     def _stock_loss(self, own_only: bool):
         if own_only:

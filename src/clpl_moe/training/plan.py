@@ -105,7 +105,10 @@ def make_plan(
     tokens = round(example_tokens * min(batch * world * accumulation, len(dataset)))
     # Weights in float32, gradients and AdamW's two moments of what is trained.
     state_bytes = 4 * parameters + 12 * trained
-    activation_bytes = _activations(encoder.config, batch * longest, training_args)
+    held_tokens = batch * longest
+    if training_args.grad_cache_tokens is not None:
+        held_tokens = min(held_tokens, training_args.grad_cache_tokens)
+    activation_bytes = _activations(encoder.config, held_tokens, training_args)
     of = f"{with_penalty:.0%} of the looked-at negatives have queries"
     lines = [
         f"base model      {model_args.model_name_or_path} ({shape_source})",

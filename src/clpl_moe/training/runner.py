@@ -217,6 +217,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             mask_duplicates=training.mask_duplicates,
             balance_loss_weight=training.balance_loss_weight,
             z_loss_weight=training.z_loss_weight,
+            grad_cache_tokens=training.grad_cache_tokens,
             tokenizer=tokenizer,
             # One process has all passages already.
             negatives_cross_device=training.negatives_cross_device and training.world_size > 1,
@@ -256,7 +257,9 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
         args = self.training_args
         # Sparse and multi-vector losses need the states of all tokens, in rows.
         whole = args.unified_finetuning or (args.sub_batch_size or -1) > 0
-        return args.packing and not whole and can_pack(self.model.model)
+        # Gradient caching cuts packed batches, also for encoders that pad them after all.
+        wanted = args.grad_cache_tokens is not None or (args.packing and can_pack(self.model.model))
+        return wanted and not whole
 
     def load_trainer(self) -> CLPLTrainer:
         evaluator = self._make_evaluator()

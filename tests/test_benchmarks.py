@@ -1,0 +1,65 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import common
+import scaling
+import table
+
+
+def test_contenders_take_turns_and_every_other_round_backwards():
+    calls = []
+    functions = {name: (lambda name=name: calls.append(name) or len(calls)) for name in "abc"}
+    results = common.alternate(functions, 3)
+    assert "".join(calls) == "abccbaabc"
+    assert results == {"a": [1, 6, 7], "b": [2, 5, 8], "c": [3, 4, 9]}
+
+
+def test_summaries():
+    assert common.summary([4.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 4.0, "spread": 1.5}
+    assert common.slope([1, 2, 8], [3.0, 12.0, 192.0]) == pytest.approx(2)
+
+
+def test_peak_memory_sees_what_was_freed_and_forgets_on_reset():
+    common.reset_peak_memory("cpu")
+    before = common.peak_memory("cpu")
+    torch.ones(60, 2**20)  # 240 MiB
+    assert common.peak_memory("cpu") - before > 200 * 2**20
+    if Path("/proc/self/clear_refs").exists():
+        common.reset_peak_memory("cpu")
+        assert common.peak_memory("cpu") - before < 100 * 2**20
+
+
+def test_a_result_becomes_a_table_without_names_of_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/training.py", "--model", "/home/me/small"])
+    rows = [{"trainer": "a", "examples/s": 2.5}, {"trainer": "b", "examples/s": 1}]
+    common.write_result(tmp_path / "x.json", "Which?", {"precision": "fp32", "model": "small"}, rows, {})
+    text = (tmp_path / "x.json").read_text()
+    assert "/home" not in text
+    assert "/somewhere" not in text
+    lines = table.table(json.loads(text), "x.json").splitlines()
+    assert lines[:6] == ["Which?", "", "| trainer | examples/s |", "|---|--:|", "| a | 2.5 |", "| b | 1 |"]
+    assert "`python benchmarks/training.py --model small`" in lines[-1]
+
+
+def test_a_measured_step_trains_the_experts(tiny_encoder, monkeypatch):
+    """The time of a step that computes nothing would be of no use."""
+    trained = []
+    optimizer = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **k: trained.extend(parameters) or optimizer(trained))
+    step = scaling.make_step(str(tiny_encoder), experts=3, batch=2, length=8, device="cpu", precision="fp32")
+    before = [p.detach().clone() for p in trained]
+    assert step() > 0
+    assert sum(not p.equal(b) for p, b in zip(trained, before)) >= len(trained) - 1
+    assert {p.shape[0] for p in trained} == {3}
+
+
+def test_curves_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    curve = {"values": [1, 2, 4], "seconds": [common.summary([t, 2 * t]) for t in (1.0, 2.0, 4.0)], "exponent": 1.0}
+    scaling.draw(tmp_path / "curves.png", dict.fromkeys(scaling.CURVES, curve))
+    assert (tmp_path / "curves.png").stat().st_size > 5000
