@@ -85,6 +85,7 @@ def draw(path: Path, curves: dict[str, dict]) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
     figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.4), layout="constrained", squeeze=False)
     for axis, (name, curve) in zip(axes[0], curves.items()):
@@ -94,7 +95,10 @@ def draw(path: Path, curves: dict[str, dict]) -> None:
         axis.errorbar(curve["values"], medians, yerr=[low, high], marker="o", capsize=3)
         axis.set(xscale="log", yscale="log", xlabel=CURVES[name], ylabel="seconds a step")
         axis.set_xticks(curve["values"], map(str, curve["values"]))
-        axis.minorticks_off()
+        axis.set_xticks([], minor=True)
+        # Plain numbers, also between powers of ten where the axis is short.
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter())
         axis.set_title(f"grows with exponent {curve['exponent']:.2f}", fontsize=10)
         axis.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=150)
