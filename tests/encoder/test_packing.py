@@ -263,6 +263,7 @@ class TestPackedTexts:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestCuda:
     def encoder(self, moe, dropout=0.0):
         encoder = make_moe() if moe else make_encoder()
