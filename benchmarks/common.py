@@ -60,8 +60,9 @@ def keep_freed_memory() -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that the figures depend on."""
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+    """Versions of the packages that the figures depend on, as far as they are installed."""
+    installed = {distribution.name for distribution in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in _PACKAGES if name in installed}
 
 
 def alternate(functions: dict[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:

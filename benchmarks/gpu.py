@@ -1,0 +1,186 @@
+"""An encoder of BGE-M3's shape on a GPU: what experts cost, how near the hardware's limit training and encoding come.
+
+``PYTHONPATH=src python benchmarks/gpu.py`` needs torch, transformers and numpy only, no weights and no data: the encoder is
+random, made on the device, and the texts are random tokens with lengths as in retrieval data. It writes
+``benchmarks/results/gpu.json``:
+
+- the bf16 matrix product's rate, which the shares below are of;
+- a training step (packed texts, CLPL, the Linear layers that ``trainable: moe`` trains, bf16 autocast over float32 weights,
+  fused AdamW), dense and with N experts at k = 1: seconds, peak memory, share of that rate, and whether anything in it waits
+  for the device;
+- the same with the loop over experts as the code of 2024 had it;
+- encoding of passages in bfloat16.
+
+``--device cpu --quick`` runs everything once on a small shape, to see that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import XLMRobertaConfig, XLMRobertaModel
+
+from clpl_moe import CLPLLoss, MoEConfig, inject_moe
+from clpl_moe.encoder.packing import PackedTexts, embed_packed
+from clpl_moe.errors import UserError, command
+from common import RESULTS, peak_memory, reset_peak_memory, side_by_side, write_result
+from experts import LoopIntermediate, waits_for_device
+
+BGE_M3 = {
+    "vocab_size": 250002,
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "max_position_embeddings": 8194,
+    "type_vocab_size": 1,
+}
+QUICK = BGE_M3 | {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+QUICK |= {"intermediate_size": 256, "max_position_embeddings": 514}
+
+
+def make_encoder(shape: dict[str, int], device: torch.device, num_experts: int = 0, *, loop: bool = False) -> nn.Module:
+    """A random encoder without dropout on ``device``, dense or with experts at k = 1 in every intermediate Linear."""
+    torch.manual_seed(0)
+    config = XLMRobertaConfig(**shape, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    with device:
+        encoder = XLMRobertaModel(config, add_pooling_layer=False)
+        if loop:
+            for layer in encoder.encoder.layer:
+                layer.intermediate = LoopIntermediate(layer.intermediate.dense, num_experts, 1)
+        elif num_experts:
+            inject_moe(encoder, MoEConfig(num_experts, 1))
+    return encoder.to(device)
+
+
+def random_texts(count: int, shortest: int, longest: int, vocabulary: int, device: torch.device) -> PackedTexts:
+    """Texts of random tokens; lengths uniform from ``shortest`` to ``longest``, sorted."""
+    generator = torch.Generator().manual_seed(count)
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).sort().values.tolist()
+    sequences = [torch.randint(4, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    return PackedTexts.from_sequences(sequences).to(device)
+
+
+def step_flops(shape: dict[str, int], lengths: list[int], *, backward: bool) -> float:
+    """Floating-point operations of the matrix products of one pass; with ``backward`` also of all inputs' gradients, and of
+    the weights' gradients of the intermediate Linear layers, which are the ones trained."""
+    hidden, ffn, layers = (shape[n] for n in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    tokens, pairs = sum(lengths), sum(length**2 for length in lengths)
+    linear = 2 * tokens * (4 * hidden**2 + 2 * hidden * ffn)
+    attention = 4 * pairs * hidden
+    if not backward:
+        return layers * (linear + attention)
+    return layers * (2 * linear + 3 * attention + 2 * tokens * hidden * ffn)
+
+
+def training_step(encoder: nn.Module, queries: int, group: int, texts: PackedTexts) -> Callable[[], None]:
+    """One step: the first texts are the queries and the queries of negatives, the others the passages."""
+    device = texts.input_ids.device
+    encoder.train().requires_grad_(False)
+    trained = [p for name, p in encoder.named_parameters() if ".intermediate." in name]
+    for parameter in trained:
+        parameter.requires_grad_()
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    loss = CLPLLoss()
+    # A negative of each query has a query of its own.
+    negative_index = torch.arange(queries, device=device) * group + 1
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16):
+            embeddings = embed_packed(encoder, texts, pooling="cls")
+        own, of_negatives, passages = embeddings.split([queries, queries, queries * group])
+        loss(own, passages, of_negatives, negative_index).loss.backward()
+        optimizer.step()
+
+    return run
+
+
+def matmul_rate(device: torch.device, size: int, repeats: int) -> float:
+    """Operations a second of a square bf16 matrix product."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    times = side_by_side({"matmul": lambda: a @ b}, device, repeats, warmup=3)
+    return 2 * size**3 / times["matmul"]["seconds"]
+
+
+@command
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--queries", type=int, default=32, help="queries of a training step")
+    parser.add_argument("--group", type=int, default=5, help="passages for each query")
+    parser.add_argument("--passages", type=int, default=512, help="passages of an encoding pass")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--quick", action="store_true", help="a small shape and two repetitions: does it run at all?")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device was found; --device cpu --quick only checks that this runs")
+    shape, longest, matrix = (QUICK, 48, 256) if args.quick else (BGE_M3, 512, 8192)
+    queries, passages, repeats = (2, 4, 2) if args.quick else (args.queries, args.passages, args.repeats)
+    group = args.group
+
+    rate = matmul_rate(device, matrix, repeats)
+    short = random_texts(2 * queries, 6, 32, shape["vocab_size"], device)
+    long = random_texts(queries * group, 32, longest, shape["vocab_size"], device)
+    texts = PackedTexts(torch.cat([short.input_ids, long.input_ids]), torch.cat([short.lengths, long.lengths]))
+    flops = step_flops(shape, texts.lengths.tolist(), backward=True)
+    rows, measurements = [], {"matmul_tflops": rate / 1e12, "tokens": int(texts.lengths.sum())}
+    variants = [("dense", 0, False), ("ours N=2", 2, False), ("ours N=4", 4, False), ("ours N=8", 8, False)]
+    variants += [("2024 loop N=2", 2, True), ("2024 loop N=8", 8, True)]
+    for name, experts, loop in variants:
+        # The dense step beside each, so that the ratio is of one time; memory is that of each alone.
+        step = training_step(make_encoder(shape, device, experts, loop=loop), queries, group, texts)
+        step()
+        reset_peak_memory(device.type)
+        step()
+        memory = peak_memory(device.type)
+        waits = waits_for_device(step) if device.type == "cuda" else None
+        calls = {"dense": training_step(make_encoder(shape, device), queries, group, texts), name: step}
+        times = side_by_side(calls, device, repeats, warmup=2)
+        measurements[name] = times
+        rows.append(
+            {
+                "training step": name,
+                "ms": round(1000 * times[name]["seconds"], 1),
+                "time / dense": times[name]["ratio"],
+                "peak GiB": round(memory / 2**30, 2),
+                "share of matmul": round(flops / times[name]["seconds"] / rate, 3),
+                "waits for device": waits,
+            }
+        )
+        print(rows[-1], flush=True)
+
+    corpus = random_texts(passages, 32, longest, shape["vocab_size"], device)
+    encoder = make_encoder(shape, device).to(torch.bfloat16).eval()
+
+    @torch.inference_mode()
+    def encode() -> None:
+        embed_packed(encoder, corpus, pooling="cls", normalize=True)
+
+    seconds = side_by_side({"encode": encode}, device, repeats, warmup=2)["encode"]["seconds"]
+    share = step_flops(shape, corpus.lengths.tolist(), backward=False) / seconds / rate
+    measurements["encode"] = {"passages_per_second": passages / seconds, "share_of_matmul": share}
+    print(f"encoding {passages / seconds:,.0f} passages/s, {share:.0%} of the matmul rate {rate / 1e12:.0f} TFLOP/s")
+    settings = {
+        "shape": shape,
+        "queries": queries,
+        "group": group,
+        "longest": longest,
+        "passages": passages,
+        "repeats": repeats,
+    }
+    question = (
+        "What do experts cost in a training step of BGE-M3's shape on a GPU, and how near is the hardware's limit?"
+    )
+    write_result(args.output, question, settings, rows, measurements)
+
+
+if __name__ == "__main__":
+    main()
