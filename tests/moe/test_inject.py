@@ -11,7 +11,8 @@ from torch import nn
 from clpl_moe import MoEConfig, inject_moe, merge_experts
 from clpl_moe.moe.balance import pop_router_terms, track_routers
 from clpl_moe.moe.inject import expert_parameters, ffn_parameters, stack_2024_experts
-from clpl_moe.moe.install import has_experts, layer_states
+from clpl_moe.moe.install import _DenseOutput, has_experts, layer_states
+from clpl_moe.moe.layer import RoutedOutput
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from tiny import DENSE_CLASSES, make_batch, make_encoder, make_moe
 
@@ -124,7 +125,7 @@ def test_router_learns_at_one_expert_a_token_right_after_injection(target):
     assert all(router.weight.grad.norm() > 1e-3 for _, _, router in layer_states(encoder))
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("target", TARGETS)
 def test_bf16_autocast(target, top_k):
     encoder, batch = make_moe(target, top_k=top_k), make_batch([9, 4])
@@ -148,7 +149,7 @@ def test_bf16_weights():
     assert inject_moe(make_encoder().to(torch.bfloat16), MoEConfig()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("target", TARGETS)
 def test_gradient_checkpointing_changes_nothing(target, top_k):
     """Other batches go through before the backward pass repeats layers, in a thread of its own as on CUDA."""
@@ -271,13 +272,55 @@ def test_threads_can_share_a_model():
 
 
 @pytest.mark.slow
-def test_compiled():
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiled(target, top_k):
     """By torch's frontend: what its backends generate is not in question."""
-    encoder = make_moe("ffn", top_k=2)
+    torch._dynamo.reset()
+    encoder = make_moe(target, top_k=top_k)
+    twin = copy.deepcopy(encoder)
     compiled = torch.compile(encoder, backend="eager")
-    with torch.no_grad():
-        for batch in (make_batch([9, 4]), make_batch([3, 7, 5]), make_batch([6])):
-            torch.testing.assert_close(real(compiled, batch), real(encoder, batch))
+    for batch in (make_batch([9, 4]), make_batch([3, 7, 5]), make_batch([6])):
+        outputs, expected = real(compiled, batch), real(twin, batch)
+        torch.testing.assert_close(outputs, expected)
+        outputs.pow(3).sum().backward()
+        expected.pow(3).sum().backward()
+    wanted = gradients(twin)
+    for name, gradient in gradients(encoder).items():
+        torch.testing.assert_close(gradient, wanted.pop(name), rtol=1e-4, atol=1e-4)
+    assert not wanted
+
+
+def test_the_sorted_order_is_kept_through_the_output_linear():
+    """It sees the real tokens only, those of one expert together; a module of another build sees what it always saw."""
+    encoder, batch = make_moe(num_experts=4), make_batch([9, 4])
+    layer, seen = encoder.encoder.layer[0], {}
+    assert isinstance(layer.output, RoutedOutput)
+    layer.intermediate.router.register_forward_hook(lambda module, args, output: seen.update(assignment=output))
+    layer.intermediate.dense.register_forward_hook(lambda module, args, output: seen.update(first=output))
+    layer.output.dense.register_forward_pre_hook(lambda module, args: seen.update(second=args[0]))
+    expected = real(encoder, batch)
+    assert len(seen["second"]) == 13
+    assert torch.equal(seen["second"], layer.intermediate.intermediate_act_fn(seen["first"]))
+    expected.pow(3).sum().backward()
+    other = make_moe(num_experts=4)
+    for layer in other.encoder.layer:
+        layer.intermediate.hands_over = False
+        layer.output = _DenseOutput(layer.output)
+    found = real(other, batch)
+    torch.testing.assert_close(found, expected)
+    found.pow(3).sum().backward()
+    wanted = gradients(encoder)
+    for name, gradient in gradients(other).items():
+        torch.testing.assert_close(gradient, wanted.pop(name), rtol=1e-4, atol=1e-4)
+    assert not wanted
+
+
+def test_an_output_module_of_another_build_is_left_in_place():
+    dense = make_stock("XLMRobertaXL")
+    moe, batch = inject_moe(copy.deepcopy(dense), MoEConfig()), make_batch([9, 4])
+    assert type(moe.encoder.layer[0].output) is type(dense.encoder.layer[0].output)
+    torch.testing.assert_close(real(moe, batch), real(dense, batch), rtol=0, atol=1e-5)
 
 
 def test_a_failed_pass_leaves_nothing_behind():

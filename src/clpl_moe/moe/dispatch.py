@@ -173,7 +173,13 @@ def scores(x: Tensor, weight: Tensor) -> Tensor:
 
 def _sum(slots: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     slots = slots.index_select(0, inverse)
-    return slots if top_k == 1 else slots.view(-1, top_k, *slots.shape[1:]).sum(1)
+    if top_k == 1:
+        return slots
+    first, second, *others = slots.view(-1, top_k, *slots.shape[1:]).unbind(1)
+    total = first + second  # several times faster than sum(1) on CPUs
+    for other in others:
+        total += other
+    return total
 
 
 class _Gather(torch.autograd.Function):
@@ -375,8 +381,10 @@ class _MixedLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, bias, weights)
         by = weights.to(x.dtype)  # (T, N)
-        out = by @ bias
+        out = x.new_zeros(by.shape[0], weight.shape[1])
         for expert, inputs in enumerate(x.expand(len(weight), -1, -1)):
+            # Not by @ bias: products with so small an inner dimension are slow on CPUs.
+            out.addcmul_(by[:, expert, None], bias[expert])
             out.addmm_(inputs * by[:, expert, None], weight[expert].t())
         return out
 
