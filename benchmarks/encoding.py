@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +21,8 @@ import torch
 
 from clpl_moe.encoder import load_encoder, save_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
-from clpl_moe.files import write_json
 from clpl_moe.retrieval.encode import encode
-from common import machine
+from common import RESULTS, summary, write_result
 
 ROOT = Path(__file__).parents[1]
 Encoder = Callable[[list[str], int], np.ndarray]
@@ -42,7 +38,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--budgets", type=int, nargs="+", help="tokens a batch to try")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "encoding.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "encoding.json")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     budgets = args.budgets or ([16384, 65536] if cuda else [1024, 2048, 4096])
@@ -77,36 +73,36 @@ def main() -> None:
             print(f"round {number + 1} {name}: {wall:.2f} s, {cpu:.2f} s of CPU")
     agreement = {name: float((embeddings[name] * embeddings["clpl_moe"]).sum(1).min()) for name in encoders}
     assert min(agreement.values()) > (0.99 if cuda else 0.9999), agreement
-    results = {}
+    rows, measurements = [], {}
     for name, values in seconds.items():
-        wall, cpu = ([value[i] for value in values] for i in (0, 1))
-        results[name] = {
-            "batch_tokens": best[name],
-            "texts_per_second": round(len(texts) / statistics.median(wall), 2),
-            "tokens_per_second": round(sum(lengths) / statistics.median(wall), 1),
-            "seconds": {"median": statistics.median(wall), "min": min(wall), "max": max(wall)},
-            "cpu_seconds": {"median": statistics.median(cpu), "min": min(cpu), "max": max(cpu)},
-            "lowest_cosine": agreement[name],
-        }
-    ours = results["clpl_moe"]
-    for name, result in results.items():
-        # Of processor time too: it is the steadier one where other work shares the cores.
-        result["ours_is_faster_by"] = {
-            clock: round(result[clock]["median"] / ours[clock]["median"], 3) for clock in ("seconds", "cpu_seconds")
-        }
-        print(f"{name:22} {result['texts_per_second']:8.1f} texts/s, ours is faster by {result['ours_is_faster_by']}")
-    report = {
-        "machine": machine() | {"threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)},
-        "versions": {name: version(name) for name in ("transformers", "sentence-transformers", "FlagEmbedding")},
-        "model": {"name": Path(args.model).name, "type": model.config.model_type, "pooling": pooling}
-        | {name: getattr(model.config, name) for name in ("hidden_size", "num_hidden_layers")},
-        "texts": {"number": len(texts), "tokens": sum(lengths), "longest": max(lengths), "shortest": min(lengths)},
-        "precision": "bfloat16" if cuda else "float32",
+        wall, cpu = (summary([value[i] for value in values]) for i in (0, 1))
+        measurements[name] = {"batch_tokens": best[name], "seconds": wall, "cpu_seconds": cpu}
+        measurements[name]["lowest_cosine"] = agreement[name]
+        ours = measurements["clpl_moe"]
+        rows.append(
+            {
+                "encoder": name,
+                "texts/s": round(len(texts) / wall["median"], 2),
+                "spread": round(wall["spread"], 3),
+                "ours is faster by": round(wall["median"] / ours["seconds"]["median"], 3),
+                # The steadier one where other work shares the cores.
+                "in processor time": round(cpu["median"] / ours["cpu_seconds"]["median"], 3),
+            }
+        )
+        print(rows[-1])
+    settings = {
+        "model": Path(args.model).name,
+        "pooling": pooling,
+        "precision": "bf16" if cuda else "fp32",
+        "threads": torch.get_num_threads(),
+        "texts": len(texts),
+        "tokens": sum(lengths),
+        "longest": max(lengths),
+        "shortest": min(lengths),
         "rounds": args.rounds,
-        "results": results,
     }
-    write_json(args.output, report)
-    print(f"wrote {args.output}")
+    question = "Encoding a corpus, dense embeddings, each encoder at its best batch size: medians over rounds."
+    write_result(args.output, question, settings, rows, measurements)
 
 
 def load_texts(path: Path | None, limit: int) -> list[str]:

@@ -17,8 +17,7 @@ from transformers import XLMRobertaConfig, XLMRobertaModel
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer
 
 from clpl_moe import CLPLLoss, MoEConfig, inject_moe
-from clpl_moe.files import write_json
-from common import keep_freed_memory, machine, print_table, side_by_side
+from common import RESULTS, keep_freed_memory, print_table, side_by_side, write_result
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -230,27 +229,43 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="few tokens and repetitions: does it run at all?")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "experts.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "experts.json")
     args = parser.parse_args()
     device = torch.device(args.device)
     tokens, repeats = (256, 2) if args.quick else (args.tokens, args.repeats)
     sizes = ((2, 1), (8, 1)) if args.quick else ((2, 1), (8, 1), (2, 2), (8, 2))
-    results: dict[str, object] = {
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "settings": {"tokens": tokens, "repeats": repeats, "hidden": 1024, "ffn": 4096},
-    }
+    results: dict[str, dict[str, dict[str, float]]] = {}
+
+    def measured(title: str, times: dict[str, dict[str, float]]) -> None:
+        print_table(title, times)
+        results[title] = times
+
     for name in args.dtypes:
-        rows = measure_feed_forward(device, DTYPES[name], tokens=tokens, sizes=sizes, repeats=repeats)
-        print_table(f"feed-forward 1024 → 4096 → 1024, {tokens} tokens, forward + backward, {name}", rows)
-        results[f"feed_forward_{name}"] = rows
+        times = measure_feed_forward(device, DTYPES[name], tokens=tokens, sizes=sizes, repeats=repeats)
+        measured(f"FFN 1024 → 4096 → 1024, {tokens} tokens, {name}", times)
     lengths = {"passages": 8, "passage_length": 32} if args.quick else {}
     for padded in (False, True):
-        rows = measure_step(device, padded=padded, repeats=repeats, **lengths)
-        print_table(f"training step of the small encoder, {'with' if padded else 'no'} padding, float32", rows)
-        results[f"small_encoder_step_{'padded' if padded else 'unpadded'}"] = rows
-    write_json(args.output, results)
-    print(f"\nwrote {args.output}")
+        times = measure_step(device, padded=padded, repeats=repeats, **lengths)
+        measured(f"training step of the small encoder, float32, {'with' if padded else 'no'} padding", times)
+    rows = [
+        {
+            "forward and backward of": title,
+            "with": name,
+            "time / dense": row["ratio"],
+            "quartiles": f"{row['ratio_low']} to {row['ratio_high']}",
+        }
+        for title, times in results.items()
+        for name, row in times.items()
+        if name != "dense"
+    ]
+    settings = {
+        "model": "random weights",
+        "precision": " and ".join(args.dtypes),
+        "threads": torch.get_num_threads(),
+        "tokens": tokens,
+        "repeats": repeats,
+    }
+    write_result(args.output, "What experts cost beside the dense layers they replace.", settings, rows, results)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,8 @@ def main() -> None:
     measurements["encode"] = {"passages_per_second": passages / seconds, "share_of_matmul": share}
     print(f"encoding {passages / seconds:,.0f} passages/s, {share:.0%} of the matmul rate {rate / 1e12:.0f} TFLOP/s")
     settings = {
+        "model": "random weights" if args.quick else "BGE-M3's shape, random weights",
+        "precision": "bf16",
         "shape": shape,
         "queries": queries,
         "group": group,
