@@ -99,6 +99,11 @@ def assign(experts: Tensor, weights: Tensor, num_experts: int, *, unit: bool) ->
     return Assignment(weights, counts, order, inverse, unit)
 
 
+# torch.compile leaves the following four to Python: it would take the experts' sizes for constants, and its reasoning about
+# numbers of tokens and slots that change from batch to batch takes minutes.
+
+
+@torch.compiler.disable
 def gather(tokens: Tensor, assignment: Assignment) -> Tensor:
     """tokens (T, D) as the experts take them: slots (S, D); unchanged where mixed."""
     if assignment.mixed:
@@ -106,6 +111,7 @@ def gather(tokens: Tensor, assignment: Assignment) -> Tensor:
     return _Gather.apply(tokens, assignment.rows, assignment.inverse, assignment.top_k)
 
 
+@torch.compiler.disable
 def restore(results: Tensor, assignment: Assignment, real: Tensor | None, count: int) -> Tensor:
     """Put weighed results back in the batch's order: (count, D), zero at padding.
 
@@ -121,11 +127,13 @@ def restore(results: Tensor, assignment: Assignment, real: Tensor | None, count:
     return _Place.apply(results, real.index_select(0, assignment.rows) if is_sorted else real, count)
 
 
+@torch.compiler.disable
 def pick(hidden: Tensor, real: Tensor) -> Tensor:
     """The rows ``real`` (T,), each at most once, of hidden (M, D)."""
     return _Pick.apply(hidden, real)
 
 
+@torch.compiler.disable
 def expert_linear(x: Tensor, weight: Tensor, bias: Tensor, assignment: Assignment, *, weigh: bool) -> Tensor:
     """Apply experts, N Linear layers, to what :func:`gather` gave, or to what was computed from it row by row.
 
@@ -154,7 +162,7 @@ def expert_linear(x: Tensor, weight: Tensor, bias: Tensor, assignment: Assignmen
     if has_grouped_kernel(x, weight):
         results = _GroupedLinear.apply(x, weight, bias, scale, assignment.counts, assignment.unit)
     else:
-        results = _sliced_linear(x, weight, bias, scale, assignment)
+        results = _SlicedLinear.apply(x, weight, bias, scale, assignment.sizes, assignment.unit)
     if weigh and assignment.top_k > 1:
         results = _Sum.apply(results, assignment.rows, assignment.inverse, assignment.top_k)
     return results
@@ -262,11 +270,6 @@ class _Scores(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype)
         return grad_x, grad_weight, None
-
-
-@torch.compiler.disable  # sizes are numbers here, and would be compiled in as constants
-def _sliced_linear(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, assignment: Assignment) -> Tensor:
-    return _SlicedLinear.apply(x, weight, bias, scale, assignment.sizes, assignment.unit)
 
 
 def _parts(sizes: list[int]) -> Iterator[tuple[int, slice]]:
