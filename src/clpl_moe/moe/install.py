@@ -182,6 +182,7 @@ class _PassTokens:
             state.set_running(True)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         tokens = None
+        # A number that only the device knows: on CUDA this waits for it, once a batch, and only where a mask is given.
         if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
             tokens = mask.flatten().nonzero().squeeze(1)
         return args, {**kwargs, _TOKENS: tokens}

@@ -1,8 +1,8 @@
 """XLM-R, RoBERTa and BERT encoders with experts, as transformers loads and saves them.
 
-This file and its siblings ``install.py``, ``layer.py`` and ``config.py`` travel with every saved model folder, so that
-``AutoModel.from_pretrained(folder, trust_remote_code=True)`` works where ``clpl_moe`` is not installed. They import
-nothing but torch and transformers. Each class has a ``model_type`` of its own: a loader that does not know the experts
+This file and its siblings ``install.py``, ``layer.py``, ``dispatch.py`` and ``config.py`` travel with every saved model
+folder, so that ``AutoModel.from_pretrained(folder, trust_remote_code=True)`` works where ``clpl_moe`` is not installed.
+They import nothing but torch and transformers. Each class has a ``model_type`` of its own: a loader that does not know the experts
 stops, instead of replacing them by random weights.
 """
 
