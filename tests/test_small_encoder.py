@@ -173,7 +173,11 @@ def test_existing_output_is_kept_unless_asked(hub_only, tmp_path, capsys):
         main(["--output", str(folder)])
     assert exit_info.value.code == 2
     assert "--overwrite true" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # what is no model folder is never replaced
+        main(["--output", str(folder), "--overwrite", "true"])
+    assert "found a folder with other things" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    (folder / "config.json").write_text("{}")
     main(["--output", str(folder), "--overwrite", "true"])
     assert not (folder / "mine.txt").exists()
     assert (folder / "model.safetensors").is_file()
