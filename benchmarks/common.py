@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import math
@@ -57,6 +58,18 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc" and not settings.keys() <= os.environ.keys():
         os.environ.update(settings)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def benchmark_parser(description: str, output: str) -> argparse.ArgumentParser:
+    """What the benchmarks of training are all asked: model, device, precision, and the result file's name in ``RESULTS``."""
+    parser = argparse.ArgumentParser(
+        description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", default="models/small-encoder", help="model folder")
+    parser.add_argument("--output", type=Path, default=RESULTS / output)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    return parser
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, alternate, in_fresh_process, pick_device, pick_precision, summary, write_result
+from common import alternate, benchmark_parser, in_fresh_process, pick_device, pick_precision, summary, write_result
 from training import step_timer, train_ours, write_data
 
 
@@ -30,15 +30,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = benchmark_parser(__doc__, "memory.json")
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    parser.add_argument("--model", default="models/small-encoder", help="model folder")
     parser.add_argument("--data", type=Path, default=Path("data/samples/ko/train.jsonl"), help="training JSONL")
-    parser.add_argument("--output", type=Path, default=RESULTS / "memory.json")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--small", type=int, default=16, help="queries a step, the batch to compare with")
     parser.add_argument("--large", type=int, default=256, help="queries a step, the large batch")
     parser.add_argument("--group", type=int, default=2, help="passages a query")

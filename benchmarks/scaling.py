@@ -8,7 +8,6 @@ the same length for each example. For each curve the exponent is named: the slop
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +15,8 @@ from pathlib import Path
 import torch
 
 from common import (
-    RESULTS,
     alternate,
+    benchmark_parser,
     pick_device,
     pick_precision,
     slope,
@@ -107,13 +106,7 @@ def draw(path: Path, curves: dict[str, dict]) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", default="models/small-encoder", help="model folder")
-    parser.add_argument("--output", type=Path, default=RESULTS / "scaling.json", help="the picture goes beside it")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    parser = benchmark_parser(__doc__, "scaling.json")
     parser.add_argument("--target", default="intermediate", choices=["intermediate", "output", "ffn"])
     parser.add_argument("--length", type=int, nargs="+", default=[32, 64, 128, 256, 512], help="tokens a text")
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 4, 8, 16], help="examples a step")

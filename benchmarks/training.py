@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    RESULTS,
     alternate,
+    benchmark_parser,
     in_fresh_process,
     peak_memory,
     pick_device,
@@ -213,15 +213,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = benchmark_parser(__doc__, "training.json")
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    parser.add_argument("--model", default="models/small-encoder", help="model folder")
     parser.add_argument("--data", type=Path, default=Path("data/samples/ko/train.jsonl"), help="training JSONL")
-    parser.add_argument("--output", type=Path, default=RESULTS / "training.json")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--batch", type=int, default=8, help="queries a step")
     parser.add_argument("--group", type=int, default=3, help="passages a query")
     parser.add_argument("--query_max_len", type=int, default=64)
