@@ -227,13 +227,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--experts", type=int, nargs="+", default=[2, 8], help="numbers of experts N")
+    parser.add_argument("--top_k", type=int, nargs="+", default=[1, 2], help="experts of each token")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="few tokens and repetitions: does it run at all?")
     parser.add_argument("--output", type=Path, default=RESULTS / "experts.json")
     args = parser.parse_args()
     device = torch.device(args.device)
     tokens, repeats = (256, 2) if args.quick else (args.tokens, args.repeats)
-    sizes = ((2, 1), (8, 1)) if args.quick else ((2, 1), (8, 1), (2, 2), (8, 2))
+    sizes = tuple((n, k) for k in args.top_k for n in args.experts if not (args.quick and k > 1))
     results: dict[str, dict[str, dict[str, float]]] = {}
 
     def measured(title: str, times: dict[str, dict[str, float]]) -> None:
