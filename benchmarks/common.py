@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -227,7 +228,7 @@ def write_result(
     """
     result = {
         "question": question,
-        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *_without_folders(sys.argv[1:])]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_without_folders(sys.argv[1:])]),
         "machine": machine(),
         "versions": versions(),
         "settings": settings,

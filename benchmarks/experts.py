@@ -147,7 +147,7 @@ def training_step(
     trained = [p for name, p in encoder.named_parameters() if ".intermediate." in name]
     for parameter in trained:
         parameter.requires_grad_()
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, foreach=True)
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)  # as the trainer
     loss = CLPLLoss()
     generator = torch.Generator().manual_seed(0)
 

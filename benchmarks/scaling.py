@@ -42,7 +42,7 @@ def make_step(
     encoder.requires_grad_(False)
     trained = [parameter.requires_grad_(True) for _, parameter in expert_parameters(encoder)]
     encoder.to(device).train()
-    optimizer = torch.optim.AdamW(trained, lr=1e-6)
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
     loss = CLPLLoss(0.02, 0.1)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, encoder.config.vocab_size, (2 * batch, length), generator=generator).to(device)
