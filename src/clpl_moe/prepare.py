@@ -9,9 +9,9 @@ From files in SQuAD's shape:
 3. Questions that are impossible or empty are skipped; a question that comes again on the same side becomes
    one query with all its passages. A train question that equals a dev question is left out.
 4. The corpus holds every passage, also those without a question, and the side of its article as ``split``: mining
-   for training takes no dev passage, which as a negative without a question would only ever be pushed away. ``positive_queries.jsonl`` says which train
-   queries each passage answers, for the penalty of the loss; dev questions are not in it, since what it holds
-   is trained on.
+   for training takes no dev passage, which as a negative without a question would only ever be pushed away.
+   ``positive_queries.jsonl`` says which train queries each passage answers, for the penalty of the loss; dev
+   questions are not in it, since what it holds is trained on.
 """
 
 from __future__ import annotations

@@ -195,6 +195,18 @@ def test_chunks_hold_every_text_once_within_the_budget(lengths, budget):
     assert all((len(rows) + 1) * lengths[rows[0]] > budget for rows in chunks[:-1])
 
 
+def wrap(encoder, tokenizer, **options):
+    return CLPLModel(
+        {"model": encoder, "colbert_linear": None, "sparse_linear": None},
+        loss=CLPLLoss(0.1, 0.3),
+        settings=EmbeddingSettings(pooling="mean"),
+        tokenizer=tokenizer,
+        unified_finetuning=False,
+        use_self_distill=False,
+        **options,
+    )
+
+
 def make_model(tokenizer, *, target="intermediate", experts=2, dropout=0.0, trainable="full", double=True, **options):
     encoder = make_encoder(
         vocab_size=len(tokenizer),
@@ -204,15 +216,7 @@ def make_model(tokenizer, *, target="intermediate", experts=2, dropout=0.0, trai
     )
     if experts:
         perturb_experts(inject_moe(encoder, MoEConfig(experts, 1, target)))
-    model = CLPLModel(
-        {"model": encoder, "colbert_linear": None, "sparse_linear": None},
-        loss=CLPLLoss(0.1, 0.3),
-        settings=EmbeddingSettings(pooling="mean"),
-        tokenizer=tokenizer,
-        unified_finetuning=False,
-        use_self_distill=False,
-        **options,
-    )
+    model = wrap(encoder, tokenizer, **options)
     choose_trainable(model, trainable, fix_position_embedding=False, fix_encoder=False)
     return model.train().double() if double else model.train()
 
@@ -376,15 +380,7 @@ def peak_of_step(batch_size, budget):
         num_attention_heads=4,
     )
     inject_moe(encoder, MoEConfig(2, 1))
-    model = CLPLModel(
-        {"model": encoder, "colbert_linear": None, "sparse_linear": None},
-        loss=CLPLLoss(0.1, 0.3),
-        settings=EmbeddingSettings(pooling="mean"),
-        tokenizer=tokenizer,
-        unified_finetuning=False,
-        use_self_distill=False,
-        grad_cache_tokens=budget,
-    ).train()
+    model = wrap(encoder, tokenizer, grad_cache_tokens=budget).train()
     batch = make_batch(tokenizer, batch_size)
     model(**batch).loss.backward()
     # Not getrusage: its figure begins with what the test run itself had when it started this process.

@@ -1,7 +1,7 @@
 """Retrieval collections in FlagEmbedding's layout.
 
-``<dir>/<lang>/`` holds ``corpus.jsonl`` (``id``, ``title``, ``text``, optionally ``split``), ``{split}_queries.jsonl`` (``id``,
-``text``) and ``{split}_qrels.jsonl`` (``qid``, ``docid``, ``relevance``).
+``<dir>/<lang>/`` holds ``corpus.jsonl`` (``id``, ``title``, ``text``, optionally ``split``),
+``{split}_queries.jsonl`` (``id``, ``text``) and ``{split}_qrels.jsonl`` (``qid``, ``docid``, ``relevance``).
 """
 
 from __future__ import annotations
