@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -75,6 +76,21 @@ def test_both_splits_of_a_folder_become_one_collection(tmp_path, capsys, flat):
 def test_parts_are_read_in_the_order_of_their_numbers(tmp_path):
     prepare(write_miracl(tmp_path / "source", parts=12), tmp_path / "out")
     assert [line["text"] for line in lines(tmp_path / "out/ko/corpus.jsonl")] == [f"본문 {n}" for n in range(12)]
+
+
+def test_memory_does_not_hold_the_passages(tmp_path):
+    prepare(write_miracl(tmp_path / "source"), tmp_path / "warm")  # imports count too
+    source = tmp_path / "source"
+    text = "본문 " * 3000  # 21 kB
+    write_gz(source / CORPUS / "docs-2.jsonl.gz", (passage(n, text=text + str(n)) for n in range(12, 512)))
+    tracemalloc.start()
+    try:
+        prepare(source, tmp_path / "out")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "out/ko/corpus.jsonl").stat().st_size > 10_000_000
+    assert peak < 2_000_000
 
 
 def test_names_splits_and_titles(tmp_path):
