@@ -6,12 +6,14 @@ import sys
 import threading
 import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
 from clpl_moe.files import read_jsonl
 from clpl_moe.prepare import main
 from clpl_moe.retrieval.collection import Collection
+from clpl_moe.sources.stream import read_lines
 from miracl_files import passage, write_gz, write_miracl
 
 CORPUS = "miracl-corpus-v1.0-ko"
@@ -91,6 +93,14 @@ def test_memory_does_not_hold_the_passages(tmp_path):
         tracemalloc.stop()
     assert (tmp_path / "out/ko/corpus.jsonl").stat().st_size > 10_000_000
     assert peak < 2_000_000
+
+
+def test_the_bar_moves_with_the_bytes_of_a_file(tmp_path):
+    path = write_gz(tmp_path / "docs-0.jsonl.gz", ({"text": os.urandom(40).hex()} for _ in range(5000)))
+    moves = []
+    assert sum(1 for _ in read_lines(path, SimpleNamespace(update=moves.append))) == 5000
+    assert sum(moves) == path.stat().st_size
+    assert sum(move > 0 for move in moves) >= 3
 
 
 def test_names_splits_and_titles(tmp_path):
@@ -189,6 +199,11 @@ FAULTS = {
     "empty topics": (TRAIN_TOPICS, lambda path: path.write_text("\n"), "train.tsv: the file is empty"),
     "unknown topic": (DEV_QRELS, append("8\tQ0\t0#1\t1\n"), "dev.tsv:3: field 'query id': '8' is not an id of "),
     "grade": (DEV_QRELS, append("9\tQ0\t0#0\tyes\n"), "dev.tsv:3: field 'relevance': found 'yes', expected an integer"),
+    "line of names": (
+        DEV_QRELS,
+        lambda path: path.write_text("query Q0 passage relevance\n9 Q0 2#0 1\n"),
+        "dev.tsv:1: field 'relevance': found 'relevance', expected an integer",
+    ),
     "fields": (DEV_QRELS, append("9\t0#0\t1\n"), "dev.tsv:3: found 3 fields, expected 4: query id, Q0, passage id"),
     "judged twice": (DEV_QRELS, append("9\tQ0\t2#0\t0\n"), "dev.tsv:3: field 'relevance': found 0, but an earlier"),
 }
