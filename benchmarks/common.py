@@ -48,19 +48,6 @@ def machine() -> dict[str, object]:
     }
 
 
-def keep_freed_memory() -> None:
-    """Start this program again with an allocator that keeps what is freed, unless it has such settings already.
-
-    By default glibc hands buffers of many MB back to the system and asks for them anew, page by page. That costs more than
-    some of what is measured here, up to a factor of 2, and falls on the variants unevenly. The thresholds are read when a
-    process starts.
-    """
-    settings = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 40)}
-    if platform.libc_ver()[0] == "glibc" and not settings.keys() <= os.environ.keys():
-        os.environ.update(settings)
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
 def benchmark_parser(description: str, output: str) -> argparse.ArgumentParser:
     """What the benchmarks of training are all asked: model, device, precision, and the result file's name in ``RESULTS``."""
     parser = argparse.ArgumentParser(

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from clpl_moe.cli import load_yaml
 from clpl_moe.data.collator import CLPLCollator
+from clpl_moe.allocator import keep_freed_memory
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.encoder.load import HEAD_FILES, find_heads, load_encoder
 from clpl_moe.encoder.packing import can_pack
@@ -174,6 +175,8 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             self.settings.passage_prompt or None
         )
         self.evaluator = None
+        if training_args.use_cpu:
+            keep_freed_memory()
         # The folder was checked above; the parent's own check, which this turns off, ends in a ValueError.
         training_args.do_train = False
         super().__init__(model_args, data_args, training_args)
