@@ -14,9 +14,9 @@ from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from clpl_moe.allocator import keep_freed_memory
 from clpl_moe.cli import load_yaml
 from clpl_moe.data.collator import CLPLCollator
-from clpl_moe.allocator import keep_freed_memory
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.encoder.load import HEAD_FILES, find_heads, load_encoder
 from clpl_moe.encoder.packing import can_pack
