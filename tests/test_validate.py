@@ -140,7 +140,7 @@ def test_config_of_training_is_checked_as_training_does(tmp_path, capsys):
     config = tmp_path / "c.yaml"
     for text, message in (
         ("pasage_max_len: 5", "unknown option 'pasage_max_len'; did you mean 'passage_max_len'?"),
-        ("passage_max_len: 1", "passage_max_len is 1"),
+        ("model_name_or_path: x\npassage_max_len: 1", "passage_max_len is 1"),
     ):
         config.write_text(text)
         code, _, err = run(capsys, path, "--config", config)
@@ -334,8 +334,8 @@ def test_training_names_the_first_fault_and_counts_all(tiny_encoder, tmp_path, c
     write_jsonl(path, [GOOD, GOOD | {"pos": []}, GOOD | {"query": "", "neg": 3}])
     err = refused(arguments(tiny_encoder, path, tmp_path / "run"), capsys)
     assert f"error: {path}:2: field 'pos': found an empty list" in err
-    assert f"(the first of 4 faults; python -m clpl_moe.validate {path} lists them)" in err
-    assert run(capsys, path)[2][-1] == "error: 4 faults: training would refuse these data"
+    assert f"(the first of 3 faults; python -m clpl_moe.validate {path} lists them)" in err
+    assert run(capsys, path)[2][-1] == "error: 3 faults: training would refuse these data"
 
 
 @pytest.mark.slow

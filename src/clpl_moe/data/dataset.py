@@ -108,7 +108,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
                 gen_kwargs={
                     "path": str(Path(file_path).resolve()),
                     "shown": file_path,
-                    "version": [__version__, hash_file(file_path)],
+                    "version": f"{__version__}-{hash_file(file_path)}",
                     "with_scores": self.args.knowledge_distillation,
                 },
             )
@@ -186,7 +186,7 @@ def _sample(rng: random.Random, available: int, wanted: int) -> list[int]:
     return chosen
 
 
-def _read_for_arrow(path: str, shown: str, version: list[str], with_scores: bool):
+def _read_for_arrow(path: str, shown: str, version: str, with_scores: bool):
     """Generator behind the stored dataset; ``version`` only makes a changed file, or one that other checks have passed,
     a new one."""
     del version
