@@ -5,7 +5,7 @@ import string
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from clpl_moe.data.collator import CLPLCollator
@@ -258,7 +258,7 @@ def collator(tiny_tokenizer):
 @pytest.mark.slow
 @settings(
     max_examples=40, derandomize=True, deadline=None, database=None,
-    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate], suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(lines=st.lists(mutated_lines(), min_size=LINES_A_FILE, max_size=LINES_A_FILE), scores=st.booleans())
 def test_validation_and_training_refuse_the_same_mutated_lines(tmp_path_factory, collator, lines, scores):
@@ -276,7 +276,7 @@ def test_validation_and_training_refuse_the_same_mutated_lines(tmp_path_factory,
     for number, line in enumerate(lines, 1):
         if number == 1 and line.startswith(b"\xef\xbb\xbf"):
             continue
-        one.write_bytes(good + line)
+        one.write_bytes(good + line + b"\n")
         if number not in refused_lines:
             assert list(read_examples(one, with_scores=scores)), line
             continue
@@ -310,7 +310,14 @@ def test_enough_mutated_lines_were_seen():
 
 
 @pytest.mark.slow
-@settings(max_examples=4, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=4,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 @given(lines=st.lists(mutated_lines(), min_size=LINES_A_FILE, max_size=LINES_A_FILE))
 def test_accepted_lines_train(tiny_encoder, tmp_path_factory, lines):
     folder = tmp_path_factory.mktemp("trained")
