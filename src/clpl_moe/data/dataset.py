@@ -9,8 +9,10 @@ from pathlib import Path
 import datasets
 from FlagEmbedding.abc.finetune.embedder import AbsEmbedderTrainDataset
 
+from clpl_moe import __version__
 from clpl_moe.data.schema import data_files, read_examples
 from clpl_moe.errors import UserError
+from clpl_moe.files import hash_file
 
 # A draw: the epoch and the number of the example. The epoch travels with the number, so that what is drawn for an
 # example depends on nothing else; worker processes and resumed runs draw the same.
@@ -98,7 +100,6 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
 
     def _load_dataset(self, file_path: str) -> datasets.Dataset:
         """Read, check and store one file; later runs take what was stored while the file is unchanged."""
-        stat = Path(file_path).stat()
         try:
             dataset = datasets.Dataset.from_generator(
                 _read_for_arrow,
@@ -107,7 +108,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
                 gen_kwargs={
                     "path": str(Path(file_path).resolve()),
                     "shown": file_path,
-                    "version": [f"{stat.st_size}-{stat.st_mtime_ns}"],
+                    "version": f"{__version__}-{hash_file(file_path)}",
                     "with_scores": self.args.knowledge_distillation,
                 },
             )
@@ -185,10 +186,11 @@ def _sample(rng: random.Random, available: int, wanted: int) -> list[int]:
     return chosen
 
 
-def _read_for_arrow(path: str, shown: str, version: list[str], with_scores: bool):
-    """Generator behind the stored dataset; ``version`` only makes a changed file a new one."""
+def _read_for_arrow(path: str, shown: str, version: str, with_scores: bool):
+    """Generator behind the stored dataset; ``version`` only makes a changed file, or one that other checks have passed,
+    a new one."""
     del version
     try:
         yield from read_examples(path, with_scores=with_scores)
     except UserError as error:
-        raise UserError(str(error).replace(path, shown, 1)) from None
+        raise UserError(str(error).replace(path, shown)) from None
