@@ -33,7 +33,7 @@ from clpl_moe.files import write_jsonl
 from common import RESULTS, write_result
 
 LANGUAGE = "synthetic"
-LONGEST = 128  # tokens of a passage, and words
+LONGEST = 64  # tokens of a passage
 KILLS = 3
 
 
@@ -50,7 +50,7 @@ def make_words(count: int, seed: int) -> list[str]:
 def make_collection(
     folder: Path, passages: int, queries: int, *, split: str = "dev", words: int = 20000, seed: int = 0
 ) -> Path:
-    """A collection of random passages, of 16 to 100 words as frequent as in a natural text, and queries of six words out of
+    """A collection of random passages, of 8 to 40 words as frequent as in a natural text, and queries of six words out of
     a passage each. A larger one begins with the same passages."""
     vocabulary = make_words(words, seed)
     # The rarer, the later: the n-th word is as frequent as 1/n (Zipf).
@@ -61,7 +61,7 @@ def make_collection(
     def lines():
         draw = random.Random(seed + 1)
         for number in range(passages):
-            text = draw.choices(vocabulary, cum_weights=cumulative, k=draw.randint(16, 100))
+            text = draw.choices(vocabulary, cum_weights=cumulative, k=draw.randint(8, 40))
             if number in asked:
                 found.append((number, " ".join(random.Random(number).sample(text, 6))))
             yield {"id": f"p{number}", "title": " ".join(text[:2]), "text": " ".join(text[2:])}
@@ -180,13 +180,13 @@ def kill_and_finish(command: Sequence[str], embeddings: Path, shards: int) -> di
     }
 
 
-def add_options(parser: argparse.ArgumentParser, sizes: list[int]) -> None:
+def add_options(parser: argparse.ArgumentParser, sizes: list[int], queries: int) -> None:
     """What the benchmarks on synthetic text are asked."""
     parser.add_argument("--model", type=Path, help="model folder; default: random weights of the shape below")
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--passages", type=int, nargs="+", default=sizes, help="sizes of the corpus, ascending")
-    parser.add_argument("--queries", type=int, default=2000)
+    parser.add_argument("--queries", type=int, default=queries)
     parser.add_argument("--scratch", type=Path, help="folder for corpus and embeddings; default: the system's")
 
 
@@ -203,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add_options(parser, [125_000, 250_000, 500_000])
+    add_options(parser, [125_000, 500_000], 500)
     parser.add_argument("--output", type=Path, default=RESULTS / "corpus.json")
     args = parser.parse_args()
     runs: list[dict[str, Any]] = []
@@ -213,7 +213,15 @@ def main() -> None:
         for passages in args.passages:
             collection = make_collection(scratch / "collection", passages, args.queries)
             command = ["clpl_moe.evaluate", "--model", str(model), "--collection", str(collection)]
-            command += ["--languages", LANGUAGE, "--passage_max_len", str(LONGEST), "--output"]
+            command += [
+                "--languages",
+                LANGUAGE,
+                "--query_max_len",
+                str(LONGEST),
+                "--passage_max_len",
+                str(LONGEST),
+                "--output",
+            ]
             run = run_command([*command, str(scratch / "out")])
             done = read_output(scratch / "out")
             content = json.loads((scratch / "out" / LANGUAGE / "metrics.json").read_text())

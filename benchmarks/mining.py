@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add_options(parser, [25_000, 50_000, 100_000])
+    add_options(parser, [25_000, 50_000, 100_000], 2000)
     parser.add_argument("--output", type=Path, default=RESULTS / "mining.json")
     args = parser.parse_args()
     runs: list[dict[str, Any]] = []
@@ -47,7 +47,15 @@ def main() -> None:
         for passages in args.passages:
             collection = make_collection(scratch / "collection", passages, args.queries, split="train")
             command = ["clpl_moe.mine", "--model", str(model), "--collection", str(collection)]
-            command += ["--language", LANGUAGE, "--passage_max_len", str(LONGEST), "--cache_dir"]
+            command += [
+                "--language",
+                LANGUAGE,
+                "--query_max_len",
+                str(LONGEST),
+                "--passage_max_len",
+                str(LONGEST),
+                "--cache_dir",
+            ]
             run = run_command([*command, str(scratch / "embeddings"), "--output", str(scratch / "train.jsonl")])
             done = (scratch / "train.jsonl").read_bytes()
             (scratch / "train.jsonl").unlink()
