@@ -220,7 +220,7 @@ def validate_file(path: str | Path, reading: Reading, tell: Callable[[str], None
     path, report = Path(path), FileReport(reading)
     size = path.stat().st_size if path.is_file() else None
     with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, delay=2) as bar:
-        for number, raw in read_lines(path):
+        for number, _, raw in read_lines(path):
             record, faults = check_line(number, raw, scores_required=reading.scores_required)
             for fault in faults:
                 tell(f"{at(path, number)}: {fault}")

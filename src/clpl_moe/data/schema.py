@@ -94,7 +94,7 @@ def read_examples(path: str | Path, *, with_scores: bool = False) -> Iterator[di
         UserError: after the last line, with file, line and field of the first fault and the number of all.
     """
     first, count = "", 0
-    for number, raw in read_lines(path):
+    for number, _, raw in read_lines(path):
         record, faults = check_line(number, raw, scores_required=with_scores)
         if faults:
             first = first or f"{at(path, number)}: {faults[0]}"
