@@ -10,6 +10,9 @@ a name: equal content is not computed again, other content in the same place is 
 ``OUTPUT/per_query.csv`` sets all models' values of each query side by side, and for several models
 ``OUTPUT/significance.json`` says of each pair whether their difference is more than chance
 (:mod:`clpl_moe.retrieval.significance`).
+
+The passages' embeddings lie on disk: an interrupted encoding goes on where it stopped, the search reads them in parts, and
+under ``torchrun`` each process encodes its share.
 """
 
 from __future__ import annotations
@@ -150,11 +153,14 @@ class _Task:
 def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evaluation:
     """Evaluate every model on every language, and compare the models.
 
-    Everything that can be refused is refused before anything is encoded.
+    Everything that can be refused is refused before anything is encoded. Of several processes
+    (:func:`clpl_moe.retrieval.store.processes`) the first one writes; the others encode their part, and return nothing.
 
     Raises:
         UserError: a fault in a collection, no such model or metric, results of something else in the way.
     """
+    from clpl_moe.retrieval.store import process
+
     check_metrics(arguments.metrics)
     collections = {
         language: Collection.load(arguments.collection, language, arguments.split)
@@ -176,11 +182,11 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evalu
     results: list[dict[str, Any]] = []
     per_query: list[_PerQuery] = []  # of each of the results
     for task in planned:
-        steps = [(METRICS_FILE, (DENSE,), task.key, _evaluate_one)]
+        steps = [(METRICS_FILE, (DENSE,), task.key, _evaluate_dense)]
         if task.m3_key is not None:
             steps.append((M3_FILE, M3_SCORES, task.m3_key, _evaluate_heads))
-        for file, kinds, key, compute in steps:
-            runs = {kind: task.folder / run_file(kind) for kind in kinds}
+        for file, scores, key, compute in steps:
+            runs = {score: task.folder / run_file(score) for score in scores}
             found = None
             if not arguments.overwrite and all(path.is_file() for path in runs.values()):
                 found = _read(task.folder / file)
@@ -190,12 +196,16 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evalu
                 if opened != task.name:  # one model at a time in memory
                     encoder = None
                     encoder, opened = open_encoder(task.name, encoding), task.name
-                found = compute(task.name, encoder, task.collection, task.folder, key, arguments, encoding)
-            for kind, path in runs.items():
-                metrics = found["metrics"] if kind == DENSE else found["metrics"][kind]
+                found = compute(task, encoder, key, arguments, encoding)
+            if process()[0] > 0:  # not the one that writes
+                continue
+            for score, path in runs.items():
+                metrics = found["metrics"] if score == DENSE else found["metrics"][score]
                 # The model may lie elsewhere now.
-                results.append({**found, "metrics": metrics, "model": task.name, "score": kind})
+                results.append({**found, "metrics": metrics, "model": task.name, "score": score})
                 per_query.append(evaluate_run(task.collection.qrels, read_trec_run(path), arguments.metrics)[1])
+    if process()[0] > 0:
+        return Evaluation([], [])
     _write_table(output / TABLE_FILE, collections, labels, results, per_query, arguments.metrics)
     comparisons = _compare(labels, results, per_query, arguments.compare_metric)
     if len(models) > 1:
@@ -271,80 +281,85 @@ def _refuse_other(folder: Path, file: str, key: dict[str, Any]) -> None:
         raise UserError(f"{at(in_the_way[0])}: a run file without {file} is in the way; {asked}")
 
 
-def _evaluate_one(
-    name: str,
+def _evaluate_dense(
+    task: _Task,
     encoder: Encoder,
-    collection: Collection,
-    folder: Path,
     key: dict[str, Any],
     arguments: EvaluateArguments,
     encoding: EncodingArguments,
 ) -> dict[str, Any]:
     from clpl_moe.retrieval.evaluation import evaluate_retrieval
+    from clpl_moe.retrieval.store import cache_folder, encode_passages, process
 
-    print(
-        f"{name} on {collection.language}: {len(collection.passages):,} passages,"
-        f" {len(collection.queries):,} queries, {encoder.model.device.type}, {key['settings']['dtype']}"
-    )
-    result = evaluate_retrieval(
-        encoder.model,
-        encoder.tokenizer,
-        collection,
-        settings=encoder.settings,
-        query_max_len=encoding.query_max_len,
-        passage_max_len=encoding.passage_max_len,
-        top_k=arguments.top_k,
-        batch_tokens=encoding.batch_tokens,
-        metrics=arguments.metrics,
-        dtype=encoder.dtype,
-    )
-    content = {
-        "metrics": result.metrics,
-        **_describe(name, encoder, collection, key, result.seconds),
-        "passages_per_second": round(len(collection.passages) / result.seconds["encode_passages"], 1),
-    }
-    # metrics.json vouches for the run file beside it: it goes first and comes last. What was ranked again goes with it.
-    for file in (METRICS_FILE, M3_FILE, *map(run_file, M3_SCORES)):
-        (folder / file).unlink(missing_ok=True)
-    write_trec_run(folder / run_file(DENSE), result.run, tag=Path(name).name)
-    write_trec_qrels(folder / "qrels.trec", collection.qrels)
-    write_json(folder / METRICS_FILE, content)
+    collection, folder = task.collection, task.folder
+    with cache_folder(encoding, beside=folder / ".embeddings") as cache:
+        if process()[0] > 0:  # not the one that writes
+            encode_passages(encoder, collection.passages, encoding, cache=cache, progress=False)
+            return {}
+        print(
+            f"{task.name} on {collection.language}: {len(collection.passages):,} passages,"
+            f" {len(collection.queries):,} queries, {encoder.model.device.type}, {key['settings']['dtype']}"
+        )
+        result = evaluate_retrieval(
+            encoder.model,
+            encoder.tokenizer,
+            collection,
+            settings=encoder.settings,
+            query_max_len=encoding.query_max_len,
+            passage_max_len=encoding.passage_max_len,
+            top_k=arguments.top_k,
+            batch_tokens=encoding.batch_tokens,
+            metrics=arguments.metrics,
+            dtype=encoder.dtype,
+            cache=cache,
+        )
+        content = {
+            "metrics": result.metrics,
+            **_describe(task, encoder, key, result.seconds),
+            "passages_per_second": round(result.encoded / result.seconds["encode_passages"], 1),
+        }
+        # metrics.json vouches for the run file beside it: it goes first and comes last. What was ranked again goes with it.
+        for file in (METRICS_FILE, M3_FILE, *map(run_file, M3_SCORES)):
+            (folder / file).unlink(missing_ok=True)
+        write_trec_run(folder / run_file(DENSE), result.run, tag=Path(task.name).name)
+        write_trec_qrels(folder / "qrels.trec", collection.qrels)
+        write_json(folder / METRICS_FILE, content)
     return content
 
 
 def _evaluate_heads(
-    name: str,
+    task: _Task,
     encoder: Encoder,
-    collection: Collection,
-    folder: Path,
     key: dict[str, Any],
     arguments: EvaluateArguments,
     encoding: EncodingArguments,
 ) -> dict[str, Any]:
     from clpl_moe.retrieval.m3 import load_heads, rerank
+    from clpl_moe.retrieval.store import process
 
+    if process()[0] > 0:  # the passages are few: the first one does it alone
+        return {}
     started = time.perf_counter()
-    heads = load_heads(name, encoder.model.config.hidden_size)
-    dense = read_trec_run(folder / run_file(DENSE))
+    heads = load_heads(task.name, encoder.model.config.hidden_size)
+    dense = read_trec_run(task.folder / run_file(DENSE))
     candidates = {query_id: list(scores)[: arguments.rerank_top] for query_id, scores in dense.items()}
-    runs = rerank(encoder, heads, collection, candidates, encoding, weights=arguments.m3_weights)
-    seconds = {"rerank": time.perf_counter() - started}
+    runs = rerank(encoder, heads, task.collection, candidates, encoding, weights=arguments.m3_weights)
+    qrels = task.collection.qrels
     content = {
-        "metrics": {kind: evaluate_run(collection.qrels, run, arguments.metrics)[0] for kind, run in runs.items()},
-        **_describe(name, encoder, collection, key, seconds),
+        "metrics": {score: evaluate_run(qrels, run, arguments.metrics)[0] for score, run in runs.items()},
+        **_describe(task, encoder, key, {"rerank": time.perf_counter() - started}),
     }
-    (folder / M3_FILE).unlink(missing_ok=True)
-    for kind, run in runs.items():
-        write_trec_run(folder / run_file(kind), run, tag=f"{Path(name).name}_{kind}")
-    write_json(folder / M3_FILE, content)
+    (task.folder / M3_FILE).unlink(missing_ok=True)
+    for score, run in runs.items():
+        write_trec_run(task.folder / run_file(score), run, tag=f"{Path(task.name).name}_{score}")
+    write_json(task.folder / M3_FILE, content)
     return content
 
 
-def _describe(
-    name: str, encoder: Encoder, collection: Collection, key: dict[str, Any], seconds: dict[str, float]
-) -> dict[str, Any]:
+def _describe(task: _Task, encoder: Encoder, key: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    collection = task.collection
     return {
-        "model": name,
+        "model": task.name,
         "language": collection.language,
         "split": collection.split,
         "collection": str(collection.directory),
@@ -499,7 +514,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Retrieve from collections with one or more models; write run files, metrics and comparisons.",
         argv=argv,
     )
-    evaluation = evaluate(arguments, encoding)
+    from clpl_moe.retrieval.store import processes
+
+    with processes() as first:
+        evaluation = evaluate(arguments, encoding)
+    if not first:
+        return
     print(format_table(evaluation.results))
     if evaluation.comparisons:
         print(f"\n{format_comparisons(evaluation.comparisons)}\n{_TEST}")
