@@ -38,7 +38,8 @@ def evaluate_run(
 
     The means are over all queries of ``qrels``: one that the run lacks, or that has no relevant passage, scores 0; one of
     the run that ``qrels`` lack does not count. A relevant passage that is nowhere in the run counts as never found. Passages
-    of equal score (as 32-bit floats) are ranked by descending id.
+    of equal score (as 32-bit floats) are ranked by descending id. trec_eval has no reciprocal rank with a cut-off: RR@10 is
+    by ``ir_measures`` that of MS MARCO's script, which ranks equal scores by ascending id.
 
     Args:
         qrels: query id -> passage id -> relevance.
