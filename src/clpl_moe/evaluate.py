@@ -191,7 +191,8 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evalu
             if not arguments.overwrite and all(path.is_file() for path in runs.values()):
                 found = _read(task.folder / file)
             if found is not None:
-                print(f"{task.folder / file}: the same model, collection and settings; not computed again")
+                if process()[0] == 0:
+                    print(f"{task.folder / file}: the same model, collection and settings; not computed again")
             else:
                 if opened != task.name:  # one model at a time in memory
                     encoder = None
@@ -259,9 +260,10 @@ def _plan(
 
 def _heads(name: str, encoder: Encoder) -> M3Heads | None:
     from clpl_moe.retrieval.m3 import load_heads
+    from clpl_moe.retrieval.store import process
 
     heads = load_heads(name, encoder.model.config.hidden_size)
-    if heads is None:
+    if heads is None and process()[0] == 0:
         print(f"{name}: no sparse_linear.pt and colbert_linear.pt; it is evaluated by its dense embeddings only")
     return heads
 
