@@ -54,7 +54,7 @@ def undisturbed(start, tmp_path_factory):
     printed, errors = (process := start(output)).communicate()
     assert process.returncode == 0, errors
     assert f"0 of {SHARDS} shards found" in printed
-    assert sorted(path.name for path in (output / "ko").iterdir()) == ["metrics.json", "run.trec"]
+    assert sorted(path.name for path in (output / "ko").iterdir()) == ["metrics.json", "qrels.trec", "run.trec"]
     return result(output)
 
 

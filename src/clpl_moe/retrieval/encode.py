@@ -119,14 +119,14 @@ def embed(
     from clpl_moe.encoder.packing import can_pack
 
     if batch_tokens is None:
-        batch_tokens = 2048 if model.device.type == "cpu" else 16384
+        batch_tokens = default_batch_tokens(model)
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, found {batch_tokens}")
     sequences = texts.sequences
     embeddings = torch.empty(len(sequences), model.config.hidden_size)
     with _evaluation_mode(model), torch.inference_mode():
         pending: Callable[[], None] | None = None
-        for batch in _batches(sequences, batch_tokens, padded=not can_pack(model)):
+        for batch in batches(sequences, batch_tokens, padded=not can_pack(model)):
             try:
                 output = _embed(model, [sequences[i] for i in batch], settings, dtype)
             except torch.OutOfMemoryError:
@@ -163,6 +163,11 @@ def check_finite(embeddings: Tensor) -> None:
             f"the encoder gives NaN or infinite embeddings ({broken} of {len(embeddings)} texts): its"
             " weights are broken, or the precision is too low for them (try float32)"
         )
+
+
+def default_batch_tokens(model: PreTrainedModel) -> int:
+    """The tokens of a batch that suit the device where a model lies."""
+    return 2048 if model.device.type == "cpu" else 16384
 
 
 def compute_dtype(model: nn.Module, dtype: torch.dtype | None = None) -> torch.dtype:
@@ -237,7 +242,7 @@ def _tokenize(
     return sequences
 
 
-def _batches(sequences: list[np.ndarray], batch_tokens: int, padded: bool) -> Iterator[list[int]]:
+def batches(sequences: list[np.ndarray], batch_tokens: int, padded: bool) -> Iterator[list[int]]:
     """Indices of each batch, longest sequences first."""
     batch: list[int] = []
     tokens = 0
