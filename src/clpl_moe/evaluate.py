@@ -3,6 +3,9 @@
 For each language ``OUTPUT/<language>/`` (with several models ``OUTPUT/<model>/<language>/``) gets
 ``run.trec`` and ``metrics.json``. Results belong to the content of the model, the collection and the
 settings, never to a name: equal content is not computed again, other content in the same place is refused.
+
+The passages' embeddings lie on disk: an interrupted encoding goes on where it stopped, the search reads them in parts, and
+under ``torchrun`` each process encodes its share.
 """
 
 from __future__ import annotations
@@ -51,11 +54,14 @@ class EvaluateArguments:
 def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> list[dict[str, Any]]:
     """Evaluate every model on every language; returns the content of each ``metrics.json``, models outermost.
 
-    Everything that can be refused is refused before anything is encoded.
+    Everything that can be refused is refused before anything is encoded. Of several processes
+    (:func:`clpl_moe.retrieval.store.processes`) the first one writes; the others encode their part, and return nothing.
 
     Raises:
         UserError: a fault in a collection, no such model or metric, results of something else in the way.
     """
+    from clpl_moe.retrieval.store import cache_folder, encode_passages, process
+
     check_metrics(arguments.metrics)
     collections = {
         language: Collection.load(arguments.collection, language, arguments.split)
@@ -82,7 +88,11 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> list[
         if opened != name:  # one model at a time in memory
             encoder = None
             encoder, opened = open_encoder(name, encoding), name
-        results.append(_evaluate_one(name, encoder, collection, folder, key, arguments, encoding))
+        with cache_folder(encoding, beside=folder / ".embeddings") as cache:
+            if process()[0] > 0:  # not the one that writes
+                encode_passages(encoder, collection.passages, encoding, cache=cache, progress=False)
+            else:
+                results.append(_evaluate_one(name, encoder, collection, folder, key, arguments, encoding, cache))
     return results
 
 
@@ -140,6 +150,7 @@ def _evaluate_one(
     key: dict[str, Any],
     arguments: EvaluateArguments,
     encoding: EncodingArguments,
+    cache: Path,
 ) -> dict[str, Any]:
     from clpl_moe.retrieval.evaluation import evaluate_retrieval
 
@@ -158,6 +169,7 @@ def _evaluate_one(
         batch_tokens=encoding.batch_tokens,
         metrics=arguments.metrics,
         dtype=encoder.dtype,
+        cache=cache,
     )
     content = {
         "metrics": result.metrics,
@@ -170,7 +182,7 @@ def _evaluate_one(
         "judged_queries": len(collection.qrels),
         **key,
         "seconds": {step: round(seconds, 3) for step, seconds in result.seconds.items()},
-        "passages_per_second": round(len(collection.passages) / result.seconds["encode_passages"], 1),
+        "passages_per_second": round(result.encoded / result.seconds["encode_passages"], 1),
         "device": str(encoder.model.device),
         "versions": {
             "clpl_moe": __version__,
@@ -244,8 +256,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Retrieve from collections with one or more models; write run files and metrics.",
         argv=argv,
     )
-    results = evaluate(arguments, encoding)
-    print(format_table(results))
+    from clpl_moe.retrieval.store import processes
+
+    with processes() as first:
+        results = evaluate(arguments, encoding)
+    if first:
+        print(format_table(results))
 
 
 if __name__ == "__main__":
