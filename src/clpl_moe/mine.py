@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Mine hard negatives and the queries that they are known to answer: training data.",
         argv=argv,
     )
-    from clpl_moe.retrieval.store import cache_folder
+    from clpl_moe.retrieval.store import cache_folder, encode_passages, processes
 
     ranks = selection.sampling != "corpus"
     if arguments.reranker is not None and not ranks:
@@ -186,7 +186,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             trust_remote_code=encoding.trust_remote_code,
         )
     counts: Counter[str] = Counter()
-    with cache_folder(encoding, Path(f"{arguments.output}.cache")) as cache:
+    beside = Path(f"{arguments.output}.embeddings")
+    with processes() as first, cache_folder(encoding, beside) as cache:
+        if not first:  # it encodes its part, the first one does the rest
+            if ranks:
+                encode_passages(encoder, index.texts, encoding, cache=cache, progress=False)
+            return
         records = mine(
             encoder, collection, index, arguments, selection, encoding, counts, reranker=reranker, cache=cache
         )
