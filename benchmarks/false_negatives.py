@@ -10,15 +10,19 @@ question, or has the text of a positive; both without regard to case, punctuatio
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clpl_moe.mining.index import PassageIndex, comparable
-from clpl_moe.mining.select import MiningQuery, SelectionArguments, rank_passages, take
+from clpl_moe.mining.select import MiningQuery, Ranking, SelectionArguments, rank_passages, take
 from clpl_moe.prepare import main as prepare
 from clpl_moe.retrieval.collection import Collection, normalize_text
+from clpl_moe.retrieval.encode import model_fingerprint
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
 from common import benchmark_parser, pick_device, write_result
 
@@ -70,7 +74,11 @@ def measure(squad: Path, language: str, work: Path, encoder, encoding, negatives
     for query_id, text in zip(collection.query_ids, collection.queries):
         if relevant := index.relevant(collection.qrels.get(query_id, {})):
             queries.append(MiningQuery(query_id, text, relevant, index.answering(text)))
-    ranking = rank_passages(queries, index, _RANK_TO, encoder=encoder, encoding=encoding, cache=work / "embeddings")
+    ranked = work / f"{language}-ranking.pt"
+    if not ranked.exists():
+        ranking = rank_passages(queries, index, _RANK_TO, encoder=encoder, encoding=encoding, cache=work / "embeddings")
+        torch.save(dataclasses.asdict(ranking), ranked)
+    ranking = Ranking(**torch.load(ranked))
     forms = [comparable(text) for text in index.texts]
 
     def holds(place: int, query: MiningQuery) -> bool:
@@ -114,15 +122,21 @@ def main() -> None:
     parser = benchmark_parser(__doc__, "false_negatives.json")
     parser.add_argument("--squad", type=Path, nargs="+", required=True, help="files in SQuAD's shape")
     parser.add_argument("--languages", nargs="+", required=True, help="a name for each of them")
-    parser.add_argument("--work", type=Path, default=Path("runs/false_negatives"), help="collections and embeddings")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/false_negatives"),
+        help="folder for collections, embeddings and rankings, so that other settings take seconds; empty it for other data",
+    )
     parser.add_argument("--negatives", type=int, default=8)
     parser.add_argument("--query_max_len", type=int, default=64)
     parser.add_argument("--passage_max_len", type=int, default=256)
     args = parser.parse_args()
     encoding = EncodingArguments(args.query_max_len, args.passage_max_len)
     encoder = open_encoder(args.model, encoding)
+    work = args.work / model_fingerprint(encoder.model, encoder.tokenizer)[:16]
     results = {
-        language: measure(squad, language, args.work, encoder, encoding, args.negatives)
+        language: measure(squad, language, work, encoder, encoding, args.negatives)
         for squad, language in zip(args.squad, args.languages, strict=True)
     }
     rows = []
