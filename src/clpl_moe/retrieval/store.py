@@ -79,7 +79,7 @@ class EmbeddingShards:
 
     def has(self, number: int) -> bool:
         """Whether a shard's file is there and whole."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, EOFError):
             found = np.load(self.file(number), mmap_mode="r")
             return found.dtype == np.float16 and found.shape == (len(self.rows(number)), self.shape[1])
         return False
