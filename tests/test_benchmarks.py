@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from clpl_moe.mining.select import Ranking
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import common
 import corpus
+import false_negatives
 import scaling
 import table
 
@@ -98,3 +101,41 @@ def test_the_peak_of_a_command_is_its_own_and_a_kill_is_told(tmp_path, monkeypat
     assert held.sum() > 0
     with pytest.raises(RuntimeError, match="ended with code 1"):
         corpus.run_command(["no_such_module"])
+
+
+def test_false_negatives_are_those_that_hold_the_answer(tmp_path, monkeypatch):
+    contexts = [
+        "The tower is of 1889.",
+        "A bridge; it has stood since 1889!",
+        "No year stands here.",
+        "Nor here, 1932.",
+    ]
+    questions = [
+        {"id": f"q{i}", "question": f"Which year, {i}?", "answers": [{"text": text, "answer_start": 0}]}
+        for i, text in enumerate(["1889.", "SINCE  1889", "year", "1932"])
+    ]
+    paragraphs = [{"context": c, "qas": [q]} for c, q in zip(contexts, questions)]
+    squad = tmp_path / "squad.json"
+    squad.write_text(json.dumps({"data": [{"title": str(i), "paragraphs": [p]} for i, p in enumerate(paragraphs)]}))
+    squad_of = {c: i for i, c in enumerate(contexts)}
+
+    def rank(queries, index, *_, **__):
+        """The higher the number of a passage, the more similar; positives at 0.9."""
+        order = sorted(range(len(index)), key=lambda place: -squad_of[index.texts[place]])
+        scores = [0.1 * (squad_of[index.texts[place]] + 5) for place in order]
+        shape = (len(queries), 1)
+        places = torch.tensor([order]).repeat(shape)
+        return Ranking(torch.tensor([scores]).repeat(shape), places, [[0.65] for _ in queries])
+
+    monkeypatch.setattr(false_negatives, "rank_passages", rank)
+    stock = false_negatives.prepare
+    monkeypatch.setattr(false_negatives, "prepare", lambda argv: stock([*argv, "--dev_share", "0"]))
+    result = false_negatives.measure(squad, "ko", tmp_path / "work", None, None, negatives=3)
+    assert (result["queries"], result["positives_with_answer"]) == (4, 1.0)
+    # Of 12 negatives: the bridge holds 1889, the third one's answer stands in no other.
+    found = result["settings"]["top, no limit"]
+    assert (found["negatives"], found["false"], found["queries_without_negatives"]) == (12, 1, 0.0)
+    # At most 0.65: passages 0 (0.5) and 1 (0.6).
+    found = result["settings"]["top, at most 100%"]
+    assert (found["negatives"], found["false"]) == (6, 1)
+    assert found["queries_with_fewer"] == 1.0
