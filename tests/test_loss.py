@@ -38,6 +38,8 @@ def formula(
     penalty_weight,
     in_batch_negatives,
     false_negative_margin,
+    penalty="cosine",
+    symmetric_weight=0.0,
 ):
     """The definition of the loss, one query and one pair at a time; returns its terms."""
     group = len(passages) // len(query)
@@ -45,26 +47,32 @@ def formula(
     def sim(a, b):
         return a.dot(b) / (a.norm() * b.norm())
 
-    losses, contrastives, penalties = [], [], []
-    for i, q in enumerate(query):
-        positive = i * group
-        candidates = range(len(passages)) if in_batch_negatives else range(positive, positive + group)
-        numerator = torch.exp(sim(q, passages[positive]) / temperature)
+    def cross_entropy(q, target):
+        """Of a query to find the passage of row ``target``."""
+        first = target // group * group
+        candidates = range(len(passages)) if in_batch_negatives else range(first, first + group)
+        numerator = torch.exp(sim(q, passages[target]) / temperature)
         denominator = numerator
         for row in candidates:
-            if row == positive:
+            if row == target:
                 continue
-            if passage_ids is not None and passage_ids[row] == passage_ids[positive]:
+            if passage_ids is not None and passage_ids[row] == passage_ids[target]:
                 continue
             similarity = sim(q, passages[row])
             limit = math.inf if false_negative_margin is None else false_negative_margin
-            if similarity > sim(q, passages[positive]) + limit:
+            if similarity > sim(q, passages[target]) + limit:
                 continue
             denominator = denominator + torch.exp(similarity / temperature)
-        contrastive = -torch.log(numerator / denominator)
+        return -torch.log(numerator / denominator)
+
+    losses, contrastives, penalties, symmetrics = [], [], [], []
+    answers = [(i * group, q) for i, q in enumerate(query)] + list(zip(negative_index.tolist(), negative_queries))
+    for i, q in enumerate(query):
+        positive = i * group
+        contrastive = cross_entropy(q, positive)
         pairs = [
-            1 - sim(passages[row], negative_queries[m])
-            for m, row in enumerate(negative_index.tolist())
+            1 - sim(passages[row], own) if penalty == "cosine" else cross_entropy(own, row)
+            for row, own in zip(negative_index.tolist(), negative_queries)
             if row // group == i
         ]
         contrastives.append(contrastive)
@@ -73,8 +81,16 @@ def formula(
             losses.append((1 - penalty_weight) * contrastive + penalty_weight * penalties[-1])
         else:
             losses.append(contrastive)
-    penalty = sum(penalties) / len(penalties) if penalties else torch.zeros(())
-    return sum(losses) / len(losses), sum(contrastives) / len(contrastives), penalty
+        numerator = torch.exp(sim(q, passages[positive]) / temperature)
+        others = [
+            torch.exp(sim(other, passages[positive]) / temperature)
+            for row, other in answers
+            if row != positive and (passage_ids is None or passage_ids[row] != passage_ids[positive])
+        ]
+        symmetrics.append(-torch.log(numerator / (numerator + sum(others))))
+    mean_penalty = sum(penalties) / len(penalties) if penalties else torch.zeros(())
+    loss = sum(losses) / len(losses) + symmetric_weight * sum(symmetrics) / len(symmetrics)
+    return loss, sum(contrastives) / len(contrastives), mean_penalty
 
 
 @pytest.mark.parametrize("moe", [None, "intermediate", "output"])
@@ -112,6 +128,8 @@ def test_equals_the_formula_on_ragged_batches(data):
         "penalty_weight": data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]), "penalty_weight"),
         "in_batch_negatives": data.draw(st.booleans(), "in_batch_negatives"),
         "false_negative_margin": data.draw(st.sampled_from([None, -0.1, 0.0, 0.3]), "margin"),
+        "penalty": data.draw(st.sampled_from(["cosine", "contrastive"]), "penalty"),
+        "symmetric_weight": data.draw(st.sampled_from([0.0, 0.5]), "symmetric_weight"),
     }
     terms = CLPLLoss(**options)(**inputs)
     expected = formula(**inputs, **options)
@@ -126,8 +144,11 @@ def test_equals_the_formula_on_ragged_batches(data):
 
 @pytest.mark.parametrize("in_batch_negatives", [True, False])
 @pytest.mark.parametrize("false_negative_margin", [None, 0.1])
-def test_gradients_are_the_derivatives(in_batch_negatives, false_negative_margin):
-    loss = CLPLLoss(0.5, 0.3, in_batch_negatives=in_batch_negatives, false_negative_margin=false_negative_margin)
+@pytest.mark.parametrize("extra", [{}, {"penalty": "contrastive", "symmetric_weight": 0.5}])
+def test_gradients_are_the_derivatives(in_batch_negatives, false_negative_margin, extra):
+    loss = CLPLLoss(
+        0.5, 0.3, in_batch_negatives=in_batch_negatives, false_negative_margin=false_negative_margin, **extra
+    )
     inputs = make_batch(2, 3, (1, 1, 4), 3, torch.float64)
     index, ids = inputs.pop("negative_index"), torch.tensor([0, 1, 2, 3, 0, 4])
 
@@ -278,6 +299,9 @@ def test_penalty_weight_can_be_scheduled():
         ({"penalty_weight": 1.1}, "choose a number from 0 to 1"),
         ({"penalty_weight": math.nan}, "penalty_weight is nan"),
         ({"false_negative_margin": math.nan}, "false_negative_margin is nan"),
+        ({"penalty": "cos"}, "choose one of cosine, contrastive"),
+        ({"symmetric_weight": -1}, "symmetric_weight is -1"),
+        ({"symmetric_weight": math.inf}, "symmetric_weight is inf"),
         ({"gather_across_devices": True, "in_batch_negatives": False}, "set in_batch_negatives=True"),
     ],
 )
@@ -311,6 +335,10 @@ def test_forward_refuses_what_does_not_fit(changes, message):
 # Two processes with different numbers of pairs, and with ids that are equal across them.
 BATCH, GROUP = 3, 2
 PAIRS = [(1, 1, 5), (3,)]
+OPTIONS = [
+    {"temperature": 0.1, "penalty_weight": 0.3, "false_negative_margin": 0.2, "penalty": penalty}
+    for penalty in ("cosine", "contrastive")
+]
 
 
 class Projection(torch.nn.Module):
@@ -336,10 +364,8 @@ def gradients_of_one_process(rank):
     embeddings, index, ids = part_of(rank)
     parallel = DistributedDataParallel(model)
     query, passages, negative_queries = parallel(*embeddings)
-    terms = CLPLLoss(0.1, 0.3, false_negative_margin=0.2, gather_across_devices=True)(
-        query, passages, negative_queries, index, ids
-    )
-    terms.loss.backward()
+    losses = [CLPLLoss(**options, gather_across_devices=True) for options in OPTIONS]
+    sum(loss(query, passages, negative_queries, index, ids).loss for loss in losses).backward()
     with torch.no_grad():  # as in evaluation: nothing needs a gradient
         query, passages, _ = model(*embeddings)
         without = CLPLLoss(gather_across_devices=True)(query, passages).loss
@@ -353,9 +379,8 @@ def test_gradients_of_two_processes_are_those_of_the_joint_batch(tmp_path):
     index = torch.cat([parts[0][1], parts[1][1] + BATCH * GROUP])
     model = Projection()
     query, passages, negative_queries = model(*joint)
-    loss = CLPLLoss(0.1, 0.3, false_negative_margin=0.2)
-    terms = loss(query, passages, negative_queries, index, torch.cat([parts[0][2], parts[1][2]]))
-    terms.loss.backward()
+    ids = torch.cat([parts[0][2], parts[1][2]])
+    sum(CLPLLoss(**options)(query, passages, negative_queries, index, ids).loss for options in OPTIONS).backward()
     for gradients, _ in results:
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad)

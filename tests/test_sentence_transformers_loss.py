@@ -55,7 +55,15 @@ def expected_terms(model, names, **options):
 
 
 @pytest.mark.parametrize("columns", [4, 6, 8])
-@pytest.mark.parametrize("options", [{}, {"in_batch_negatives": False}, {"false_negative_margin": 0.05}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"in_batch_negatives": False},
+        {"false_negative_margin": 0.05},
+        {"penalty": "contrastive", "symmetric_weight": 0.5},
+    ],
+)
 def test_equals_the_loss_of_the_embeddings(model, columns, options):
     names = list(COLUMNS)[:columns]
     loss = SentenceTransformerCLPLLoss(model, 0.1, 0.3, num_negatives=2, **options)

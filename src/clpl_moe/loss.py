@@ -5,22 +5,29 @@ For a query *i* with a positive passage, hard negatives and, optionally, other p
 1. ``CL_i`` is the cross entropy of the query's cosine similarities to these passages, divided by a temperature.
 2. ``PEN_i`` is the mean, over the pairs of a hard negative of *i* and a query that this negative does answer, of one
    minus their cosine similarity. It keeps a negative near its own queries while the contrastive term pushes it away.
+   With ``penalty="contrastive"`` it is the mean of these pairs' own cross entropy instead: each such query has to find its
+   passage among the batch's, as query *i* has to, which is one more training example for every pair.
 3. ``CLPL_i = (1 - λ) · CL_i + λ · PEN_i``; where *i* has no such pair, ``CLPL_i = CL_i``.
-4. The loss is the mean over the queries.
+4. The loss is the mean over the queries, plus, where asked for, γ times the mean cross entropy of the positives'
+   similarities to all queries of the batch (each positive has to find its query).
 
 Source: J. Yu, "Efficient fine-tuning methodology of text embedding models for information retrieval: contrastive
-learning penalty (CLP)", arXiv:2412.17364, equation 3, with the mean of its published implementation.
+learning penalty (CLP)", arXiv:2412.17364, equation 3, with the mean of its published implementation. The contrastive penalty is this project's; the
+direction from passage to query is that of Z. Li et al., arXiv:2308.03281, section 3.3.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Penalty = Literal["cosine", "contrastive"]
 
 
 @dataclass
@@ -35,6 +42,7 @@ class CLPLOutput:
         negative_similarity: mean cosine of a query and its own negatives (detached); None where groups have none.
         negative_query_similarity: mean cosine of a negative and the queries that it answers, the drift that the
             penalty is there to stop (detached); None where the batch has no such query.
+        symmetric: mean cross entropy from positives to queries; None without ``symmetric_weight``.
     """
 
     loss: Tensor
@@ -43,6 +51,24 @@ class CLPLOutput:
     positive_similarity: Tensor
     negative_similarity: Tensor | None = None
     negative_query_similarity: Tensor | None = None
+    symmetric: Tensor | None = None
+
+
+@dataclass
+class _Candidates:
+    """The passages that queries have to choose from.
+
+    Attributes:
+        passages: (P, D), those of all processes where gathered.
+        offset: where this process's begin.
+        ids: (P,), equal for equal texts, or None.
+        group: passages of each query.
+    """
+
+    passages: Tensor
+    offset: int
+    ids: Tensor | None
+    group: int
 
 
 class CLPLLoss(nn.Module):
@@ -58,6 +84,9 @@ class CLPLLoss(nn.Module):
         gather_across_devices: whether the passages of all processes count as negatives. Gradients are such that,
             averaged over the processes as DistributedDataParallel does, they equal those of one process on the joint
             batch. Every process needs the same number of passages. Needs ``in_batch_negatives``.
+        penalty: ``"cosine"``, the paper's, or ``"contrastive"``: the queries that a negative answers have to find it
+            among the same passages, at the same temperature, as the batch's queries their positives.
+        symmetric_weight: γ, the weight of the term from positives to the queries of this process; 0 leaves it out.
 
     Inputs:
         See :meth:`forward`.
@@ -88,6 +117,8 @@ class CLPLLoss(nn.Module):
         false_negative_margin: float | None = None,
         normalize: bool = True,
         gather_across_devices: bool = False,
+        penalty: Penalty = "cosine",
+        symmetric_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
@@ -105,17 +136,24 @@ class CLPLLoss(nn.Module):
                 "gather_across_devices adds other processes' passages as negatives, in_batch_negatives=False forbids"
                 " even this process's own: set in_batch_negatives=True"
             )
+        if penalty not in get_args(Penalty):
+            raise ValueError(f"penalty is {penalty!r}: choose one of {', '.join(get_args(Penalty))}")
+        if not (isinstance(symmetric_weight, (int, float)) and 0 <= symmetric_weight < math.inf):
+            raise ValueError(f"symmetric_weight is {symmetric_weight}: choose a finite number, 0 or above")
         self.temperature = float(temperature)
         self.penalty_weight = float(penalty_weight)
         self.in_batch_negatives = in_batch_negatives
         self.false_negative_margin = false_negative_margin
         self.normalize = normalize
         self.gather_across_devices = gather_across_devices
+        self.penalty = penalty
+        self.symmetric_weight = float(symmetric_weight)
 
     def extra_repr(self) -> str:
         return (
             f"temperature={self.temperature}, penalty_weight={self.penalty_weight},"
-            f" in_batch_negatives={self.in_batch_negatives}, false_negative_margin={self.false_negative_margin}"
+            f" in_batch_negatives={self.in_batch_negatives}, false_negative_margin={self.false_negative_margin},"
+            f" penalty={self.penalty}, symmetric_weight={self.symmetric_weight}"
         )
 
     def forward(
@@ -143,54 +181,84 @@ class CLPLLoss(nn.Module):
         dtype = torch.promote_types(torch.promote_types(query.dtype, passages.dtype), torch.float32)
         with torch.autocast(query.device.type, enabled=False):
             query, passages = self._prepare(query, dtype), self._prepare(passages, dtype)
-            contrastive, own = self._contrastive(query, passages, passage_ids)  # (B,), (B, G)
+            batch, group = query.shape[0], passages.shape[0] // query.shape[0]
+            positives = torch.arange(batch, device=query.device) * group  # (B,) their rows
+            candidates = self._candidates(passages, passage_ids, group)
+            own = torch.einsum("bd,bgd->bg", query, passages.view(batch, group, -1))
+            contrastive = self._cross_entropy(query, positives, candidates)  # (B,)
             losses = contrastive
             penalty = contrastive.new_zeros(())
             pair_similarity = None
+            queries, answers = query, positives
             if negative_queries is not None and negative_queries.shape[0] > 0:
-                pair_similarity = (passages[negative_index] * self._prepare(negative_queries, dtype)).sum(-1)  # (M,)
-                owner = negative_index // own.shape[1]  # (M,) the query whose negative this is
+                negative_queries = self._prepare(negative_queries, dtype)
+                queries, answers = torch.cat([query, negative_queries]), torch.cat([positives, negative_index])
+                pair_similarity = (passages[negative_index] * negative_queries).sum(-1)  # (M,)
+                if self.penalty == "cosine":
+                    pair_penalty = 1 - pair_similarity
+                else:
+                    pair_penalty = self._cross_entropy(negative_queries, negative_index, candidates)
+                owner = negative_index // group  # (M,) the query whose negative this is
                 zeros = torch.zeros_like(contrastive)
-                pairs = zeros.index_add(0, owner, torch.ones_like(pair_similarity))
-                penalties = zeros.index_add(0, owner, 1 - pair_similarity) / pairs.clamp(min=1)
+                pairs = zeros.index_add(0, owner, torch.ones_like(pair_penalty))
+                penalties = zeros.index_add(0, owner, pair_penalty) / pairs.clamp(min=1)
                 has_pair = pairs > 0
                 mixed = (1 - self.penalty_weight) * contrastive + self.penalty_weight * penalties
                 losses = torch.where(has_pair, mixed, contrastive)
                 penalty = penalties.sum() / has_pair.sum()
+            loss, symmetric = losses.mean(), None
+            if self.symmetric_weight:
+                symmetric = self._symmetric(queries, answers, passages[positives], passage_ids)
+                loss = loss + self.symmetric_weight * symmetric
             return CLPLOutput(
-                loss=losses.mean(),
+                loss=loss,
                 contrastive=contrastive.mean(),
                 penalty=penalty,
                 positive_similarity=own[:, 0].detach().mean(),
-                negative_similarity=own[:, 1:].detach().mean() if own.shape[1] > 1 else None,
+                negative_similarity=own[:, 1:].detach().mean() if group > 1 else None,
                 negative_query_similarity=None if pair_similarity is None else pair_similarity.detach().mean(),
+                symmetric=symmetric,
             )
 
     def _prepare(self, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
         embeddings = embeddings.to(dtype)
         return F.normalize(embeddings, dim=-1) if self.normalize else embeddings
 
-    def _contrastive(self, query: Tensor, passages: Tensor, passage_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``CL_i`` (B,) and the similarities of each query to its own group (B, G)."""
-        batch, group = query.shape[0], passages.shape[0] // query.shape[0]
-        own = torch.einsum("bd,bgd->bg", query, passages.view(batch, group, -1))
+    def _candidates(self, passages: Tensor, passage_ids: Tensor | None, group: int) -> _Candidates:
+        offset = 0
+        if self.gather_across_devices:
+            passages, offset = gather_rows(passages)
+            if passage_ids is not None:
+                passage_ids, _ = gather_rows(passage_ids)
+        return _Candidates(passages, offset, passage_ids, group)
+
+    def _cross_entropy(self, queries: Tensor, rows: Tensor, candidates: _Candidates) -> Tensor:
+        """(M,) cross entropy of ``queries`` (M, D) each to find the passage of its row (M,) among the candidates."""
+        passages, ids, group = candidates.passages, candidates.ids, candidates.group
         if self.in_batch_negatives:
-            offset = 0
-            if self.gather_across_devices:
-                passages, offset = gather_rows(passages)
-                if passage_ids is not None:
-                    passage_ids, _ = gather_rows(passage_ids)
-            similarities = query @ passages.T  # (B, P), P = B·G, times the processes where gathered
-            target = offset + torch.arange(batch, device=query.device) * group
-            ids = None if passage_ids is None else passage_ids.expand(batch, -1)
+            similarities = queries @ passages.T  # (M, P)
+            target = candidates.offset + rows
+            ids = None if ids is None else ids.expand(len(queries), -1)
         else:
-            similarities = own
-            target = torch.zeros(batch, dtype=torch.long, device=query.device)
-            ids = None if passage_ids is None else passage_ids.view(batch, group)
+            owner = rows // group
+            similarities = torch.einsum("md,mgd->mg", queries, passages.view(-1, group, passages.shape[-1])[owner])
+            target = rows % group
+            ids = None if ids is None else ids.view(-1, group)[owner]
         ignored = self._false_negatives(similarities.detach(), target, ids)
         if ignored is not None:
             similarities = similarities.masked_fill(ignored, -torch.inf)
-        return F.cross_entropy(similarities / self.temperature, target, reduction="none"), own
+        return F.cross_entropy(similarities / self.temperature, target, reduction="none")
+
+    def _symmetric(self, queries: Tensor, answers: Tensor, positives: Tensor, passage_ids: Tensor | None) -> Tensor:
+        """Mean cross entropy of positives (B, D), each to find its query, the one of the same place, among all queries.
+
+        ``answers`` holds the row of the passage that answers each query. Queries of a passage of the same text are left out.
+        """
+        target = torch.arange(len(positives), device=positives.device)
+        text = answers if passage_ids is None else passage_ids[answers]  # one number for each text
+        same = (text == text[target].unsqueeze(1)).scatter(1, target.unsqueeze(1), False)
+        similarities = (positives @ queries.T).masked_fill(same, -torch.inf)  # (B, B + M)
+        return F.cross_entropy(similarities / self.temperature, target)
 
     def _false_negatives(self, similarities: Tensor, target: Tensor, ids: Tensor | None) -> Tensor | None:
         """Mask (B, P) of the passages that are probably relevant too; never the positive itself."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clpl_moe.loss import CLPLLoss
+from clpl_moe.loss import CLPLLoss, Penalty
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -27,7 +27,7 @@ class SentenceTransformerCLPLLoss(nn.Module):
         in_batch_negatives: whether the passages of the batch's other queries count as negatives too. Passages
             of the same text as a query's positive never do.
         false_negative_margin: as in :class:`~clpl_moe.loss.CLPLLoss`.
-        gather_across_devices: as in :class:`~clpl_moe.loss.CLPLLoss`.
+        gather_across_devices, penalty, symmetric_weight: as in :class:`~clpl_moe.loss.CLPLLoss`.
 
     Requirements:
         1. A text model: the empty texts and the equal ones are told by their tokens.
@@ -75,6 +75,8 @@ class SentenceTransformerCLPLLoss(nn.Module):
         in_batch_negatives: bool = True,
         false_negative_margin: float | None = None,
         gather_across_devices: bool = False,
+        penalty: Penalty = "cosine",
+        symmetric_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if not isinstance(num_negatives, int) or num_negatives < 0:
@@ -88,6 +90,8 @@ class SentenceTransformerCLPLLoss(nn.Module):
             in_batch_negatives=in_batch_negatives,
             false_negative_margin=false_negative_margin,
             gather_across_devices=gather_across_devices,
+            penalty=penalty,
+            symmetric_weight=symmetric_weight,
         )
         preprocess = getattr(model, "preprocess", None) or model.tokenize  # the name before version 6
         self._empty = _token_ids(preprocess([query_prompt]))[0]
@@ -136,6 +140,8 @@ class SentenceTransformerCLPLLoss(nn.Module):
             "in_batch_negatives": self.loss.in_batch_negatives,
             "false_negative_margin": self.loss.false_negative_margin,
             "gather_across_devices": self.loss.gather_across_devices,
+            "penalty": self.loss.penalty,
+            "symmetric_weight": self.loss.symmetric_weight,
         }
 
     @property

@@ -142,6 +142,17 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     penalty_weight: float = field(
         default=0.1, metadata={"help": "λ: the penalty's share of the loss; 0 is the plain contrastive loss."}
     )
+    penalty: str = field(
+        default="cosine",
+        metadata={
+            "help": "The penalty: distance of negatives from their queries, as published, or contrastive: these queries have"
+            " to find the negatives among the step's passages.",
+            "choices": ["cosine", "contrastive"],
+        },
+    )
+    symmetric_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the term in which each positive has to find its query; 0: none."}
+    )
     in_batch_negatives: bool = field(
         default=True, metadata={"help": "Whether other queries' passages are negatives too."}
     )
@@ -295,6 +306,8 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             in_batch_negatives=self.in_batch_negatives,
             false_negative_margin=self.false_negative_margin,
             gather_across_devices=self.negatives_cross_device,
+            penalty=self.penalty,
+            symmetric_weight=self.symmetric_weight,
         )
         _check_numbers(self, balance_loss_weight=0, z_loss_weight=0)
 

@@ -90,6 +90,8 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
             in_batch_negatives=False,
             false_negative_margin=loss.false_negative_margin,
             normalize=loss.normalize,
+            penalty=loss.penalty,
+            symmetric_weight=loss.symmetric_weight,
         )
         self.mask_duplicates = mask_duplicates
         self.balance_loss_weight = balance_loss_weight
@@ -274,6 +276,7 @@ def _named_terms(output: CLPLOutput) -> dict[str, Tensor]:
         "positive_similarity": output.positive_similarity,
         "negative_similarity": output.negative_similarity,
         "negative_query_similarity": output.negative_query_similarity,
+        "symmetric": output.symmetric,
     }
     if output.negative_query_similarity is None:
         del terms["penalty"]  # absent rather than 0: a mean over steps is then one over the steps that have one

@@ -212,6 +212,8 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
                 false_negative_margin=training.false_negative_margin,
                 normalize=training.normalize_embeddings,
                 gather_across_devices=training.negatives_cross_device and training.world_size > 1,
+                penalty=training.penalty,
+                symmetric_weight=training.symmetric_weight,
             ),
             settings=self.settings,
             mask_duplicates=training.mask_duplicates,
