@@ -1,5 +1,10 @@
+import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import ir_measures
 import pytest
@@ -13,6 +18,8 @@ from clpl_moe.evaluate import _labels, main
 from clpl_moe.files import write_jsonl
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.evaluation import evaluate_retrieval
+from clpl_moe.retrieval.metrics import EVALUATION_METRICS, M3_SCORES, evaluate_run, read_trec_run
+from clpl_moe.retrieval.significance import compare
 
 TEXTS = [f"{a} {b}" for a in ("red", "blue", "green", "white") for b in ("house", "river", "stone", "cloud", "bird")]
 
@@ -45,6 +52,13 @@ def run(models, collections, output, languages=("ko",), **options):
     main(argv + [f"--{key}={value}" for key, value in options.items()])
 
 
+def table(printed):
+    """The words of each line of the table of results."""
+    lines = printed.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.split()[:1] == ["model"])
+    return [line.split() for line in lines[start : lines.index("", start)]]
+
+
 def changed_copy(model, folder):
     model, tokenizer = load_encoder(model)
     with torch.no_grad():
@@ -58,16 +72,18 @@ def changed_copy(model, folder):
 def test_files_and_table(tiny_encoder, collections, tmp_path, capsys):
     output = tmp_path / "out"
     run(tiny_encoder, collections, output, languages=("ko", "fa"))
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
-    assert lines[0] == ["model", "language", "queries", "nDCG@5", "nDCG@10", "R@100"]
+    lines = table(capsys.readouterr().out)
+    assert len(lines) == 4
+    assert lines[0] == ["model", "language", "queries", *EVALUATION_METRICS]
     values = {}
     for language, line in zip(("ko", "fa"), lines[1:]):
         content = json.loads((output / language / "metrics.json").read_text())
         collection = Collection.load(collections, language, "dev")
-        # The metrics are those of the run file.
+        # The metrics are those of the files.
         measures = [ir_measures.parse_measure(name) for name in content["metrics"]]
         trec = list(ir_measures.read_trec_run(str(output / language / "run.trec")))
-        expected = ir_measures.calc_aggregate(measures, collection.qrels, trec)
+        qrels = list(ir_measures.read_trec_qrels(str(output / language / "qrels.trec")))
+        expected = ir_measures.calc_aggregate(measures, qrels, trec)
         assert content["metrics"] == {str(m): value for m, value in expected.items()}
         assert len(trec) == 8 * len(collection.passages)
         assert line == [tiny_encoder.name, language, "8", *(f"{v:.4f}" for v in content["metrics"].values())]
@@ -89,14 +105,14 @@ def test_same_content_is_reused_wherever_it_lies(tiny_encoder, collections, tmp_
     output = tmp_path / "out"
     run(tiny_encoder, collections, output)
     before = (output / "ko" / "metrics.json").read_text()
-    table = capsys.readouterr().out.splitlines()[-1].split()
+    before_table = table(capsys.readouterr().out)
     shutil.copytree(tiny_encoder, tmp_path / "moved")
     shutil.copytree(collections, tmp_path / "moved data")
-    monkeypatch.setattr(evaluate_module, "_evaluate_one", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr(evaluate_module, "_evaluate_dense", lambda *a: pytest.fail("computed again"))
     run(tmp_path / "moved", tmp_path / "moved data", output, batch_tokens=99)
     printed = capsys.readouterr().out
     assert "not computed again" in printed
-    assert printed.splitlines()[-1].split() == ["moved", *table[1:]]
+    assert table(printed)[-1] == ["moved", *before_table[-1][1:]]
     assert (output / "ko" / "metrics.json").read_text() == before
 
 
@@ -153,7 +169,7 @@ def test_several_models(tiny_encoder, collections, tmp_path, capsys):
     first = shutil.copytree(tiny_encoder, tmp_path / "a" / "checkpoint-1")
     second = changed_copy(tiny_encoder, tmp_path / "b" / "checkpoint-1")
     run([first, second], collections, output)
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    rows = table(capsys.readouterr().out)[1:]
     assert [row[0] for row in rows] == ["a_checkpoint-1", "b_checkpoint-1"]
     contents = [json.loads((output / row[0] / "ko" / "metrics.json").read_text()) for row in rows]
     assert [content["model"] for content in contents] == [str(first), str(second)]
@@ -161,6 +177,240 @@ def test_several_models(tiny_encoder, collections, tmp_path, capsys):
     run(first, collections, tmp_path / "alone")
     alone = json.loads((tmp_path / "alone" / "ko" / "metrics.json").read_text())
     assert alone["metrics"] == contents[0]["metrics"]
+
+
+def read_csv(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_values_of_each_query(tiny_encoder, collections, tmp_path):
+    queries = collections / "ko" / "dev_queries.jsonl"
+    records = [json.loads(line) for line in queries.read_text().splitlines()]
+    records[3]["text"] = 'the "red", house\nof 한국어'
+    write_jsonl(queries, records[::-1])
+    (collections / "ko" / "dev_qrels.jsonl").write_text(
+        "".join(
+            f'{{"qid": "q{i}", "docid": "{d}", "relevance": {r}}}\n'
+            for i, d, r in [(3, "p3", 1), (1, "gone", 2), (2, "p2", 0)]
+        )
+    )
+    second = changed_copy(tiny_encoder, tmp_path / "second")
+    with pytest.warns(UserWarning, match="no relevant passage"):
+        run([tiny_encoder, second], collections, tmp_path / "out", languages=("fa", "ko"))
+    rows = read_csv(tmp_path / "out" / "per_query.csv")
+    assert [(row["language"], row["query_id"]) for row in rows[-3:]] == [("ko", "q3"), ("ko", "q2"), ("ko", "q1")]
+    assert len(rows) == 8 + 3  # the judged ones
+    assert rows[8]["query"] == records[3]["text"]
+    assert list(rows[0])[3:7] == ["nDCG@5 tiny", "nDCG@5 second", "nDCG@10 tiny", "nDCG@10 second"]
+    for label in ("tiny", "second"):
+        for language in ("fa", "ko"):
+            qrels = Collection.load(collections, language, "dev").qrels
+            ranked = read_trec_run(tmp_path / "out" / label / language / "run.trec")
+            means, per_query = evaluate_run(qrels, ranked, EVALUATION_METRICS)
+            own = [row for row in rows if row["language"] == language]
+            for name in EVALUATION_METRICS:
+                assert {row["query_id"]: float(row[f"{name} {label}"]) for row in own} == {
+                    query_id: values[name] for query_id, values in per_query.items()
+                }
+            content = json.loads((tmp_path / "out" / label / language / "metrics.json").read_text())
+            assert content["metrics"] == means
+    # A query without a relevant passage in the corpus, or at all.
+    assert {row["R@1000 tiny"] for row in rows[-2:]} == {"0.0"}
+
+
+def test_models_are_compared_pair_by_pair(tiny_encoder, collections, tmp_path, capsys):
+    output = tmp_path / "out"
+    models = [
+        tiny_encoder,
+        changed_copy(tiny_encoder, tmp_path / "b"),
+        shutil.copytree(tiny_encoder, tmp_path / "same"),
+    ]
+    run(models[0], collections, output)
+    assert not (output / "significance.json").exists()
+    assert set(read_csv(output / "per_query.csv")[0]) > {"nDCG@10 tiny"}
+    argv = [
+        "--model",
+        *map(str, models),
+        "--collection",
+        str(collections),
+        "--output",
+        str(output),
+        "--languages",
+        "ko",
+        "fa",
+    ]
+    argv += ["--passage_max_len", "100", "--dtype", "float32", "--compare_metric", "RR@10", "R@100"]
+    main(argv)
+    printed = capsys.readouterr().out
+    content = json.loads((output / "significance.json").read_text())
+    assert "randomisation test" in content["test"]
+    found = content["comparisons"]
+    names = [(c["language"], c["metric"], c["first"], c["second"]) for c in found]
+    pairs = [("tiny", "b"), ("tiny", "same"), ("b", "same")]
+    assert names == [(lang, m, *pair) for lang in ("ko", "fa") for m in ("RR@10", "R@100") for pair in pairs]
+    rows = [row for row in read_csv(output / "per_query.csv") if row["language"] == "ko"]
+    systems = {name: {row["query_id"]: float(row[f"RR@10 {name}"]) for row in rows} for name in ("tiny", "b", "same")}
+    expected = compare(systems)
+    for own, comparison in zip(found, expected):
+        assert {key: own[key] for key in ("difference", "better", "worse", "p", "p_holm")} == {
+            key: getattr(comparison, key) for key in ("difference", "better", "worse", "p", "p_holm")
+        }
+    assert found[1]["p"] == 1  # the same model
+    assert found[0]["worse"] > 0
+    lines = [line.split() for line in printed.splitlines() if line.startswith("b - tiny")]
+    assert lines[0][3:5] == ["ko", "RR@10"]
+    assert lines[0][-1] == f"{found[0]['p_holm']:.4f}"
+    # Again: nothing but the comparison is computed, and it comes out the same.
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    main(argv)
+    assert capsys.readouterr().out.count("not computed again") == 6
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_a_table_of_something_else_is_not_replaced(tiny_encoder, collections, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "per_query.csv").write_text("my,own,table\n")
+    with pytest.raises(SystemExit):
+        run(tiny_encoder, collections, tmp_path / "out")
+    assert "per_query.csv: found another file" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["per_query.csv"]
+
+
+def test_scores_of_the_heads(tiny_encoder, collections, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out"
+    run(tiny_encoder, collections, output)
+    dense = (output / "ko" / "run.trec").read_text()
+    # The dense run is there, so that only its first passages are encoded again.
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_module, "_evaluate_dense", lambda *a: pytest.fail("computed again"))
+        run(tiny_encoder, collections, output, m3_scores=True, rerank_top=5)
+    lines = table(capsys.readouterr().out.split("not computed again")[-1])
+    assert lines[0] == ["model", "score", "language", "queries", *EVALUATION_METRICS]
+    assert [line[1] for line in lines[1:]] == ["dense", *M3_SCORES]
+    assert (output / "ko" / "run.trec").read_text() == dense
+    first = {query_id: list(scores)[:5] for query_id, scores in read_trec_run(output / "ko" / "run.trec").items()}
+    content = json.loads((output / "ko" / "metrics.m3.json").read_text())
+    assert content["settings"]["m3_weights"] == [1.0, 0.3, 1.0]
+    qrels = Collection.load(collections, "ko", "dev").qrels
+    rankings = []
+    for line, score in zip(lines[2:], M3_SCORES):
+        ranked = read_trec_run(output / "ko" / f"run.{score}.trec")
+        assert {query_id: set(scores) for query_id, scores in ranked.items()} == {
+            q: set(ids) for q, ids in first.items()
+        }
+        metrics, _ = evaluate_run(qrels, ranked, EVALUATION_METRICS)
+        assert content["metrics"][score] == metrics
+        assert line[4:] == [f"{value:.4f}" for value in metrics.values()]
+        rankings.append([list(scores) for scores in ranked.values()])
+    assert rankings[0] != rankings[1] != rankings[3]
+    header = list(read_csv(output / "per_query.csv")[0])
+    assert header[3:8] == ["nDCG@5 tiny", *(f"nDCG@5 tiny {score}" for score in M3_SCORES)]
+    # Nothing twice, and nothing of something else replaced.
+    monkeypatch.setattr(evaluate_module, "_evaluate_heads", lambda *a: pytest.fail("computed again"))
+    run(tiny_encoder, collections, output, m3_scores=True, rerank_top=5)
+    with pytest.raises(SystemExit):
+        run(tiny_encoder, collections, output, m3_scores=True, rerank_top=6)
+    assert "metrics.m3.json: holds results of something else (other settings)" in capsys.readouterr().err
+    # Other dense results take the old scores away.
+    run(tiny_encoder, collections, output, overwrite=True, query_prompt="q ")
+    assert sorted(path.name for path in (output / "ko").iterdir()) == ["metrics.json", "qrels.trec", "run.trec"]
+
+
+def test_models_with_and_without_heads(tiny_encoder, collections, tmp_path, capsys):
+    bare = changed_copy(tiny_encoder, tmp_path / "bare")
+    with pytest.raises(SystemExit):
+        run(bare, collections, tmp_path / "out", m3_scores=True)
+    assert "no model has sparse and multi-vector heads" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    second = shutil.copytree(tiny_encoder, tmp_path / "second")
+    torch.manual_seed(1)
+    torch.save(torch.nn.Linear(32, 1).state_dict(), second / "sparse_linear.pt")
+    run([tiny_encoder, bare, second], collections, tmp_path / "out", m3_scores=True)
+    printed = capsys.readouterr().out
+    assert "bare: no sparse_linear.pt and colbert_linear.pt; it is evaluated by its dense embeddings only" in printed
+    assert [line[0] for line in table(printed)[1:]] == ["tiny"] * 5 + ["bare"] + ["second"] * 5
+    found = json.loads((tmp_path / "out" / "significance.json").read_text())["comparisons"]
+    pairs = [(c["score"], c["first"], c["second"]) for c in found]
+    expected = [("dense", "tiny", "bare"), ("dense", "tiny", "second"), ("dense", "bare", "second")]
+    assert pairs == expected + [(score, "tiny", "second") for score in M3_SCORES]
+    assert found[1]["p"] == 1
+    metrics = [json.loads((tmp_path / "out" / m / "ko" / "metrics.m3.json").read_text()) for m in ("tiny", "second")]
+    assert metrics[0]["metrics"]["multi-vec"] == metrics[1]["metrics"]["multi-vec"]
+    assert metrics[0]["heads_hash"] != metrics[1]["heads_hash"]
+
+
+def hub_of(folder, home):
+    """Puts a model folder into a hub cache, as a download would; its name."""
+    cache = home / "hub" / "models--someone--their-model"
+    shutil.copytree(folder, cache / "snapshots" / ("0" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    for name in ("modules.json", "config_sentence_transformers.json"):  # known not to be there
+        (cache / ".no_exist" / ("0" * 40)).mkdir(parents=True, exist_ok=True)
+        (cache / ".no_exist" / ("0" * 40) / name).touch()
+    return "someone/their-model"
+
+
+@pytest.mark.slow
+def test_every_kind_of_model_through_the_script(tiny_encoder, tiny_tokenizer, collections, tmp_path):
+    """A hub name, a stock folder with heads, a folder of ours and one of 2024, on a local collection without a network."""
+    from clpl_moe import MoEConfig, inject_moe, save_encoder
+    from encoder.test_load import config_2024, state_2024, stock_config, write_folder
+    from tiny import perturb_experts
+
+    encoder, _ = load_encoder(tiny_encoder)
+    encoder = inject_moe(encoder, MoEConfig(num_experts=2, router="topk_softmax"))
+    perturb_experts(encoder)
+    save_encoder(encoder, tiny_tokenizer, tmp_path / "ours")
+    config = config_2024("intermediate", 2, 1, **stock_config(encoder))
+    write_folder(tmp_path / "of-2024", config, state_2024(encoder, "intermediate"), tiny_tokenizer)
+    for folder in ("ours", "of-2024"):
+        for file in ("sparse_linear.pt", "colbert_linear.pt"):
+            shutil.copy(tiny_encoder / file, tmp_path / folder / file)
+    name = hub_of(tiny_encoder, tmp_path / "home")
+    root = Path(__file__).resolve().parents[1]
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "VENV": str(tmp_path / "venv"),
+        "COLLECTION": "data",
+        "OUTPUT": "results",
+        "PYTHONPATH": str(root / "src"),
+    }
+    # An environment that is ready: the script must not install one.
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "venv" / "bin" / "activate").write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
+    (tmp_path / "venv" / ".installed").touch()
+
+    def script(*arguments):
+        command = ["bash", str(root / "scripts" / "eval_miracl.sh"), *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    options = ["--passage_max_len", "100", "--dtype", "float32", "--m3_scores", "true"]
+    done = script(name, tiny_encoder, "ours", "of-2024", "--", "ko", "fa", *options)
+    assert done.returncode == 0, done.stderr
+    metrics = {
+        label: json.loads((tmp_path / "results" / label / "fa" / f"metrics{kind}.json").read_text())["metrics"]
+        for label in ("their-model", "tiny", "ours", "of-2024")
+        for kind in ("", ".m3")
+    }
+    assert metrics["their-model"] == metrics["tiny"]
+    assert metrics["ours"] == metrics["of-2024"] != metrics["tiny"]
+    assert "their-model" in done.stdout
+    # One model, and the languages that are there.
+    done = script("ours", "ko", "--passage_max_len", "100", "--output", tmp_path / "one", "--top_k", "3")
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "one" / "ko" / "run.trec").read_text().splitlines()) == 24
+    # Without languages, those of the project: hi is not in this collection.
+    done = script("ours")
+    assert done.returncode == 2
+    assert "data/hi: no such folder" in done.stderr
+    done = script()
+    assert done.returncode == 2
+    assert "usage: scripts/eval_miracl.sh" in done.stderr
 
 
 def test_labels():
@@ -238,6 +488,9 @@ def test_result_of_the_function(tiny_encoder, collections):
         ({"split": "test"}, "the splits here are dev"),
         ({"dtype": "float16"}, "dtype"),
         ({"pooling": "max"}, "pooling"),
+        ({"compare_metric": "P@5"}, "--compare_metric: found P@5, expected some of --metrics: nDCG@5"),
+        ({"rerank_top": 0}, "--rerank_top: found 0"),
+        ({"m3_weights": "1"}, "--m3_weights: found 1.0, expected three"),
         ({"metric": "AP"}, "did you mean 'metrics'?"),
     ],
 )

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from clpl_moe.errors import UserError, at
 
@@ -20,20 +20,26 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         UserError: the file is missing, empty or unreadable, a line is not UTF-8, not JSON or not an object.
     """
+    for number, _, record in read_jsonl_places(path):
+        yield number, record
+
+
+def read_jsonl_places(path: str | Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Like :func:`read_jsonl`: line number, the byte where the line begins, and object."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{at(path)}: no such file" if not path.exists() else f"{at(path)}: not a file")
-    empty = True
+    empty, start = True, 0
     try:
         file = path.open("rb")
     except OSError as error:
         raise UserError(f"{at(path)}: cannot be read ({error.strerror})") from None
     with file:
         for number, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            empty = False
-            yield number, parse_line(path, number, raw)
+            if raw.strip():
+                empty = False
+                yield number, start, parse_line(path, number, raw)
+            start += len(raw)
     if empty:
         raise UserError(f"{at(path)}: the file is empty, expected one JSON object a line")
 
@@ -113,13 +119,13 @@ def refuse_unwritable(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_open(path: str | Path) -> Iterator[IO[str]]:
-    """A text file that gets its name only when the block ends well; until then ``path`` is untouched."""
+def atomic_open(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
+    """A file that gets its name only when the block ends well; until then ``path`` is untouched. Text is UTF-8."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, mode, encoding="utf-8" if mode == "w" else None) as file:
             yield file
         Path(name).chmod(0o666 & ~_umask())
         Path(name).replace(path)

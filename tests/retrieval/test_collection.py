@@ -31,8 +31,8 @@ def test_load(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         collection = Collection.load(tmp_path, "ko", "dev")
-    assert collection.passage_ids == ["p1", "p2", "p3"]
-    assert collection.passages == ["제목 본문", "no title", "padded"]
+    assert list(collection.passage_ids) == ["p1", "p2", "p3"]
+    assert list(collection.passages) == ["제목 본문", "no title", "padded"]
     assert collection.query_ids == ["q1", "q2"]
     assert collection.queries == ["하나", "둘"]
     assert collection.qrels == {"q1": {"p1": 1, "p2": 0}, "q2": {"p3": 2}}

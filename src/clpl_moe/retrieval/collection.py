@@ -2,20 +2,31 @@
 
 ``<dir>/<lang>/`` holds ``corpus.jsonl`` (``id``, ``title``, ``text``, optionally ``split``),
 ``{split}_queries.jsonl`` (``id``, ``text``) and ``{split}_qrels.jsonl`` (``qid``, ``docid``, ``relevance``).
+
+A corpus may be larger than the memory: its texts stay in the file, and what is kept of a passage is its id and the place of
+its line.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import operator
+import os
+import sys
 import unicodedata
 import warnings
-from collections.abc import Iterator
+import weakref
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
 
 from clpl_moe.errors import UserError, at
-from clpl_moe.files import read_jsonl
+from clpl_moe.files import read_jsonl, read_jsonl_places
 
 _MOST_RELEVANT = 1000  # trec_eval's arithmetic overflows far above it, without a word
 
@@ -29,7 +40,8 @@ class Collection:
         language: the language, which names the folder inside ``directory``.
         split: which queries, such as ``dev``.
         passage_ids: id of each passage.
-        passages: title and text of each passage, joined by a space, at the place of its id.
+        passages: title and text of each passage, joined by a space, at the place of its id. Of a loaded collection,
+            each is read from the file when it is asked for.
         query_ids: id of each query.
         queries: text of each query, at the place of its id.
         qrels: for each judged query, passage id -> relevance (above 0 is relevant).
@@ -40,8 +52,8 @@ class Collection:
     directory: Path
     language: str
     split: str
-    passage_ids: list[str] = field(repr=False)
-    passages: list[str] = field(repr=False)
+    passage_ids: Sequence[str] = field(repr=False)
+    passages: Sequence[str] = field(repr=False)
     query_ids: list[str] = field(repr=False)
     queries: list[str] = field(repr=False)
     qrels: dict[str, dict[str, int]] = field(repr=False)
@@ -65,11 +77,11 @@ class Collection:
             raise UserError(f"{at(folder)}: no such folder{_languages(directory)}")
         if not (folder / f"{split}_queries.jsonl").is_file():
             raise UserError(f"{at(folder / f'{split}_queries.jsonl')}: no such file{_splits(folder)}")
-        passage_ids, passages, reserved = _read_texts(folder / "corpus.jsonl", titles=True)
-        query_ids, queries, _ = _read_texts(folder / f"{split}_queries.jsonl", titles=False)
+        passage_ids, passages, reserved = _read_corpus(folder / "corpus.jsonl")
+        query_ids, queries = _read_queries(folder / f"{split}_queries.jsonl")
         qrels_path = folder / f"{split}_qrels.jsonl"
         qrels = _read_qrels(qrels_path, set(query_ids), folder / f"{split}_queries.jsonl")
-        _warn_of_gaps(qrels_path, qrels, query_ids, set(passage_ids))
+        _warn_of_gaps(qrels_path, qrels, query_ids, passage_ids)
         return cls(directory, language, split, passage_ids, passages, query_ids, queries, qrels, reserved)
 
     def fingerprint(self) -> str:
@@ -77,9 +89,7 @@ class Collection:
         digest = hashlib.sha256()
 
         def add(*words: str) -> None:
-            for word in words:
-                data = word.encode("utf-8", "surrogatepass")
-                digest.update(len(data).to_bytes(8, "little") + data)
+            add_texts(digest, words)
 
         for ids, texts in ((self.passage_ids, self.passages), (self.query_ids, self.queries)):
             add(str(len(ids)))
@@ -91,6 +101,78 @@ class Collection:
             for passage_id in sorted(judged):
                 add(passage_id, str(judged[passage_id]))
         return digest.hexdigest()
+
+
+class _LazyTexts(Sequence[str]):
+    """Strings that are made when they are asked for."""
+
+    def _get(self, place: int) -> str:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self._get(place) for place in range(*index.indices(len(self)))]
+        return self._get(range(len(self))[operator.index(index)])  # a range knows of negative and of missing places
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self._get, range(len(self)))
+
+
+class _PackedTexts(_LazyTexts):
+    """Short strings, one after another in memory: a list of them takes several times as much."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self._ends = array("q", [0])
+
+    def append(self, text: str) -> None:
+        self._bytes += text.encode()
+        self._ends.append(len(self._bytes))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def _get(self, place: int) -> str:
+        return self._bytes[self._ends[place] : self._ends[place + 1]].decode()
+
+
+class _CorpusTexts(_LazyTexts):
+    """The passages of a corpus file that was checked, read by the places of their lines.
+
+    Args:
+        path: the file. It is kept open, so that another one of its name changes nothing.
+        starts: the byte where each passage's line begins.
+    """
+
+    def __init__(self, path: Path, starts: array[int]) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self._starts = starts
+        self._end = os.fstat(self._file).st_size
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def _get(self, place: int) -> str:
+        start = self._starts[place]
+        end = self._starts[place + 1] if place + 1 < len(self) else self._end
+        try:
+            # Blank lines may follow. `loads` of bytes knows the byte-order mark.
+            return _passage_text(json.loads(os.pread(self._file, end - start, start).partition(b"\n")[0]))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{at(self._path)}: was changed while it was in use; start again") from None
+
+
+def add_texts(digest: hashlib._Hash, texts: Iterable[str]) -> None:
+    """Feed texts to a hash, each with its length, so that no two lists of texts feed the same."""
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
 
 
 def check_language(language: str) -> None:
@@ -119,26 +201,48 @@ def read_positive_queries(path: str | Path) -> Iterator[tuple[str, list[str]]]:
         yield docid, queries
 
 
-def _read_texts(path: Path, titles: bool) -> tuple[list[str], list[str], dict[str, str]]:
+def _read_corpus(path: Path) -> tuple[_PackedTexts, _CorpusTexts, dict[str, str]]:
+    ids, splits = _PackedTexts(), {}
+    starts, lines, hashes = array("q"), array("q"), array("q")
+    for line, start, record in read_jsonl_places(path):
+        identifier = _identifier(path, line, record, "id")
+        _get(path, line, record, "text", str, "a string")
+        if not isinstance(title := record.get("title") or "", str):
+            raise UserError(f"{at(path, line, 'title')}: found {_type(title)}, expected a string")
+        if record.get("split") is not None:
+            splits[identifier] = sys.intern(_get(path, line, record, "split", str, "a string"))
+        ids.append(identifier)
+        starts.append(start)
+        lines.append(line)
+        hashes.append(hash(identifier))
+    # Sorted hashes take a tenth of the memory of a dictionary of ids; what has equal ones is compared.
+    order = np.argsort(hashes, kind="stable")
+    ordered = np.asarray(hashes)[order]
+    pairs = np.flatnonzero(ordered[1:] == ordered[:-1])
+    twice = [(second, first) for first, second in zip(order[pairs], order[pairs + 1]) if ids[first] == ids[second]]
+    if twice:
+        second, first = min(twice)
+        raise UserError(f"{at(path, lines[second], 'id')}: '{ids[second]}' stands on line {lines[first]} already")
+    return ids, _CorpusTexts(path, starts), splits
+
+
+def _passage_text(record: dict[str, Any]) -> str:
+    return f"{record.get('title') or ''} {record['text']}".strip()  # as FlagEmbedding joins them
+
+
+def _read_queries(path: Path) -> tuple[list[str], list[str]]:
     lines: dict[str, int] = {}
     texts: list[str] = []
-    splits: dict[str, str] = {}
     for line, record in read_jsonl(path):
         identifier = _identifier(path, line, record, "id")
         if identifier in lines:
             raise UserError(f"{at(path, line, 'id')}: '{identifier}' stands on line {lines[identifier]} already")
         text = _get(path, line, record, "text", str, "a string")
-        if titles:
-            if not isinstance(title := record.get("title") or "", str):
-                raise UserError(f"{at(path, line, 'title')}: found {_type(title)}, expected a string")
-            text = f"{title} {text}".strip()  # as FlagEmbedding joins them
-            if record.get("split") is not None:
-                splits[identifier] = _get(path, line, record, "split", str, "a string")
-        elif not text.strip():
+        if not text.strip():
             raise UserError(f"{at(path, line, 'text')}: the query is empty")
         lines[identifier] = line
         texts.append(text)
-    return list(lines), texts, splits
+    return list(lines), texts
 
 
 def _read_qrels(path: Path, query_ids: set[str], queries_path: Path) -> dict[str, dict[str, int]]:
@@ -161,8 +265,11 @@ def _read_qrels(path: Path, query_ids: set[str], queries_path: Path) -> dict[str
     return qrels
 
 
-def _warn_of_gaps(path: Path, qrels: dict[str, dict[str, int]], query_ids: list[str], passage_ids: set[str]) -> None:
-    unknown = {p for judged in qrels.values() for p, grade in judged.items() if grade > 0 and p not in passage_ids}
+def _warn_of_gaps(
+    path: Path, qrels: dict[str, dict[str, int]], query_ids: list[str], passage_ids: Iterable[str]
+) -> None:
+    unknown = {passage_id for judged in qrels.values() for passage_id, grade in judged.items() if grade > 0}
+    unknown.difference_update(passage_ids)
     if unknown:
         warnings.warn(
             f"{path}: {len(unknown)} relevant passages are not in the corpus, such as '{min(unknown)}'; they"

@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -66,27 +67,66 @@ def encode(
     Raises:
         UserError: ``max_length`` is beyond the encoder's positions, or a batch does not fit in memory.
     """
+    label = {"query": "queries", "passage": "passages"}[kind]
+    check_length(model, kind, max_length)
+    tokenized = tokenize(
+        tokenizer, texts, settings=settings, kind=kind, max_length=max_length, label=label if progress else None
+    )
+    bar = tqdm(total=len(tokenized.sequences), desc=f"encode {label}", unit=kind, disable=not progress, leave=False)
+    with bar:
+        return embed(model, tokenized, settings=settings, batch_tokens=batch_tokens, dtype=dtype, on_batch=bar.update)
+
+
+@dataclass
+class TokenizedTexts:
+    """Texts as token ids.
+
+    Attributes:
+        sequences: the token ids of each distinct text, an int32 array each.
+        places: for each text its place in ``sequences``.
+    """
+
+    sequences: list[np.ndarray]
+    places: np.ndarray
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    settings: EmbeddingSettings,
+    kind: Literal["query", "passage"],
+    max_length: int,
+    label: str | None = None,
+) -> TokenizedTexts:
+    """The first half of :func:`encode`, whose arguments it takes; with a bar where that has a label."""
+    unique: dict[str, int] = {}
+    places = np.fromiter((unique.setdefault(text, len(unique)) for text in texts), dtype=np.int64)
+    prompt = (settings.query_prompt if kind == "query" else settings.passage_prompt) or ""
+    return TokenizedTexts(_tokenize(tokenizer, list(unique), prompt, max_length, label), places)
+
+
+def embed(
+    model: PreTrainedModel,
+    texts: TokenizedTexts,
+    *,
+    settings: EmbeddingSettings,
+    batch_tokens: int | None = None,
+    dtype: torch.dtype | None = None,
+    on_batch: Callable[[int], object] = lambda texts: None,
+) -> Tensor:
+    """The second half of :func:`encode`, which see; ``on_batch`` is told of so many distinct texts done."""
     from clpl_moe.encoder.packing import can_pack
 
-    limit = max_positions(model)
-    if limit is not None and max_length > limit:
-        raise UserError(f"a {kind} length of {max_length} tokens was asked for, the encoder takes {limit} at most")
     if batch_tokens is None:
-        batch_tokens = 2048 if model.device.type == "cpu" else 16384
-    if max_length < 1 or batch_tokens < 1:
-        raise ValueError(f"max_length and batch_tokens must be at least 1, found {max_length} and {batch_tokens}")
-    prompt = settings.query_prompt if kind == "query" else settings.passage_prompt
-    unique: dict[str, int] = {}
-    for text in texts:
-        unique.setdefault(text, len(unique))
-    label = {"query": "queries", "passage": "passages"}[kind]
-    sequences = _tokenize(tokenizer, list(unique), prompt or "", max_length, f"tokenize {label}", progress)
-    padded = not can_pack(model)
-    embeddings = torch.empty(len(unique), model.config.hidden_size)
-    bar = tqdm(total=len(unique), desc=f"encode {label}", unit=kind, disable=not progress, leave=False)
-    with bar, _evaluation_mode(model), torch.inference_mode():
+        batch_tokens = default_batch_tokens(model)
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens must be at least 1, found {batch_tokens}")
+    sequences = texts.sequences
+    embeddings = torch.empty(len(sequences), model.config.hidden_size)
+    with _evaluation_mode(model), torch.inference_mode():
         pending: Callable[[], None] | None = None
-        for batch in _batches(sequences, batch_tokens, padded):
+        for batch in batches(sequences, batch_tokens, padded=not can_pack(model)):
             try:
                 output = _embed(model, [sequences[i] for i in batch], settings, dtype)
             except torch.OutOfMemoryError:
@@ -99,12 +139,35 @@ def encode(
             if pending is not None:
                 pending()
             pending = _fetch(output, embeddings, batch)
-            bar.update(len(batch))
+            on_batch(len(batch))
         if pending is not None:
             pending()
-    if len(unique) == len(texts):
+    if len(sequences) == len(texts.places):
         return embeddings
-    return embeddings[torch.tensor([unique[text] for text in texts])]
+    return embeddings[torch.from_numpy(texts.places)]
+
+
+def check_length(model: nn.Module, kind: str, max_length: int) -> None:
+    """Raise :class:`UserError` where an encoder has no positions for texts of so many tokens."""
+    if max_length < 1:
+        raise ValueError(f"max_length must be at least 1, found {max_length}")
+    limit = max_positions(model)
+    if limit is not None and max_length > limit:
+        raise UserError(f"a {kind} length of {max_length} tokens was asked for, the encoder takes {limit} at most")
+
+
+def check_finite(embeddings: Tensor) -> None:
+    """Raise :class:`UserError` where an encoder gave NaN or infinite values: a ranking by them is noise."""
+    if broken := int((~torch.isfinite(embeddings).all(dim=1)).sum()):
+        raise UserError(
+            f"the encoder gives NaN or infinite embeddings ({broken} of {len(embeddings)} texts): its"
+            " weights are broken, or the precision is too low for them (try float32)"
+        )
+
+
+def default_batch_tokens(model: PreTrainedModel) -> int:
+    """The tokens of a batch that suit the device where a model lies."""
+    return 2048 if model.device.type == "cpu" else 16384
 
 
 def compute_dtype(model: nn.Module, dtype: torch.dtype | None = None) -> torch.dtype:
@@ -158,16 +221,11 @@ _CONFIG_KEYS_WITHOUT_EFFECT = {
 
 
 def _tokenize(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    prompt: str,
-    max_length: int,
-    label: str,
-    progress: bool,
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], prompt: str, max_length: int, label: str | None
 ) -> list[np.ndarray]:
     """The token ids of each text, an int32 array each."""
     sequences: list[np.ndarray] = []
-    with tqdm(total=len(texts), desc=label, unit="text", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(texts), desc=f"tokenize {label}", unit="text", disable=label is None, leave=False) as bar:
         for start in range(0, len(texts), _TOKENIZE_AT_ONCE):
             part = [prompt + text for text in texts[start : start + _TOKENIZE_AT_ONCE]]
             encoded = tokenizer(
@@ -184,7 +242,7 @@ def _tokenize(
     return sequences
 
 
-def _batches(sequences: list[np.ndarray], batch_tokens: int, padded: bool) -> Iterator[list[int]]:
+def batches(sequences: list[np.ndarray], batch_tokens: int, padded: bool) -> Iterator[list[int]]:
     """Indices of each batch, longest sequences first."""
     batch: list[int] = []
     tokens = 0

@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from clpl_moe.errors import UserError
 from clpl_moe.retrieval.collection import Collection
-from clpl_moe.retrieval.encode import encode
+from clpl_moe.retrieval.encode import check_finite, compute_dtype, encode
 from clpl_moe.retrieval.metrics import DEFAULT_METRICS, check_metrics, evaluate_run
+from clpl_moe.retrieval.options import Encoder, EncodingArguments
 from clpl_moe.retrieval.search import search
+from clpl_moe.retrieval.store import EmbeddingShards, encode_passages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,12 +32,14 @@ class RetrievalResult:
         per_query: query id -> metric -> value, for each judged query.
         run: query id -> passage id -> score, best first, for each query of the collection.
         seconds: time spent, by step: ``encode_passages``, ``encode_queries``, ``search``, ``score``.
+        encoded: how many passages were encoded by this process; others were found on disk or are another's.
     """
 
     metrics: dict[str, float]
     per_query: dict[str, dict[str, float]] = field(repr=False)
     run: dict[str, dict[str, float]] = field(repr=False)
     seconds: dict[str, float] = field(default_factory=dict, repr=False)
+    encoded: int = 0
 
 
 def evaluate_retrieval(
@@ -50,6 +54,7 @@ def evaluate_retrieval(
     batch_tokens: int | None = None,
     metrics: Sequence[str] = DEFAULT_METRICS,
     dtype: torch.dtype | None = None,
+    cache: Path | None = None,
     progress: bool = True,
 ) -> RetrievalResult:
     """Rank a collection's passages for each of its queries by similarity, exactly, and score the ranking.
@@ -65,6 +70,7 @@ def evaluate_retrieval(
         batch_tokens: tokens a batch, None for what suits the device.
         metrics: names in the spelling of ``ir_measures``.
         dtype: precision of the encoder, as :func:`clpl_moe.retrieval.encode.encode` takes it.
+        cache: folder for the passages' embeddings, as :func:`clpl_moe.retrieval.store.encode_passages` takes it.
         progress: whether to show bars.
 
     Raises:
@@ -79,12 +85,22 @@ def evaluate_retrieval(
         now = time.perf_counter()
         seconds[step], started = now - started, now
 
-    how = {"settings": settings, "batch_tokens": batch_tokens, "dtype": dtype, "progress": progress}
-    queries = encode(model, tokenizer, collection.queries, kind="query", max_length=query_max_len, **how)
+    encoder = Encoder(model, tokenizer, settings, compute_dtype(model, dtype))
+    encoding = EncodingArguments(query_max_len, passage_max_len, batch_tokens)
+    queries = encode(
+        model,
+        tokenizer,
+        collection.queries,
+        settings=settings,
+        kind="query",
+        max_length=query_max_len,
+        batch_tokens=batch_tokens,
+        dtype=encoder.dtype,
+        progress=progress,
+    )
     check_finite(queries)
     clock("encode_queries")
-    passages = encode(model, tokenizer, collection.passages, kind="passage", max_length=passage_max_len, **how)
-    check_finite(passages)
+    passages = encode_passages(encoder, collection.passages, encoding, cache=cache, progress=progress)
     clock("encode_passages")
     scores, indices = search(queries.to(model.device), passages, top_k)
     ids = collection.passage_ids
@@ -95,13 +111,5 @@ def evaluate_retrieval(
     clock("search")
     means, per_query = evaluate_run(collection.qrels, run, metrics)
     clock("score")
-    return RetrievalResult(means, per_query, run, seconds)
-
-
-def check_finite(embeddings: torch.Tensor) -> None:
-    """Raise :class:`UserError` where an encoder gave NaN or infinite values: a ranking by them is noise."""
-    if broken := int((~torch.isfinite(embeddings).all(dim=1)).sum()):
-        raise UserError(
-            f"the encoder gives NaN or infinite embeddings ({broken} of {len(embeddings)} texts): its"
-            " weights are broken, or the precision is too low for them (try float32)"
-        )
+    encoded = passages.encoded if isinstance(passages, EmbeddingShards) else len(passages)
+    return RetrievalResult(means, per_query, run, seconds, encoded)

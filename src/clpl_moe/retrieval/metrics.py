@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from clpl_moe.errors import UserError
+from clpl_moe.errors import UserError, at
 from clpl_moe.files import atomic_open
 
 Run = Mapping[str, Mapping[str, float]]
 
 DEFAULT_METRICS = ("nDCG@5", "nDCG@10", "R@100")
+
+# Of the evaluation command: those above and what the literature on MIRACL reports besides (RR@10 is MRR@10, AP is MAP).
+EVALUATION_METRICS = ("nDCG@5", "nDCG@10", "nDCG@20", "R@100", "R@1000", "RR@10", "AP")
+
+# The kinds of score that passages are ranked by, each with its own run file: the embeddings' similarity, and those of BGE-M3's
+# heads and their sums (clpl_moe.retrieval.m3).
+DENSE = "dense"
+M3_SCORES = ("sparse", "multi-vec", "dense+sparse", "all")
+
+
+def run_file(score: str) -> str:
+    """Name of the run file of a kind of score."""
+    return "run.trec" if score == DENSE else f"run.{score}.trec"
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
@@ -21,10 +34,12 @@ def check_metrics(metrics: Sequence[str]) -> None:
 def evaluate_run(
     qrels: Mapping[str, Mapping[str, int]], run: Run, metrics: Sequence[str] = DEFAULT_METRICS
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Score a run as trec_eval does.
+    """Score a run as trec_eval does (with its option ``-c``).
 
-    The means are over all queries of ``qrels``: one that the run lacks, or that has no relevant passage,
-    scores 0. Passages of equal score (as 32-bit floats) are ranked by descending id.
+    The means are over all queries of ``qrels``: one that the run lacks, or that has no relevant passage, scores 0; one of
+    the run that ``qrels`` lack does not count. A relevant passage that is nowhere in the run counts as never found. Passages
+    of equal score (as 32-bit floats) are ranked by descending id. trec_eval has no reciprocal rank with a cut-off: RR@10 is
+    by ``ir_measures`` that of MS MARCO's script, which ranks equal scores by ascending id.
 
     Args:
         qrels: query id -> passage id -> relevance.
@@ -62,6 +77,33 @@ def write_trec_run(path: str | Path, run: Run, tag: str) -> None:
         for query_id, scores in run.items():
             for rank, (passage_id, score) in enumerate(_ranked(scores), 1):
                 file.write(f"{query_id} Q0 {passage_id} {rank} {score:.9g} {tag}\n")
+
+
+def read_trec_run(path: str | Path) -> dict[str, dict[str, float]]:
+    """Read a run file: query id -> passage id -> score, in the order of the file.
+
+    Raises:
+        UserError: a line that is none of a run file; with file and line.
+    """
+    run: dict[str, dict[str, float]] = {}
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                query_id, _, passage_id, _, score, _ = line.split()
+                run.setdefault(query_id, {})[passage_id] = float(score)
+            except ValueError:
+                raise UserError(
+                    f"{at(path, number)}: found {line.strip()!r}, expected 'query-id Q0 passage-id rank score tag'"
+                ) from None
+    return run
+
+
+def write_trec_qrels(path: str | Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
+    """Write judgements: ``query-id 0 passage-id relevance`` a line, whole or not at all."""
+    with atomic_open(path) as file:
+        for query_id, judged in qrels.items():
+            for passage_id, relevance in judged.items():
+                file.write(f"{query_id} 0 {passage_id} {relevance}\n")
 
 
 def _ranked(scores: Mapping[str, float]) -> list[tuple[str, float]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clpl_moe.errors import UserError
+from clpl_moe.files import refuse_unwritable
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +40,14 @@ class EncodingArguments:
         default=None,
         metadata={"help": "text in front of each passage, instead of what the model folder says"},
     )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder where the corpus's embeddings (2 bytes a value) stay for later calls with the same model and"
+            " corpus; not given: a folder .embeddings beside the output, deleted once that is written. In both an"
+            " interrupted encoding goes on where it stopped"
+        },
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "run code that the model's own folder holds; look at it first"}
     )
@@ -47,6 +57,8 @@ class EncodingArguments:
         for name, least in (("query_max_len", 3), ("passage_max_len", 3), ("batch_tokens", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"--{name}: found {value}, expected at least {least}")
+        if self.cache_dir is not None:
+            refuse_unwritable(Path(self.cache_dir, "embeddings"))
 
 
 @dataclass

@@ -1,0 +1,259 @@
+"""Embeddings of a corpus on disk, in shards that survive a kill.
+
+1. A folder is named by a hash of all that decides the embeddings: weights, tokenizer, settings and texts. Other content
+   has another folder, so what is found is always right.
+2. The texts are cut into shards. One is read and tokenized in a thread while the encoder works on the one before.
+3. The embeddings of a shard are written in 16-bit floats to a file that gets its name when it is whole. A file that is there
+   is not computed again: an interrupted job begins where it stopped.
+4. Several processes (``torchrun``) take the shards by turn and read all.
+
+Memory holds the texts and token ids of two shards, whatever the size of the corpus.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from clpl_moe.errors import UserError, at
+from clpl_moe.files import atomic_open, refuse_unwritable, write_json
+from clpl_moe.retrieval.collection import add_texts
+from clpl_moe.retrieval.encode import check_finite, check_length, embed, encode, model_fingerprint, tokenize
+
+if TYPE_CHECKING:
+    from clpl_moe.retrieval.options import Encoder, EncodingArguments
+
+SHARD_TEXTS = 4096  # what a kill loses at most, a second on a large GPU and minutes on a CPU
+
+
+class EmbeddingShards:
+    """The embeddings of N texts in the files of a folder; what is asked for is read from there.
+
+    ``shards[start:stop]`` is a float16 tensor (stop - start, D), ``shards[[row, …]]`` a float32 one (rows, D), both on the
+    CPU.
+
+    Args:
+        folder: where the files are.
+        length: N.
+        dimensions: D.
+
+    Attributes:
+        encoded: how many of the texts were encoded by this call; the others had been found.
+    """
+
+    def __init__(self, folder: Path, length: int, dimensions: int) -> None:
+        self.folder = folder
+        self.shape = torch.Size([length, dimensions])
+        self.encoded = 0
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def count(self) -> int:
+        """How many shards there are."""
+        return math.ceil(len(self) / SHARD_TEXTS)
+
+    def rows(self, number: int) -> range:
+        """The texts of a shard."""
+        return range(len(self))[number * SHARD_TEXTS : (number + 1) * SHARD_TEXTS]
+
+    def file(self, number: int) -> Path:
+        """The file of a shard."""
+        return self.folder / f"{number:06d}.npy"
+
+    def has(self, number: int) -> bool:
+        """Whether a shard's file is there and whole."""
+        with contextlib.suppress(OSError, ValueError):
+            found = np.load(self.file(number), mmap_mode="r")
+            return found.dtype == np.float16 and found.shape == (len(self.rows(number)), self.shape[1])
+        return False
+
+    def write(self, number: int, embeddings: Tensor) -> None:
+        """Store a shard, (rows, D) in float16."""
+        with atomic_open(self.file(number), "wb") as file:
+            np.save(file, embeddings.numpy())
+
+    @overload
+    def __getitem__(self, index: slice) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: Sequence[int]) -> Tensor: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                raise ValueError(f"embeddings are read one after another, found a step of {step}")
+            parts = [np.empty((0, self.shape[1]), np.float16)]
+            while start < stop:
+                number, first = divmod(start, SHARD_TEXTS)
+                end = min(stop, self.rows(number).stop)
+                parts.append(np.load(self.file(number), mmap_mode="r")[first : first + end - start])
+                start = end
+            return torch.from_numpy(np.concatenate(parts))
+        index = torch.as_tensor(index, dtype=torch.int64).numpy()
+        found = np.empty((len(index), self.shape[1]), np.float32)
+        for number in np.unique(index // SHARD_TEXTS):
+            here = index // SHARD_TEXTS == number
+            found[here] = np.load(self.file(number), mmap_mode="r")[index[here] % SHARD_TEXTS]
+        return torch.from_numpy(found)
+
+
+def encode_passages(
+    encoder: Encoder,
+    texts: Sequence[str],
+    encoding: EncodingArguments,
+    *,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> Tensor | EmbeddingShards:
+    """Embed passages, in memory or in a folder of shards, where none is encoded that is there already.
+
+    With a folder and ``torch.distributed``, each process encodes its part; all have to call this, and all can read all.
+
+    Args:
+        encoder: what encodes, on the device that is to compute.
+        texts: the passages. With a folder they are read several times, front to back.
+        encoding: length and batch size.
+        cache: folder for folders of shards; None: in memory.
+        progress: whether to show a bar, and to say what was found.
+
+    Returns:
+        (N, D): a float32 tensor on the CPU, or shards, in 16-bit floats.
+
+    Raises:
+        UserError: the disk has no room, embeddings are not finite, the processes see different disks, and what
+            :func:`clpl_moe.retrieval.encode.encode` raises.
+    """
+    model, tokenizer, length = encoder.model, encoder.tokenizer, encoding.passage_max_len
+    reading = {"settings": encoder.settings, "kind": "passage", "max_length": length}
+    computing = {"settings": encoder.settings, "batch_tokens": encoding.batch_tokens, "dtype": encoder.dtype}
+    if cache is None:
+        embeddings = encode(model, tokenizer, texts, progress=progress, **(reading | computing))
+        check_finite(embeddings)
+        return embeddings
+    check_length(model, "passage", length)
+    rank, world = process()
+    shards = _open(encoder, texts, length, cache)
+    _wait()  # for the folder
+    if not shards.folder.is_dir():
+        raise UserError(f"{at(shards.folder)}: not there, although another process made it; all need the same disk")
+    missing = [number for number in range(shards.count) if not shards.has(number)]
+    own = [number for number in missing if number % world == rank]
+    _wait()  # until all have seen what is missing
+    progress = progress and rank == 0
+    if progress:
+        print(f"embeddings in {shards.folder}: {shards.count - len(missing):,} of {shards.count:,} shards found")
+
+    def read(number: int):
+        rows = shards.rows(number)
+        return tokenize(tokenizer, texts[rows.start : rows.stop], **reading)
+
+    total = sum(len(shards.rows(number)) for number in own)
+    bar = tqdm(total=total, desc="encode passages", unit="passage", disable=not progress, leave=False)
+    with bar, ThreadPoolExecutor(1) as thread:
+        coming = [thread.submit(read, number) for number in own[:1]]
+        for number, following in zip(own, [*own[1:], None]):
+            tokenized = coming.pop().result()
+            if following is not None:
+                coming.append(thread.submit(read, following))
+            embeddings = embed(model, tokenized, on_batch=bar.update, **computing).half()
+            check_finite(embeddings)
+            shards.write(number, embeddings)
+            shards.encoded += len(embeddings)
+            bar.update(len(embeddings) - len(tokenized.sequences))  # equal texts were encoded once
+    _wait()
+    return shards
+
+
+def _open(encoder: Encoder, texts: Sequence[str], length: int, cache: Path) -> EmbeddingShards:
+    """The shards' folder, made by the first process, with a file that says what they are."""
+    digest = hashlib.sha256()
+    add_texts(digest, texts)
+    content = {
+        "what": "embeddings of passages, made by clpl_moe; they can be deleted at any time",
+        "model_hash": model_fingerprint(encoder.model, encoder.tokenizer),
+        "texts_hash": digest.hexdigest(),
+        "pooling": encoder.settings.pooling,
+        "normalize": encoder.settings.normalize,
+        "prompt": encoder.settings.passage_prompt,
+        "max_length": length,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "texts": len(texts),
+        "dimensions": encoder.model.config.hidden_size,
+        "texts_per_shard": SHARD_TEXTS,
+    }
+    name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+    shards = EmbeddingShards(cache / name, len(texts), content["dimensions"])
+    if process()[0] == 0:
+        manifest = shards.folder / "manifest.json"
+        refuse_unwritable(manifest)
+        if not manifest.exists():
+            needed = 2 * math.prod(shards.shape)
+            there = next(folder for folder in manifest.absolute().parents if folder.is_dir())
+            if needed > (free := shutil.disk_usage(there).free):
+                raise UserError(
+                    f"{at(cache)}: the embeddings take {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB;"
+                    " name a folder on another one by --cache_dir"
+                )
+            write_json(manifest, content)
+    return shards
+
+
+@contextlib.contextmanager
+def cache_folder(encoding: EncodingArguments, beside: Path) -> Iterator[Path]:
+    """The folder where a command keeps embeddings.
+
+    The one that the user names stays. Else it is ``beside``, which stays when the block is interrupted, so that the same
+    command goes on from there, and goes away when the block has ended well.
+    """
+    if encoding.cache_dir is not None:
+        yield Path(encoding.cache_dir)
+        return
+    yield beside
+    if process()[0] == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def process() -> tuple[int, int]:
+    """This process's rank, and how many processes there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[bool]:
+    """Join the processes that ``torchrun`` started, if it did, each on a GPU of its own where there are any.
+
+    Yields:
+        Whether this is the process that writes the results.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        yield process()[0] == 0
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    # They only wait for each other, the others also while the first one searches.
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield process()[0] == 0
+    finally:
+        dist.destroy_process_group()
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
