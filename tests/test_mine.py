@@ -1,5 +1,6 @@
 import json
 import re
+from collections import Counter
 
 import pytest
 
@@ -7,7 +8,9 @@ from clpl_moe.data.schema import find_faults
 from clpl_moe.encoder import load_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings
 from clpl_moe.files import read_jsonl, write_jsonl
-from clpl_moe.mine import MineArguments, PassageIndex, main, mine
+from clpl_moe.mine import MineArguments, main, mine
+from clpl_moe.mining.index import PassageIndex
+from clpl_moe.mining.select import SelectionArguments
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.encode import encode
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
@@ -38,6 +41,8 @@ def run(model, folder, **options):
         "rank_from": 1,
         "rank_to": 8,
         "negatives": 4,
+        "max_positive_ratio": 0,
+        "max_overlap": 1,
         "passage_max_len": 100,
         "dtype": "float32",
     } | options
@@ -146,7 +151,7 @@ def test_known_queries(tiny_encoder, tmp_path, capsys):
         assert all(record["query"] not in (queries or ()) for queries in record["neg_q"])
     output = capsys.readouterr().out
     assert re.search(r"positive_queries.jsonl left out: passage not in the corpus +1\n", output)
-    assert re.search(r"other passages known to answer the query +1\n", output)
+    assert re.search(r"known to answer the query, besides its positives +1\n", output)
     none = run(tiny_encoder, folder, max_positive_queries=0, overwrite="true")
     assert {q for record in none.values() for q in record["neg_q"]} == {None}
 
@@ -167,8 +172,67 @@ def test_dropped_queries_are_counted(tiny_encoder, tmp_path, capsys):
     assert len(records["q0"]["neg"]) == 2
     output = capsys.readouterr().out
     assert re.search(r"no relevant passage in the corpus +3\n", output)
-    assert re.search(r"no passage left in the window +1\n", output)
+    assert re.search(r"no passage was left +1\n", output)
     assert re.search(r"fewer negatives than asked for +2\n", output)
+
+
+def test_negatives_nearly_as_similar_as_the_positive_are_left_out(tiny_encoder, tmp_path, capsys):
+    folder = make_collection(tmp_path)
+    everything = run(tiny_encoder, folder, rank_to=15, negatives=15)
+    limited = run(tiny_encoder, folder, rank_to=15, negatives=15, max_positive_ratio=0.95, overwrite="true")
+    left_out = 0
+    for query_id, record in everything.items():
+        (positive,) = record["pos_scores"]
+        scores = dict(zip(record["neg_ids"], record["neg_scores"]))
+        expected = [p for p, score in scores.items() if score <= positive - 0.05 * abs(positive)]
+        left_out += len(scores) - len(expected)
+        assert (limited[query_id]["neg_ids"] if query_id in limited else []) == expected
+    assert 0 < left_out < 15 * len(everything)
+    output = capsys.readouterr().out
+    assert re.search(rf"nearly as similar as a positive +{left_out}\n", output)
+
+
+def test_any_passage_of_the_corpus_without_an_encoder(tmp_path):
+    records = run(tmp_path / "no model", make_collection(tmp_path), sampling="corpus", negatives=5)
+    assert list(records) == list(QUERIES)
+    for query_id, record in records.items():
+        assert not list(find_faults(record))
+        assert len(set(record["neg_ids"]) - {f"p{query_id[1:]}"}) == 5
+        assert not {"pos_scores", "neg_scores"} & set(record)
+    assert len({p for r in records.values() for p in r["neg_ids"]}) > 10
+
+
+@pytest.fixture(scope="module")
+def reranker(tiny_tokenizer, tmp_path_factory):
+    """Folder of a cross encoder with random weights."""
+    import torch
+    from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("models") / "reranker"
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config |= {"max_position_embeddings": 130, "type_vocab_size": 1, "pad_token_id": 1, "initializer_range": 0.5}
+    torch.manual_seed(0)
+    config = XLMRobertaConfig(vocab_size=len(tiny_tokenizer), num_labels=1, **config)
+    XLMRobertaForSequenceClassification(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_reranker_scores_and_orders_the_window(tiny_encoder, reranker, tmp_path):
+    from sentence_transformers import CrossEncoder
+
+    folder = make_collection(tmp_path)
+    ranked = run(tiny_encoder, folder)
+    options = {"reranker": reranker, "reranker_max_len": 100, "overwrite": "true"}
+    records = run(tiny_encoder, folder, rank_to=6, **options)
+    model = CrossEncoder(str(reranker), max_length=100)
+    moved = 0
+    for query_id, record in records.items():
+        pairs = [(record["query"], text) for text in record["neg"] + record["pos"]]
+        assert record["neg_scores"] + record["pos_scores"] == pytest.approx(model.predict(pairs).tolist(), abs=1e-4)
+        assert record["neg_scores"] == sorted(record["neg_scores"], reverse=True)
+        moved += record["neg_ids"] != ranked[query_id]["neg_ids"]
+    assert moved
 
 
 def test_prompts_are_used_but_not_written(tiny_encoder, tmp_path):
@@ -185,8 +249,13 @@ def test_scores_are_cosines_though_the_settings_do_not_normalize(tiny_encoder, t
     encoding = EncodingArguments(passage_max_len=100)
     encoder = open_encoder(str(tiny_encoder), encoding)
     encoder.settings = EmbeddingSettings(normalize=False)
-    arguments = MineArguments("", "", "", "", negatives=3)
-    records, counts = mine(encoder, collection, PassageIndex(collection), arguments, encoding, progress=False)
+    arguments, selection, counts = (
+        MineArguments("", "", "", ""),
+        SelectionArguments(negatives=3, max_positive_ratio=0),
+        Counter(),
+    )
+    index = PassageIndex(collection)
+    records = list(mine(encoder, collection, index, arguments, selection, encoding, counts, progress=False))
     scores = [s for r in records for s in r["pos_scores"] + r["neg_scores"]]
     assert len(scores) == counts["negatives"] + len(records) == 24
     assert max(map(abs, scores)) <= 1.001
@@ -205,6 +274,10 @@ def test_scores_are_cosines_though_the_settings_do_not_normalize(tiny_encoder, t
         ({"language": "fa"}, "holds ko"),
         ({"split": "dev"}, "the splits here are train"),
         ({"negative": 3}, "did you mean 'negatives'?"),
+        ({"max_overlap": 2}, "--max_overlap: found 2"),
+        ({"reranker_batch_size": 0}, "--reranker_batch_size: found 0"),
+        ({"reranker": "x", "sampling": "corpus"}, "--sampling corpus ranks nothing"),
+        ({"reranker": "/nowhere/reranker"}, "--reranker /nowhere/reranker: cannot be loaded"),
     ],
 )
 def test_mistakes_end_in_a_message(tiny_encoder, tmp_path, capsys, options, words):

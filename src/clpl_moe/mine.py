@@ -2,228 +2,151 @@
 
 For each query of a split:
 
-1. Passages of equal text (Unicode NFC, white space folded) count as one, empty ones not at all, nor those that the
-   corpus reserves to another split (``split``).
-2. All passages are ranked by cosine similarity to the query; those that are known to answer it are taken out:
-   its relevant passages, and passages that have the same question among their known queries.
-3. From a window of the ranks that are left, negatives are taken from the top or drawn at random.
-4. Each negative brings the queries that it is known to answer (of the judgements and of
+1. Passages of equal text (but for case, punctuation and white space) count as one, empty ones not at all, nor those that
+   the corpus reserves to another split (``split``).
+2. Negatives are taken from what the encoder ranks high, as :mod:`clpl_moe.mining.select` says. What is known to answer
+   the query is none: its relevant passages, and passages that have the same question among their known queries.
+3. Each negative brings the queries that it is known to answer (of the judgements and of
    ``positive_queries.jsonl``), or null.
 
-A line has FlagEmbedding's fields ``query``, ``pos``, ``neg``, ``pos_scores`` and ``neg_scores`` (cosines),
-the penalty's ``neg_q``, and the ids: ``query_id``, ``pos_ids``, ``neg_ids`` (of equal passages the first).
+A line has FlagEmbedding's fields ``query``, ``pos``, ``neg``, ``pos_scores`` and ``neg_scores`` (cosines, or the reranker's
+scores), the penalty's ``neg_q``, and the ids: ``query_id``, ``pos_ids``, ``neg_ids`` (of equal passages the first).
 Prompts are not written into the texts: training and evaluation add them.
+
+Embeddings of passages are kept beside the output until that is written: the same command goes on after an interruption.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from clpl_moe.cli import parse
 from clpl_moe.errors import UserError, command
 from clpl_moe.files import refuse_existing, write_jsonl
-from clpl_moe.retrieval.collection import Collection, normalize_text, read_positive_queries
+from clpl_moe.mining.index import PassageIndex
+from clpl_moe.mining.select import MiningQuery, SelectionArguments, mine_negatives
+from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.options import Encoder, EncodingArguments, open_encoder
+
+if TYPE_CHECKING:
+    from clpl_moe.mining.rerank import Reranker
 
 
 @dataclass
 class MineArguments:
-    """What to mine from, and which negatives to take."""
+    """What to mine from, and what to write."""
 
     model: str = field(metadata={"help": "model folder or hub name; normally the model that is to be trained"})
     collection: str = field(metadata={"help": "folder that holds a collection per language"})
     language: str = field(metadata={"help": "language: the folder in it"})
     output: str = field(metadata={"help": "JSONL file to write"})
     split: str = field(default="train", metadata={"help": "which queries and judgements"})
-    # On KorQuAD and XQuAD the passage of rank 1 holds the answer, unjudged, twice as often as that of rank 2.
-    rank_from: int = field(
-        default=2, metadata={"help": "first rank of the window; rank 1 is too often right but not judged"}
-    )
-    rank_to: int = field(default=60, metadata={"help": "last rank of the window; known positives have no rank"})
-    negatives: int = field(default=8, metadata={"help": "negatives for each query; training draws some each time"})
-    sampling: Literal["top", "random"] = field(
-        default="top", metadata={"help": "the window's first passages, or any of it, all equally likely"}
-    )
     max_positive_queries: int = field(
         default=4,
         metadata={"help": "known queries written for a negative at most, drawn from more"},
     )
+    reranker: str | None = field(
+        default=None,
+        metadata={
+            "help": "cross encoder (folder or hub name) that scores the window anew; the limits go by its scores"
+        },
+    )
+    reranker_max_len: int = field(default=512, metadata={"help": "longest pair in tokens; the rest is cut off"})
+    reranker_batch_size: int = field(default=32, metadata={"help": "pairs that the reranker takes at once"})
     seed: int = field(default=42, metadata={"help": "decides every draw"})
     overwrite: bool = field(default=False, metadata={"help": "replace the output file"})
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank_from <= self.rank_to:
-            raise UserError(
-                f"--rank_from {self.rank_from} --rank_to {self.rank_to}: expected 1 <= rank_from <= rank_to"
-            )
-        if not 1 <= self.negatives <= self.rank_to - self.rank_from + 1:
-            raise UserError(
-                f"--negatives: found {self.negatives}, the window from rank {self.rank_from} to"
-                f" {self.rank_to} holds {self.rank_to - self.rank_from + 1}"
-            )
-        if self.max_positive_queries < 0:
-            raise UserError(f"--max_positive_queries: found {self.max_positive_queries}, expected 0 or more")
-
-
-class PassageIndex:
-    """A collection's passages without repeated and empty texts, and the queries each is known to answer.
-
-    Args:
-        collection: the passages, and judgements that count as known queries.
-        positive_queries: passage id and queries, further known ones; unknown ids are counted and left out.
-
-    Attributes:
-        ids: id of each distinct passage (the first of those that are equal).
-        texts: its text.
-        known: its known queries, by normalised text.
-        number: passage id -> its place in these lists.
-        answers: normalised query -> places of the passages known to answer it.
-        unknown: how many entries of ``positive_queries`` name no passage of the corpus.
-        reserved: how many passages belong to another split.
-    """
-
-    def __init__(self, collection: Collection, positive_queries: Iterable[tuple[str, Sequence[str]]] = ()) -> None:
-        self.ids: list[str] = []
-        self.texts: list[str] = []
-        self.number: dict[str, int] = {}
-        self.reserved = 0
-        places: dict[str, int] = {}
-        for passage_id, text in zip(collection.passage_ids, collection.passages):
-            if collection.reserved.get(passage_id, collection.split) != collection.split:
-                self.reserved += 1
-                continue
-            normalized = normalize_text(text)
-            if not normalized:
-                continue
-            place = places.setdefault(normalized, len(self.ids))
-            if place == len(self.ids):
-                self.ids.append(passage_id)
-                self.texts.append(text)
-            self.number[passage_id] = place
-        self.known: list[dict[str, str]] = [{} for _ in self.ids]
-        self.answers: dict[str, set[int]] = {}
-        self.unknown = 0
-        texts = dict(zip(collection.query_ids, collection.queries))
-        for query_id, judged in collection.qrels.items():
-            for passage_id, relevance in judged.items():
-                if relevance > 0 and passage_id in self.number:
-                    self._add(passage_id, texts[query_id])
-        for passage_id, queries in positive_queries:
-            if passage_id not in self.number:
-                self.unknown += 1
-                continue
-            for query in queries:
-                self._add(passage_id, query)
-
-    def _add(self, passage_id: str, query: str) -> None:
-        place, normalized = self.number[passage_id], normalize_text(query)
-        self.known[place].setdefault(normalized, query)
-        self.answers.setdefault(normalized, set()).add(place)
-
-    def relevant(self, judged: Mapping[str, int]) -> list[int]:
-        """Places of the relevant passages that the corpus has, each once."""
-        found = (self.number[p] for p, relevance in judged.items() if relevance > 0 and p in self.number)
-        return list(dict.fromkeys(found))
+        for name, least in (("max_positive_queries", 0), ("reranker_max_len", 8), ("reranker_batch_size", 1)):
+            if (value := getattr(self, name)) < least:
+                raise UserError(f"--{name}: found {value}, expected at least {least}")
 
 
 def mine(
-    encoder: Encoder,
+    encoder: Encoder | None,
     collection: Collection,
     index: PassageIndex,
     arguments: MineArguments,
+    selection: SelectionArguments,
     encoding: EncodingArguments,
+    counts: Counter[str],
     *,
+    reranker: Reranker | None = None,
+    cache: Path | None = None,
     progress: bool = True,
-) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The training lines of a collection's queries, and counts of what was taken and what was not.
+) -> Iterator[dict[str, Any]]:
+    """The training lines of a collection's queries, one at a time.
 
     Args:
-        encoder: ranks the passages; its embeddings are normalised whatever its settings say.
+        encoder: ranks the passages; None with ``sampling: corpus``, which does not.
         collection: queries and judgements.
         index: of the collection.
-        arguments: the window and what to take from it.
+        arguments: how many known queries of a negative are written, and the seed.
+        selection: which passages to take.
         encoding: lengths and batch size.
+        counts: counts what was taken, and what was not and why.
+        reranker: scores the window anew.
+        cache: folder for embeddings of passages, from which an interrupted run goes on.
         progress: whether to show bars.
     """
-    from clpl_moe.retrieval.encode import encode
-    from clpl_moe.retrieval.evaluation import check_finite
-    from clpl_moe.retrieval.search import search
-
-    counts: Counter[str] = Counter({"queries": len(collection.queries)})
-    texts = dict(zip(collection.query_ids, collection.queries))
-    positives: dict[str, list[int]] = {}
-    excluded: dict[str, set[int]] = {}
-    for query_id in collection.query_ids:
+    counts["queries"] += len(collection.queries)
+    counts["passages kept out: reserved to another split"] += index.reserved
+    counts["passages kept out: empty or same text as another"] += index.repeated
+    queries = []
+    for query_id, text in zip(collection.query_ids, collection.queries):
         relevant = index.relevant(collection.qrels.get(query_id, {}))
         if not relevant:
             counts["queries dropped: no relevant passage in the corpus"] += 1
             continue
-        positives[query_id] = relevant
-        excluded[query_id] = index.answers[normalize_text(texts[query_id])]
-        counts["passages kept out: other passages known to answer the query"] += len(excluded[query_id]) - len(relevant)
-    counts["passages kept out: reserved to another split"] = index.reserved
-    duplicates = len(collection.passages) - index.reserved - len(index.ids)
-    counts["passages kept out: empty or same text as another"] = duplicates
-    if not positives:
-        return [], counts
-    how = {
-        "settings": dataclasses.replace(encoder.settings, normalize=True),
-        "batch_tokens": encoding.batch_tokens,
-        "dtype": encoder.dtype,
-        "progress": progress,
-    }
-    model, tokenizer = encoder.model, encoder.tokenizer
-    wanted = [texts[query_id] for query_id in positives]
-    queries = encode(model, tokenizer, wanted, kind="query", max_length=encoding.query_max_len, **how)
-    check_finite(queries)
-    passages = encode(model, tokenizer, index.texts, kind="passage", max_length=encoding.passage_max_len, **how)
-    check_finite(passages)
-    # Deep enough that the window is full when all that must not be in it has been taken out.
-    depth = arguments.rank_to + max(map(len, excluded.values()))
-    scores, ranked = search(queries.to(model.device), passages, depth)
-    records = []
-    for row, query_id in enumerate(positives):
-        candidates = [
-            (place, score)
-            for place, score in zip(ranked[row].tolist(), scores[row].tolist())
-            if place not in excluded[query_id]
-        ]
-        draw = random.Random(f"{arguments.seed} {query_id}")  # of its own, so that other queries do not matter
-        window = candidates[arguments.rank_from - 1 : arguments.rank_to]
-        if arguments.sampling == "random" and len(window) > arguments.negatives:
-            window = [window[i] for i in sorted(draw.sample(range(len(window)), arguments.negatives))]
-        chosen = window[: arguments.negatives]
-        if not chosen:
-            counts["queries dropped: no passage left in the window"] += 1
+        excluded = index.answering(text)
+        counts["passages left out: known to answer the query, besides its positives"] += len(excluded) - len(relevant)
+        queries.append(MiningQuery(query_id, text, relevant, excluded))
+    if not queries:
+        return
+    found = mine_negatives(
+        queries,
+        index,
+        selection,
+        encoder=encoder,
+        encoding=encoding,
+        seed=arguments.seed,
+        counts=counts,
+        reranker=reranker,
+        cache=cache,
+        progress=progress,
+    )
+    for query, mined in zip(queries, found, strict=True):
+        if not mined.places:
+            counts["queries dropped: no passage was left"] += 1
             continue
-        neg_q = [_draw_queries(index.known[place], arguments.max_positive_queries, draw) for place, _ in chosen]
-        pos_scores = (passages[positives[query_id]] @ queries[row]).tolist()
-        records.append(
-            {
-                "query": texts[query_id],
-                "pos": [index.texts[place] for place in positives[query_id]],
-                "neg": [index.texts[place] for place, _ in chosen],
-                "neg_q": neg_q,
-                "pos_scores": [round(score, 6) for score in pos_scores],
-                "neg_scores": [round(score, 6) for _, score in chosen],
-                "query_id": query_id,
-                "pos_ids": [index.ids[place] for place in positives[query_id]],
-                "neg_ids": [index.ids[place] for place, _ in chosen],
-            }
-        )
-        counts["negatives"] += len(chosen)
+        draw = random.Random(f"{arguments.seed} {query.key} queries")
+        neg_q = [_draw_queries(index.known.get(p, {}), arguments.max_positive_queries, draw) for p in mined.places]
+        scores = {}
+        if mined.scores is not None:
+            scores = {"pos_scores": mined.positive_scores, "neg_scores": mined.scores}
+            counts["negatives more similar than every positive"] += sum(
+                score > max(mined.positive_scores) for score in mined.scores
+            )
+        counts["lines"] += 1
+        counts["negatives"] += len(mined.places)
         counts["negatives with known queries"] += sum(q is not None for q in neg_q)
         counts["known queries of negatives"] += sum(len(q or ()) for q in neg_q)
-        counts["negatives more similar than every positive"] += sum(score > max(pos_scores) for _, score in chosen)
-        counts["queries with fewer negatives than asked for"] += len(chosen) < arguments.negatives
-    counts["lines"] = len(records)
-    return records, counts
+        counts["queries with fewer negatives than asked for"] += len(mined.places) < selection.negatives
+        yield {
+            "query": query.text,
+            "pos": [index.texts[place] for place in query.positives],
+            "neg": [index.texts[place] for place in mined.places],
+            "neg_q": neg_q,
+            **{name: [round(score, 6) for score in values] for name, values in scores.items()},
+            "query_id": query.key,
+            "pos_ids": [index.passage_id(place) for place in query.positives],
+            "neg_ids": [index.passage_id(place) for place in mined.places],
+        }
 
 
 def _draw_queries(known: Mapping[str, str], most: int, draw: random.Random) -> list[str] | None:
@@ -237,27 +160,55 @@ def _draw_queries(known: Mapping[str, str], most: int, draw: random.Random) -> l
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    arguments, encoding = parse(
-        [MineArguments, EncodingArguments],
+    arguments, selection, encoding = parse(
+        [MineArguments, SelectionArguments, EncodingArguments],
         prog="clpl_moe.mine",
         description="Mine hard negatives and the queries that they are known to answer: training data.",
         argv=argv,
     )
+    from clpl_moe.retrieval.store import cache_folder
+
+    ranks = selection.sampling != "corpus"
+    if arguments.reranker is not None and not ranks:
+        raise UserError("--reranker: --sampling corpus ranks nothing; leave out one of the two")
     refuse_existing(arguments.output, arguments.overwrite)
     collection = Collection.load(arguments.collection, arguments.language, arguments.split)
-    known = Path(arguments.collection, arguments.language, "positive_queries.jsonl")
-    index = PassageIndex(collection, read_positive_queries(known) if known.exists() else ())
-    encoder = open_encoder(arguments.model, encoding)
-    records, counts = mine(encoder, collection, index, arguments, encoding)
+    index = PassageIndex.load(collection)
+    encoder = open_encoder(arguments.model, encoding) if ranks else None
+    reranker = None
+    if arguments.reranker is not None:
+        from clpl_moe.mining.rerank import Reranker
+
+        reranker = Reranker(
+            arguments.reranker,
+            max_length=arguments.reranker_max_len,
+            batch_size=arguments.reranker_batch_size,
+            trust_remote_code=encoding.trust_remote_code,
+        )
+    counts: Counter[str] = Counter()
+    with cache_folder(encoding, Path(f"{arguments.output}.cache")) as cache:
+        records = mine(
+            encoder, collection, index, arguments, selection, encoding, counts, reranker=reranker, cache=cache
+        )
+        write_jsonl(arguments.output, _some(records, counts, collection))
     if index.unknown:
-        counts[f"lines of {known.name} left out: passage not in the corpus"] = index.unknown
+        counts["lines of positive_queries.jsonl left out: passage not in the corpus"] = index.unknown
+    _print(counts)
+    print(f"wrote {arguments.output}")
+
+
+def _some(records: Iterator[dict[str, Any]], counts: Counter[str], collection: Collection) -> Iterator[dict[str, Any]]:
+    """The records; raises :class:`UserError`, before a file is there, where there are none."""
+    yield from records
+    if not counts["lines"]:
+        _print(counts)
+        raise UserError(f"no query of {collection.directory / collection.language} could be given negatives; see above")
+
+
+def _print(counts: Counter[str]) -> None:
     width = max(map(len, counts))
     for name, count in counts.items():
         print(f"{name:<{width}}  {count:>9,}")
-    if not records:
-        raise UserError(f"no query of {collection.directory / collection.language} could be given negatives; see above")
-    write_jsonl(arguments.output, records)
-    print(f"wrote {arguments.output}")
 
 
 if __name__ == "__main__":

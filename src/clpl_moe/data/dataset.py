@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
 from FlagEmbedding.abc.finetune.embedder import AbsEmbedderTrainDataset
 
 from clpl_moe.data.schema import data_files, read_examples
 from clpl_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from clpl_moe.training.ance import MinedNegatives
 
 # A draw: the epoch and the number of the example. The epoch travels with the number, so that what is drawn for an
 # example depends on nothing else; worker processes and resumed runs draw the same.
@@ -53,7 +57,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
     """Examples of all files of ``--train_data``, checked line by line as they are read.
 
     Indexed by :data:`Draw`. Which positive, which negatives and which of their queries are drawn is a function of the
-    seed, the epoch and the number of the example.
+    seed, the epoch and the number of the example. Once ``mined`` is set, it has the negatives.
 
     As in FlagEmbedding, a file or folder whose name ends in ``no_in_batch_neg`` does without in-batch negatives, and
     with ``same_dataset_within_batch`` files below ``small_threshold`` examples are joined (within a folder) or left out,
@@ -82,6 +86,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
                 " --train_data has that many examples"
             )
         self.dataset = datasets.concatenate_datasets(parts)
+        self.mined: MinedNegatives | None = None
         self._part_of = [part for part, size in enumerate(self.part_sizes) for _ in range(size)]
 
     def _load_path(self, path: str) -> list[datasets.Dataset]:
@@ -139,10 +144,13 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         rng = random.Random(f"{self.seed}-{epoch}-{index}")
         positive = rng.randrange(len(record["pos"]))
         wanted = (self.group_size(part) if self.args.same_dataset_within_batch else self.args.train_group_size) - 1
-        negatives = _sample(rng, len(record["neg"]), wanted)
-        texts = [self._shuffle_words(rng, record["pos"][positive]), *(record["neg"][i] for i in negatives)]
+        neg, known = record["neg"], record["neg_q"]
+        if self.mined is not None and (again := self.mined.get(index)) is not None:
+            neg, known = again
+        negatives = _sample(rng, len(neg), wanted)
+        texts = [self._shuffle_words(rng, record["pos"][positive]), *(neg[i] for i in negatives)]
         limit = self.args.queries_per_negative
-        neg_q = [[q for q in record["neg_q"][i] if q != record["query"]] for i in negatives]
+        neg_q = [[q for q in known[i] if q != record["query"]] for i in negatives]
         neg_q = [queries if len(queries) <= limit else rng.sample(queries, limit) for queries in neg_q]
         scores = None
         if self.args.knowledge_distillation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from FlagEmbedding.abc.finetune.embedder import AbsEmbedderDataArguments
 from FlagEmbedding.finetune.embedder.encoder_only.m3 import (
@@ -12,8 +12,16 @@ from FlagEmbedding.finetune.embedder.encoder_only.m3 import (
     EncoderOnlyEmbedderM3TrainingArguments,
 )
 
+from clpl_moe.errors import UserError
+from clpl_moe.mining.select import Sampling, SelectionArguments
 from clpl_moe.moe.config import ROUTERS, TARGETS, MoEConfig
 from clpl_moe.training.compat import prefer_activation_checkpointing
+
+
+def _as_in_mine(name: str, **metadata: Any) -> Any:
+    """A field that refreshes share with ``mine``: its default and help stand there."""
+    shared = SelectionArguments.__dataclass_fields__[name]
+    return field(default=shared.default, metadata={"help": f"As mine's {name}: {shared.metadata['help']}.", **metadata})
 
 
 def _check_numbers(options: Any, **least: float) -> None:
@@ -203,12 +211,44 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     dev_split: str = field(default="dev", metadata={"help": "Split of dev_collection: its queries and qrels."})
     dev_batch_tokens: int | None = field(
         default=None,
-        metadata={"help": "Tokens per batch when dev_collection is encoded; 2,048 on CPUs, else 16,384."},
+        metadata={
+            "help": "Tokens per batch when dev_collection or ance_collection is encoded; 2,048 on CPUs, else 16,384."
+        },
     )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after so many evaluations without improvement of metric_for_best_model."},
     )
+    ance_refresh: str | None = field(
+        default=None,
+        metadata={
+            "help": "Mine negatives again with the current weights: epoch (before each but the first), or every so many"
+            " steps; none: off. The whole corpus of ance_collection is encoded each time."
+        },
+    )
+    ance_collection: str | None = field(
+        default=None, metadata={"help": "Collection folder that negatives are mined from (see data/README.md)."}
+    )
+    ance_language: str | None = field(default=None, metadata={"help": "Language folder within ance_collection."})
+    ance_split: str = field(
+        default="train",
+        metadata={"help": "Split of ance_collection: passages reserved to others are no negatives."},
+    )
+    ance_positive_queries: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSONL of passage ids and the queries that each answers (docid, queries), for the penalty; not given:"
+            " the collection's positive_queries.jsonl, where there is one."
+        },
+    )
+    ance_rank_from: int = _as_in_mine("rank_from")
+    ance_rank_to: int = _as_in_mine("rank_to")
+    ance_negatives: int = _as_in_mine("negatives")
+    ance_sampling: str = _as_in_mine("sampling", choices=list(get_args(Sampling)))
+    ance_sampling_temperature: float = _as_in_mine("sampling_temperature")
+    ance_max_positive_ratio: float = _as_in_mine("max_positive_ratio")
+    ance_margin: float | None = _as_in_mine("margin")
+    ance_max_overlap: float = _as_in_mine("max_overlap")
     dry_run: bool = field(
         default=False, metadata={"help": "Check config and data, print the plan, and stop; loads no weights."}
     )
@@ -251,6 +291,7 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
         self._check_loss()
         self._check_grad_cache()
         self._check_evaluation()
+        self._check_ance()
         # Asked for before the parent looks at devices: without it, processes on a machine without accelerators do not
         # find each other.
         self.wants_cuda = self.fp16
@@ -359,3 +400,28 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             raise ValueError(
                 f"metric_for_best_model is {self.metric_for_best_model!r}: choose one of {', '.join(known)}"
             )
+
+    def _check_ance(self) -> None:
+        if self.ance_refresh is None:
+            if self.ance_collection is not None:
+                raise ValueError("ance_collection is for mining in training: set ance_refresh, such as epoch")
+            return
+        if self.ance_refresh != "epoch" and not (self.ance_refresh.isdecimal() and int(self.ance_refresh) > 0):
+            raise ValueError(f"ance_refresh is {self.ance_refresh!r}: choose epoch, or a number of steps of at least 1")
+        for name in ("ance_collection", "ance_language"):
+            if getattr(self, name) is None:
+                raise ValueError(f"ance_refresh needs {name}: where the passages are that negatives are mined from")
+        if self.fsdp:
+            raise ValueError(
+                "ance_refresh lets each process encode a part of the corpus, and FSDP shards parameters: leave out one of"
+                " the two"
+            )
+        self.ance_selection()
+
+    def ance_selection(self) -> SelectionArguments:
+        """What refreshes mine; raises ValueError where the options do not fit together."""
+        names = SelectionArguments.__dataclass_fields__
+        try:
+            return SelectionArguments(**{name: getattr(self, f"ance_{name}") for name in names})
+        except UserError as error:
+            raise ValueError(str(error).replace("--", "--ance_")) from None

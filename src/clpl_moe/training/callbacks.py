@@ -45,7 +45,10 @@ class MetricsFileCallback(TrainerCallback):
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= state.global_step and state.global_step > 0:
+                record = json.loads(line)
+                # Negatives that were mined after the checkpoint of the same step are mined again.
+                after = record["step"] + ("ance_refresh" in record)
+                if after <= state.global_step and state.global_step > 0:
                     kept.append(line)
             except (ValueError, KeyError):
                 continue  # cut off when the run was killed
@@ -107,6 +110,11 @@ class ConsoleCallback(ProgressCallback):
         if any(name.startswith("eval_") for name in logs):
             shown = [f"{name.removeprefix('eval_')} {value:.4f}" for name, value in logs.items() if "@" in name]
             line = "evaluation: " + "  ".join(shown)
+        elif "ance_refresh" in logs:
+            line = (
+                f"negatives mined again: {logs['ance_changed']:,} of {logs['ance_negatives']:,} are new"
+                f" ({logs['ance_seconds']:.0f} s)"
+            )
         elif "loss" in logs:
             line = "  ".join(form.format(logs[name]) for name, form in self._TRAINING if logs.get(name) is not None)
             shares = [value for name, value in logs.items() if name.startswith("expert_load/")]

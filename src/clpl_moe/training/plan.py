@@ -17,7 +17,7 @@ from clpl_moe.moe.inject import has_experts, inject_moe
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.training.model import choose_trainable
-from clpl_moe.training.runner import check_lengths
+from clpl_moe.training.runner import check_lengths, open_ance_index
 
 # The shape of the base model of the published recipe, so that its configs can be checked where the hub is out of reach
 # (config.json of BAAI/bge-m3).
@@ -83,6 +83,7 @@ def make_plan(
         from clpl_moe.retrieval.collection import Collection
 
         dev = Collection.load(training_args.dev_collection, training_args.dev_language, training_args.dev_split)
+    ance = None if training_args.ance_refresh is None else open_ance_index(data_args, training_args)
 
     world, accumulation = training_args.world_size, training_args.gradient_accumulation_steps
     batch = training_args.per_device_train_batch_size
@@ -130,6 +131,12 @@ def make_plan(
         lines.insert(
             -1,
             f"evaluation      {len(dev.queries):,} queries, {len(dev.passages):,} passages of {training_args.dev_collection}",
+        )
+    if ance is not None:
+        every = "epoch" if training_args.ance_refresh == "epoch" else f"{training_args.ance_refresh} steps"
+        lines.insert(
+            -1,
+            f"negatives       mined again each {every}, from {len(ance):,} passages of {training_args.ance_collection}",
         )
     if training_args.wants_cuda and not torch.accelerator.is_available():
         lines.append(

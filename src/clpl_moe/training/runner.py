@@ -23,8 +23,12 @@ from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
 from clpl_moe.errors import UserError, at
 from clpl_moe.files import atomic_open, refuse_unwritable
 from clpl_moe.loss import CLPLLoss
+from clpl_moe.mining.index import PassageIndex
 from clpl_moe.moe.inject import has_experts, inject_moe
+from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.encode import max_positions
+from clpl_moe.retrieval.options import EncodingArguments
+from clpl_moe.training.ance import NEGATIVES_FILE, NegativeRefresher
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.training.card import write_model_card
 from clpl_moe.training.model import CLPLModel, choose_trainable
@@ -264,7 +268,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
         return wanted and not whole
 
     def load_trainer(self) -> CLPLTrainer:
-        evaluator = self._make_evaluator()
+        evaluator, refresher = self._make_evaluator(), self._make_refresher()
         try:
             return CLPLTrainer(
                 model=self.model,
@@ -277,6 +281,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
                 base_heads=self.base_heads,
                 evaluator=evaluator,
                 same_dataset_within_batch=self.data_args.same_dataset_within_batch,
+                refresher=refresher,
             )
         except (ValueError, ImportError) as error:  # transformers checks some options no sooner
             raise UserError(" ".join(str(error).split())) from error
@@ -285,7 +290,6 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
         args = self.training_args
         if args.dev_collection is None:
             return None
-        from clpl_moe.retrieval.collection import Collection
         from clpl_moe.retrieval.evaluation import evaluate_retrieval
 
         collection = Collection.load(args.dev_collection, args.dev_language, args.dev_split)
@@ -308,12 +312,32 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
 
         return evaluator
 
+    def _make_refresher(self) -> NegativeRefresher | None:
+        args = self.training_args
+        if args.ance_refresh is None:
+            return None
+        return NegativeRefresher(
+            self.train_dataset,
+            open_ance_index(self.data_args, args),
+            args.ance_selection(),
+            EncodingArguments(
+                query_max_len=self.data_args.query_max_len,
+                passage_max_len=self.data_args.passage_max_len,
+                batch_tokens=args.dev_batch_tokens,
+            ),
+            every=args.ance_refresh,
+            seed=args.seed,
+            folder=Path(args.output_dir) / "embeddings",
+        )
+
     def run(self) -> None:
         """Train, from the beginning or from a checkpoint, and leave the model in the run folder."""
         output_dir = Path(self.training_args.output_dir)
         config = resolved_config(self.model_args, self.data_args, self.training_args)
         if self.training_args.resume_from_checkpoint is not None:
             check_same_run(config, self.training_args.resume_from_checkpoint)
+            if self.trainer.refresher is not None:
+                self.trainer.refresher.load(Path(self.training_args.resume_from_checkpoint) / NEGATIVES_FILE)
         if self.trainer.is_world_process_zero():
             with atomic_open(output_dir / CONFIG_FILE) as file:
                 yaml.safe_dump(config, file, allow_unicode=True, sort_keys=False)
@@ -323,6 +347,20 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
         if self.trainer.is_world_process_zero():
             write_model_card(self)
             print(f"saved to {output_dir}: the model, its card README.md, metrics.jsonl and {CONFIG_FILE}")
+
+
+def open_ance_index(data_args: CLPLDataArguments, training_args: CLPLTrainingArguments) -> PassageIndex:
+    """The passages that refreshes mine from.
+
+    Raises:
+        UserError: the collection or the store of positive queries has a fault, or the run wants teacher scores too.
+    """
+    if data_args.knowledge_distillation:
+        raise UserError(
+            "knowledge_distillation needs scores of a teacher, mined negatives have none: unset ance_refresh"
+        )
+    collection = Collection.load(training_args.ance_collection, training_args.ance_language, training_args.ance_split)
+    return PassageIndex.load(collection, training_args.ance_positive_queries)
 
 
 def read_heads(path: str, *, required: bool, **hub: str | None) -> dict[str, dict[str, torch.Tensor]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import skip_first_batches
 from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM3Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -20,6 +22,9 @@ from clpl_moe.encoder.load import HEAD_FILES, load_weights
 from clpl_moe.encoder.packing import PackedTexts
 from clpl_moe.encoder.save import save_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings
+from clpl_moe.retrieval.encode import compute_dtype
+from clpl_moe.retrieval.options import Encoder
+from clpl_moe.training.ance import NEGATIVES_FILE, NegativeRefresher
 from clpl_moe.training.callbacks import ConsoleCallback, EpochCallback, MetricsFileCallback
 from clpl_moe.training.model import CLPLModel
 
@@ -33,6 +38,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         base_heads: the base model's sparse and multi-vector heads by file name, saved along unless they are trained.
         evaluator: computes metrics of the current encoder on the dev collection; None without one.
         same_dataset_within_batch: whether each batch takes examples of one file only.
+        refresher: mines negatives again as training goes on; None: the files' own are used throughout.
         kwargs: arguments of transformers' Trainer.
     """
 
@@ -44,6 +50,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         base_heads: dict[str, dict[str, Tensor]],
         evaluator: Callable[[nn.Module], dict[str, float]] | None,
         same_dataset_within_batch: bool,
+        refresher: NegativeRefresher | None = None,
         **kwargs: Any,
     ) -> None:
         # transformers wants to see a dataset where there is evaluation; ours is the evaluator's.
@@ -52,6 +59,8 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         self.max_length = max_length
         self.base_heads = base_heads
         self.evaluator = evaluator
+        self.refresher = refresher
+        self._fresh: tuple[Any, Any] | None = None  # an epoch's batches, and those that took their place
         self.batch_sampler = EpochBatchSampler(
             self.train_dataset.part_sizes,
             self.args.per_device_train_batch_size,
@@ -78,11 +87,35 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             collate_fn=self.data_collator,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            # Workers hold the negatives that the training set had when they were started.
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0 and self.refresher is None,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers > 0 else None,
             # A generator of its own: drawing from the global one would change dropout after a resume.
             generator=torch.Generator().manual_seed(self.args.seed),
         )
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of one optimizer step; before it, negatives are mined again where that is due.
+
+        A checkpoint of the step before has been written then: a run that resumes from it mines the same here.
+        """
+        if self.refresher is not None:
+            accumulation, step = self.args.gradient_accumulation_steps, self.state.global_step
+            steps_per_epoch = max(1, math.ceil(len(self.batch_sampler) / accumulation))
+            if self.refresher.due(step, steps_per_epoch):
+                self._refresh_negatives(steps_per_epoch)
+                # Worker processes have made batches ahead, with the old negatives.
+                done = step % steps_per_epoch * accumulation
+                self._fresh = epoch_iterator, iter(skip_first_batches(self.get_train_dataloader(), done))
+            if self._fresh is not None and self._fresh[0] is epoch_iterator:
+                epoch_iterator = self._fresh[1]
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _refresh_negatives(self, steps_per_epoch: int) -> None:
+        model = self.accelerator.unwrap_model(self.model).model
+        encoder = Encoder(model, self.processing_class, self.settings, compute_dtype(model))
+        first = self.is_world_process_zero()
+        self.log(self.refresher.refresh(encoder, self.state.global_step, steps_per_epoch, self._gather_objects, first))
 
     def _prepare_input(self, data: Any) -> Any:
         if isinstance(data, PackedTexts) or (isinstance(data, Tensor) and not data.is_floating_point()):
@@ -160,6 +193,8 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             state_dict=encoder_state,
         )
         torch.save(self.args, folder / "training_args.bin")
+        if self.refresher is not None:
+            self.refresher.save(folder / NEGATIVES_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model if model is None else model)

@@ -1,0 +1,166 @@
+"""A corpus as mining sees it: equal passages once, and what each is known to answer; numbers only, texts stay on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from clpl_moe.retrieval.collection import Collection, normalize_text, read_positive_queries
+
+
+class PassageIndex:
+    """A collection's passages without repeated and empty texts, and the queries that they are known to answer.
+
+    Texts that differ in case, punctuation, white space or Unicode form only (:func:`comparable`) are one passage. Kept
+    for each passage are 16 bytes (a row and a hash), plus the queries of those that have any.
+
+    Args:
+        collection: the passages, and judgements that count as known queries.
+        positive_queries: passage id and queries, further known ones; unknown ids are counted and left out.
+
+    Attributes:
+        source: the collection's folder.
+        rows: for each distinct passage (its *place*), the first row of the corpus that holds it.
+        texts: the text at each place, read when asked for.
+        known: place -> its known queries, by normalised text.
+        answers: normalised query -> places of the passages known to answer it.
+        unknown: how many entries of ``positive_queries`` name no passage of the corpus.
+        reserved: how many passages belong to another split.
+        repeated: how many passages are empty or equal to an earlier one.
+    """
+
+    def __init__(self, collection: Collection, positive_queries: Iterable[tuple[str, Sequence[str]]] = ()) -> None:
+        self._collection = collection
+        self.source = collection.directory / collection.language
+        queries = dict(zip(collection.query_ids, collection.queries))
+        stored = list(positive_queries)
+        judged = [(p, q) for q, grades in collection.qrels.items() for p, grade in grades.items() if grade > 0]
+        wanted = {p for p, _ in judged} | {p for p, _ in stored}
+        row_of: dict[str, int] = {}
+        hashes = np.zeros(len(collection.passage_ids), dtype=np.uint64)
+        usable = np.zeros(len(hashes), dtype=bool)
+        self.reserved = 0
+        for row, (passage_id, text) in enumerate(zip(collection.passage_ids, collection.passages)):
+            if collection.reserved.get(passage_id, collection.split) != collection.split:
+                self.reserved += 1
+                continue
+            if passage_id in wanted:
+                row_of[passage_id] = row
+            if form := comparable(text):
+                hashes[row], usable[row] = _hash(form), True
+        rows = np.flatnonzero(usable)
+        self._hashes, first, group = np.unique(hashes[rows], return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        self.rows: np.ndarray = rows[first[order]]
+        self._place_of_group = np.empty(len(order), dtype=np.int64)
+        self._place_of_group[order] = np.arange(len(order))
+        place_of_row = np.full(len(hashes), -1, dtype=np.int64)
+        place_of_row[rows] = self._place_of_group[group]
+        self.repeated = len(hashes) - self.reserved - len(self.rows)
+        self.texts: Sequence[str] = _Rows(collection.passages, self.rows)
+        self._number = {p: int(place_of_row[row]) for p, row in row_of.items() if place_of_row[row] >= 0}
+        self.known: dict[int, dict[str, str]] = {}
+        self.answers: dict[str, set[int]] = {}
+        self.unknown = 0
+        for passage_id, query_id in judged:
+            self._add(passage_id, queries[query_id])
+        for passage_id, texts in stored:
+            self.unknown += passage_id not in self._number
+            for query in texts:
+                self._add(passage_id, query)
+
+    @classmethod
+    def load(cls, collection: Collection, positive_queries: str | Path | None = None) -> PassageIndex:
+        """With a file of positive queries; None: the collection's own ``positive_queries.jsonl``, where there is one.
+
+        Raises:
+            UserError: the file is missing or a line of it is broken.
+        """
+        path = Path(collection.directory, collection.language, "positive_queries.jsonl")
+        if positive_queries is not None:
+            path = Path(positive_queries)
+        elif not path.exists():
+            return cls(collection)
+        return cls(collection, read_positive_queries(path))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _add(self, passage_id: str, query: str) -> None:
+        if (place := self._number.get(passage_id)) is not None:
+            normalized = normalize_text(query)
+            self.known.setdefault(place, {}).setdefault(normalized, query)
+            self.answers.setdefault(normalized, set()).add(place)
+
+    def relevant(self, judged: Mapping[str, int]) -> list[int]:
+        """Places of the relevant passages that the corpus has, each once."""
+        found = (self._number[p] for p, relevance in judged.items() if relevance > 0 and p in self._number)
+        return list(dict.fromkeys(found))
+
+    def answering(self, query: str) -> set[int]:
+        """Places of the passages that are known to answer a query."""
+        return self.answers.get(normalize_text(query), set())
+
+    def find(self, text: str) -> int | None:
+        """The place of a text; None where the corpus does not hold it, or reserves it to another split."""
+        value = _hash(comparable(text))
+        group = int(np.searchsorted(self._hashes, value))
+        if group == len(self._hashes) or self._hashes[group] != value:
+            return None
+        return int(self._place_of_group[group])
+
+    def passage_id(self, place: int) -> str:
+        """The id of a place's passage: of equal ones the first."""
+        return self._collection.passage_ids[int(self.rows[place])]
+
+    def places(self, passage_ids: set[str]) -> dict[str, int]:
+        """Passage id -> place, of those ids that :meth:`passage_id` gives."""
+        row_of = {p: row for row, p in enumerate(self._collection.passage_ids) if p in passage_ids}
+        places = {p: int(np.searchsorted(self.rows, row)) for p, row in row_of.items()}
+        return {p: place for p, place in places.items() if place < len(self) and self.rows[place] == row_of[p]}
+
+
+class _Rows(Sequence):
+    """Some rows of a sequence, taken out of it when asked for."""
+
+    def __init__(self, values: Sequence[str], rows: np.ndarray) -> None:
+        self._values, self._rows = values, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return _Rows(self._values, self._rows[index])
+        return self._values[int(self._rows[index])]
+
+
+def comparable(text: str) -> str:
+    """The form in which two passages count as the same text: Unicode NFC without case, punctuation, invisible characters
+    and differences in white space."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().translate(_ignored()).split())
+
+
+@cache
+def _ignored() -> dict[int, str | None]:
+    """What :func:`comparable` makes of characters: punctuation becomes a space, invisible ones (such as the zero-width
+    non-joiner of Persian) nothing."""
+    table: dict[int, str | None] = {}
+    for code in range(sys.maxunicode + 1):
+        category = unicodedata.category(chr(code))
+        if category[0] == "P":
+            table[code] = " "
+        elif category == "Cf":
+            table[code] = None
+    return table
+
+
+def _hash(text: str) -> np.uint64:
+    """Of a million texts, two different ones share a hash with a probability below one in ten million."""
+    return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
