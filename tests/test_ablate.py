@@ -69,13 +69,13 @@ def plan(configuration, **changes):
 
 
 def keys(configuration, **changes):
-    return [run.key for run in plan(configuration, **changes).runs]
+    return [run.decisive.key for run in plan(configuration, **changes).runs]
 
 
 def test_rows_times_languages_times_seeds_and_negatives_once_per_kind(configuration, tmp_path):
     make_collection(tmp_path / "data", "fa")
     languages = {name: {"collection": str(tmp_path / "data")} for name in ("ko", "fa")}
-    rows = configuration["rows"] | {"random": {"mine": {"sampling": "random"}}}
+    rows = configuration["rows"] | {"random": {"mine": {"sampling": "corpus"}}}
     found = plan(configuration, languages=languages, rows=rows)
     assert [str(run) for run in found.runs if run.collection.language == "fa"] == [
         "base fa",
@@ -114,12 +114,27 @@ def test_options_of_a_language_and_of_a_row_go_before_the_shared_ones(configurat
 
 def test_a_row_that_was_renamed_keeps_its_run(configuration):
     run = plan(configuration).runs[1]
-    write_json(run.folder / "run.json", {"metrics": {"nDCG@5": 0.5}})
+    finish(run, 0.5)
     rows = {"base": {"train": False}, "other": configuration["rows"]["dense"]}
     again = plan(configuration, rows=rows).runs[1]
     assert again.row == "other"
     assert again.folder == run.folder
-    assert again.result() == {"metrics": {"nDCG@5": 0.5}}
+    assert again.metric("nDCG@5") == 0.5
+
+
+def test_an_option_that_is_new_makes_no_other_run_and_a_default_that_changed_does(configuration):
+    run = plan(configuration).runs[1]
+    finish(run, 0.5)
+    path = run.folder / "options.json"
+    options = json.loads(path.read_text(encoding="utf-8"))
+    assert options["train.temperature"] == 0.02
+    write_json(path, {k: v for k, v in options.items() if k != "train.temperature"})
+    assert plan(configuration).runs[1].folder == run.folder
+    assert plan(configuration, train=TRAIN | {"temperature": 0.1}).runs[1].folder != run.folder
+    path = run.folder.rename(run.folder.parent / "earlier") / path.name
+    assert plan(configuration).runs[1].folder.name == "earlier"
+    write_json(path, options | {"train.temperature": 0.03})
+    assert plan(configuration).runs[1].result() is None
 
 
 @pytest.mark.parametrize(
@@ -136,7 +151,6 @@ def test_a_row_that_was_renamed_keeps_its_run(configuration):
         ({"languages": {"ko": {}}}, "languages: 'ko': expected either `collection`, a folder, or `squad`"),
         ({"languages": {"ko": {"squad": ["nothing.json"]}}}, "nothing.json: no such file"),
         ({"languages": {"ko": {"collection": "nowhere"}}}, "nowhere/ko/corpus.jsonl: no such file"),
-        ({"metric": "AP"}, "--metric: found AP, expected one of those evaluated: nDCG@5, nDCG@10, R@100"),
         ({"metric": "nonsense"}, "metric 'nonsense' is unknown"),
         ({"only": ["nobody"]}, "--only: found 'nobody', expected some of base, dense, experts"),
         ({"parallel": 0}, "--parallel: found 0"),
@@ -150,9 +164,10 @@ def test_mistakes_are_refused_before_anything_is_written(configuration, changes,
 
 
 def finish(run, value):
+    write_json(run.folder / "options.json", run.decisive.values)
     write_json(
         run.folder / "run.json",
-        {"language": "ko", "seed": run.seed, "key": run.key, "training": None, "dtype": "float32", "metrics": {"nDCG@5": value}},
+        {"language": "ko", "seed": run.seed, "key": run.decisive.key, "training": None, "dtype": "float32", "metrics": {"nDCG@5": value}},
     )  # fmt: skip
 
 
@@ -328,9 +343,9 @@ def test_the_configs_of_the_repository_are_valid(monkeypatch, tmp_path):
     values["runs"] = str(tmp_path / "runs")
     rows = {run.row: run for run in plan(values, seeds=[1]).runs}
     assert list(rows) == ["base", "random", "ance", "clp", "clp_ffn", "moe_2024", "ours"]
-    assert len({run.key for run in rows.values()}) == 7
+    assert len({run.decisive.key for run in rows.values()}) == 7
     assert rows["base"].train is None
-    assert rows["random"].mined.options["sampling"] == "random"
+    assert rows["random"].mined.options["sampling"] == "corpus"
     assert rows["ance"].mined is rows["clp"].mined is rows["moe_2024"].mined
     budgets = {(r.train["max_steps"], r.train["per_device_train_batch_size"]) for r in rows.values() if r.train}
     assert len(budgets) == 1

@@ -5,14 +5,15 @@
 3. Each row (a named set of options) is trained and evaluated per language and seed, every run in processes of its own.
 4. A table (Markdown and JSON) and a picture: mean and spread over the seeds, and the error relative to the first row.
 
-A run's folder is named by a hash of everything that decides its result (options with their defaults, the content of model and
-collection). So a finished run is never repeated while that is the same, whatever its row is called and however the
-configuration is rearranged, and an unfinished one goes on from its checkpoint.
+Each folder says all that decides what it holds (options with their defaults, the content of model and collection). A
+finished run is not repeated while that is the same, whatever its row is called and however the configuration is arranged; an
+unfinished one goes on from its checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -34,8 +35,19 @@ from clpl_moe.errors import UserError, at, command
 from clpl_moe.files import atomic_open, refuse_existing, refuse_unwritable, write_json
 from clpl_moe.machine import machine, versions, without_folders
 
-# What decides nothing about a run's result.
-_PLACES = {"output_dir", "output", "run_name", "logging_dir", "cache_path", "cache_dir", "collection", "overwrite"}
+# What decides nothing about a result, or is known by its content.
+_PLACES = {
+    "output_dir",
+    "output",
+    "run_name",
+    "logging_dir",
+    "cache_path",
+    "cache_dir",
+    "collection",
+    "language",
+    "overwrite",
+}
+_OPTIONS = "options.json"  # all that decides what the folder holds
 _DONE = "run.json"
 
 
@@ -108,6 +120,41 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 @dataclass
+class Decisive:
+    """All options and contents that decide a result, by name, and the defaults of those that have one."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def __or__(self, other: Decisive) -> Decisive:
+        return Decisive(self.values | other.values, self.defaults | other.defaults)
+
+    @property
+    def key(self) -> str:
+        return _digest(self.values)
+
+    def is_of(self, folder: Path) -> bool:
+        """Whether what lies in a folder was made in the same way.
+
+        An option that did not exist then was not used then: it must have its default. A default that changed is a difference.
+        """
+        try:
+            then = json.loads((folder / _OPTIONS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        now = json.loads(json.dumps(self.values, default=str))
+        new = {name: self.values[name] for name in now.keys() - then.keys()}
+        return all(name in now and now[name] == value for name, value in then.items()) and all(
+            name in self.defaults and self.defaults[name] == value for name, value in new.items()
+        )
+
+    def find(self, root: Path, name: str) -> Path:
+        """The folder in ``root`` that is of these, whatever it is called, or else the one to make."""
+        there = [path.parent for path in sorted(root.glob(f"*/{_OPTIONS}")) if self.is_of(path.parent)]
+        return there[0] if there else root / f"{name}-{self.key[:10]}"
+
+
+@dataclass
 class CollectionJob:
     """A language's collection: ``directory`` holds its folder; prepared from ``squad`` where that is given."""
 
@@ -126,8 +173,9 @@ class MineJob:
     """One kind of negatives of one language."""
 
     collection: CollectionJob
-    folder: Path
     options: dict[str, Any]
+    decisive: Decisive
+    folder: Path
 
     @property
     def data(self) -> Path:
@@ -152,7 +200,7 @@ class Run:
     mined: MineJob | None
     train: dict[str, Any] | None
     evaluate: dict[str, Any]
-    key: str
+    decisive: Decisive
     folder: Path
 
     def __str__(self) -> str:
@@ -164,6 +212,21 @@ class Run:
             return json.loads((self.folder / _DONE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+
+    def metric(self, name: str) -> float | None:
+        """A metric of the finished run, from its run file where it was not asked for then; None before."""
+        result = self.result()
+        if result is None:
+            return None
+        if name not in result["metrics"]:
+            from clpl_moe.retrieval.collection import Collection
+            from clpl_moe.retrieval.metrics import evaluate_run, read_trec_run
+
+            run = read_trec_run(self.folder / "results" / self.collection.language / "run.trec")
+            split = self.decisive.values["evaluate.split"]
+            qrels = Collection.load(self.collection.directory, self.collection.language, split).qrels
+            return evaluate_run(qrels, run, [name])[0][name]
+        return result["metrics"][name]
 
 
 @dataclass
@@ -182,9 +245,12 @@ def make_plan(arguments: AblateArguments) -> Plan:
     Raises:
         UserError: an unknown or ill-typed option in any part, a missing file.
     """
+    from clpl_moe.retrieval.metrics import check_metrics
+
+    check_metrics([arguments.metric])
     root = Path(arguments.runs)
     collections = [_collection(name, spec, arguments, root) for name, spec in arguments.languages.items()]
-    models = _Contents()
+    options = _Options(arguments.model)
     minings: dict[str, MineJob] = {}
     folders: dict[str, Path] = {}
     runs, labels = [], {}
@@ -195,36 +261,30 @@ def make_plan(arguments: AblateArguments) -> Plan:
         for collection in collections:
             place = f"rows: '{row}', language '{collection.language}'"
             per_language = arguments.languages[collection.language]
-
-            def options(name: str, spec=spec, per_language=per_language, place=place) -> dict[str, Any]:
-                parts = (getattr(arguments, name), per_language.get(name) or {}, spec.get(name) or {})
-                return {k: v for part in parts for k, v in _mapping(f"{place}: {name}", part).items()}
-
-            evaluate = _resolve_evaluate(f"{place}: evaluate", options("evaluate"), collection, arguments)
-            mined = None
+            given: dict[str, dict[str, Any]] = {}
+            for part in ("mine", "train", "evaluate"):
+                sources = (getattr(arguments, part), per_language.get(part) or {}, spec.get(part) or {})
+                given[part] = {k: v for s in sources for k, v in _mapping(f"{place}: {part}", s).items()}
+            data = Decisive({"collection": collection.key, "language": collection.language})
+            evaluate, decisive = options.evaluate(f"{place}: evaluate", given["evaluate"])
+            decisive |= data
             if spec.get("train") is False:
-                seeds: list[int | None] = [None]
+                mined, train, model, seeds = None, None, arguments.model, [None]
+                decisive.values["model"] = options.contents[model]
             else:
-                mining = _resolve_mine(f"{place}: mine", options("mine"), collection, arguments)
-                key = _digest(mining | {"model": models[mining["model"]], "collection": collection.key})
-                folder = root / "negatives" / f"{collection.language}-{key[:10]}"
-                mined = minings.setdefault(key, MineJob(collection, folder, mining))
-                train, train_key = _resolve_train(f"{place}: train", options("train"), arguments)
-                seeds = _seeds(place, spec.get("seeds"), arguments.seeds)
+                mine, of_mine = options.mine(f"{place}: mine", given["mine"])
+                of_mine |= data
+                folder = of_mine.find(root / "negatives", collection.language)
+                mined = minings.setdefault(of_mine.key, MineJob(collection, mine, of_mine, folder))
+                train, of_train = options.train(f"{place}: train", given["train"])
+                model, seeds = train["model_name_or_path"], _seeds(place, spec.get("seeds"), arguments.seeds)
+                decisive = decisive | of_mine | of_train
             for seed in seeds:
-                model = arguments.model if mined is None else train["model_name_or_path"]
-                decisive = {"model": models[model], "collection": collection.key, "evaluate": evaluate}
-                if mined is not None:
-                    decisive |= {"mine": key, "train": train_key | {"seed": seed}}
-                run_key = _digest(decisive)
-                if run_key not in folders:
-                    # By its key only: a row that was renamed is the same run.
-                    there = sorted(root.glob(f"runs/*-{run_key[:10]}"))
-                    name = "-".join([row, collection.language, *([] if seed is None else [f"seed{seed}"])])
-                    folders[run_key] = there[0] if there else root / "runs" / f"{name}-{run_key[:10]}"
-                trained = None if mined is None else train | {"seed": seed}
-                folder = folders[run_key]
-                runs.append(Run(row, seed, model, collection, mined, trained, evaluate, run_key, folder))
+                of_run = decisive | Decisive({"seed": seed})
+                name = "-".join([row, collection.language, *([] if seed is None else [f"seed{seed}"])])
+                folder = folders.setdefault(of_run.key, of_run.find(root / "runs", name))
+                own = train and train | {"seed": seed}
+                runs.append(Run(row, seed, model, collection, mined, own, evaluate, of_run, folder))
     return Plan(collections, list(minings.values()), runs, labels)
 
 
@@ -266,65 +326,71 @@ def _collection(language: str, spec: Any, arguments: AblateArguments, root: Path
     for path in options.squad:
         if not Path(path).is_file():
             raise UserError(f"{at(path)}: no such file ({place}: squad)")
-    key = _digest(_decisive(options) | {"squad": [_content(Path(path)) for path in options.squad]})
+    names = {name: getattr(options, name) for name in values.keys() - {"squad", "language", "output"}}
+    key = _digest(names | {"squad": [_content(Path(path)) for path in options.squad]})
     options.output = str(root / "collections" / key[:10])
     return CollectionJob(language, Path(options.output), key, options)
 
 
-def _resolve_mine(
-    place: str, values: dict[str, Any], collection: CollectionJob, arguments: AblateArguments
-) -> dict[str, Any]:
-    from clpl_moe.mine import MineArguments
-    from clpl_moe.retrieval.options import EncodingArguments
+class _Options:
+    """Checks the options of the other commands, and says of each set which of them decide the result."""
 
-    given = {"model": arguments.model, **values, "collection": "-", "language": collection.language, "output": "-"}
-    resolved = parse_values([MineArguments, EncodingArguments], "clpl_moe.mine", place, given)
-    return {k: v for options in resolved for k, v in _decisive(options).items()}
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.contents = _Contents()
+        self._defaults: dict[str, dict[str, Any]] = {}
 
+    def mine(self, place: str, values: dict[str, Any]) -> tuple[dict[str, Any], Decisive]:
+        from clpl_moe.mine import MineArguments
+        from clpl_moe.mining.select import SelectionArguments
+        from clpl_moe.retrieval.options import EncodingArguments
 
-def _resolve_evaluate(
-    place: str, values: dict[str, Any], collection: CollectionJob, arguments: AblateArguments
-) -> dict[str, Any]:
-    from clpl_moe.evaluate import EvaluateArguments
-    from clpl_moe.retrieval.metrics import check_metrics
-    from clpl_moe.retrieval.options import EncodingArguments
+        types = [MineArguments, SelectionArguments, EncodingArguments]
+        required = {"model": self.model, "collection": "-", "language": "-", "output": "-"}
+        given = {**required, **values, "collection": "-", "language": "-", "output": "-"}
+        decisive = self._resolve("mine", types, place, given, required)
+        for name in ("model", "reranker"):
+            if (model := decisive.values[f"mine.{name}"]) is not None:
+                decisive.values[f"mine.{name}"] = self.contents[model]
+        return given, decisive
 
-    given = {**values, "model": "-", "collection": "-", "languages": collection.language, "output": "-"}
-    resolved = parse_values([EvaluateArguments, EncodingArguments], "clpl_moe.evaluate", place, given)
-    check_metrics([*resolved[0].metrics, arguments.metric])
-    if arguments.metric not in resolved[0].metrics:
-        raise UserError(
-            f"--metric: found {arguments.metric}, expected one of those evaluated: {', '.join(resolved[0].metrics)}"
-        )
-    decisive = {k: v for options in resolved for k, v in _decisive(options).items()}
-    decisive.pop("model")
-    return decisive
+    def evaluate(self, place: str, values: dict[str, Any]) -> tuple[dict[str, Any], Decisive]:
+        from clpl_moe.evaluate import EvaluateArguments
+        from clpl_moe.retrieval.options import EncodingArguments
 
+        required = {"model": "-", "collection": "-", "languages": "-", "output": "-"}
+        given = values | required
+        decisive = self._resolve("evaluate", [EvaluateArguments, EncodingArguments], place, given, required)
+        # Metrics are computed from the run file, which these decide.
+        of_run = {"split", "top_k", *(f.name for f in dataclasses.fields(EncodingArguments))}
+        keep = {name: value for name, value in decisive.values.items() if name.removeprefix("evaluate.") in of_run}
+        return given, Decisive(keep, decisive.defaults)
 
-def _resolve_train(
-    place: str, values: dict[str, Any], arguments: AblateArguments
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of training as given, and all that decide its result, with their defaults."""
-    from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
-    from clpl_moe.training.runner import resolved_config
+    def train(self, place: str, values: dict[str, Any]) -> tuple[dict[str, Any], Decisive]:
+        from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 
-    for name in ("output_dir", "resume_from_checkpoint", "dry_run", "seed"):
-        if name in values:
-            raise UserError(f"{place}: '{name}' is set for each run by this command (seeds: --seeds), remove it")
-    given = {"model_name_or_path": arguments.model, "train_data": "{train_data}", **values, "output_dir": "-"}
-    types = [CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments]
-    decisive = _without_off(resolved_config(*parse_values(types, "clpl_moe.train", place, given)))
-    decisive.pop("model_name_or_path")  # its content counts
-    return given, decisive
+        for name in ("output_dir", "resume_from_checkpoint", "dry_run", "seed"):
+            if name in values:
+                raise UserError(f"{place}: '{name}' is set for each run by this command (seeds: --seeds), remove it")
+        types = [CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments]
+        required = {"model_name_or_path": self.model, "train_data": "{train_data}", "output_dir": "-"}
+        given = required | values
+        decisive = self._resolve("train", types, place, given, required)
+        decisive.values["train.model_name_or_path"] = self.contents[given["model_name_or_path"]]
+        return given, decisive
 
+    def _resolve(
+        self, part: str, types: list[type], place: str, given: dict[str, Any], required: dict[str, Any]
+    ) -> Decisive:
+        from clpl_moe.training.runner import resolved_config
 
-def _decisive(options: Any) -> dict[str, Any]:
-    return _without_off(vars(options))
+        def named(values: dict[str, Any]) -> dict[str, Any]:
+            return {f"{part}.{k}": v for k, v in values.items() if k not in _PLACES}
 
-
-def _without_off(values: dict[str, Any]) -> dict[str, Any]:
-    """Options without places and without those that are off: so a new option, off by default, makes no run another one."""
-    return {k: v for k, v in values.items() if k not in _PLACES and v not in (None, False, 0, "", "no", [])}
+        if part not in self._defaults:
+            self._defaults[part] = named(resolved_config(*parse_values(types, f"clpl_moe.{part}", part, required)))
+        resolved = resolved_config(*parse_values(types, f"clpl_moe.{part}", place, given))
+        return Decisive(named(resolved), self._defaults[part])
 
 
 def _digest(value: Any) -> str:
@@ -465,7 +531,12 @@ def prepare(job: CollectionJob) -> str:
 def mine_job(shop: Workshop, job: MineJob, slot: int) -> str:
     """Mine one kind of negatives."""
     with _locked(job.folder) as lock:
-        places = {"collection": str(job.collection.directory), "output": str(job.data)}
+        write_json(job.folder / _OPTIONS, job.decisive.values)
+        places = {
+            "collection": str(job.collection.directory),
+            "language": job.collection.language,
+            "output": str(job.data),
+        }
         shop.call("mine", job.options | places, job.folder, slot, lock)
     with job.data.open(encoding="utf-8") as file:
         return f"{sum(1 for _ in file):,} lines"
@@ -474,6 +545,7 @@ def mine_job(shop: Workshop, job: MineJob, slot: int) -> str:
 def train_and_evaluate(shop: Workshop, run: Run, keep_model: bool, metric: str, slot: int) -> str:
     """Do one run, or the rest of one."""
     with _locked(run.folder) as lock:
+        write_json(run.folder / _OPTIONS, run.decisive.values)
         model = run.folder / "model"
         if run.train is not None and not (model / "README.md").is_file():  # training writes its card last
             if model.is_dir() and not (model / "train_config.yaml").is_file():
@@ -484,27 +556,27 @@ def train_and_evaluate(shop: Workshop, run: Run, keep_model: bool, metric: str, 
         places = {
             "model": run.model if run.train is None else str(model),
             "collection": str(run.collection.directory),
+            "languages": language,
             "output": str(run.folder / "results"),
             "overwrite": True,
         }
         shop.call("evaluate", run.evaluate | places, run.folder, slot, lock)
         found = json.loads((run.folder / "results" / language / "metrics.json").read_text(encoding="utf-8"))
         content = {
-            "key": run.key,
+            "key": run.decisive.key,
             "row": run.row,
             "language": language,
             "seed": run.seed,
             "metrics": found["metrics"],
             "dtype": found["settings"]["dtype"],
             "training": _training(model / "metrics.jsonl"),
-            "options": {"mine": run.mined and run.mined.options, "train": run.train, "evaluate": run.evaluate},
             "machine": machine(),
             "versions": versions(),
         }
         write_json(run.folder / _DONE, content)
         if run.train is not None:
             _tidy(model, keep_model)
-    return f"{metric} {found['metrics'][metric]:.4f}"
+    return f"{metric} {run.metric(metric):.4f}"
 
 
 def _fill(run: Run) -> dict[str, Any]:
@@ -557,8 +629,8 @@ def summarize(plan: Plan, metric: str) -> list[dict[str, Any]]:
     for row in plan.labels:
         values: dict[str, dict[int | None, float]] = {language: {} for language in languages}
         for run in plan.runs:
-            if run.row == row and (result := run.result()) is not None:
-                values[run.collection.language][run.seed] = result["metrics"][metric]
+            if run.row == row and (value := run.metric(metric)) is not None:
+                values[run.collection.language][run.seed] = value
         seeds = dict.fromkeys(seed for found in values.values() for seed in found)
         averages = [
             statistics.fmean(found[seed] for found in values.values())
@@ -703,11 +775,12 @@ def ablate(arguments: AblateArguments) -> bool:
     """
     plan = make_plan(arguments)
     output = Path(arguments.output)
-    identity = _digest([[run.row, run.key] for run in plan.runs])
+    names = ("rows", "languages", "seeds", "metric", "model", "prepare", "mine", "train", "evaluate")
+    identity = _digest({name: getattr(arguments, name) for name in names})
     check_output(output, identity, arguments.overwrite)
     refuse_unwritable(Path(arguments.runs) / "runs")
     chosen = [run for run in plan.runs if not arguments.only or run.row in arguments.only]
-    todo = list({run.key: run for run in chosen if run.result() is None}.values())
+    todo = list({run.folder: run for run in chosen if run.result() is None}.values())
     minings = [job for job in plan.minings if not job.finished and any(run.mined is job for run in todo)]
     print(f"{len(chosen) - sum(run.result() is None for run in chosen)} of {len(chosen)} runs are finished")
     if arguments.dry_run:
