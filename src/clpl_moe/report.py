@@ -176,6 +176,7 @@ def _page(arguments: ReportArguments, courses: list[RunCourse], comparisons: lis
 
     def chart(figure: Figure, name: str, caption: str) -> Chart:
         save(figure, folder / f"{name}.png")
+        figure.set_layout_engine("none")  # what was arranged once stays
         return Chart(name, caption, svg(figure, caption))
 
     course_charts = []
@@ -219,7 +220,7 @@ def _page(arguments: ReportArguments, courses: list[RunCourse], comparisons: lis
                     chart(
                         plot_changes([q.change for q in comparison.queries], metric),
                         f"changes_{name}",
-                        f"{gained} queries gained, {lost} lost, {same} stayed the same.",
+                        f"Queries: {gained} gained, {lost} lost, {same} stayed the same.",
                     ),
                 ],
             }

@@ -145,7 +145,7 @@ def test_results_of_an_evaluation_go_into_the_card_and_are_replaced_by_later_one
 
 def test_results_without_their_place_are_refused(tmp_path, capsys):
     result = Evaluated("c", "ko", "dev", {"nDCG@5": 0.5})
-    with pytest.raises(UserError, match=r"README\.md: no such file"):
+    with pytest.raises(UserError, match=r"README\.md: no such file, or no model card"):
         add_results(tmp_path, [result])
     (tmp_path / "README.md").write_text("---\ntags: []\n---\nmine\n", encoding="utf-8")
     with pytest.raises(UserError, match="has no place for results"):

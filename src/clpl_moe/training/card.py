@@ -226,8 +226,10 @@ def add_results(folder: str | Path, results: Sequence[Evaluated]) -> None:
     path = Path(folder) / CARD
     try:
         card = ModelCard.load(path, ignore_metadata_errors=True)
-    except OSError:
-        raise UserError(f"{at(path)}: no such file; expected the model card of a run of clpl_moe.train") from None
+    except ValueError:
+        raise UserError(
+            f"{at(path)}: no such file, or no model card; expected that of a run of clpl_moe.train"
+        ) from None
     if _BEGIN not in card.text or _END not in card.text:
         raise UserError(f"{at(path)}: has no place for results, expected the lines {_BEGIN} and {_END}")
     before, rest = card.text.split(_BEGIN, 1)
