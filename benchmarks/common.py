@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import resource
 import shlex
 import statistics
@@ -21,31 +19,12 @@ from typing import Any, TypeVar
 import torch
 
 from clpl_moe.files import write_json
+from clpl_moe.machine import machine, versions, without_folders
 from clpl_moe.retrieval.encode import fast_bfloat16
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "transformers", "FlagEmbedding", "sentence-transformers", "accelerate")
 
 Result = TypeVar("Result")
-
-
-def machine() -> dict[str, object]:
-    """What the figures were measured on."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def benchmark_parser(description: str, output: str) -> argparse.ArgumentParser:
@@ -58,12 +37,6 @@ def benchmark_parser(description: str, output: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     return parser
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that the figures depend on, as far as they are installed."""
-    installed = {distribution.name for distribution in importlib.metadata.distributions()}
-    return {name: importlib.metadata.version(name) for name in _PACKAGES if name in installed}
 
 
 def alternate(functions: dict[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
@@ -215,7 +188,7 @@ def write_result(
     """
     result = {
         "question": question,
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_without_folders(sys.argv[1:])]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *without_folders(sys.argv[1:])]),
         "machine": machine(),
         "versions": versions(),
         "settings": settings,
@@ -224,8 +197,3 @@ def write_result(
     }
     write_json(output, result)
     print(f"wrote {output}")
-
-
-def _without_folders(argv: list[str]) -> list[str]:
-    # Folders of other machines tell nothing.
-    return [Path(value).name if value.startswith("/") else value for value in argv]

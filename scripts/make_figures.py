@@ -18,10 +18,8 @@ contrastive loss alone) and once with the published weight, and are drawn on a m
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +27,13 @@ import numpy as np
 
 from clpl_moe.errors import UserError, at, command
 from clpl_moe.files import parse_line, refuse_existing
+from clpl_moe.reporting.charts import BLUE, GREEN, GREY, INK, PALE, PURPLE, VERMILLION, save, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
 IMAGES = Path(__file__).resolve().parent.parent / "imgs"
-
-# Okabe and Ito's palette, told apart with any colour vision.
-BLUE, GREEN, VERMILLION, PURPLE = "#0072B2", "#009E73", "#D55E00", "#A65187"
-INK, GREY, PALE = "#1a1a1a", "#6b6b6b", "#e6e6e6"
 
 TEMPERATURE, PENALTY_WEIGHT = 0.02, 0.1  # as published
 STEPS, LEARNING_RATE = 2000, 0.002
@@ -54,54 +48,6 @@ LABELS = {
     "negative": ("$h^{\\prime}$", "hard negative", VERMILLION, "s", (9, 0)),
     "negative_query": ("$h^{*}$", "negative's own query", PURPLE, "o", (9, 9)),
 }
-
-
-@contextlib.contextmanager
-def style(mathtext: str = "dejavusans") -> Iterator[None]:
-    """One look for all figures, whatever matplotlibrc the user has; only fonts that come with matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError('matplotlib is not installed: pip install "clpl-moe[figures]"') from None
-    ours = {
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "mathtext.fontset": mathtext,
-        "text.color": INK,
-        "axes.edgecolor": GREY,
-        "axes.labelcolor": INK,
-        "axes.titlesize": 11,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": PALE,
-        "xtick.color": GREY,
-        "ytick.color": GREY,
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-        "lines.linewidth": 1.8,
-        "figure.dpi": 150,
-        # Opaque, so that the ink is readable on a dark page too.
-        "figure.facecolor": "white",
-    }
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(ours)
-        yield
-
-
-def save(figure: Figure, output: Path) -> Path:
-    """Write a PNG; nothing is written where drawing fails."""
-    from PIL import Image  # matplotlib depends on it
-
-    drawn, buffer = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png")
-    # A palette is enough for text and lines and halves the file; dithering would speckle the white.
-    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(buffer.getvalue())
-    return output
 
 
 def plot_formula(output: Path) -> Path:

@@ -216,3 +216,22 @@ def parse(
         except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
             raise UserError(" ".join(str(error).split())) from None  # transformers breaks lines
     return outputs
+
+
+def parse_values(dataclass_types: Sequence[type], prog: str, place: str, values: dict[str, Any]) -> list[Any]:
+    """As :func:`parse`, from a dictionary of options that is part of another command's configuration.
+
+    Args:
+        dataclass_types: what the options are of.
+        prog: the command that they are for.
+        place: where they stand, for messages.
+        values: option -> value, as YAML has them.
+
+    Raises:
+        UserError: as :func:`parse`; the message begins with ``place``.
+    """
+    argv = _to_argv(Path(place), values, make_parser(dataclass_types, prog, ""))
+    try:
+        return parse(dataclass_types, prog, "", argv)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None

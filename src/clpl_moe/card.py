@@ -1,0 +1,85 @@
+"""``python -m clpl_moe.card``: put results of ``clpl_moe.evaluate`` into the model card of a run.
+
+The card gets a table for its reader and ``model-index`` for the hub, in place of the results that it has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clpl_moe.cli import parse
+from clpl_moe.errors import UserError, at, command
+
+if TYPE_CHECKING:
+    from clpl_moe.training.card import Evaluated
+
+
+@dataclass
+class CardArguments:
+    """Whose card, and which results."""
+
+    run: str = field(metadata={"help": "run folder of clpl_moe.train"})
+    after: str = field(metadata={"help": "folder of its results, which holds a folder per language"})
+    before: str | None = field(default=None, metadata={"help": "the same of the base model"})
+
+
+def read_results(after: str | Path, before: str | Path | None = None) -> list[Evaluated]:
+    """Results of a run on each language, beside those of its base model where it has them.
+
+    Raises:
+        UserError: there are none, or those of the base model are of another collection.
+    """
+    from clpl_moe.training.card import Evaluated
+
+    found = []
+    for path in sorted(Path(after).glob("*/metrics.json")):
+        own, base = _read(path), None
+        if before is not None and (other := Path(before, path.parent.name, path.name)).exists():
+            base = _read(other)
+            if base["collection_hash"] != own["collection_hash"]:
+                raise UserError(f"{at(other)}: results of another collection than those in {path}")
+        found.append(
+            Evaluated(
+                Path(own["collection"]).resolve().name,
+                own["language"],
+                own["split"],
+                own["metrics"],
+                base and base["metrics"],
+            )
+        )
+    if not found:
+        raise UserError(f"{at(after)}: holds no results of clpl_moe.evaluate, expected <language>/metrics.json")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = ("collection", "collection_hash", "language", "split", "metrics")
+        return {name: content[name] for name in names}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{at(path)}: not the results of clpl_moe.evaluate") from None
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    (arguments,) = parse(
+        [CardArguments],
+        prog="clpl_moe.card",
+        description="Put results of clpl_moe.evaluate into the model card of a run.",
+        argv=argv,
+    )
+    from clpl_moe.training.card import add_results
+
+    results = read_results(arguments.after, arguments.before)
+    add_results(arguments.run, results)
+    print(f"wrote {Path(arguments.run, 'README.md')}: results on {', '.join(r.language for r in results)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""What figures were measured on: every result that a command writes says so."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+_PACKAGES = ("torch", "transformers", "FlagEmbedding", "sentence-transformers", "accelerate")
+
+
+def machine() -> dict[str, object]:
+    """Processor, cores, GPU, and the versions of Python and torch."""
+    import torch
+
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that the figures depend on, as far as they are installed."""
+    installed = {distribution.name for distribution in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in _PACKAGES if name in installed}
+
+
+def without_folders(words: list[str]) -> list[str]:
+    """A command line without absolute paths: folders of other machines tell nothing."""
+    return [Path(word).name if word.startswith("/") else word for word in words]
