@@ -144,6 +144,19 @@ def test_each_passage_without_a_query_is_asked_once_and_its_lines_are_filled(llm
     assert re.search(r"without an id: not in the store +1\n", output)
 
 
+def test_known_queries_elsewhere_can_be_left_aside(llm, tmp_path):
+    server = llm()
+    records = [
+        {"query": "물음", "pos": [text(1)], "neg": [text(2), text(3)], "neg_q": [["아는 물음"], None]},
+        {"query": "다른 물음", "pos": ["답"], "neg": [text(1), text(2)]},
+    ]
+    write_jsonl(tmp_path / "train.jsonl", records)
+    main(arguments(server, tmp_path / "train.jsonl", tmp_path, known_queries="false"))
+    assert Counter(entry["passage"] for entry in server.log()) == {"1": 1, "2": 1, "3": 1}
+    lines, _, _ = results(tmp_path)
+    assert [line["neg_q"] for line in lines] == [[["아는 물음"], good(3)], [good(1), good(2)]]
+
+
 def test_the_request_holds_model_prompt_and_options(llm, tmp_path):
     server = llm()
     options = {"temperature": 0.5, "max_answer_tokens": 99, "request_options": '{"reasoning_effort": "low"}'}
@@ -664,7 +677,9 @@ def test_a_killed_job_has_all_answers_and_paid_for_none_twice(llm, tmp_path):
     lost = len(sent) - kept.total()
     assert 0 <= lost <= 6
     assert max(kept.values()) == 2
-    print(f"{len(sent)} answers sent, {lost} of them lost in the moment of the kill")
+    twice = {passage for (passage, _), count in Counter((e["passage"], e["what"]) for e in sent).items() if count > 1}
+    when = [round(1000 * (e["time"] - killed)) for e in sent if e["passage"] in twice & moment]
+    print(f"{len(sent)} answers sent, {lost} lost at the third kill (sent at {when} ms from it)")
 
     files = [path for path in tmp_path.iterdir() if path.is_file()]
     assert len(files) == 6

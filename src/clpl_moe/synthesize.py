@@ -59,6 +59,10 @@ class SynthesizeArguments:
         default=None, metadata={"help": "environment variable that holds the key; not given: OPENAI_API_KEY"}
     )
     queries_per_passage: int = field(default=1, metadata={"help": "queries for each passage"})
+    known_queries: bool = field(
+        default=True,
+        metadata={"help": "do not ask about a passage that has queries elsewhere in the files, but use these"},
+    )
     prompts: str | None = field(
         default=None, metadata={"help": "YAML file, language: prompt with {passage}; not given: the package's own"}
     )
@@ -163,6 +167,9 @@ class _Job:
             "request": arguments.request_fields(),
         }
         self.passages = read_passages(self.files)
+        if not arguments.known_queries:
+            for passage in self.passages.values():
+                passage.known.clear()
         # Those without a query anywhere.
         self.wanted = {key: p for key, p in self.passages.items() if p.bare and not p.known}
         self.no_answer: dict[str, str] = {}

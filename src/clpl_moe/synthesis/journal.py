@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -130,6 +131,7 @@ class Journal:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab")
+        self._sync = ThreadPoolExecutor(1)
         try:
             if fcntl is not None:
                 try:
@@ -145,21 +147,26 @@ class Journal:
             if found is None:
                 self._write({"journal": _FORMAT, "settings": settings})
         except BaseException:
-            self._file.close()
+            self._close()
             raise
 
     def add(self, key: str, answer: Answer) -> None:
-        """Write an answer; it is on the disk when this returns."""
+        """Write an answer. It outlives the process when this returns, and a loss of power a few milliseconds later."""
         self._write({"passage": key, **dataclasses.asdict(answer)})
         self.answers.setdefault(key, []).append(answer)
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
-        os.fsync(self._file.fileno())
+        # Aside: answers that come in meanwhile must not wait to be written, or a kill would lose them.
+        self._sync.submit(os.fsync, self._file.fileno())
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._sync.shutdown()
         self._file.close()

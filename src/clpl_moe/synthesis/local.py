@@ -82,12 +82,12 @@ class LocalModel:
 
     def _tokens(self, prompt: str) -> list[int]:
         if self._tokenizer.chat_template is None:
-            return self._tokenizer(prompt)["input_ids"]
+            return self._tokenizer(prompt, verbose=False)["input_ids"]
         # A model that reasons first would spend its tokens on that; other templates pass over the last argument.
         chat = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-        return self._tokenizer(chat, add_special_tokens=False)["input_ids"]
+        return self._tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _generate(self, prompts: list[list[int]]) -> list[Answer]:
         import torch
