@@ -32,14 +32,14 @@ RULES = [
 
 
 def write_query(passage: str, number: int) -> str:
-    """The question of this number about a passage; always the same one."""
+    """The question of this number, from 0, about a passage; always the same one."""
     _, ending, questions = next(rule for rule in RULES if len(re.findall(rule[0], passage)) > len(passage) / 4)
     words = [re.sub(ending, "", word) for word in re.findall(r"[^\W\d_][\w\u0900-\u097f\u200c]*", passage)]
     first = words[0] if words else "?"
     others = sorted({word for word in words if len(word) > 1 and word != first}, key=lambda w: (-len(w), w))[:8]
-    draw = int(hashlib.sha256(f"{number} {passage}".encode()).hexdigest(), 16)
+    draw = int(hashlib.sha256(passage.encode()).hexdigest(), 16) + number
     other = others[draw % len(others)] if others else first
-    return questions[draw // 8 % len(questions)].format(first, other)
+    return questions[draw % len(questions)].format(first, other)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -24,17 +24,21 @@ pytest.importorskip("openai")
 
 KEY = "sk-Very5ecret-0123456789"
 SERVER = Path(__file__).with_name("llm_server.py")
+EXAMPLE = SERVER.parents[1] / "examples" / "stand_in_llm.py"
+STAND_IN = {"all": "the example"}
 PASSAGE = "우리 도시의 다리는 1932년에 강 위에 놓였다. 처음에는 나무로 만들었다."
 
 
 class Llm:
-    """The misbehaving server in its own process, and what it did."""
+    """A server in its own process; the misbehaving one, and what it did."""
 
     def __init__(self, folder, plan, seconds):
         folder.mkdir()
         self.folder = folder
         (folder / "plan.json").write_text(json.dumps(plan))
         command = [sys.executable, SERVER, folder, str(seconds)]
+        if plan == STAND_IN:
+            command = [sys.executable, EXAMPLE, "--port", "0"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.url = self.process.stdout.readline().strip()
 
@@ -142,6 +146,18 @@ def test_each_passage_without_a_query_is_asked_once_and_its_lines_are_filled(llm
         assert re.search(row + "\n", output), row
     assert re.search(r"tokens of answers, of all runs +14\n", output)
     assert re.search(r"without an id: not in the store +1\n", output)
+
+
+@pytest.mark.parametrize("language", ["ko", "fa", "hi"])
+def test_the_example_server_writes_queries_for_the_samples(llm, tmp_path, language):
+    sample = SERVER.parents[1] / "data" / "samples" / language / "train.jsonl"
+    options = {"language": language, "known_queries": "false", "queries_per_passage": 2, "concurrency": 2}
+    write_jsonl(tmp_path / "bare.jsonl", ({**record, "neg_q": None} for _, record in list(read_jsonl(sample))[::12]))
+    main(arguments(llm(STAND_IN), tmp_path / "bare.jsonl", tmp_path, **options))
+    lines, store, failures = results(tmp_path)
+    assert not failures
+    assert len(store) > 80
+    assert all(len(queries) == 2 for line in lines for queries in line["neg_q"])
 
 
 def test_known_queries_elsewhere_can_be_left_aside(llm, tmp_path):

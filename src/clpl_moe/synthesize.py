@@ -279,8 +279,7 @@ class _Job:
 
     def write(self, result: _Outcome) -> list[Path]:
         """Write the lines, the store and the failures; their paths."""
-        limit = self.arguments.queries_per_passage
-        known = {key: list(p.known.values())[: limit + 1] for key, p in self.passages.items() if p.bare and p.known}
+        known = {key: list(p.known.values()) for key, p in self.passages.items() if p.bare and p.known}
         output, store, failures = _outputs(self.arguments)
         by_id = [(i, queries) for key, queries in result.queries.items() for i in self.passages[key].ids]
         write_jsonl(store, ({"docid": identifier, "queries": queries} for identifier, queries in by_id))
@@ -289,7 +288,7 @@ class _Job:
             for key, reason in result.failures.items()
         )
         write_jsonl(failures, reasons)
-        write_jsonl(output, fill_lines(self.files, known | result.queries))
+        write_jsonl(output, fill_lines(self.files, known | result.queries, self.arguments.queries_per_passage))
         return [output, store, failures]
 
 
@@ -371,6 +370,7 @@ def synthesize(arguments: SynthesizeArguments, encoding: EncodingArguments | Non
     paths = job.write(result)
     given = [answer for key in job.wanted for answer in answers.get(key, ())]
     new = len(given) - sum(len(before.get(key, ())) for key in job.wanted)
+    reasons = Counter(reason.partition(": ")[0] for reason in result.failures.values())
     short = sum(len(queries) < arguments.queries_per_passage for queries in result.queries.values())
     counts = {
         "requests sent, retries included": backend.requests if backend else 0,
@@ -384,7 +384,7 @@ def synthesize(arguments: SynthesizeArguments, encoding: EncodingArguments | Non
         "of these with fewer than asked for": short,
         "of these without an id: not in the store": sum(not job.passages[key].ids for key in result.queries),
         "passages without a query": len(result.failures),
-        **{f"  {reason}": count for reason, count in Counter(result.failures.values()).most_common()},
+        **{f"  {reason}": count for reason, count in reasons.most_common()},
     }
     print()
     _print_table(counts)

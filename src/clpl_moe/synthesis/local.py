@@ -72,7 +72,7 @@ class LocalModel:
         while batch := [(question, self._tokens(question.prompt)) for question in islice(remaining, self._batch_size)]:
             for question, tokens in batch:
                 if len(tokens) > self._longest_prompt:
-                    done(question, f"the prompt has {len(tokens)} tokens, the model takes {self._longest_prompt}")
+                    done(question, f"prompt too long: {len(tokens)} tokens, the model takes {self._longest_prompt}")
             batch = [(question, tokens) for question, tokens in batch if len(tokens) <= self._longest_prompt]
             if not batch:
                 continue

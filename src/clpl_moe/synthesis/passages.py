@@ -88,18 +88,19 @@ def read_passages(files: Sequence[Path]) -> dict[str, Passage]:
     return passages
 
 
-def fill_lines(files: Sequence[Path], queries: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Any]]:
+def fill_lines(files: Sequence[Path], queries: Mapping[str, Sequence[str]], most: int) -> Iterator[dict[str, Any]]:
     """The lines of training files, ``neg_q`` filled where it had no query.
 
     Args:
         files: as :func:`read_passages` read them.
         queries: of each passage, by its key. A line's own query is never given to a negative of that line.
+        most: queries put in for a negative, at most.
     """
     for _, _, record in _read_lines(files):
         own = normalize_text(record["query"])
         neg_q = []
         for text, entry in zip(record["neg"], record.get("neg_q") or [None] * len(record["neg"])):
             if not _queries(entry):
-                entry = [q for q in queries.get(passage_key(text), ()) if normalize_text(q) != own] or None
+                entry = [q for q in queries.get(passage_key(text), ()) if normalize_text(q) != own][:most] or None
             neg_q.append(entry)
         yield {**record, "neg_q": neg_q}
