@@ -54,6 +54,8 @@ def main() -> None:
                 str(LONGEST),
                 "--passage_max_len",
                 str(LONGEST),
+                "--max_positive_ratio",  # random weights find everything as similar as the positive
+                "0",
                 "--cache_dir",
             ]
             run = run_command([*command, str(scratch / "embeddings"), "--output", str(scratch / "train.jsonl")])
