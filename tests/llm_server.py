@@ -17,10 +17,6 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-folder = Path(sys.argv[1])
-plan: dict[str, list[str]] = json.loads((folder / "plan.json").read_text())
-seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
-log = (folder / "log.jsonl").open("a")
 lock = threading.Lock()
 seen: dict[str, int] = {}
 working = 0
@@ -139,6 +135,10 @@ class Server(ThreadingHTTPServer):
 
 
 if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    plan = json.loads((folder / "plan.json").read_text())
+    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
+    log = (folder / "log.jsonl").open("a")
     server = Server(("127.0.0.1", 0), Handler)
     print(f"http://127.0.0.1:{server.server_port}/v1", flush=True)
     server.serve_forever()
