@@ -54,10 +54,9 @@ def main() -> None:
                 str(LONGEST),
                 "--passage_max_len",
                 str(LONGEST),
-                "--max_positive_ratio",  # random weights find everything as similar as the positive
-                "0",
-                "--cache_dir",
             ]
+            # With random weights all passages are nearly as similar as the positive.
+            command += ["--max_positive_ratio", "0", "--cache_dir"]
             run = run_command([*command, str(scratch / "embeddings"), "--output", str(scratch / "train.jsonl")])
             done = (scratch / "train.jsonl").read_bytes()
             (scratch / "train.jsonl").unlink()

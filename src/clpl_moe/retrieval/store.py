@@ -157,7 +157,8 @@ def encode_passages(
     _wait()  # until all have seen what is missing
     progress = progress and rank == 0
     if progress:
-        print(f"embeddings in {shards.folder}: {shards.count - len(missing):,} of {shards.count:,} shards found")
+        found = f"{shards.count - len(missing):,} of {shards.count:,} shards found"
+        print(f"embeddings in {shards.folder}: {found}", flush=True)  # also where the job is killed
 
     def read(number: int):
         rows = shards.rows(number)
