@@ -70,39 +70,6 @@ def test_curves_are_drawn(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
-def test_synthetic_corpora_begin_alike_and_the_model_knows_their_words(tmp_path):
-    from transformers import AutoTokenizer
-
-    from clpl_moe.retrieval.collection import Collection
-
-    small, large = (
-        Collection.load(corpus.make_collection(tmp_path / str(n), n, 5, words=50), corpus.LANGUAGE, "dev")
-        for n in (20, 40)
-    )
-    assert list(small.passages) == large.passages[:20]
-    assert (len(large.passages), len(large.queries)) == (40, 5)
-    tokenizer = AutoTokenizer.from_pretrained(corpus.make_model(tmp_path / "model", layers=1, width=32, words=50))
-    ids = tokenizer([*large.passages, *large.queries])["input_ids"]
-    assert tokenizer.unk_token_id not in {token for text in ids for token in text}
-    for query_id, judged in large.qrels.items():
-        (passage,) = judged
-        query = large.queries[large.query_ids.index(query_id)].split()
-        assert set(query) <= set(large.passages[large.passage_ids.index(passage)].split())
-
-
-def test_the_peak_of_a_command_is_its_own_and_a_kill_is_told(tmp_path, monkeypatch):
-    (tmp_path / "hog.py").write_text("x = bytearray(150 * 2**20)\nprint('done')\nimport time; time.sleep(60)")
-    held = torch.ones(100, 2**20)  # 400 MiB of this process
-    begun = time.perf_counter()
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    result = corpus.run_command(["hog"], stop=lambda: time.perf_counter() - begun > 4)
-    assert result["killed"]
-    assert 150 * 2**20 < result["peak_bytes"] < 300 * 2**20
-    assert held.sum() > 0
-    with pytest.raises(RuntimeError, match="ended with code 1"):
-        corpus.run_command(["no_such_module"])
-
-
 def test_false_negatives_are_those_that_hold_the_answer(tmp_path, monkeypatch):
     contexts = [
         "The tower is of 1889.",
@@ -139,3 +106,36 @@ def test_false_negatives_are_those_that_hold_the_answer(tmp_path, monkeypatch):
     found = result["settings"]["top, at most 100%"]
     assert (found["negatives"], found["false"]) == (6, 1)
     assert found["queries_with_fewer"] == 1.0
+
+
+def test_synthetic_corpora_begin_alike_and_the_model_knows_their_words(tmp_path):
+    from transformers import AutoTokenizer
+
+    from clpl_moe.retrieval.collection import Collection
+
+    small, large = (
+        Collection.load(corpus.make_collection(tmp_path / str(n), n, 5, words=50), corpus.LANGUAGE, "dev")
+        for n in (20, 40)
+    )
+    assert list(small.passages) == large.passages[:20]
+    assert (len(large.passages), len(large.queries)) == (40, 5)
+    tokenizer = AutoTokenizer.from_pretrained(corpus.make_model(tmp_path / "model", layers=1, width=32, words=50))
+    ids = tokenizer([*large.passages, *large.queries])["input_ids"]
+    assert tokenizer.unk_token_id not in {token for text in ids for token in text}
+    for query_id, judged in large.qrels.items():
+        (passage,) = judged
+        query = large.queries[large.query_ids.index(query_id)].split()
+        assert set(query) <= set(large.passages[large.passage_ids.index(passage)].split())
+
+
+def test_the_peak_of_a_command_is_its_own_and_a_kill_is_told(tmp_path, monkeypatch):
+    (tmp_path / "hog.py").write_text("x = bytearray(150 * 2**20)\nprint('done')\nimport time; time.sleep(60)")
+    held = torch.ones(100, 2**20)  # 400 MiB of this process
+    begun = time.perf_counter()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = corpus.run_command(["hog"], stop=lambda: time.perf_counter() - begun > 4)
+    assert result["killed"]
+    assert 150 * 2**20 < result["peak_bytes"] < 300 * 2**20
+    assert held.sum() > 0
+    with pytest.raises(RuntimeError, match="ended with code 1"):
+        corpus.run_command(["no_such_module"])
