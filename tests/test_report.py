@@ -186,7 +186,9 @@ def test_a_run_of_a_comparison_brings_its_own_results(data, no_drawing):
     (data / "ablation").mkdir()
     (data / "run").rename(data / "ablation" / "model")
     (data / "after").rename(data / "ablation" / "results")
-    html = run_main(data, "--before", str(data / "before"), runs=("ablation",))
+    (data / "base").mkdir()
+    (data / "before").rename(data / "base" / "results")
+    html = run_main(data, "--before", str(data / "base"), runs=("ablation",))
     assert "<h2>ablation, ko: before and after</h2>" in html
     assert "Of all trained parameters" in html
 
@@ -198,6 +200,7 @@ def test_page_without_results(data, no_drawing):
     assert not (data / "report" / "per_query.csv").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*queries have no line here")
 def test_mistakes_are_told_and_nothing_is_written(data, capsys):
     def refused(*argv, runs=("run",)):
         with pytest.raises(SystemExit) as stop:
@@ -210,6 +213,8 @@ def test_mistakes_are_told_and_nothing_is_written(data, capsys):
     assert "metrics.jsonl: no such file; expected the folder of a training run" in refused(runs=("data",))
     assert "metric 'x' is unknown" in refused("--metric", "x")
     assert "--after: found 1, expected one for each of the 2 runs" in refused(*results(data), runs=("run", "after"))
+    assert "--before: found 2, expected one" in refused("--before", "a", "b")
+    assert "a folder stands there twice" in refused(runs=("run", "run"))
     assert "expected --before, too" in refused("--after", str(data / "after"))
     assert "holds no results of a language" in refused("--before", str(data / "before"), "--after", str(data / "run"))
     with (data / "data" / "ko" / "dev_queries.jsonl").open("a") as file:

@@ -65,13 +65,16 @@ class ReportArguments:
         metadata={"help": "run folders of clpl_moe.train or of clpl_moe.ablate; may stand first, without --runs"}
     )
     output: str = field(metadata={"help": "folder for the page and its pictures"})
-    before: str | None = field(
+    before: list[str] | None = field(
         default=None,
-        metadata={"help": "folder of the base model's results (of clpl_moe.evaluate; holds a folder per language)"},
+        metadata={
+            "help": "folder of the base model's results (of clpl_moe.evaluate: holds a folder per language), or its run folder"
+            " of clpl_moe.ablate; one for all runs, or one for each"
+        },
     )
     after: list[str] | None = field(
         default=None,
-        metadata={"help": "folders of the runs' results, one per run; runs of clpl_moe.ablate bring their own"},
+        metadata={"help": "folders of the runs' results, one for each; runs of clpl_moe.ablate bring their own"},
     )
     collection: str | None = field(
         default=None, metadata={"help": "folder of the collections; not given: the one that the results name"}
@@ -91,6 +94,8 @@ class ReportArguments:
                 raise UserError(f"--{name}: found {getattr(self, name)}, expected at least 1")
         if self.after is not None and len(self.after) != len(self.runs):
             raise UserError(f"--after: found {len(self.after)}, expected one for each of the {len(self.runs)} runs")
+        if self.before is not None and len(self.before) not in (1, len(self.runs)):
+            raise UserError(f"--before: found {len(self.before)}, expected one, or one for each of the runs")
         if self.after is not None and self.before is None:
             raise UserError("--after: its results are compared with those of the base model, expected --before, too")
 
@@ -115,7 +120,9 @@ def report(arguments: ReportArguments) -> Path:
     output = Path(arguments.output)
     refuse_existing(output, arguments.overwrite, marker=PAGE)
     check_metrics([arguments.metric])
-    folders = [Path(run) for run in dict.fromkeys(arguments.runs)]
+    folders = [Path(run) for run in arguments.runs]
+    if len(set(folders)) < len(folders):
+        raise UserError("runs: a folder stands there twice")
     names = dict(zip(folders, short_names(folders)))
     courses = [RunCourse.read(_course_folder(folder), names[folder]) for folder in folders if _has_course(folder)]
     comparisons = _comparisons(arguments, folders, names)
@@ -133,6 +140,11 @@ def _course_folder(folder: Path) -> Path:
     return folder / "model" if (folder / "model" / "metrics.jsonl").is_file() else folder
 
 
+def _results_folder(folder: Path) -> Path:
+    """Where results lie; a run of ``ablate`` has them inside."""
+    return folder / "results" if (folder / "results").is_dir() else folder
+
+
 def _has_course(folder: Path) -> bool:
     if not folder.is_dir():
         raise UserError(f"{at(folder)}: no such folder")
@@ -143,10 +155,11 @@ def _has_course(folder: Path) -> bool:
 def _comparisons(arguments: ReportArguments, folders: list[Path], names: dict[Path, str]) -> list[Comparison]:
     if arguments.before is None:
         return []
-    before = Path(arguments.before)
-    after = [Path(path) for path in arguments.after] if arguments.after else [f / "results" for f in folders]
+    befores = [_results_folder(Path(path)) for path in arguments.before]
+    afters = [Path(path) for path in arguments.after or folders]
     found = []
-    for folder, results in zip(folders, after):
+    for number, (folder, after) in enumerate(zip(folders, afters)):
+        before, results = befores[number % len(befores)], _results_folder(after)
         languages = arguments.languages or [x for x in languages_of(before) if x in languages_of(results)]
         if not languages:
             raise UserError(
