@@ -331,12 +331,14 @@ def _binds(character: str) -> bool:
 
 
 def is_right_to_left(text: str) -> bool:
-    """Whether the first letter with a direction is of a script written from right to left, as ``dir="auto"`` decides."""
-    directions = (unicodedata.bidirectional(character) for character in text)
-    return next((d for d in directions if d in ("L", "R", "AL")), "L") != "L"
+    """Whether most letters are of a script written from right to left; the first one may well be a foreign name's."""
+    directions = [unicodedata.bidirectional(character) for character in text]
+    return sum(d in ("R", "AL") for d in directions) > sum(d == "L" for d in directions)
 
 
 def _signed(value: float, digits: int) -> str:
+    if round(value, digits) == 0:
+        return f"{0:.{digits}f}"
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
