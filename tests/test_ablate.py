@@ -204,7 +204,7 @@ def test_table_has_mean_spread_and_error_relative_to_the_first_row(configuration
 
 def run_main(configuration, path, *argv):
     """Run the command on the configuration as a file; returns the exit code."""
-    path.write_text(yaml.safe_dump(configuration), encoding="utf-8")
+    path.write_text(yaml.safe_dump(configuration, sort_keys=False), encoding="utf-8")
     try:
         main(["--config", str(path), *argv])
     except SystemExit as stop:
@@ -303,7 +303,7 @@ def test_a_comparison_from_squad_to_table_through_a_kill(configuration, tmp_path
         "broken": {"train": {"model_name_or_path": str(broken)}},
     }
     config = tmp_path / "c.yaml"
-    config.write_text(yaml.safe_dump(configuration), encoding="utf-8")
+    config.write_text(yaml.safe_dump(configuration, sort_keys=False), encoding="utf-8")
     argv = [sys.executable, "-m", "clpl_moe.ablate", "--config", str(config)]
     folder = plan(configuration).runs[1].folder
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
