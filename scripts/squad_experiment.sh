@@ -13,7 +13,8 @@ encoder=models/small-encoder
     python -m clpl_moe.prepare --squad "$file" --language "$language" --output "$work/collection" --titles false
 [ -f "$work/train.jsonl" ] ||
     python -m clpl_moe.mine --model "$encoder" --collection "$work/collection" --language "$language" --split train \
-        --output "$work/train.jsonl" --query_max_len 64 --passage_max_len 256
+        --output "$work/train.jsonl" --query_max_len 64 --passage_max_len 256 \
+        --rank_to 60 --max_positive_ratio 0 --max_overlap 1
 python -m clpl_moe.train --config configs/squad.yaml --train_data "$work/train.jsonl" --output_dir "$work/model" "$@"
 python -m clpl_moe.evaluate --model "$encoder" "$work/model" --collection "$work/collection" --languages "$language" \
     --split dev --query_max_len 64 --passage_max_len 256 --output "$work/results" --overwrite true

@@ -56,7 +56,7 @@ def test_named_splits_and_compressed_files(tmp_path):
         "corpus.jsonl",
         *("test_queries.jsonl", "test_qrels.jsonl"),
     }
-    assert Collection.load(tmp_path / "out", "en", "test").passages == ["first", "second", "third"]
+    assert list(Collection.load(tmp_path / "out", "en", "test").passages) == ["first", "second", "third"]
 
 
 def append(text):

@@ -141,6 +141,7 @@ def test_training_goes_on_with_the_new_negatives(world, tiny_encoder, tmp_path, 
     write_jsonl(tmp_path / "by_hand.jsonl", lines)
     off = {"ance_refresh": None, "ance_collection": None, "ance_language": None}
     by_hand = arguments(tiny_encoder, tmp_path / "by_hand.jsonl", tmp_path / "by_hand", **options(world, **more) | off)
+    (tmp_path / "run" / "train_data.json").unlink()  # by which other data are refused
     main([*by_hand, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-4")])
     assert_same_weights(tmp_path / "run", tmp_path / "by_hand")
     losses = [
