@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
 import shlex
 import statistics
@@ -26,19 +25,6 @@ from clpl_moe.retrieval.encode import fast_bfloat16
 RESULTS = Path(__file__).parent / "results"
 
 Result = TypeVar("Result")
-
-
-def keep_freed_memory() -> None:
-    """Start this program again with an allocator that keeps what is freed, unless it has such settings already.
-
-    By default glibc hands buffers of many MB back to the system and asks for them anew, page by page. That costs more than
-    some of what is measured here, up to a factor of 2, and falls on the variants unevenly. The thresholds are read when a
-    process starts.
-    """
-    settings = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 40)}
-    if platform.libc_ver()[0] == "glibc" and not settings.keys() <= os.environ.keys():
-        os.environ.update(settings)
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def benchmark_parser(description: str, output: str) -> argparse.ArgumentParser:

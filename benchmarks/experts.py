@@ -17,7 +17,8 @@ from transformers import XLMRobertaConfig, XLMRobertaModel
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer
 
 from clpl_moe import CLPLLoss, MoEConfig, inject_moe
-from common import RESULTS, keep_freed_memory, print_table, side_by_side, write_result
+from clpl_moe.allocator import keep_freed_memory
+from common import RESULTS, print_table, side_by_side, write_result
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -6,8 +6,9 @@
 #
 # A model is a folder or a hub name; the languages are ko fa hi unless named; options go to `python -m clpl_moe.evaluate`.
 # The environment can name: COLLECTION, a folder with a collection per language, used as it is (no network); without it MIRACL
-# is fetched into data/miracl (MIRACL_SOURCE: a folder with MIRACL's own files, instead of the hub). OUTPUT, where the results go
-# (results/miracl, or results/ and the collection's name). GPUS, how many of them encode.
+# is fetched into data/miracl (MIRACL_SOURCE: a folder with MIRACL's own files, instead of the hub). OUTPUT, where the results go;
+# without it results/miracl (or results/ and the collection's name), in a folder per model: a model that was evaluated alone is not
+# computed again when it is compared. GPUS, how many of them encode.
 set -euo pipefail
 
 # Paths are the caller's; what is not there is a hub name.
@@ -38,16 +39,17 @@ collection=${COLLECTION:+$(absolute "$COLLECTION")}
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 if [ -n "$collection" ]; then
-    output=${output:-results/$(basename "$collection")}
+    default=results/$(basename "$collection")
 else
     collection=data/miracl
-    output=${output:-results/miracl}
+    default=results/miracl
     for language in "${languages[@]}"; do
         [ -d "$collection/$language" ] ||
             python -m clpl_moe.prepare --miracl "$language" --output "$collection" ${source:+--source "$source"}
     done
 fi
+[ ${#models[@]} -gt 1 ] || default+=/$(basename "${models[0]}")
 launch=(python)
 [ "${GPUS:-1}" -le 1 ] || launch=(torchrun --standalone --nproc_per_node "$GPUS")
 exec "${launch[@]}" -m clpl_moe.evaluate --model "${models[@]}" --collection "$collection" --languages "${languages[@]}" \
-    --output "$output" "${options[@]}"
+    --output "${output:-$default}" ${options[@]+"${options[@]}"}

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import ir_measures
@@ -196,7 +197,8 @@ def test_values_of_each_query(tiny_encoder, collections, tmp_path):
         )
     )
     second = changed_copy(tiny_encoder, tmp_path / "second")
-    with pytest.warns(UserWarning, match="no relevant passage"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are those of the collection
         run([tiny_encoder, second], collections, tmp_path / "out", languages=("fa", "ko"))
     rows = read_csv(tmp_path / "out" / "per_query.csv")
     assert [(row["language"], row["query_id"]) for row in rows[-3:]] == [("ko", "q3"), ("ko", "q2"), ("ko", "q1")]
@@ -205,7 +207,9 @@ def test_values_of_each_query(tiny_encoder, collections, tmp_path):
     assert list(rows[0])[3:7] == ["nDCG@5 tiny", "nDCG@5 second", "nDCG@10 tiny", "nDCG@10 second"]
     for label in ("tiny", "second"):
         for language in ("fa", "ko"):
-            qrels = Collection.load(collections, language, "dev").qrels
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                qrels = Collection.load(collections, language, "dev").qrels
             ranked = read_trec_run(tmp_path / "out" / label / language / "run.trec")
             means, per_query = evaluate_run(qrels, ranked, EVALUATION_METRICS)
             own = [row for row in rows if row["language"] == language]
@@ -352,6 +356,57 @@ def hub_of(folder, home):
     return "someone/their-model"
 
 
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "eval_miracl.sh"
+
+
+def fake_environment(folder, activate):
+    """A virtual environment that looks ready, so that the script does not install one."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").symlink_to(sys.executable)
+    (folder / "bin" / "activate").write_text(activate)
+    (folder / ".installed").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "evaluated", "prepared"),
+    [
+        (["BAAI/bge-m3"], {}, "BAAI/bge-m3 data/miracl ko fa hi results/miracl/bge-m3", "ko fa hi"),
+        (["mine", "ko", "--top_k", "9"], {}, "{here}/mine data/miracl ko results/miracl/mine --top_k 9", "ko"),
+        (["mine", "b/c", "--"], {}, "{here}/mine b/c data/miracl ko fa hi results/miracl", "ko fa hi"),
+        (["mine", "b/c", "--", "fa"], {"COLLECTION": "own"}, "{here}/mine b/c {here}/own fa results/own", ""),
+        (["a"], {"COLLECTION": "/own", "OUTPUT": "out", "GPUS": "2"}, "torchrun a /own ko fa hi {here}/out", ""),
+        (["a", "hi"], {"MIRACL_SOURCE": "files"}, "a data/miracl hi results/miracl/a", "hi from {here}/files"),
+    ],
+)
+def test_what_the_script_runs(tmp_path, arguments, variables, evaluated, prepared):
+    (tmp_path / "mine").mkdir()
+    venv = fake_environment(tmp_path / "venv", 'PATH="$VENV/fake:$PATH"\n')
+    (venv / "fake").mkdir()
+    for name in ("python", "torchrun"):  # exec takes no function
+        (venv / "fake" / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (venv / "fake" / name).chmod(0o755)
+    environment = {**os.environ, "VENV": str(venv), **variables}
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    *before, last = done.stdout.splitlines()
+    known = ("python", "-m", "clpl_moe.evaluate", "--model", "--collection", "--languages", "--output")
+    words = [word for word in last.split() if word not in (*known, "--standalone", "--nproc_per_node", "2")]
+    assert " ".join(words) == evaluated.format(here=tmp_path)
+    sources = {line.split("--source ")[1] for line in before if "--source" in line}
+    languages = [line.split()[4] for line in before]
+    assert " ".join([*languages, *(f"from {source}" for source in sources)]) == prepared.format(here=tmp_path)
+    assert all(line.startswith("python -m clpl_moe.prepare --miracl") for line in before)
+
+
+def test_the_script_without_a_model():
+    done = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "usage: scripts/eval_miracl.sh MODEL" in done.stderr
+
+
 @pytest.mark.slow
 def test_every_kind_of_model_through_the_script(tiny_encoder, tiny_tokenizer, collections, tmp_path):
     """A hub name, a stock folder with heads, a folder of ours and one of 2024, on a local collection without a network."""
@@ -369,48 +424,41 @@ def test_every_kind_of_model_through_the_script(tiny_encoder, tiny_tokenizer, co
         for file in ("sparse_linear.pt", "colbert_linear.pt"):
             shutil.copy(tiny_encoder / file, tmp_path / folder / file)
     name = hub_of(tiny_encoder, tmp_path / "home")
-    root = Path(__file__).resolve().parents[1]
     environment = {
         **os.environ,
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_OFFLINE": "1",
-        "VENV": str(tmp_path / "venv"),
+        "VENV": str(fake_environment(tmp_path / "venv", f'PATH="{Path(sys.executable).parent}:$PATH"\n')),
         "COLLECTION": "data",
         "OUTPUT": "results",
-        "PYTHONPATH": str(root / "src"),
+        "PYTHONPATH": str(SCRIPT.parents[1] / "src"),
     }
-    # An environment that is ready: the script must not install one.
-    (tmp_path / "venv" / "bin").mkdir(parents=True)
-    (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
-    (tmp_path / "venv" / "bin" / "activate").write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
-    (tmp_path / "venv" / ".installed").touch()
 
-    def script(*arguments):
-        command = ["bash", str(root / "scripts" / "eval_miracl.sh"), *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    def script(*arguments, **variables):
+        command = ["bash", str(SCRIPT), *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, env=environment | variables, capture_output=True, text=True)
 
     options = ["--passage_max_len", "100", "--dtype", "float32", "--m3_scores", "true"]
     done = script(name, tiny_encoder, "ours", "of-2024", "--", "ko", "fa", *options)
     assert done.returncode == 0, done.stderr
     metrics = {
-        label: json.loads((tmp_path / "results" / label / "fa" / f"metrics{kind}.json").read_text())["metrics"]
+        (label, kind): json.loads((tmp_path / "results" / label / "fa" / f"metrics{kind}.json").read_text())["metrics"]
         for label in ("their-model", "tiny", "ours", "of-2024")
         for kind in ("", ".m3")
     }
-    assert metrics["their-model"] == metrics["tiny"]
-    assert metrics["ours"] == metrics["of-2024"] != metrics["tiny"]
+    for kind in ("", ".m3"):
+        assert metrics["their-model", kind] == metrics["tiny", kind]
+        assert metrics["ours", kind] == metrics["of-2024", kind] != metrics["tiny", kind]
     assert "their-model" in done.stdout
-    # One model, and the languages that are there.
-    done = script("ours", "ko", "--passage_max_len", "100", "--output", tmp_path / "one", "--top_k", "3")
+    # In two processes: the same, said once.
+    done = script(tiny_encoder, "fa", *options, GPUS="2", OUTPUT="two")
     assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "one" / "ko" / "run.trec").read_text().splitlines()) == 24
-    # Without languages, those of the project: hi is not in this collection.
-    done = script("ours")
-    assert done.returncode == 2
-    assert "data/hi: no such folder" in done.stderr
-    done = script()
-    assert done.returncode == 2
-    assert "usage: scripts/eval_miracl.sh" in done.stderr
+    assert done.stdout.count("values of each query") == 1
+    for kind in ("", ".m3"):
+        assert (
+            json.loads((tmp_path / "two" / "fa" / f"metrics{kind}.json").read_text())["metrics"]
+            == metrics["tiny", kind]
+        )
 
 
 def test_labels():

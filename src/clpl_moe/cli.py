@@ -41,8 +41,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return ", ".join(names) + value
 
 
-def make_parser(dataclass_types: Sequence[type], prog: str, description: str):
-    """The argument parser of one command; each dataclass field is an option of the same name."""
+def make_parser(dataclass_types: Sequence[type], prog: str, description: str, positional: str | None = None):
+    """The argument parser of one command; each dataclass field is an option of the same name.
+
+    A dataclass with a field ``config`` reads that file itself. ``positional`` names a field that may also be written as
+    bare words.
+    """
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(
@@ -50,10 +54,13 @@ def make_parser(dataclass_types: Sequence[type], prog: str, description: str):
         prog=f"python -m {prog}",
         description=description,
         formatter_class=_HelpFormatter,
-        usage=f"python -m {prog} [--config FILE.yaml] [--option value ...]",
+        usage=f"python -m {prog}{' [FILE ...]' if positional else ''} [--config FILE.yaml] [--option value ...]",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line overrides it")
+    if not _reads_config(dataclass_types):
+        parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line overrides it")
+    if positional is not None:
+        parser.add_argument(_WORDS, metavar="FILE", nargs="*", help=f"the same as --{positional}")
     for action in parser._actions:
         # `--no_x` beside a true-by-default `--x`: works, but the option is already listed once.
         if action.option_strings and action.option_strings[0].startswith("--no_") and action.nargs == 0:
@@ -62,6 +69,13 @@ def make_parser(dataclass_types: Sequence[type], prog: str, description: str):
         elif action.help:
             action.help = action.help.replace("%%", "%").replace("%", "%%")
     return parser
+
+
+_WORDS = "positional words"  # no field has such a name
+
+
+def _reads_config(dataclass_types: Sequence[type]) -> bool:
+    return any(f.name == "config" for cls in dataclass_types for f in dataclasses.fields(cls))
 
 
 def _option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
@@ -159,14 +173,15 @@ def parse(
     prog: str,
     description: str,
     argv: Sequence[str] | None = None,
+    positional: str | None = None,
 ) -> list[Any]:
-    """Read ``--config FILE`` and the command line into one instance of each dataclass.
+    """Read ``--config FILE`` and the command line into one instance of each dataclass (see :func:`make_parser`).
 
     Raises:
         UserError: unknown or ill-typed options (with the nearest known name), missing required ones.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser(dataclass_types, prog, description)
+    parser = make_parser(dataclass_types, prog, description, positional)
 
     def fail(message: str) -> None:
         raise UserError(f"{message}; --help lists the options")
@@ -176,17 +191,21 @@ def parse(
         before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         before.add_argument("--config")
         before.error = fail  # type: ignore[method-assign]
-        config, rest = before.parse_known_args(argv)
-        if config.config is not None:
-            path = Path(config.config)
-            rest = _to_argv(path, load_yaml(path), parser) + rest
-        argv = rest
+        if not _reads_config(dataclass_types):
+            config, rest = before.parse_known_args(argv)
+            if config.config is not None:
+                path = Path(config.config)
+                rest = _to_argv(path, load_yaml(path), parser) + rest
+            argv = rest
         for word in argv:
             name = word.split("=")[0]
             if name.startswith("--") and name not in parser._option_string_actions:
                 known = list(_option_names(parser))
                 raise UserError(f"unknown option '{name}'{_nearest(name[2:].replace('-', '_'), known)}")
-    namespace, unknown = parser.parse_known_args(argv)
+    # Words may stand between options, which only the second one reads.
+    namespace, unknown = (parser.parse_known_intermixed_args if positional else parser.parse_known_args)(argv)
+    if positional is not None and getattr(namespace, _WORDS, None):
+        setattr(namespace, positional, getattr(namespace, _WORDS))
     if unknown:
         raise UserError(f"cannot read {' '.join(unknown)!r}: options are written --name value")
     outputs = []

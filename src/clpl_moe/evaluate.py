@@ -37,6 +37,7 @@ from clpl_moe.retrieval.metrics import (
     DENSE,
     EVALUATION_METRICS,
     M3_SCORES,
+    M3_WEIGHTS,
     check_metrics,
     evaluate_run,
     read_trec_run,
@@ -74,9 +75,11 @@ class EvaluateArguments:
     languages: list[str] = field(metadata={"help": "languages: the folders in it"})
     output: str = field(
         metadata={
-            "help": "folder for results. A folder per language (of several models: per model and language) holds run.trec,"
-            " qrels.trec and metrics.json, with --m3_scores also run.KIND.trec and metrics.m3.json; beside them stand"
-            " per_query.csv and, for several models, significance.json"
+            "help": "folder for results. A folder per language (of several models: per model and language) holds run.trec"
+            " (what was found), qrels.trec (the judgements) and metrics.json (metrics, and what they belong to); with"
+            " --m3_scores also run.KIND.trec for each kind of score and metrics.m3.json. Beside them stand per_query.csv"
+            " (language, query id, text and each model's metrics of each query) and, for several models,"
+            " significance.json (each pair compared)"
         }
     )
     split: str = field(default="dev", metadata={"help": "which queries and judgements"})
@@ -97,12 +100,12 @@ class EvaluateArguments:
         default=False,
         metadata={
             "help": "rank the first passages of the dense run by the scores of BGE-M3's heads, too: sparse, multi-vec,"
-            " dense+sparse and all; a model without sparse_linear.pt and colbert_linear.pt gets its dense results only"
+            " dense+sparse and all (their weighted means); a model without sparse_linear.pt and colbert_linear.pt gets its dense results only"
         },
     )
     rerank_top: int = field(default=200, metadata={"help": "with --m3_scores: how many passages of the dense run"})
     m3_weights: list[float] = field(
-        default_factory=lambda: [1.0, 0.3, 1.0],
+        default_factory=lambda: list(M3_WEIGHTS),
         metadata={"help": "with --m3_scores: weights of the dense, sparse and multi-vec score in the sums"},
     )
     overwrite: bool = field(default=False, metadata={"help": "replace results of another model, data or settings"})
@@ -191,7 +194,8 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evalu
             if not arguments.overwrite and all(path.is_file() for path in runs.values()):
                 found = _read(task.folder / file)
             if found is not None:
-                print(f"{task.folder / file}: the same model, collection and settings; not computed again")
+                if process()[0] == 0:
+                    print(f"{task.folder / file}: the same model, collection and settings; not computed again")
             else:
                 if opened != task.name:  # one model at a time in memory
                     encoder = None
@@ -259,9 +263,10 @@ def _plan(
 
 def _heads(name: str, encoder: Encoder) -> M3Heads | None:
     from clpl_moe.retrieval.m3 import load_heads
+    from clpl_moe.retrieval.store import process
 
     heads = load_heads(name, encoder.model.config.hidden_size)
-    if heads is None:
+    if heads is None and process()[0] == 0:
         print(f"{name}: no sparse_linear.pt and colbert_linear.pt; it is evaluated by its dense embeddings only")
     return heads
 

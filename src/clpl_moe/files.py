@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -20,12 +21,22 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         UserError: the file is missing, empty or unreadable, a line is not UTF-8, not JSON or not an object.
     """
-    for number, _, record in read_jsonl_places(path):
-        yield number, record
+    for number, _, raw in read_lines(path):
+        yield number, parse_line(path, number, raw)
 
 
 def read_jsonl_places(path: str | Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Like :func:`read_jsonl`: line number, the byte where the line begins, and object."""
+    for number, start, raw in read_lines(path):
+        yield number, start, parse_line(path, number, raw)
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
+    """Line number (from 1), the byte where it begins, and bytes of each line that is not blank.
+
+    Raises:
+        UserError: the file is missing, empty or unreadable.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{at(path)}: no such file" if not path.exists() else f"{at(path)}: not a file")
@@ -38,7 +49,7 @@ def read_jsonl_places(path: str | Path) -> Iterator[tuple[int, int, dict[str, An
         for number, raw in enumerate(file, 1):
             if raw.strip():
                 empty = False
-                yield number, start, parse_line(path, number, raw)
+                yield number, start, raw
             start += len(raw)
     if empty:
         raise UserError(f"{at(path)}: the file is empty, expected one JSON object a line")
@@ -46,17 +57,39 @@ def read_jsonl_places(path: str | Path) -> Iterator[tuple[int, int, dict[str, An
 
 def parse_line(path: str | Path, number: int, raw: bytes) -> dict[str, Any]:
     """One line of a JSONL file as an object; raises :class:`UserError` with file and line otherwise."""
+    record, faults = inspect_line(number, raw)
+    if faults:
+        raise UserError(f"{at(path, number)}: {faults[0]}")
+    return record
+
+
+def inspect_line(number: int, raw: bytes) -> tuple[dict[str, Any] | None, list[str]]:
+    """One line of a JSONL file as an object, as far as it can be read, and all that is wrong with it as JSON."""
+    twice: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # JSON takes the last of two equal keys, and so would drop data without a word.
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice.extend(name for name in record if names.count(name) > 1)
+        return record
+
     try:
         # The byte-order mark that some editors write is no part of the text.
-        record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_unique)
+        record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=unique)
     except UnicodeDecodeError as error:
-        raise UserError(f"{at(path, number)}: not UTF-8 text ({error.reason})") from None
+        return None, [f"not UTF-8 text ({error.reason})"]
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{at(path, number)}: not JSON ({json_fault(error)}), expected one object a line") from None
+        return None, [f"not JSON ({json_fault(error)}), expected one object a line"]
+    if raw.count(b"[") + raw.count(b"{") > _DEEPEST and _nested_too_deeply(record):
+        return None, [f"not JSON ({json_fault(RecursionError())}), expected one object a line"]
     if not isinstance(record, dict):
-        raise UserError(f"{at(path, number)}: found {type(record).__name__}, expected a JSON object")
-    refuse_lone_surrogates(record, raw, at(path, number))
-    return record
+        return None, [f"found {type(record).__name__}, expected a JSON object"]
+    faults = [f"not JSON ({name!r} stands twice), expected one object a line" for name in twice]
+    if _has_lone_surrogates(record, raw):
+        faults.append(_LONE_SURROGATE)
+    return record, faults
 
 
 def json_fault(error: ValueError | RecursionError) -> str:
@@ -68,23 +101,37 @@ def json_fault(error: ValueError | RecursionError) -> str:
     return "a number of thousands of digits" if "digits" in str(error) else str(error)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON takes the last of two equal keys, and so would drop data without a word."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        twice = next(key for key in record if sum(key == other for other, _ in pairs) > 1)
-        raise ValueError(f"'{twice}' stands twice")
-    return record
+# Without a limit of our own, what can be read would depend on how deep in the program it is read.
+_DEEPEST = 100
+
+
+def _nested_too_deeply(value: Any) -> bool:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(_DEEPEST):
+        inner = [i for v in level for i in (v.values() if isinstance(v, dict) else v)]
+        level = [i for i in inner if isinstance(i, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+_LONE_SURROGATE = "holds half of a surrogate pair (an escape \\ud800 to \\udfff)"
+
+
+def _has_lone_surrogates(value: Any, raw: bytes) -> bool:
+    if b"\\ud" not in raw and b"\\uD" not in raw:  # they come in as escapes only
+        return False
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def refuse_lone_surrogates(value: Any, raw: bytes, place: str) -> None:
     """Raise :class:`UserError` where JSON holds half a surrogate pair: no tokenizer or file takes such a text."""
-    if b"\\ud" not in raw and b"\\uD" not in raw:  # they come in as escapes only
-        return
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{place}: holds half of a surrogate pair (an escape \\ud800 to \\udfff)") from None
+    if _has_lone_surrogates(value, raw):
+        raise UserError(f"{place}: {_LONE_SURROGATE}")
 
 
 def refuse_existing(path: str | Path, overwrite: bool = False, *, marker: str | None = None) -> None:
@@ -170,3 +217,15 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON, whole or not at all."""
     with atomic_open(path) as file:
         file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits; raises :class:`UserError` where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with Path(path).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{at(path)}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()

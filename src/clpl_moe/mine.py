@@ -18,6 +18,7 @@ Embeddings of passages are kept beside the output until that is written: the sam
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ class MineArguments:
     reranker: str | None = field(
         default=None,
         metadata={
-            "help": "cross encoder (folder or hub name) that scores the window anew; the limits go by its scores"
+            "help": "cross encoder (folder or hub name) that scores passages up to rank_to anew; all limits go by its scores"
         },
     )
     reranker_max_len: int = field(default=512, metadata={"help": "longest pair in tokens; the rest is cut off"})
@@ -166,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Mine hard negatives and the queries that they are known to answer: training data.",
         argv=argv,
     )
-    from clpl_moe.retrieval.store import cache_folder
+    from clpl_moe.retrieval.store import cache_folder, encode_passages, processes
 
     ranks = selection.sampling != "corpus"
     if arguments.reranker is not None and not ranks:
@@ -186,23 +187,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             trust_remote_code=encoding.trust_remote_code,
         )
     counts: Counter[str] = Counter()
-    with cache_folder(encoding, Path(f"{arguments.output}.cache")) as cache:
+    beside = Path(f"{arguments.output}.embeddings")
+    with processes() as first, cache_folder(encoding, beside) as cache:
+        if not first:  # it encodes its part, the first one does the rest
+            if ranks:
+                encode_passages(encoder, index.texts, encoding, cache=cache, progress=False)
+            return
         records = mine(
             encoder, collection, index, arguments, selection, encoding, counts, reranker=reranker, cache=cache
         )
-        write_jsonl(arguments.output, _some(records, counts, collection))
+        record = next(records, None)  # before a file is opened, of which a kill while encoding would leave something
+        if record is None:
+            _print(counts)
+            raise UserError(f"no query of {index.source} could be given negatives; see above")
+        write_jsonl(arguments.output, itertools.chain([record], records))
     if index.unknown:
         counts["lines of positive_queries.jsonl left out: passage not in the corpus"] = index.unknown
     _print(counts)
     print(f"wrote {arguments.output}")
-
-
-def _some(records: Iterator[dict[str, Any]], counts: Counter[str], collection: Collection) -> Iterator[dict[str, Any]]:
-    """The records; raises :class:`UserError`, before a file is there, where there are none."""
-    yield from records
-    if not counts["lines"]:
-        _print(counts)
-        raise UserError(f"no query of {collection.directory / collection.language} could be given negatives; see above")
 
 
 def _print(counts: Counter[str]) -> None:

@@ -8,7 +8,7 @@ import torch
 from clpl_moe.errors import UserError
 from clpl_moe.mining import select
 from clpl_moe.mining.index import PassageIndex
-from clpl_moe.mining.select import MiningQuery, SelectionArguments, mine_negatives
+from clpl_moe.mining.select import MiningQuery, Ranking, SelectionArguments, mine_negatives
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.options import EncodingArguments
 from test_mine import make_collection
@@ -16,7 +16,8 @@ from test_mine import make_collection
 # Passages by their scores: a ranking that is known, instead of an encoder.
 SCORES = [0.9, 0.89, 0.88, 0.86, 0.85, 0.84, 0.8, 0.7, 0.6, 0.5]
 TEXTS = [
-    f"{word} " * 6 for word in ("alpha", "gamma", "kilo", "mike", "oscar", "romeo", "tango", "victor", "xray", "zulu")
+    " ".join([word] * 6)
+    for word in ("alpha", "gamma", "kilo", "mike", "oscar", "romeo", "tango", "victor", "xray", "zulu")
 ]
 PLAIN = {"rank_from": 1, "rank_to": 10, "negatives": 10, "max_positive_ratio": 0, "max_overlap": 1}
 
@@ -29,11 +30,11 @@ def index(tmp_path):
 
 @pytest.fixture(autouse=True)
 def ranking(monkeypatch):
-    def rank(queries, *_):
-        scores = torch.tensor([SCORES] * len(queries))
-        return scores, torch.arange(10).repeat(len(queries), 1), [[SCORES[p] for p in q.positives] for q in queries]
+    def rank(queries, *_, **__):
+        places = torch.arange(10).repeat(len(queries), 1)
+        return Ranking(torch.tensor(SCORES)[places], places, [[SCORES[p] for p in q.positives] for q in queries])
 
-    monkeypatch.setattr(select, "_rank", rank)
+    monkeypatch.setattr(select, "rank_passages", rank)
 
 
 def found(index, *, positives=(2,), excluded=(), keys=("q",), seed=0, reranker=None, counts=None, **options):
@@ -81,6 +82,7 @@ def test_ratio_of_a_score_below_zero_is_below_it():
     assert SelectionArguments(max_positive_ratio=0.95).ceiling([3.0, -2.0]) == pytest.approx(-2.1)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_copies_of_a_positive_are_passed_over(index, tmp_path):
     story = "the tower was finished in the year 1889 and is painted every seven years"
     passages = {

@@ -1,11 +1,16 @@
+import gc
 import json
+import tracemalloc
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from clpl_moe.errors import UserError
 from clpl_moe.retrieval.collection import Collection, normalize_text, read_positive_queries
 
+OPEN_FILES = Path("/proc/self/fd")
 CORPUS = [
     {"id": "p1", "title": "제목", "text": "본문"},
     {"id": "p2", "text": "no title"},
@@ -146,6 +151,76 @@ def test_fingerprint_follows_content_only(tmp_path):
         others.add(Collection.load(tmp_path / "c", "ko", "dev").fingerprint())
     assert len(others) == len(changes)
     assert first not in others
+
+
+def test_passages_are_a_sequence(tmp_path):
+    write(tmp_path / "ko")
+    collection = Collection.load(tmp_path, "ko", "dev")
+    for texts, expected in (
+        (collection.passage_ids, ["p1", "p2", "p3"]),
+        (collection.passages, ["제목 본문", "no title", "padded"]),
+    ):
+        assert len(texts) == 3
+        assert [texts[i] for i in (0, 2, -1, -3)] == [expected[i] for i in (0, 2, -1, -3)]
+        assert texts[np.int64(1)] == expected[1]
+        assert (texts[1:], texts[::-1], texts[5:]) == (expected[1:], expected[::-1], [])
+        assert list(reversed(texts)) == expected[::-1]
+        for missing in (3, -4):
+            with pytest.raises(IndexError):
+                texts[missing]
+
+
+def test_blank_lines_a_byte_order_mark_and_no_last_line_end(tmp_path):
+    write(tmp_path / "ko")
+    lines = [json.dumps(record, ensure_ascii=False) for record in CORPUS]
+    text = "\n \n\x0c\n".join(lines)
+    (tmp_path / "ko" / "corpus.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    collection = Collection.load(tmp_path, "ko", "dev")
+    assert list(collection.passages) == ["제목 본문", "no title", "padded"]
+    (tmp_path / "ko" / "corpus.jsonl").write_text(f"{text}\n\n{lines[1]}", encoding="utf-8")
+    with pytest.raises(UserError, match="jsonl:9: field 'id': 'p2' stands on line 4 already"):
+        Collection.load(tmp_path, "ko", "dev")
+
+
+def test_texts_are_not_held_in_memory(tmp_path):
+    corpus = [{"id": f"passage-{i}", "title": "t", "text": f"{i} " * 500} for i in range(1000)]
+    write(tmp_path / "ko", corpus=corpus, qrels=[{"qid": "q1", "docid": "passage-0", "relevance": 1}])
+    size = (tmp_path / "ko" / "corpus.jsonl").stat().st_size
+    tracemalloc.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        collection = Collection.load(tmp_path, "ko", "dev")
+    for work in (lambda: None, lambda: sum(map(len, collection.passages)), collection.fingerprint):
+        work()
+        assert tracemalloc.get_traced_memory()[1] < size / 5
+    tracemalloc.stop()
+    assert collection.passages[999] == f"t {'999 ' * 500}".strip()
+
+
+def test_a_file_that_takes_the_corpus_place_changes_nothing_and_one_that_is_changed_is_told_of(tmp_path):
+    write(tmp_path / "ko")
+    path = tmp_path / "ko" / "corpus.jsonl"
+    collection = Collection.load(tmp_path, "ko", "dev")
+    (tmp_path / "other").write_text("something else\n")
+    (tmp_path / "other").replace(path)
+    assert collection.passages[0] == "제목 본문"
+    write(tmp_path / "ko")
+    collection = Collection.load(tmp_path, "ko", "dev")
+    path.write_text("something else\n")
+    with pytest.raises(UserError, match="corpus.jsonl: was changed while it was in use"):
+        list(collection.passages)
+
+
+@pytest.mark.skipif(not OPEN_FILES.is_dir(), reason="counts open files where Linux lists them")
+def test_the_file_is_closed_when_the_collection_is_gone(tmp_path):
+    write(tmp_path / "ko")
+    gc.collect()
+    before = len(list(OPEN_FILES.iterdir()))
+    collections = [Collection.load(tmp_path, "ko", "dev") for _ in range(3)]
+    assert len(list(OPEN_FILES.iterdir())) == before + len(collections)
+    del collections
+    gc.collect()
+    assert len(list(OPEN_FILES.iterdir())) == before
 
 
 def test_normalize_text():

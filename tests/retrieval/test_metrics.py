@@ -124,7 +124,7 @@ def test_equals_trec_eval(tmp_path):
 
 def test_equals_ir_measures_on_the_written_files(tmp_path):
     qrels, run = awkward_run()
-    means, per_query = evaluate_run(qrels, run)
+    means, per_query = evaluate_run(qrels, run, NAMES)
     write_trec_run(tmp_path / "run.trec", run, "m")
     write_trec_qrels(tmp_path / "qrels.trec", qrels)
     files = [str(tmp_path / "qrels.trec"), str(tmp_path / "run.trec")]
@@ -136,7 +136,7 @@ def test_equals_ir_measures_on_the_written_files(tmp_path):
     assert means == {str(measure): value for measure, value in expected.aggregated.items()}
     values = {(v.query_id, str(v.measure)): v.value for v in expected.per_query}
     assert {(q, name): v for q, own in per_query.items() for name, v in own.items()} == values
-    assert evaluate_run(qrels, read_trec_run(files[1])) == (means, per_query)
+    assert evaluate_run(qrels, read_trec_run(files[1]), NAMES) == (means, per_query)
     printed = subprocess.run(
         [sys.executable, "-m", "ir_measures", *files, *NAMES, "-p", "17"], capture_output=True, text=True, check=True
     ).stdout

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import datasets
 from FlagEmbedding.abc.finetune.embedder import AbsEmbedderTrainDataset
 
+from clpl_moe import __version__
 from clpl_moe.data.schema import data_files, read_examples
 from clpl_moe.errors import UserError
+from clpl_moe.files import hash_file
 
 if TYPE_CHECKING:
     from clpl_moe.training.ance import MinedNegatives
@@ -103,7 +105,6 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
 
     def _load_dataset(self, file_path: str) -> datasets.Dataset:
         """Read, check and store one file; later runs take what was stored while the file is unchanged."""
-        stat = Path(file_path).stat()
         try:
             dataset = datasets.Dataset.from_generator(
                 _read_for_arrow,
@@ -112,7 +113,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
                 gen_kwargs={
                     "path": str(Path(file_path).resolve()),
                     "shown": file_path,
-                    "version": [f"{stat.st_size}-{stat.st_mtime_ns}"],
+                    "version": f"{__version__}-{hash_file(file_path)}",
                     "with_scores": self.args.knowledge_distillation,
                 },
             )
@@ -193,10 +194,11 @@ def _sample(rng: random.Random, available: int, wanted: int) -> list[int]:
     return chosen
 
 
-def _read_for_arrow(path: str, shown: str, version: list[str], with_scores: bool):
-    """Generator behind the stored dataset; ``version`` only makes a changed file a new one."""
+def _read_for_arrow(path: str, shown: str, version: str, with_scores: bool):
+    """Generator behind the stored dataset; ``version`` only makes a changed file, or one that other checks have passed,
+    a new one."""
     del version
     try:
         yield from read_examples(path, with_scores=with_scores)
     except UserError as error:
-        raise UserError(str(error).replace(path, shown, 1)) from None
+        raise UserError(str(error).replace(path, shown)) from None

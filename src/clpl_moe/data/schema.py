@@ -13,16 +13,18 @@ Other fields (ids, for instance) are allowed and not used.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clpl_moe.errors import UserError, at
-from clpl_moe.files import read_jsonl
+from clpl_moe.files import inspect_line, read_lines
 
 SUFFIXES = (".jsonl", ".json")
+
+# Of float32, in which losses are computed.
+_LARGEST_SCORE = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,41 @@ def normalise(record: dict[str, Any], *, keep_scores: bool = False) -> dict[str,
     }
 
 
+def check_line(number: int, raw: bytes, *, scores_required: bool = False) -> tuple[dict[str, Any] | None, list[str]]:
+    """What validation reports of a line and training refuses it for.
+
+    Args:
+        number: of the line, from 1.
+        raw: its bytes.
+        scores_required: whether teacher scores must be there (knowledge distillation).
+
+    Returns:
+        The line as an object (None where it is none) and all its faults, without the place.
+    """
+    record, faults = inspect_line(number, raw)
+    if record is not None:
+        faults += map(str, find_faults(record, scores_required=scores_required))
+    return record, faults
+
+
 def read_examples(path: str | Path, *, with_scores: bool = False) -> Iterator[dict[str, Any]]:
     """The normalised examples of one file.
 
     Raises:
-        UserError: at the first fault, with file, line and field.
+        UserError: after the last line, with file, line and field of the first fault and the number of all.
     """
-    for number, record in read_jsonl(path):
-        for fault in find_faults(record, scores_required=with_scores):
-            raise UserError(f"{at(path, number)}: {fault}")
-        yield normalise(record, keep_scores=with_scores)
+    first, count = "", 0
+    for number, _, raw in read_lines(path):
+        record, faults = check_line(number, raw, scores_required=with_scores)
+        if faults:
+            first = first or f"{at(path, number)}: {faults[0]}"
+            count += len(faults)
+        elif not count:
+            yield normalise(record, keep_scores=with_scores)
+    if count > 1:
+        first += f" (the first of {count:,} faults; python -m clpl_moe.validate {path} lists them)"
+    if count:
+        raise UserError(first)
 
 
 def data_files(paths: list[str]) -> list[Path]:
@@ -107,7 +134,7 @@ def _found(value: Any) -> str:
 
 
 def _blank(value: Any) -> bool:
-    return isinstance(value, str) and not value.strip()
+    return isinstance(value, str) and (not value or value.isspace())
 
 
 def _string(record: dict[str, Any], field: str, *, required: bool) -> Iterator[Fault]:
@@ -181,6 +208,6 @@ def _scores(record: dict[str, Any], field: str, texts: str, required: bool) -> I
     for index, score in enumerate(value):
         if isinstance(score, bool) or not isinstance(score, (int, float)):
             yield Fault(f"{field}[{index}]", f"found {_found(score)}, expected a number")
-        elif not abs(score) <= sys.float_info.max:  # an int may be larger than any float
+        elif not abs(score) <= _LARGEST_SCORE:  # an int may be larger than any float
             found = "NaN" if isinstance(score, float) and math.isnan(score) else "a number too large"
             yield Fault(f"{field}[{index}]", f"found {found}, expected a finite number")

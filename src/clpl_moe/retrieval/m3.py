@@ -32,14 +32,12 @@ from clpl_moe.encoder.load import HEAD_FILES, find_heads
 from clpl_moe.encoder.settings import pool
 from clpl_moe.errors import UserError, at
 from clpl_moe.retrieval.encode import batches, default_batch_tokens, tokenize
-from clpl_moe.retrieval.metrics import M3_SCORES
+from clpl_moe.retrieval.metrics import M3_SCORES, M3_WEIGHTS
 
 if TYPE_CHECKING:
     from clpl_moe.retrieval.collection import Collection
     from clpl_moe.retrieval.options import Encoder, EncodingArguments
 
-# Dense, sparse, multi-vec: the report's on MIRACL.
-WEIGHTS = (1.0, 0.3, 1.0)
 _QUERIES_AT_ONCE = 512
 
 
@@ -88,7 +86,7 @@ def rerank(
     candidates: Mapping[str, Sequence[str]],
     encoding: EncodingArguments,
     *,
-    weights: Sequence[float] = WEIGHTS,
+    weights: Sequence[float] = M3_WEIGHTS,
     progress: bool = True,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Score candidates in each of ``M3_SCORES``.
@@ -128,7 +126,7 @@ def rerank(
     return runs
 
 
-def combine(scores: Tensor, weights: Sequence[float] = WEIGHTS) -> dict[str, Tensor]:
+def combine(scores: Tensor, weights: Sequence[float] = M3_WEIGHTS) -> dict[str, Tensor]:
     """The scores (n,) of each of ``M3_SCORES`` from dense, sparse and multi-vector ones (n, 3), in float32."""
     dense, sparse, multi_vector = scores.unbind(1)
     w_dense, w_sparse, w_multi = weights

@@ -79,7 +79,7 @@ class EmbeddingShards:
 
     def has(self, number: int) -> bool:
         """Whether a shard's file is there and whole."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, EOFError):
             found = np.load(self.file(number), mmap_mode="r")
             return found.dtype == np.float16 and found.shape == (len(self.rows(number)), self.shape[1])
         return False
@@ -157,7 +157,8 @@ def encode_passages(
     _wait()  # until all have seen what is missing
     progress = progress and rank == 0
     if progress:
-        print(f"embeddings in {shards.folder}: {shards.count - len(missing):,} of {shards.count:,} shards found")
+        found = f"{shards.count - len(missing):,} of {shards.count:,} shards found"
+        print(f"embeddings in {shards.folder}: {found}", flush=True)  # also where the job is killed
 
     def read(number: int):
         rows = shards.rows(number)

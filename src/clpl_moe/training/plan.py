@@ -17,7 +17,7 @@ from clpl_moe.moe.inject import has_experts, inject_moe
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.training.model import choose_trainable
-from clpl_moe.training.runner import check_lengths, open_ance_index
+from clpl_moe.training.runner import check_lengths, check_optimizer, open_ance_index
 
 # The shape of the base model of the published recipe, so that its configs can be checked where the hub is out of reach
 # (config.json of BAAI/bge-m3).
@@ -63,6 +63,7 @@ def make_plan(
     Raises:
         UserError: what training would stop at.
     """
+    check_optimizer(training_args)
     dataset = CLPLTrainDataset(data_args, seed=training_args.seed)
     encoder, shape_source, reached = _meta_encoder(model_args)
     check_lengths(encoder, model_args.model_name_or_path, data_args)

@@ -7,21 +7,24 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM3Runner
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, get_scheduler
 
+from clpl_moe.allocator import keep_freed_memory
 from clpl_moe.cli import load_yaml
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.dataset import CLPLTrainDataset
+from clpl_moe.data.schema import data_files
 from clpl_moe.encoder.load import HEAD_FILES, find_heads, load_encoder
 from clpl_moe.encoder.packing import can_pack
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
 from clpl_moe.errors import UserError, at
-from clpl_moe.files import atomic_open, refuse_unwritable
+from clpl_moe.files import atomic_open, hash_file, refuse_unwritable, write_json
 from clpl_moe.loss import CLPLLoss
 from clpl_moe.mining.index import PassageIndex
 from clpl_moe.moe.inject import has_experts, inject_moe
@@ -37,6 +40,7 @@ from clpl_moe.training.trainer import CLPLTrainer, newest_checkpoint
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "train_config.yaml"
+DATA_FILE = "train_data.json"
 
 # What a checkpoint's weights and optimizer state are of; they do not fit a run that changes one of these.
 _FIXED_IN_A_RUN = (
@@ -149,6 +153,81 @@ def check_same_run(config: dict[str, object], checkpoint: str | Path) -> None:
         logger.warning("resumed with other options than %s: %s", path, what)
 
 
+def describe_data(data_args: CLPLDataArguments, training_args: CLPLTrainingArguments) -> dict[str, Any]:
+    """What decides which example comes when, besides the options: the files' contents and the number of processes."""
+    world = training_args.world_size
+    return {
+        "files": [[str(path), hash_file(path)] for path in data_files(data_args.train_data)],
+        "processes": world,
+        "batch_of_all": world * training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps,
+    }
+
+
+def check_same_data(now: dict[str, Any], checkpoint: str | Path) -> None:
+    """Compare :func:`describe_data` of a resumed run with that of the run that its checkpoint is of.
+
+    Raises:
+        UserError: the data's contents differ (another path is none), or the number of processes and with it the batch:
+            some examples would be seen twice in an epoch, others not at all.
+    """
+    path = Path(checkpoint).parent / DATA_FILE
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        files, processes, batch = before["files"], before["processes"], before["batch_of_all"]
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{at(path)}: cannot be read, though the run to resume wrote it; restore or remove it"
+        ) from None
+    if [digest for _, digest in files] != [digest for _, digest in now["files"]]:
+        known = {digest for _, digest in files}
+        new = [name for name, digest in now["files"] if digest not in known]
+        raise UserError(
+            f"{at(new[0]) if new else 'train_data'}: not the data of the run to resume, as {path} lists them: put these"
+            " back, or begin a new run on the new data, from this one's weights if you like: --model_name_or_path"
+            f" {checkpoint} and another --output_dir"
+        )
+    if processes == now["processes"]:
+        return
+    was = f"{now['processes']} processes, but the run to resume had {processes}"
+    if batch != now["batch_of_all"]:
+        raise UserError(
+            f"{was}, and {batch} examples a step where now there are {now['batch_of_all']}: start as many processes, or"
+            " choose per_device_train_batch_size and gradient_accumulation_steps for the same number"
+        )
+    logger.warning("%s: the batches are the same, but dropout and other random draws are not", was)
+
+
+def check_optimizer(args: CLPLTrainingArguments) -> None:
+    """Make the optimizer and the schedule for one number, since they check their options no sooner.
+
+    Raises:
+        UserError: an option is out of range, or the optimizer's package is not installed.
+    """
+    name = getattr(args.optim, "value", args.optim)
+    if any(family in name for family in ("galore", "apollo", "lomo")):  # they look at the model's own modules
+        return
+    steps = args.max_steps if args.max_steps > 0 else 10_000
+    try:
+        kind, options = CLPLTrainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(
+            f"optimizer {name} or lr_scheduler_type {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}:"
+            f" {' '.join(str(error).split())}"
+        ) from None
+    except RuntimeError:  # one that takes no parameters of this kind or device; the real ones may be others
+        return
+
+
 class CLPLRunner(EncoderOnlyEmbedderM3Runner):
     """FlagEmbedding's runner with CLPL, experts, evaluation in training and exact resume.
 
@@ -168,6 +247,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
                 "fp16 needs a CUDA device and none was found: run on a machine with one, or train on the CPU with"
                 " --fp16 false (configs/quickstart.yaml is made for that)"
             )
+        check_optimizer(training_args)
         # Ours first, since the parent's logs every option at length.
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
         self.settings = resolve_settings(model_args, data_args, training_args)
@@ -178,6 +258,8 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             self.settings.passage_prompt or None
         )
         self.evaluator = None
+        if training_args.use_cpu:
+            keep_freed_memory()
         # The folder was checked above; the parent's own check, which this turns off, ends in a ValueError.
         training_args.do_train = False
         super().__init__(model_args, data_args, training_args)
@@ -285,6 +367,13 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             )
         except (ValueError, ImportError) as error:  # transformers checks some options no sooner
             raise UserError(" ".join(str(error).split())) from error
+        except Exception as error:  # of the network or the hub: there are many
+            if not self.training_args.push_to_hub:
+                raise
+            raise UserError(
+                f"push_to_hub: the hub does not open the repository ({' '.join(str(error).split())}): check the network"
+                " and the login (hf auth login), or leave push_to_hub out and upload the run folder afterwards"
+            ) from None
 
     def _make_evaluator(self) -> Callable[[nn.Module], dict[str, float]] | None:
         args = self.training_args
@@ -334,13 +423,16 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
         """Train, from the beginning or from a checkpoint, and leave the model in the run folder."""
         output_dir = Path(self.training_args.output_dir)
         config = resolved_config(self.model_args, self.data_args, self.training_args)
+        data = describe_data(self.data_args, self.training_args)
         if self.training_args.resume_from_checkpoint is not None:
             check_same_run(config, self.training_args.resume_from_checkpoint)
+            check_same_data(data, self.training_args.resume_from_checkpoint)
             if self.trainer.refresher is not None:
                 self.trainer.refresher.load(Path(self.training_args.resume_from_checkpoint) / NEGATIVES_FILE)
         if self.trainer.is_world_process_zero():
             with atomic_open(output_dir / CONFIG_FILE) as file:
                 yaml.safe_dump(config, file, allow_unicode=True, sort_keys=False)
+            write_json(output_dir / DATA_FILE, data)
         self.trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
         self.trainer.save_model()
         self.trainer.save_state()

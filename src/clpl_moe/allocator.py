@@ -1,0 +1,24 @@
+"""The memory allocator of CPU runs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+# Names and numbers of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep the buffers that this process frees; returns whether it does now.
+
+    By default glibc hands buffers of many MB back to the system and asks for them anew, which clears them page by page: 200,000
+    page faults in a training step of a small encoder, a twentieth of its time. Kept, they are used again: the peak stays
+    what it was, but memory does not shrink after it. Environment variables for malloc (``MALLOC_…_``) take precedence.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    options = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26))
+    return all(mallopt(option, value) == 1 for option, value in options)
