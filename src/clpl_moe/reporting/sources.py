@@ -38,9 +38,8 @@ class RunCourse:
         return cls(name, folder, options, read_metrics(folder / "metrics.jsonl"))
 
     def series(self, name: str) -> list[tuple[float, float]]:
-        """Step and value, by step, where both are there; of a step logged twice, the later."""
-        values = {r["step"]: r[name] for r in self.records if _is_number(r.get("step")) and _is_number(r.get(name))}
-        return sorted(values.items())
+        """As :func:`series`."""
+        return series(self.records, name)
 
     def expert_load(self) -> tuple[list[float], list[list[list[float]]]]:
         """Steps (S,), and shares (S, L, N) of layers and experts."""
@@ -79,6 +78,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number < len(lines) or line.endswith(b"\n"):
                 raise
     return records
+
+
+def series(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """Step and value, by step, where both are there; of a step logged twice, the later."""
+    values = {r["step"]: r[name] for r in records if _is_number(r.get("step")) and _is_number(r.get(name))}
+    return sorted(values.items())
 
 
 def _is_number(value: Any) -> bool:
