@@ -62,6 +62,10 @@ def test_values_that_begin_with_a_dash_or_hold_spaces(config):
     assert (options.name, options.margin, options.files) == ("--odd name", -1.0, ["one file.jsonl"])
 
 
+def test_mappings_with_dates(config):
+    assert parse("--config", config("name: {since: 2024-12-01}")).name == '{"since": "2024-12-01"}'
+
+
 def test_empty_values(config):
     assert parse("--config", config("name: ''\nfiles:\n")) == Options("")
     with pytest.raises(UserError, match="name"):

@@ -15,7 +15,7 @@ from clpl_moe import evaluate as evaluate_module
 from clpl_moe.encoder import load_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings, write_settings
 from clpl_moe.errors import UserError
-from clpl_moe.evaluate import _labels, main
+from clpl_moe.evaluate import main, model_labels
 from clpl_moe.files import write_jsonl
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.evaluation import evaluate_retrieval
@@ -462,9 +462,9 @@ def test_every_kind_of_model_through_the_script(tiny_encoder, tiny_tokenizer, co
 
 
 def test_labels():
-    assert _labels(["runs/a", "runs/b"]) == ["a", "b"]
-    assert _labels(["x/best", "y/best", "hub/other"]) == ["x_best", "y_best", "hub_other"]
-    assert _labels(["same", "same"]) == ["same_1", "same_2"]
+    assert model_labels(["runs/a", "runs/b"]) == ["a", "b"]
+    assert model_labels(["x/best", "y/best", "hub/other"]) == ["x_best", "y_best", "hub_other"]
+    assert model_labels(["same", "same"]) == ["same_1", "same_2"]
 
 
 def test_prompts_and_pooling_come_from_the_folder_and_can_be_overridden(tiny_encoder, collections, tmp_path):

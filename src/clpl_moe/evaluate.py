@@ -170,7 +170,7 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evalu
         for language in dict.fromkeys(arguments.languages)
     }
     models = _distinct(arguments.model)
-    labels = dict(zip(models, _labels(models)))
+    labels = dict(zip(models, model_labels(models)))
     output = Path(arguments.output)
     encoder = None
     planned: list[_Task] = []
@@ -446,7 +446,7 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
     """An aligned table: a row per model, kind of score and language, and the average over several languages."""
     names = list(results[0]["metrics"])
     models = list(dict.fromkeys(r["model"] for r in results))
-    labels = dict(zip(models, _labels(models)))
+    labels = dict(zip(models, model_labels(models)))
     several = any(r["score"] != DENSE for r in results)
     rows = [["model", *(["score"] if several else []), "language", "queries", *names]]
     for model, kind in dict.fromkeys((r["model"], r["score"]) for r in results):
@@ -491,7 +491,7 @@ def _parts(name: str) -> tuple[str, ...]:
     return Path(name).resolve().parts[1:] if Path(name).exists() else tuple(name.split("/"))
 
 
-def _labels(models: Sequence[str]) -> list[str]:
+def model_labels(models: Sequence[str]) -> list[str]:
     """A short name for each model: the last part of its path, with as many before it as make all differ."""
     parts = [_parts(name) for name in models]
     for depth in range(1, max(map(len, parts)) + 1):
