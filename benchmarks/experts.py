@@ -8,7 +8,7 @@ turn within one process. Every ratio is to the dense layers in the same repetiti
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer
 
 from clpl_moe import CLPLLoss, MoEConfig, inject_moe
 from clpl_moe.allocator import keep_freed_memory
+from clpl_moe.encoder.packing import PackedTexts, embed_packed
 from common import RESULTS, print_table, side_by_side, write_result
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -127,7 +128,7 @@ def training_step(
     query_length: int = 32,
     passages: int = 32,
     passage_length: int = 96,
-    padded: bool = False,
+    texts: str = "packed",
     dtype: torch.dtype = torch.float32,
 ) -> Callable[[], None]:
     """One step of contrastive training, optimizer included, of the Linear layers that ``trainable: moe`` trains.
@@ -141,7 +142,8 @@ def training_step(
         query_length: their length in tokens.
         passages: number of passages, a multiple of ``queries``.
         passage_length: their (greatest) length in tokens.
-        padded: whether lengths vary from half to all of the length; without, no mask is passed.
+        texts: ``packed``, as the trainer does it, in one stream, lengths from half to all of the length; ``padded``, the same
+            lengths, queries and passages in a batch each; ``equal``, all of the full length, without a mask.
         dtype: what autocast computes in.
     """
     encoder.to(device).train().requires_grad_(False)
@@ -152,22 +154,29 @@ def training_step(
     loss = CLPLLoss()
     generator = torch.Generator().manual_seed(0)
 
-    def batch(count: int, length: int) -> dict[str, Tensor | None]:
-        ids = torch.randint(4, encoder.config.vocab_size, (count, length), generator=generator)
-        mask = None
-        if padded:
-            lengths = torch.randint(length // 2, length + 1, (count, 1), generator=generator)
-            mask = (torch.arange(length) < lengths).long()
-            ids = torch.where(mask.bool(), ids, encoder.config.pad_token_id)
-            mask = mask.to(device)
+    def draw(count: int, length: int) -> list[Tensor]:
+        shortest = length if texts == "equal" else length // 2
+        lengths = torch.randint(shortest, length + 1, (count,), generator=generator).tolist()
+        return [torch.randint(4, encoder.config.vocab_size, (n,), generator=generator) for n in lengths]
+
+    def pad(part: list[Tensor]) -> dict[str, Tensor | None]:
+        ids = nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=encoder.config.pad_token_id)
+        mask = None if texts == "equal" else ids.ne(encoder.config.pad_token_id).long().to(device)
         return {"input_ids": ids.to(device), "attention_mask": mask}
 
-    inputs = batch(queries, query_length), batch(passages, passage_length)
+    parts = draw(queries, query_length), draw(passages, passage_length)
+    stream = PackedTexts.from_sequences([ids.numpy() for part in parts for ids in part]).to(device)
+    inputs = [pad(part) for part in parts]
+
+    def embed() -> Sequence[Tensor]:
+        if texts == "packed":
+            return embed_packed(encoder, stream, pooling="mean").split([queries, passages])
+        return [encoder(**part).last_hidden_state[:, 0] for part in inputs]
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            query, passage = (encoder(**part).last_hidden_state[:, 0] for part in inputs)
+            query, passage = embed()
         loss(query, passage).loss.backward()
         optimizer.step()
 
@@ -247,9 +256,9 @@ def main() -> None:
         times = measure_feed_forward(device, DTYPES[name], tokens=tokens, sizes=sizes, repeats=repeats)
         measured(f"FFN 1024 → 4096 → 1024, {tokens} tokens, {name}", times)
     lengths = {"passages": 8, "passage_length": 32} if args.quick else {}
-    for padded in (False, True):
-        times = measure_step(device, padded=padded, repeats=repeats, **lengths)
-        measured(f"training step of the small encoder, float32, {'with' if padded else 'no'} padding", times)
+    for texts, name in (("packed", "in one stream"), ("padded", "padded"), ("equal", "texts of equal length")):
+        times = measure_step(device, texts=texts, repeats=repeats, **lengths)
+        measured(f"training step of the small encoder, float32, {name}", times)
     rows = [
         {
             "forward and backward of": title,

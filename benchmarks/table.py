@@ -1,4 +1,4 @@
-"""A Markdown table of each result in ``benchmarks/results/``, for the README.
+"""A Markdown table of each result in ``benchmarks/results/``, for docs/RESULTS.md.
 
 ``python benchmarks/table.py [benchmarks/results/training.json …]``
 """
@@ -27,7 +27,7 @@ def table(result: dict[str, Any], name: str) -> str:
         *("| " + " | ".join(str(row[column]) for column in columns) + " |" for row in result["rows"]),
         "",
         f"{where}; {settings['precision']}, {settings['model']}; torch {machine['torch']}. `{result['command']}`"
-        f" ([figures](benchmarks/results/{name}))",
+        f" ([figures](../benchmarks/results/{name}))",
     ]
     return "\n".join(lines)
 
