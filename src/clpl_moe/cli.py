@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +235,11 @@ def parse_values(dataclass_types: Sequence[type], prog: str, place: str, values:
         return parse(dataclass_types, prog, "", argv)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
+
+
+def print_counts(counts: Mapping[str, int]) -> None:
+    """What a command read, left out and made, a line each."""
+    width = max(map(len, counts))
+    for name, count in counts.items():
+        print(f"{name:<{width}}  {count:>10,}")
+    sys.stdout.flush()  # bars on stderr may follow

@@ -272,7 +272,8 @@ def _heads(name: str, encoder: Encoder) -> M3Heads | None:
 
 
 def _refuse_other(folder: Path, file: str, key: dict[str, Any]) -> None:
-    """Refuse results of something else; dense ones vouch for all run files of the folder."""
+    """Refuse results of something else. The file of the dense ones vouches for all run files of its folder: those of heads
+    without a file of their own are what a killed command left."""
     asked = "name another --output, or pass --overwrite true to replace it"
     if (folder / file).exists():
         found = _read(folder / file) or {}
@@ -281,7 +282,7 @@ def _refuse_other(folder: Path, file: str, key: dict[str, Any]) -> None:
                 f"{at(folder / file)}: holds results of something else (other {', '.join(differing)}); {asked}"
             )
         return
-    runs = [folder / run_file(kind) for kind in ((DENSE, *M3_SCORES) if file == METRICS_FILE else M3_SCORES)]
+    runs = [folder / run_file(kind) for kind in (DENSE, *M3_SCORES)] if file == METRICS_FILE else []
     if in_the_way := [path for path in runs if path.exists()]:
         raise UserError(f"{at(in_the_way[0])}: a run file without {file} is in the way; {asked}")
 
@@ -326,8 +327,8 @@ def _evaluate_dense(
         # metrics.json vouches for the run file beside it: it goes first and comes last. What was ranked again goes with it.
         for file in (METRICS_FILE, M3_FILE, *map(run_file, M3_SCORES)):
             (folder / file).unlink(missing_ok=True)
-        write_trec_run(folder / run_file(DENSE), result.run, tag=Path(task.name).name)
         write_trec_qrels(folder / "qrels.trec", collection.qrels)
+        write_trec_run(folder / run_file(DENSE), result.run, tag=Path(task.name).name)
         write_json(folder / METRICS_FILE, content)
     return content
 
@@ -388,8 +389,9 @@ _TABLE_COLUMNS = ["language", "query_id", "query"]
 def _refuse_other_table(path: Path) -> None:
     """Each call writes the table anew from the run files, so that nothing is lost; but only where it is a table of ours."""
     if path.exists():
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
-            if next(csv.reader(file), [])[:3] != _TABLE_COLUMNS:
+        heading = f"{','.join(_TABLE_COLUMNS)},".encode()
+        with path.open("rb") as file:
+            if file.read(len(heading)) != heading:
                 raise UserError(
                     f"{at(path)}: found another file, expected none or an earlier table; name another --output"
                 )
@@ -488,7 +490,7 @@ def _distinct(models: Sequence[str]) -> list[str]:
 
 
 def _parts(name: str) -> tuple[str, ...]:
-    return Path(name).resolve().parts[1:] if Path(name).exists() else tuple(name.split("/"))
+    return Path(name).resolve().parts[1:] or ("root",) if Path(name).exists() else tuple(name.split("/"))
 
 
 def model_labels(models: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 
 from tqdm.auto import tqdm
 
-from clpl_moe.cli import parse
+from clpl_moe.cli import parse, print_counts
 from clpl_moe.data.schema import data_files
 from clpl_moe.errors import UserError, command
 from clpl_moe.files import refuse_existing, refuse_unwritable, write_jsonl
@@ -332,13 +332,6 @@ def _open_backend(arguments: SynthesizeArguments, encoding: EncodingArguments) -
     )
 
 
-def _print_table(rows: Mapping[str, int]) -> None:
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"{name:<{width}}  {value:>10,}")
-    sys.stdout.flush()  # the bars of stderr follow
-
-
 def synthesize(arguments: SynthesizeArguments, encoding: EncodingArguments | None = None) -> None:
     """Run a job as :mod:`clpl_moe.synthesize` describes it, and print what came of it.
 
@@ -355,7 +348,7 @@ def synthesize(arguments: SynthesizeArguments, encoding: EncodingArguments | Non
     job = _Job(arguments, encoding)
     before = read_answers(journal_path, job.settings, arguments.overwrite)
     plan = job.plan(before)
-    _print_table(plan)
+    print_counts(plan)
     print(f"(a token is counted as {_BYTES_PER_TOKEN} bytes; a passage whose answer is of no use is asked about twice)")
     if arguments.dry_run:
         return
@@ -399,7 +392,7 @@ def synthesize(arguments: SynthesizeArguments, encoding: EncodingArguments | Non
         **{f"  {reason}": count for reason, count in reasons.most_common()},
     }
     print()
-    _print_table(counts)
+    print_counts(counts)
     for path in paths:
         print(f"wrote {path}")
     if job.no_answer:
