@@ -148,6 +148,12 @@ def test_help_lists_every_option_once_with_its_default(capsys):
     assert "{a,b}" in texts["router"]
 
 
+def test_words_stand_in_the_help_without_being_required():
+    text = cli.make_parser([Options], "test", "", positional="files").format_help()
+    assert "usage: python -m test [FILES ...] [--config" in text
+    assert re.search(r"\n  FILES +the same as --files\n", text)
+
+
 @pytest.fixture(scope="module")
 def parser():
     from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments

@@ -641,7 +641,13 @@ def test_a_local_model_that_is_none_is_a_message(tmp_path, capfd, writer):
 def start(argv, **environment):
     command = [sys.executable, "-m", "clpl_moe.synthesize", *argv]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+        # Which tests that run in the background of a shell ignore, and what they start with them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

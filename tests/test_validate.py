@@ -155,8 +155,8 @@ def test_config_of_training_is_checked_as_training_does(tmp_path, capsys):
     assert run(capsys, path, "--tokenizer", tmp_path / "none")[0] == 2
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "tokenizer.json").write_text('{"version": "1.0"}')
-    (broken / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizerFast"}')
+    (broken / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "none"}}')
+    (broken / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     code, _, err = run(capsys, path, "--tokenizer", broken)
     assert code == 2
     assert "the tokenizer cannot be loaded" in err[-1]

@@ -26,10 +26,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        if action.required:
-            return f"{text} (required)".strip()
         if action.default is argparse.SUPPRESS or "%(default)" in text or not action.option_strings:
             return text
+        if action.required:
+            return f"{text} (required)".strip()
         return f"{text} (default: %(default)s)".strip()
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
