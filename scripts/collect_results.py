@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from clpl_moe.files import write_json
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from common import machine
+from clpl_moe.machine import machine
+from clpl_moe.reporting.sources import read_metrics
 
 
 def main() -> None:
@@ -30,8 +28,7 @@ def main() -> None:
         # Names only: the folders lie elsewhere on other machines.
         for key in ("model", "collection"):
             evaluation[key] = Path(evaluation[key]).name
-    records = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    training = next(record for record in reversed(records) if "train_runtime" in record)
+    training = next(r for r in reversed(read_metrics(args.run / "metrics.jsonl")) if "train_runtime" in r)
     write_json(args.output, {"machine": machine(), "training": training, "evaluations": evaluations})
     print(f"wrote {args.output}")
 

@@ -14,7 +14,8 @@ fail() {
 }
 
 fetch() {
-    curl --fail --location --retry 5 --retry-connrefused --connect-timeout 20 --continue-at - --output "$1" "$2"
+    code=$(curl --fail --location --retry 5 --retry-connrefused --connect-timeout 20 --continue-at - --write-out '%{http_code}' \
+        --output "$1" "$2")
 }
 
 for language in "$@"; do
@@ -36,8 +37,8 @@ for language in "$@"; do
     echo "$url/$name"
     status=0
     fetch "$file.part" "$url/$name" || status=$?
-    # 22: nothing comes after what is there, or no such file; 33: the server cannot start in the middle.
-    if [ -s "$file.part" ] && { [ "$status" = 22 ] || [ "$status" = 33 ]; }; then
+    # 416: nothing comes after what is there; 33: the server cannot start in the middle.
+    if [ -s "$file.part" ] && { [ "$code" = 416 ] || [ "$status" = 33 ]; }; then
         rm "$file.part"
         status=0
         fetch "$file.part" "$url/$name" || status=$?

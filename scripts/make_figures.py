@@ -21,13 +21,14 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clpl_moe.errors import UserError, at, command
-from clpl_moe.files import parse_line, refuse_existing
-from clpl_moe.reporting.charts import BLUE, GREEN, GREY, INK, PALE, PURPLE, VERMILLION, save, style
+from clpl_moe.files import refuse_existing
+from clpl_moe.reporting.charts import BLUE, GREEN, GREY, INK, PALE, PURPLE, VERMILLION, draw_curve, save, style
+from clpl_moe.reporting.sources import read_metrics, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -303,7 +304,7 @@ def plot_run(metrics_jsonl: str | Path, output: str | Path) -> Path:
     Raises:
         UserError: the file is missing or not JSONL, or holds nothing that could be drawn.
     """
-    records = _read_metrics(Path(metrics_jsonl))
+    records = read_metrics(Path(metrics_jsonl))
     cutoffs = sorted(
         {name for record in records for name in record if name.startswith("eval_ndcg@")},
         key=lambda name: (len(name), name),
@@ -331,7 +332,7 @@ def plot_run(metrics_jsonl: str | Path, output: str | Path) -> Path:
     ]
     drawn = []
     for title, curves in panels:
-        curves = [(_series(records, name), label, color) for name, label, color in curves]
+        curves = [(series(records, name), label, color) for name, label, color in curves]
         curves = [curve for curve in curves if len(curve[0])]
         if curves:
             drawn.append((title, curves))
@@ -344,54 +345,12 @@ def plot_run(metrics_jsonl: str | Path, output: str | Path) -> Path:
         figure = Figure(figsize=(3.9 * len(drawn), 3.5), layout="constrained")
         for axes, (title, curves) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
             for points, label, color in curves:
-                _draw_curve(axes, points, label, color)
+                draw_curve(axes, points, label, color)
             axes.set_title(title, weight="bold")
             axes.set_xlabel("optimizer step")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.legend(loc="best")
         return save(figure, Path(output))
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise UserError(f"{at(path)}: no such file; --run takes the folder of a training run")
-    lines = path.read_bytes().splitlines(keepends=True)
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            records.append(parse_line(path, number, line))
-        except UserError:
-            # A run that was killed, or is writing right now, leaves an unfinished last line.
-            if number < len(lines) or line.endswith(b"\n"):
-                raise
-    return records
-
-
-def _series(records: list[dict[str, Any]], name: str) -> np.ndarray:
-    """(n, 2) step and value, by step, where both are there; of a step logged twice, the later."""
-    values = {
-        record["step"]: record[name]
-        for record in records
-        if _is_number(record.get("step")) and _is_number(record.get(name))
-    }
-    return np.array(sorted(values.items()), dtype=float).reshape(-1, 2)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _draw_curve(axes: Axes, points: np.ndarray, label: str, color: str) -> None:
-    """A curve; a long one, noisy as batches are, as its moving mean over a faint one."""
-    window = len(points) // 20
-    if window < 3:
-        axes.plot(*points.T, color=color, label=label, marker="o", markersize=3.5)
-        return
-    axes.plot(*points.T, color=color, alpha=0.25, linewidth=1)
-    mean = np.stack([np.convolve(column, np.ones(window) / window, mode="valid") for column in points.T])
-    axes.plot(*mean, color=color, label=label)
 
 
 @command

@@ -78,7 +78,9 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(429, {"error": {"message": echo}}, {"Retry-After": "1"})
         elif what == "429 for long":
             self.reply(429, {"error": {"message": echo}}, {"Retry-After": "600"})
-        elif what in ("400", "401", "404", "500", "503"):
+        elif what == "long 400":
+            self.reply(400, {"error": {"message": "x" * 265 + echo}})
+        elif what in ("400", "401", "402", "404", "500", "503"):
             self.reply(int(what), {"error": {"message": echo}})
         elif what == "html":
             self.send(502, f"<html>{echo}</html>".encode(), {"Content-Type": "text/html"})

@@ -147,10 +147,12 @@ def test_an_option_that_is_new_makes_no_other_run_and_a_default_that_changed_doe
         ({"rows": {"a/b": {}}}, "rows: 'a/b': expected a name"),
         ({"rows": {"a": {"seeds": [-1]}}}, "seeds: found [-1]"),
         ({"rows": {"a": {"train": {"output_dir": "x"}}}}, "'output_dir' is set for each run by this command"),
+        ({"train": TRAIN | {"token": "hf_x"}}, "'token' would stand in the results; export HF_TOKEN"),
         ({"rows": "x"}, "rows: found 'x', expected a mapping"),
         ({"languages": {"ko": {}}}, "languages: 'ko': expected either `collection`, a folder, or `squad`"),
         ({"languages": {"ko": {"squad": ["nothing.json"]}}}, "nothing.json: no such file"),
         ({"languages": {"ko": {"collection": "nowhere"}}}, "nowhere/ko/corpus.jsonl: no such file"),
+        ({"languages": {"ko": {"collection": None}}}, "None/ko/corpus.jsonl: no such file"),
         ({"metric": "nonsense"}, "metric 'nonsense' is unknown"),
         ({"only": ["nobody"]}, "--only: found 'nobody', expected some of base, dense, experts"),
         ({"parallel": 0}, "--parallel: found 0"),
@@ -260,6 +262,13 @@ def test_a_failed_job_is_reported_and_the_rest_goes_on():
     done = []
     assert Workshop(2).run_all(["a", "b", "c"], work, "jobs") == {"b": "out of luck"}
     assert sorted(done) == ["a", "c"]
+
+
+def test_the_reason_of_a_failure_is_none_of_an_earlier_one(tmp_path, monkeypatch):
+    (tmp_path / "log.txt").write_text("error: of an earlier time\n")
+    monkeypatch.setattr(sys, "executable", "false")
+    with (tmp_path / "lock").open("w") as lock, pytest.raises(CommandError, match="code 1: it said nothing"):
+        Workshop(1).call("train", {}, tmp_path, 0, lock.fileno())
 
 
 def test_cores_are_shared_between_runs(monkeypatch):

@@ -62,6 +62,10 @@ def test_values_that_begin_with_a_dash_or_hold_spaces(config):
     assert (options.name, options.margin, options.files) == ("--odd name", -1.0, ["one file.jsonl"])
 
 
+def test_mappings_with_dates(config):
+    assert parse("--config", config("name: {since: 2024-12-01}")).name == '{"since": "2024-12-01"}'
+
+
 def test_empty_values(config):
     assert parse("--config", config("name: ''\nfiles:\n")) == Options("")
     with pytest.raises(UserError, match="name"):
@@ -142,6 +146,12 @@ def test_help_lists_every_option_once_with_its_default(capsys):
     assert "(default: 1e-05)" in texts["learning_rate"]
     assert "(default: True)" in texts["shuffle"]
     assert "{a,b}" in texts["router"]
+
+
+def test_words_stand_in_the_help_without_being_required():
+    text = cli.make_parser([Options], "test", "", positional="files").format_help()
+    assert "usage: python -m test [FILES ...] [--config" in text
+    assert re.search(r"\n  FILES +the same as --files\n", text)
 
 
 @pytest.fixture(scope="module")

@@ -101,9 +101,14 @@ def test_what_goes_wrong_is_said(tmp_path, server):
     done = run(tmp_path, server.address, "ko", "xx")
     assert (done.returncode, server.asked) == (2, [])
     assert "error: found 'xx', expected ko, fa or hi" in done.stderr
-    del server.files["/fa_CLPL_train_data.jsonl"]
+    content = server.files.pop("/fa_CLPL_train_data.jsonl")
+    part = tmp_path / "data" / "fa_CLPL_train_data.jsonl.part"
+    part.parent.mkdir()
+    part.write_bytes(content[:70])
     done = run(tmp_path, server.address, "fa")
     assert done.returncode == 2
+    assert part.read_bytes() == content[:70]  # what had come stays
+    part.unlink()
     assert f"place the file at {tmp_path}/data/fa_CLPL_train_data.jsonl yourself" in done.stderr
     server.files["/fa_CLPL_train_data.jsonl"] = b"version https://git-lfs.github.com/spec/v1\n"
     done = run(tmp_path, server.address, "fa")

@@ -15,7 +15,7 @@ from clpl_moe import evaluate as evaluate_module
 from clpl_moe.encoder import load_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings, write_settings
 from clpl_moe.errors import UserError
-from clpl_moe.evaluate import _labels, main
+from clpl_moe.evaluate import main, model_labels
 from clpl_moe.files import write_jsonl
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.evaluation import evaluate_retrieval
@@ -272,9 +272,10 @@ def test_models_are_compared_pair_by_pair(tiny_encoder, collections, tmp_path, c
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
-def test_a_table_of_something_else_is_not_replaced(tiny_encoder, collections, tmp_path, capsys):
+@pytest.mark.parametrize("content", ["my,own,table\n", "x" * 200_000])
+def test_a_table_of_something_else_is_not_replaced(tiny_encoder, collections, tmp_path, capsys, content):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "per_query.csv").write_text("my,own,table\n")
+    (tmp_path / "out" / "per_query.csv").write_text(content)
     with pytest.raises(SystemExit):
         run(tiny_encoder, collections, tmp_path / "out")
     assert "per_query.csv: found another file" in capsys.readouterr().err
@@ -316,6 +317,11 @@ def test_scores_of_the_heads(tiny_encoder, collections, tmp_path, capsys, monkey
     with pytest.raises(SystemExit):
         run(tiny_encoder, collections, output, m3_scores=True, rerank_top=6)
     assert "metrics.m3.json: holds results of something else (other settings)" in capsys.readouterr().err
+    # What a killed command left of them is made again.
+    (output / "ko" / "metrics.m3.json").unlink()
+    monkeypatch.undo()
+    run(tiny_encoder, collections, output, m3_scores=True, rerank_top=5)
+    assert json.loads((output / "ko" / "metrics.m3.json").read_text())["metrics"] == content["metrics"]
     # Other dense results take the old scores away.
     run(tiny_encoder, collections, output, overwrite=True, query_prompt="q ")
     assert sorted(path.name for path in (output / "ko").iterdir()) == ["metrics.json", "qrels.trec", "run.trec"]
@@ -462,9 +468,10 @@ def test_every_kind_of_model_through_the_script(tiny_encoder, tiny_tokenizer, co
 
 
 def test_labels():
-    assert _labels(["runs/a", "runs/b"]) == ["a", "b"]
-    assert _labels(["x/best", "y/best", "hub/other"]) == ["x_best", "y_best", "hub_other"]
-    assert _labels(["same", "same"]) == ["same_1", "same_2"]
+    assert model_labels(["runs/a", "runs/b"]) == ["a", "b"]
+    assert model_labels(["x/best", "y/best", "hub/other"]) == ["x_best", "y_best", "hub_other"]
+    assert model_labels(["same", "same"]) == ["same_1", "same_2"]
+    assert model_labels(["/"]) == ["root"]
 
 
 def test_prompts_and_pooling_come_from_the_folder_and_can_be_overridden(tiny_encoder, collections, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from clpl_moe.errors import UserError
+from clpl_moe.reporting.sources import read_metrics, series
 
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
@@ -92,9 +93,9 @@ def test_run_is_drawn_from_whatever_its_lines_hold(figures, tmp_path):
         "\n",
         '{"step": 3, "lo',
     )
-    records = figures._read_metrics(path)
-    assert figures._series(records, "loss").tolist() == [[1, 2.0], [2, 1.5]]
-    assert figures._series(records, "contrastive").tolist() == [[1, 2.1]]
+    records = read_metrics(path)
+    assert series(records, "loss") == [(1, 2.0), (2, 1.5)]
+    assert series(records, "contrastive") == [(1, 2.1)]
     assert_picture(figures.plot_run(path, tmp_path / "run.png"))
     with Image.open(tmp_path / "run.png") as three_panels:
         width = three_panels.width

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,29 @@ def test_reranker_scores_and_orders_the_window(tiny_encoder, reranker, tmp_path)
         assert record["neg_scores"] == sorted(record["neg_scores"], reverse=True)
         moved += record["neg_ids"] != ranked[query_id]["neg_ids"]
     assert moved
+
+
+def test_reranker_that_cannot_score_is_refused(tiny_encoder, reranker, tmp_path, capsys):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    cut, broken = (shutil.copytree(reranker, tmp_path / name) for name in ("cut", "broken"))
+    (cut / "model.safetensors").write_bytes((reranker / "model.safetensors").read_bytes()[:-9])
+    weights = load_file(reranker / "model.safetensors")
+    weights["classifier.out_proj.bias"] = torch.tensor([float("nan")])
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    folder = make_collection(tmp_path)
+    for model, length, words in (
+        (tiny_encoder, 100, "found an encoder (XLMRobertaModel), expected a cross encoder"),
+        (reranker, 129, "--reranker_max_len: found 129"),
+        (cut, 100, "cannot be loaded"),
+        (broken, 100, "NaN or infinite scores"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            run(tiny_encoder, folder, reranker=model, reranker_max_len=length)
+        assert exit.value.code == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+        assert not (folder / "train.jsonl").exists()
 
 
 def test_prompts_are_used_but_not_written(tiny_encoder, tmp_path):

@@ -2,6 +2,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -250,6 +251,7 @@ def test_requests_at_once_stay_within_the_limit(llm, tmp_path):
 def test_the_key_reaches_the_server_and_nothing_else(llm, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
     plan = {"0": ["echo"], "1": ["500…"], "2": ["html…"], "3": ["400…"], "4": ["429 for long…"], "5": ["no choices…"]}
+    plan["6"] = ["long 400…"]
     server = llm(plan)
     started = time.time()
     argv = arguments(server, train_file(tmp_path, 8), tmp_path, max_retries=1, api_key_env="MY_KEY")
@@ -268,12 +270,13 @@ def test_the_key_reaches_the_server_and_nothing_else(llm, tmp_path, capfd, monke
     files = [path for path in tmp_path.rglob("*") if path.is_file() and "server" not in str(path.relative_to(tmp_path))]
     assert len(files) == 6
     for written in [captured.out, captured.err, message, *(path.read_text() for path in files)]:
-        assert KEY not in written
+        assert KEY[:12] not in written
+    assert failures["p6"].endswith("xyour key is Bearer [key], prompt 6")
     assert KEY not in refused(capfd, [*argv[:-1], f"--api_key_env={KEY}", "--overwrite=true"])
     assert KEY not in refused(capfd, [*argv[:-1], f"--api_key={KEY}", "--overwrite=true"])
 
 
-@pytest.mark.parametrize("status", ["401", "404"])
+@pytest.mark.parametrize("status", ["401", "402", "404"])
 def test_a_refusal_ends_the_job_and_keeps_the_answers(llm, tmp_path, capfd, status):
     server = llm({"5": [f"{status}…"]})
     argv = arguments(server, train_file(tmp_path, 12), tmp_path, concurrency=1)
@@ -333,6 +336,14 @@ def test_a_finished_job_writes_the_same_again_without_a_request(llm, tmp_path, c
     assert len(server.log()) == 7
 
 
+def test_an_output_among_the_training_data_is_refused(tmp_path, capfd):
+    """Or the journal would be read as training data when the command goes on."""
+    path = train_file(tmp_path, 2)
+    message = refused(capfd, arguments(None, tmp_path, tmp_path, base_url="http://127.0.0.1:9/v1"))
+    assert "lies in a folder of --train_data" in message
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_half_written_answer_is_asked_for_again(llm, tmp_path):
     server = llm()
     argv = arguments(server, train_file(tmp_path, 5), tmp_path, concurrency=1)
@@ -385,6 +396,10 @@ def test_a_journal_that_is_none_is_named(tmp_path, capfd):
         ({"base_url": "localhost:8000"}, "--base_url: expected an address"),
         ({"base_url": "http://me:secret@localhost/v1"}, "the key belongs in the environment"),
         ({"request_options": "[1]"}, "expected a JSON object"),
+        ({"request_options": '{"top_p": NaN}'}, "expected a JSON object"),
+        ({"temperature": "inf"}, "--temperature: found inf"),
+        ({"round_trip_model": "no/where"}, "no/where: neither a folder here nor a model"),
+        ({"round_trip_model": ".", "round_trip_collection": "none"}, "none/ko: no such folder"),
         ({"api_key_env": "NO_SUCH_NAME"}, "--api_key_env: the environment has no variable"),
         ({"language": "../x"}, "language"),
         ({"backend": "transformers"}, "--base_url is for --backend server"),
@@ -465,6 +480,10 @@ def test_the_package_has_a_prompt_for_each_language(language, script):
         ("다음은 질문입니다:\n\n* `다리는 언제?`", ["다리는 언제?"]),
         ('```json\n["다리는 언제?", "누가?"]\n```', ["다리는 언제?", "누가?"]),
         ('{"queries": ["다리는 언제?"]}', ["다리는 언제?"]),
+        ('[{"query": "다리는 언제?", "type": "when"}, {}, 3]', ["다리는 언제?"]),
+        ("«پل» و «رود»", ["«پل» و «رود»"]),
+        ("'다리'와 '강'", ["'다리'와 '강'"]),
+        ("'What's a bridge?'", ["What's a bridge?"]),
         ("<think>음, 다리에 대해\n물어보자</think>\n다리는 언제?", ["다리는 언제?"]),
         ("<think>끝나지 않는", []),
         ("3.1 운동은 언제 일어났나?", ["3.1 운동은 언제 일어났나?"]),
@@ -490,6 +509,7 @@ def test_answers_are_cleaned(answer, queries):
         ("什么时候建的桥？", "ko", "wrong script"),
         ("언제 놓였나요?", "xx", None),  # the passage's own script
         ("when was it built?", "xx", "wrong script"),
+        ("ﾊｼﾊ ｲﾂ ﾃﾞｷﾀ?", "ja", None),  # half width
         ("1932?", "ko", "empty"),
         ("우리 도시의 다리는 1932년에 강 위에 놓였다?", "ko", "copied from the passage"),
         ("처음에는, 나무로 만들었다", "ko", "copied from the passage"),
@@ -610,15 +630,24 @@ def test_a_local_model_answers_in_batches_as_one_by_one(writer, tmp_path, templa
     assert len(json_lines(tmp_path / "out.journal.jsonl")) == len(journal) + 1
 
 
-def test_a_local_model_that_is_none_is_a_message(tmp_path, capfd):
+def test_a_local_model_that_is_none_is_a_message(tmp_path, capfd, writer):
     argv = arguments(None, train_file(tmp_path, 2), tmp_path, backend="transformers", model=tmp_path)
     assert "cannot be loaded as a language model" in refused(capfd, argv)
+    broken = shutil.copytree(writer, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"cut")
+    assert "cannot be loaded as a language model" in refused(capfd, [*argv, f"--model={broken}"])
 
 
 def start(argv, **environment):
     command = [sys.executable, "-m", "clpl_moe.synthesize", *argv]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+        # Which tests that run in the background of a shell ignore, and what they start with them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -153,6 +153,13 @@ def test_config_of_training_is_checked_as_training_does(tmp_path, capsys):
     assert "lengths are in characters" in err[0]
     assert f"{path}:1: field 'pos_scores': is missing" in err[1]
     assert run(capsys, path, "--tokenizer", tmp_path / "none")[0] == 2
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "none"}}')
+    (broken / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    code, _, err = run(capsys, path, "--tokenizer", broken)
+    assert code == 2
+    assert "the tokenizer cannot be loaded" in err[-1]
     assert "pos_scores" in run(capsys, path, "--knowledge_distillation", "true")[2][0]
 
 

@@ -316,10 +316,10 @@ def _collection(language: str, spec: Any, arguments: AblateArguments, root: Path
     if ("collection" in spec) == ("squad" in spec):
         raise UserError(f"{place}: expected either `collection`, a folder, or `squad`, files to prepare one from")
     if "collection" in spec:
-        folder = Path(spec["collection"], language)
+        folder = Path(str(spec["collection"]), language)
         if not (folder / "corpus.jsonl").is_file():
             raise UserError(f"{at(folder / 'corpus.jsonl')}: no such file; {place}: collection is the folder above it")
-        return CollectionJob(language, Path(spec["collection"]), _content(folder))
+        return CollectionJob(language, folder.parent, _content(folder))
     values = arguments.prepare | _mapping(f"{place}: prepare", spec.get("prepare") or {})
     values |= {"squad": spec["squad"], "language": language, "output": "."}
     (options,) = parse_values([PrepareArguments], "clpl_moe.prepare", f"{place}: prepare", values)
@@ -372,6 +372,9 @@ class _Options:
         for name in ("output_dir", "resume_from_checkpoint", "dry_run", "seed"):
             if name in values:
                 raise UserError(f"{place}: '{name}' is set for each run by this command (seeds: --seeds), remove it")
+        for name in ("token", "hub_token"):
+            if name in values:
+                raise UserError(f"{place}: '{name}' would stand in the results; export HF_TOKEN=… instead")
         types = [CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments]
         required = {"model_name_or_path": self.model, "train_data": "{train_data}", "output_dir": "-"}
         given = required | values
@@ -486,6 +489,7 @@ class Workshop:
             environment["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)]
         argv = [sys.executable, "-m", f"clpl_moe.{module}", "--config", str(config)]
         with log.open("ab") as file:
+            start = file.tell()
             # The child holds the folder's lock, too: should this process be killed, nobody else works there meanwhile.
             process = subprocess.Popen(argv, stdout=file, stderr=file, env=environment, pass_fds=(lock,))
         self.processes.add(process)
@@ -494,11 +498,13 @@ class Workshop:
         finally:
             self.processes.discard(process)
         if code:
-            raise CommandError(f"{module} ended with code {code}: {_last_words(log)} ({log})")
+            raise CommandError(f"{module} ended with code {code}: {_last_words(log, start)} ({log})")
 
 
-def _last_words(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def _last_words(log: Path, start: int) -> str:
+    """The error, else the last line, of what stands in a log from a byte on."""
+    said = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines[-20:] if line.startswith("error: ")]
     return (errors or lines or ["it said nothing"])[-1]
 
@@ -600,10 +606,11 @@ def _fill(run: Run) -> dict[str, Any]:
 
 def _training(path: Path) -> dict[str, Any] | None:
     """Steps and duration, from a run's ``metrics.jsonl``."""
+    from clpl_moe.reporting.sources import read_metrics
+
     if not path.is_file():
         return None
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    last = next((record for record in reversed(records) if "train_runtime" in record), None)
+    last = next((record for record in reversed(read_metrics(path)) if "train_runtime" in record), None)
     return last and {"steps": last["step"], "seconds": round(last["train_runtime"], 1)}
 
 

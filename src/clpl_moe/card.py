@@ -5,11 +5,10 @@ The card gets a table for its reader and ``model-index`` for the hub, in place o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clpl_moe.cli import parse
 from clpl_moe.errors import UserError, at, command
@@ -33,19 +32,20 @@ def read_results(after: str | Path, before: str | Path | None = None) -> list[Ev
     Raises:
         UserError: there are none, or those of the base model are of another collection.
     """
+    from clpl_moe.reporting.sources import read_result
     from clpl_moe.training.card import Evaluated
 
     found = []
     for path in sorted(Path(after).glob("*/metrics.json")):
-        own, base = _read(path), None
+        own, base = read_result(path), None
         if before is not None and (other := Path(before, path.parent.name, path.name)).exists():
-            base = _read(other)
+            base = read_result(other)
             if base["collection_hash"] != own["collection_hash"]:
                 raise UserError(f"{at(other)}: results of another collection than those in {path}")
         found.append(
             Evaluated(
                 Path(own["collection"]).resolve().name,
-                own["language"],
+                path.parent.name,
                 own["split"],
                 own["metrics"],
                 base and base["metrics"],
@@ -53,16 +53,9 @@ def read_results(after: str | Path, before: str | Path | None = None) -> list[Ev
         )
     if not found:
         raise UserError(f"{at(after)}: holds no results of clpl_moe.evaluate, expected <language>/metrics.json")
+    if before is not None and all(result.before is None for result in found):
+        raise UserError(f"{at(before)}: holds no results of a language that {after} has")
     return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        names = ("collection", "collection_hash", "language", "split", "metrics")
-        return {name: content[name] for name in names}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{at(path)}: not the results of clpl_moe.evaluate") from None
 
 
 @command

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        if action.required:
-            return f"{text} (required)".strip()
         if action.default is argparse.SUPPRESS or "%(default)" in text or not action.option_strings:
             return text
+        if action.required:
+            return f"{text} (required)".strip()
         return f"{text} (default: %(default)s)".strip()
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
@@ -54,13 +54,13 @@ def make_parser(dataclass_types: Sequence[type], prog: str, description: str, po
         prog=f"python -m {prog}",
         description=description,
         formatter_class=_HelpFormatter,
-        usage=f"python -m {prog}{' [FILE ...]' if positional else ''} [--config FILE.yaml] [--option value ...]",
+        usage=f"python -m {prog}{f' [{positional.upper()} ...]' if positional else ''} [--config FILE.yaml] [--option value ...]",
         allow_abbrev=False,
     )
     if not _reads_config(dataclass_types):
         parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line overrides it")
     if positional is not None:
-        parser.add_argument(_WORDS, metavar="FILE", nargs="*", help=f"the same as --{positional}")
+        parser.add_argument(_WORDS, metavar=positional.upper(), nargs="*", help=f"the same as --{positional}")
     for action in parser._actions:
         # `--no_x` beside a true-by-default `--x`: works, but the option is already listed once.
         if action.option_strings and action.option_strings[0].startswith("--no_") and action.nargs == 0:
@@ -100,7 +100,7 @@ def _to_argv(path: Path, values: dict[str, Any], parser: argparse.ArgumentParser
             raise UserError(f"{at(path, field=key)}: a list was found, one value is expected")
         if not items:
             raise UserError(f"{at(path, field=key)}: an empty list was found, at least one value is expected")
-        words = [json.dumps(v) if isinstance(v, dict) else str(v) for v in items]
+        words = [json.dumps(v, default=str) if isinstance(v, dict) else str(v) for v in items]
         # `=` keeps a value that begins with a dash from being taken for an option.
         spelled = [f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words]
         if len(words) == 1:
@@ -235,3 +235,11 @@ def parse_values(dataclass_types: Sequence[type], prog: str, place: str, values:
         return parse(dataclass_types, prog, "", argv)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
+
+
+def print_counts(counts: Mapping[str, int]) -> None:
+    """What a command read, left out and made, a line each."""
+    width = max(map(len, counts))
+    for name, count in counts.items():
+        print(f"{name:<{width}}  {count:>10,}")
+    sys.stdout.flush()  # bars on stderr may follow

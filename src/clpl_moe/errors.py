@@ -23,7 +23,10 @@ def at(path: str | Path, line: int | None = None, field: str | None = None) -> s
 
 
 # What the machine refuses, rather than a fault of the program: it is told as briefly.
-_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG, errno.ENOTDIR)
+_OF_THE_MACHINE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
+)
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:

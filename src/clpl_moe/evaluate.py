@@ -170,7 +170,7 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evalu
         for language in dict.fromkeys(arguments.languages)
     }
     models = _distinct(arguments.model)
-    labels = dict(zip(models, _labels(models)))
+    labels = dict(zip(models, model_labels(models)))
     output = Path(arguments.output)
     encoder = None
     planned: list[_Task] = []
@@ -272,7 +272,8 @@ def _heads(name: str, encoder: Encoder) -> M3Heads | None:
 
 
 def _refuse_other(folder: Path, file: str, key: dict[str, Any]) -> None:
-    """Refuse results of something else; dense ones vouch for all run files of the folder."""
+    """Refuse results of something else. The file of the dense ones vouches for all run files of its folder: those of heads
+    without a file of their own are what a killed command left."""
     asked = "name another --output, or pass --overwrite true to replace it"
     if (folder / file).exists():
         found = _read(folder / file) or {}
@@ -281,7 +282,7 @@ def _refuse_other(folder: Path, file: str, key: dict[str, Any]) -> None:
                 f"{at(folder / file)}: holds results of something else (other {', '.join(differing)}); {asked}"
             )
         return
-    runs = [folder / run_file(kind) for kind in ((DENSE, *M3_SCORES) if file == METRICS_FILE else M3_SCORES)]
+    runs = [folder / run_file(kind) for kind in (DENSE, *M3_SCORES)] if file == METRICS_FILE else []
     if in_the_way := [path for path in runs if path.exists()]:
         raise UserError(f"{at(in_the_way[0])}: a run file without {file} is in the way; {asked}")
 
@@ -326,8 +327,8 @@ def _evaluate_dense(
         # metrics.json vouches for the run file beside it: it goes first and comes last. What was ranked again goes with it.
         for file in (METRICS_FILE, M3_FILE, *map(run_file, M3_SCORES)):
             (folder / file).unlink(missing_ok=True)
-        write_trec_run(folder / run_file(DENSE), result.run, tag=Path(task.name).name)
         write_trec_qrels(folder / "qrels.trec", collection.qrels)
+        write_trec_run(folder / run_file(DENSE), result.run, tag=Path(task.name).name)
         write_json(folder / METRICS_FILE, content)
     return content
 
@@ -388,8 +389,9 @@ _TABLE_COLUMNS = ["language", "query_id", "query"]
 def _refuse_other_table(path: Path) -> None:
     """Each call writes the table anew from the run files, so that nothing is lost; but only where it is a table of ours."""
     if path.exists():
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
-            if next(csv.reader(file), [])[:3] != _TABLE_COLUMNS:
+        heading = f"{','.join(_TABLE_COLUMNS)},".encode()
+        with path.open("rb") as file:
+            if file.read(len(heading)) != heading:
                 raise UserError(
                     f"{at(path)}: found another file, expected none or an earlier table; name another --output"
                 )
@@ -446,7 +448,7 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
     """An aligned table: a row per model, kind of score and language, and the average over several languages."""
     names = list(results[0]["metrics"])
     models = list(dict.fromkeys(r["model"] for r in results))
-    labels = dict(zip(models, _labels(models)))
+    labels = dict(zip(models, model_labels(models)))
     several = any(r["score"] != DENSE for r in results)
     rows = [["model", *(["score"] if several else []), "language", "queries", *names]]
     for model, kind in dict.fromkeys((r["model"], r["score"]) for r in results):
@@ -488,10 +490,10 @@ def _distinct(models: Sequence[str]) -> list[str]:
 
 
 def _parts(name: str) -> tuple[str, ...]:
-    return Path(name).resolve().parts[1:] if Path(name).exists() else tuple(name.split("/"))
+    return Path(name).resolve().parts[1:] or ("root",) if Path(name).exists() else tuple(name.split("/"))
 
 
-def _labels(models: Sequence[str]) -> list[str]:
+def model_labels(models: Sequence[str]) -> list[str]:
     """A short name for each model: the last part of its path, with as many before it as make all differ."""
     parts = [_parts(name) for name in models]
     for depth in range(1, max(map(len, parts)) + 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 
 _PACKAGES = ("torch", "transformers", "FlagEmbedding", "sentence-transformers", "accelerate")
@@ -39,4 +40,4 @@ def versions() -> dict[str, str]:
 
 def without_folders(words: list[str]) -> list[str]:
     """A command line without absolute paths: folders of other machines tell nothing."""
-    return [Path(word).name if word.startswith("/") else word for word in words]
+    return [re.sub(r"^((?:--\w+=)?)/(?:.*/)?(?=[^/])", r"\1", word) for word in words]

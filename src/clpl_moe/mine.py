@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clpl_moe.cli import parse
+from clpl_moe.cli import parse, print_counts
 from clpl_moe.errors import UserError, command
 from clpl_moe.files import refuse_existing, write_jsonl
 from clpl_moe.mining.index import PassageIndex
@@ -198,19 +198,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         record = next(records, None)  # before a file is opened, of which a kill while encoding would leave something
         if record is None:
-            _print(counts)
+            print_counts(counts)
             raise UserError(f"no query of {index.source} could be given negatives; see above")
         write_jsonl(arguments.output, itertools.chain([record], records))
     if index.unknown:
         counts["lines of positive_queries.jsonl left out: passage not in the corpus"] = index.unknown
-    _print(counts)
+    print_counts(counts)
     print(f"wrote {arguments.output}")
-
-
-def _print(counts: Counter[str]) -> None:
-    width = max(map(len, counts))
-    for name, count in counts.items():
-        print(f"{name:<{width}}  {count:>9,}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from clpl_moe.cli import parse
+from clpl_moe.cli import parse, print_counts
 from clpl_moe.errors import UserError, command
 from clpl_moe.files import refuse_existing
 from clpl_moe.retrieval.collection import check_language
@@ -111,9 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(arguments.output) / arguments.language
     refuse_existing(folder, arguments.overwrite, marker="corpus.jsonl")
     counts = prepare(arguments, folder)
-    width = max(map(len, counts))
-    for name, count in counts.items():
-        print(f"{name:<{width}}  {count:>9,}")
+    print_counts(counts)
     note = "; dev questions are in none of the files that training reads" if arguments.squad is not None else ""
     print(f"wrote {folder}{note}")
 

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -61,10 +60,10 @@ _FACTS = (
 class ReportArguments:
     """What to report on, and where to."""
 
-    runs: list[str] = field(
-        metadata={"help": "run folders of clpl_moe.train or of clpl_moe.ablate; may stand first, without --runs"}
-    )
     output: str = field(metadata={"help": "folder for the page and its pictures"})
+    runs: list[str] = field(
+        default_factory=list, metadata={"help": "run folders of clpl_moe.train or of clpl_moe.ablate"}
+    )
     before: list[str] | None = field(
         default=None,
         metadata={
@@ -89,6 +88,8 @@ class ReportArguments:
     overwrite: bool = field(default=False, metadata={"help": "replace the report that is there"})
 
     def __post_init__(self) -> None:
+        if not self.runs:
+            raise UserError("no run to report on: name at least one run folder")
         for name in ("examples", "passages"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}: found {getattr(self, name)}, expected at least 1")
@@ -115,6 +116,7 @@ def report(arguments: ReportArguments) -> Path:
     Raises:
         UserError: a run or results are missing or broken, matplotlib is not installed, an output is in the way.
     """
+    from clpl_moe.evaluate import model_labels
     from clpl_moe.retrieval.metrics import check_metrics
 
     output = Path(arguments.output)
@@ -123,7 +125,7 @@ def report(arguments: ReportArguments) -> Path:
     folders = [Path(run) for run in arguments.runs]
     if len(set(folders)) < len(folders):
         raise UserError("runs: a folder stands there twice")
-    names = dict(zip(folders, short_names(folders)))
+    names = dict(zip(folders, model_labels(arguments.runs)))  # as evaluate names its folders
     courses = [RunCourse.read(_course_folder(folder), names[folder]) for folder in folders if _has_course(folder)]
     comparisons = _comparisons(arguments, folders, names)
     with atomic_dir(output) as temporary:
@@ -298,16 +300,6 @@ def _write_queries(path: Path, comparisons: list[Comparison]) -> None:
                 )
 
 
-def short_names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, with as many before it as make all differ."""
-    parts = [folder.resolve().parts[1:] for folder in folders]
-    for depth in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
-
-
 def cut(text: str, length: int) -> tuple[str, bool]:
     """The beginning of a text and whether something was cut off: at a space where there is one near, else where no
     character is torn from the marks that belong to it."""
@@ -345,15 +337,12 @@ def _signed(value: float, digits: int) -> str:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    leading = next((number for number, word in enumerate(argv) if word.startswith("-")), len(argv))
-    if leading:
-        argv = ["--runs", *argv[:leading], *argv[leading:]]
     (arguments,) = parse(
         [ReportArguments],
         prog="clpl_moe.report",
         description="Make a page of runs: their course, and what they changed for each query.",
         argv=argv,
+        positional="runs",
     )
     print(f"wrote {report(arguments)}")
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 
 from tqdm.auto import tqdm
 
-from clpl_moe.cli import parse
+from clpl_moe.cli import parse, print_counts
 from clpl_moe.data.schema import data_files
 from clpl_moe.errors import UserError, command
 from clpl_moe.files import refuse_existing, refuse_unwritable, write_jsonl
@@ -104,7 +104,7 @@ class SynthesizeArguments:
             ("round_trip_top", 1),
             ("temperature", 0),
         ):
-            if (value := getattr(self, name)) is not None and not value >= least:
+            if (value := getattr(self, name)) is not None and not least <= value < float("inf"):
                 raise UserError(f"--{name}: found {value}, expected at least {least}")
         if not self.timeout > 0:
             raise UserError(f"--timeout: found {self.timeout}, expected more than 0")
@@ -121,6 +121,7 @@ class SynthesizeArguments:
         """The fields of a request besides model and messages."""
         try:
             fields = json.loads(self.request_options or "{}")
+            json.dumps(fields, allow_nan=False)
         except ValueError:
             fields = None
         if not isinstance(fields, dict):
@@ -157,6 +158,11 @@ class _Job:
     def __init__(self, arguments: SynthesizeArguments, encoding: EncodingArguments) -> None:
         self.arguments, self.encoding = arguments, encoding
         self.files = data_files(arguments.train_data)
+        if Path(arguments.output).resolve().parent in {Path(path).resolve() for path in arguments.train_data}:
+            raise UserError(
+                f"--output {arguments.output}: lies in a folder of --train_data, every file of which is read as training"
+                " data; name another folder"
+            )
         self.prompt = load_prompt(arguments.language, arguments.prompts)
         self.settings = {
             "backend": arguments.backend,
@@ -166,6 +172,14 @@ class _Job:
             "prompt": self.prompt,
             "request": arguments.request_fields(),
         }
+        # What the round trip needs is used after the answers are paid for: said before, if it is not there.
+        self.collection = None
+        if arguments.round_trip_collection:
+            self.collection = Collection.load(arguments.round_trip_collection, arguments.language, "train")
+        if arguments.round_trip_model:
+            from clpl_moe.encoder.load import read_config
+
+            read_config(arguments.round_trip_model)
         self.passages = read_passages(self.files)
         if not arguments.known_queries:
             for passage in self.passages.values():
@@ -250,10 +264,8 @@ class _Job:
 
         arguments, encoding = self.arguments, self.encoding
         texts = {key: passage.text for key, passage in self.passages.items()}
-        if arguments.round_trip_collection:
-            collection = Collection.load(arguments.round_trip_collection, arguments.language, "train")
-            for text in collection.passages:
-                texts.setdefault(passage_key(text), text)
+        for text in self.collection.passages if self.collection else ():
+            texts.setdefault(passage_key(text), text)
         asked = [(key, query) for key, queries in result.queries.items() for query in queries]
         if not asked:
             return 0
@@ -320,13 +332,6 @@ def _open_backend(arguments: SynthesizeArguments, encoding: EncodingArguments) -
     )
 
 
-def _print_table(rows: Mapping[str, int]) -> None:
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"{name:<{width}}  {value:>10,}")
-    sys.stdout.flush()  # the bars of stderr follow
-
-
 def synthesize(arguments: SynthesizeArguments, encoding: EncodingArguments | None = None) -> None:
     """Run a job as :mod:`clpl_moe.synthesize` describes it, and print what came of it.
 
@@ -343,7 +348,7 @@ def synthesize(arguments: SynthesizeArguments, encoding: EncodingArguments | Non
     job = _Job(arguments, encoding)
     before = read_answers(journal_path, job.settings, arguments.overwrite)
     plan = job.plan(before)
-    _print_table(plan)
+    print_counts(plan)
     print(f"(a token is counted as {_BYTES_PER_TOKEN} bytes; a passage whose answer is of no use is asked about twice)")
     if arguments.dry_run:
         return
@@ -387,7 +392,7 @@ def synthesize(arguments: SynthesizeArguments, encoding: EncodingArguments | Non
         **{f"  {reason}": count for reason, count in reasons.most_common()},
     }
     print()
-    _print_table(counts)
+    print_counts(counts)
     for path in paths:
         print(f"wrote {path}")
     if job.no_answer:

@@ -345,7 +345,7 @@ def load_counter(name: str, **hub: Any) -> Callable[[list[str]], list[int]]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises plain ones
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{at(name)}: the tokenizer cannot be loaded ({reason})") from None
 

@@ -1,5 +1,6 @@
 import gc
 import json
+import pickle
 import tracemalloc
 import warnings
 from pathlib import Path
@@ -55,6 +56,7 @@ def test_load(tmp_path):
         ("corpus", [{"id": 1, "text": "x"}], "corpus.jsonl:1: field 'id'", "found int, expected a string"),
         ("corpus", [{"id": "a b", "text": "x"}], "corpus.jsonl:1: field 'id'", "white space"),
         ("corpus", [{"id": "", "text": "x"}], "corpus.jsonl:1: field 'id'", "white space"),
+        ("corpus", [{"id": "a\0b", "text": "x"}], "corpus.jsonl:1: field 'id'", "found 'a\\x00b'"),
         ("corpus", [{"id": "p1", "text": None}], "corpus.jsonl:1: field 'text'", "found null"),
         (
             "corpus",
@@ -209,6 +211,16 @@ def test_a_file_that_takes_the_corpus_place_changes_nothing_and_one_that_is_chan
     path.write_text("something else\n")
     with pytest.raises(UserError, match="corpus.jsonl: was changed while it was in use"):
         list(collection.passages)
+
+
+def test_another_process_opens_the_file_itself(tmp_path):
+    """Workers that are no forks get the collection as bytes, and none of this process's open files."""
+    write(tmp_path / "ko")
+    collection = Collection.load(tmp_path, "ko", "dev")
+    texts, sent = list(collection.passages), pickle.dumps(collection)
+    del collection
+    gc.collect()
+    assert list(pickle.loads(sent).passages) == texts
 
 
 @pytest.mark.skipif(not OPEN_FILES.is_dir(), reason="counts open files where Linux lists them")

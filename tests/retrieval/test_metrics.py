@@ -160,6 +160,11 @@ def test_reading_a_run(tmp_path):
         read_trec_run(path)
 
 
+def test_two_names_of_one_measure_both_have_its_values():
+    means, per_query = evaluate_run({"q": {"a": 1}}, {"q": {"b": 0.9, "a": 0.5}}, ["RR@10", "MRR@10", "AP", "MAP"])
+    assert means == per_query["q"] == dict.fromkeys(["RR@10", "MRR@10", "AP", "MAP"], 0.5)
+
+
 def test_each_kind_of_score_has_a_run_file():
     assert run_file("dense") == "run.trec"
     assert len({run_file(score) for score in ("dense", *M3_SCORES)}) == 5
@@ -186,7 +191,7 @@ def test_scores_are_read_back_exactly(tmp_path):
     assert all(back[f"p{i}"] == value for i, value in enumerate(values))
 
 
-@pytest.mark.parametrize("name", ["ndcg@5", "nDCG@0", "nDCG@x", "R", "", "accuracy"])
+@pytest.mark.parametrize("name", ["ndcg@5", "nDCG@0", "nDCG@x", "R", "", "accuracy", "ERR@10"])
 def test_unknown_metric(name):
     with pytest.raises(UserError, match="expected names such as nDCG@10"):
         check_metrics(["nDCG@5", name])

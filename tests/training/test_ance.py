@@ -178,6 +178,14 @@ def test_positives_outside_the_corpus_and_known_answers_are_minded(world, tiny_e
     assert 2 not in found
 
 
+def test_a_training_set_without_passages_is_refused(world, tiny_encoder, tmp_path, capsys):
+    lines = [line | {"type": "symmetric_sts"} for _, line in read_jsonl(world / "train.jsonl")]
+    write_jsonl(tmp_path / "train.jsonl", lines)
+    command = arguments(tiny_encoder, tmp_path / "train.jsonl", tmp_path / "run", **options(world))
+    assert "ance_refresh: all examples are of a symmetric type" in refused(command, capsys)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("call", [4, 8, *(pytest.param(call, marks=pytest.mark.slow) for call in (5, 7, 10))])
 def test_resumed_run_is_the_uninterrupted_one(world, tiny_encoder, whole, tmp_path, call):
     """Stopped before, right after and between refreshes and checkpoints."""

@@ -147,6 +147,9 @@ def test_results_without_their_place_are_refused(tmp_path, capsys):
     result = Evaluated("c", "ko", "dev", {"nDCG@5": 0.5})
     with pytest.raises(UserError, match=r"README\.md: no such file, or no model card"):
         add_results(tmp_path, [result])
+    (tmp_path / "README.md").write_text("---\ntags: [\n---\nmine\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no model card"):
+        add_results(tmp_path, [result])
     (tmp_path / "README.md").write_text("---\ntags: []\n---\nmine\n", encoding="utf-8")
     with pytest.raises(UserError, match="has no place for results"):
         add_results(tmp_path, [result])
@@ -159,4 +162,7 @@ def test_results_without_their_place_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         card(["--run", str(tmp_path), "--after", str(tmp_path / "a"), "--before", str(tmp_path / "b")])
     assert "results of another collection" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        card(["--run", str(tmp_path), "--after", str(tmp_path / "a"), "--before", str(tmp_path / "c")])
+    assert f"{tmp_path / 'c'}: holds no results of a language that" in capsys.readouterr().err
     assert json.loads((tmp_path / "a" / "ko" / "metrics.json").read_text())["metrics"]["nDCG@5"] == 0.5

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from clpl_moe.errors import UserError
+from clpl_moe.retrieval.encode import max_positions
 
 
 class Reranker:
@@ -17,7 +19,8 @@ class Reranker:
         trust_remote_code: whether to run code of the model's folder.
 
     Raises:
-        UserError: there is no such model, or it gives several scores.
+        UserError: there is no such model, it was not trained to score pairs, it gives several scores, or ``max_length`` is
+            beyond its positions.
     """
 
     def __init__(
@@ -27,8 +30,14 @@ class Reranker:
 
         try:
             self._model = CrossEncoder(name, max_length=max_length, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever a damaged or foreign folder brings about
             raise UserError(f"--reranker {name}: cannot be loaded: {' '.join(str(error).split())}") from None
+        model = self._model.model
+        # The library gives an encoder a new head: its scores would be noise.
+        if (kind := (model.config.architectures or [""])[0]).endswith(("Model", "ForMaskedLM")):
+            raise UserError(f"--reranker {name}: found an encoder ({kind}), expected a cross encoder")
+        if (limit := max_positions(model.base_model)) is not None and max_length > limit:
+            raise UserError(f"--reranker_max_len: found {max_length}, {name} takes {limit} tokens at most")
         if self._model.num_labels != 1:
             raise UserError(
                 f"--reranker {name}: gives {self._model.num_labels} scores a pair, expected a model that gives one"
@@ -36,5 +45,12 @@ class Reranker:
         self._batch_size = batch_size
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """A score for each (query, passage): from 0 to 1, unless the model's own configuration has another function."""
-        return self._model.predict(list(pairs), batch_size=self._batch_size, show_progress_bar=False).tolist()
+        """A score for each (query, passage): from 0 to 1, unless the model's own configuration has another function.
+
+        Raises:
+            UserError: a score is NaN or infinite.
+        """
+        scores = self._model.predict(list(pairs), batch_size=self._batch_size, show_progress_bar=False).tolist()
+        if not all(map(math.isfinite, scores)):
+            raise UserError("the reranker gives NaN or infinite scores: its weights are broken")
+        return scores

@@ -131,7 +131,7 @@ def plot_curves(curves: Sequence[tuple[str, Series]], title: str, unit: str) -> 
         figure = Figure(figsize=_SMALL, layout="constrained")
         axes = figure.subplots()
         for (name, points), color in zip(curves, _colors(len(curves)), strict=True):
-            _draw_curve(axes, points, name, color)
+            draw_curve(axes, points, name, color)
         axes.set_title(title, loc="left", weight="bold")
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(unit)
@@ -142,7 +142,8 @@ def plot_curves(curves: Sequence[tuple[str, Series]], title: str, unit: str) -> 
         return figure
 
 
-def _draw_curve(axes: Axes, points: Series, label: str, color: str) -> None:
+def draw_curve(axes: Axes, points: Series, label: str, color: str) -> None:
+    """A curve of steps and values; a long one, noisy as batches are, as its moving mean over a faint one."""
     import numpy as np
 
     values = np.array(points, dtype=float)

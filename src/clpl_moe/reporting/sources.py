@@ -38,9 +38,8 @@ class RunCourse:
         return cls(name, folder, options, read_metrics(folder / "metrics.jsonl"))
 
     def series(self, name: str) -> list[tuple[float, float]]:
-        """Step and value, by step, where both are there; of a step logged twice, the later."""
-        values = {r["step"]: r[name] for r in self.records if _is_number(r.get("step")) and _is_number(r.get(name))}
-        return sorted(values.items())
+        """As :func:`series`."""
+        return series(self.records, name)
 
     def expert_load(self) -> tuple[list[float], list[list[list[float]]]]:
         """Steps (S,), and shares (S, L, N) of layers and experts."""
@@ -79,6 +78,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number < len(lines) or line.endswith(b"\n"):
                 raise
     return records
+
+
+def series(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """Step and value, by step, where both are there; of a step logged twice, the later."""
+    values = {r["step"]: r[name] for r in records if _is_number(r.get("step")) and _is_number(r.get(name))}
+    return sorted(values.items())
 
 
 def _is_number(value: Any) -> bool:
@@ -170,7 +175,7 @@ def compare(
     Raises:
         UserError: results or collection are missing, or the results are of another collection.
     """
-    about = [_about(folder / language / "metrics.json") for folder in (before, after)]
+    about = [read_result(folder / language / "metrics.json") for folder in (before, after)]
     if about[0]["collection_hash"] != about[1]["collection_hash"]:
         raise UserError(
             f"{at(after / language)}: its results are of another collection than those of {before / language}"
@@ -191,10 +196,15 @@ def compare(
     return Comparison(run, language, metric, queries, gained, lost, len(loaded.passages))
 
 
-def _about(path: Path) -> dict[str, Any]:
+def read_result(path: Path) -> dict[str, Any]:
+    """What a ``metrics.json`` of ``clpl_moe.evaluate`` says of results: collection and its hash, split, metrics.
+
+    Raises:
+        UserError: there is no such file, or it is another one.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {name: content[name] for name in ("collection", "collection_hash", "split")}
+        return {name: content[name] for name in ("collection", "collection_hash", "split", "metrics")}
     except OSError:
         raise UserError(f"{at(path)}: no such file; expected results of clpl_moe.evaluate") from None
     except (ValueError, KeyError, TypeError):

@@ -155,6 +155,9 @@ class _CorpusTexts(_LazyTexts):
         self._starts = starts
         self._end = os.fstat(self._file).st_size
 
+    def __reduce__(self) -> tuple:
+        return _CorpusTexts, (self._path, self._starts)  # an open file is of no use to another process
+
     def __len__(self) -> int:
         return len(self._starts)
 
@@ -179,6 +182,13 @@ def check_language(language: str) -> None:
     """Raise :class:`UserError` where a language cannot name a folder inside another one; results are written there."""
     if language in ("", ".", "..") or language != Path(language).name or "\0" in language:
         raise UserError(f"language: found {language!r}, expected the name of a folder, such as ko")
+
+
+def check_id(identifier: str, path: str | Path, line: int | None, field: str) -> None:
+    """Raise :class:`UserError` where an id is empty or holds white space, which separates the fields of TREC's files, or the
+    character of code 0, at which trec_eval would cut it off."""
+    if identifier.split() != [identifier] or "\0" in identifier:
+        raise UserError(f"{at(path, line, field)}: found {identifier!r}, expected an id without white space")
 
 
 def normalize_text(text: str) -> str:
@@ -286,9 +296,7 @@ def _warn_of_gaps(
 
 def _identifier(path: str | Path, line: int, record: dict[str, Any], name: str) -> str:
     identifier = _get(path, line, record, name, str, "a string")
-    # Run files of TREC separate their fields by white space.
-    if not identifier or len(identifier.split()) != 1 or identifier != identifier.strip():
-        raise UserError(f"{at(path, line, name)}: found {identifier!r}, expected an id without white space")
+    check_id(identifier, path, line, name)
     return identifier
 
 

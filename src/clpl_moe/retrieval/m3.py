@@ -313,6 +313,8 @@ def _load_linear(file: str, hidden_size: int) -> nn.Linear:
         assert weight.dim() == 2
     except Exception as error:  # whatever a damaged file brings about
         raise UserError(f"{at(file)}: cannot be read as a Linear's weights ({type(error).__name__})") from None
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise UserError(f"{at(file)}: holds NaN or infinite weights")
     if weight.shape[1] != hidden_size:
         raise UserError(
             f"{at(file)}: found a head for states of width {weight.shape[1]}, the model's are {hidden_size}"

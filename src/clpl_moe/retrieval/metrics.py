@@ -61,9 +61,10 @@ def evaluate_run(
     ranked = {query_id: dict(_ranked(scores)) for query_id, scores in run.items()}
     result = ir_measures.calc(list(measures.values()), qrels, ranked)
     per_query: dict[str, dict[str, float]] = {query_id: {} for query_id in qrels}
-    names = {measure: name for name, measure in measures.items()}
     for value in result.per_query:
-        per_query[value.query_id][names[value.measure]] = float(value.value)
+        # MRR and RR, say, are names of one measure.
+        names = [name for name, measure in measures.items() if measure == value.measure]
+        per_query[value.query_id].update(dict.fromkeys(names, float(value.value)))
     means = {name: float(result.aggregated[measure]) for name, measure in measures.items()}
     return means, per_query
 
@@ -126,10 +127,11 @@ def _parse(metrics: Sequence[str]) -> dict:
             cutoff = measure.params.get("cutoff", 1)
             if not isinstance(cutoff, int) or cutoff < 1:
                 raise ValueError  # trec_eval would crash
-            ir_measures.evaluator([measure], {"q": {"p": 1}})  # a name may parse but lack its cutoff
-        except (NameError, ValueError, TypeError, AssertionError):
+            # A name may parse but lack its cutoff, or be of a program that does not run here.
+            ir_measures.calc([measure], {"q": {"p": 1}}, {"q": {"p": 1.0}})
+        except Exception:
             raise UserError(
-                f"metric '{name}' is unknown to ir_measures, expected names such as nDCG@10, R@100, RR@10, AP"
+                f"metric '{name}' is unknown to ir_measures, or cannot be computed here; expected names such as nDCG@10, R@100, RR@10, AP"
             ) from None
         measures[name] = measure
     return measures

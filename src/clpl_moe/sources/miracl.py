@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clpl_moe.errors import UserError, at
-from clpl_moe.sources.stream import Split, check_id, read_qrels, read_table
+from clpl_moe.retrieval.collection import check_id
+from clpl_moe.sources.stream import Split, read_qrels, read_table
 
 ID_FIELD = "docid"
 # Language -> number of the corpus's files on the hub.

@@ -24,7 +24,7 @@ from typing import Any
 
 from clpl_moe.errors import UserError, at
 from clpl_moe.files import atomic_dir, json_fault, refuse_lone_surrogates, write_jsonl
-from clpl_moe.retrieval.collection import normalize_text
+from clpl_moe.retrieval.collection import check_id, normalize_text
 
 
 @dataclass
@@ -140,8 +140,7 @@ class _Reader:
 
     def question(self, record: dict[str, Any], place: str) -> Question:
         identifier = str(self.get(record, "id", place, (str, int), "a string"))
-        if len(identifier.split()) != 1 or identifier != identifier.strip():
-            raise self.fail(f"{place}.id", repr(identifier), "an id without white space")
+        check_id(identifier, self.path, None, f"{place}.id")
         text = self.get(record, "question", place, str, "a string")
         impossible = self.get(record, "is_impossible", place, bool, "true or false", default=False)
         # Test sets may lack the answers; an empty list says that there is none.

@@ -17,7 +17,7 @@ from typing import Any
 
 from clpl_moe.errors import UserError, at
 from clpl_moe.files import atomic_dir, parse_line, write_jsonl
-from clpl_moe.retrieval.collection import normalize_text
+from clpl_moe.retrieval.collection import check_id, normalize_text
 
 _GIT_LFS = b"version https://git-lfs"  # what stands in place of a large file that was not fetched
 
@@ -88,12 +88,6 @@ def read_texts(path: Path, id_field: str, bar: Any = None) -> Iterator[tuple[int
                 raise UserError(f"{at(path, number, name)}: found {found}, expected a string")
         check_id(record[id_field], path, number, id_field)
         yield number, record[id_field], record
-
-
-def check_id(identifier: str, path: Path, line: int, field: str) -> None:
-    """Raise :class:`UserError` where an id is empty or holds white space, which separates the fields of TREC's files."""
-    if identifier.split() != [identifier]:
-        raise UserError(f"{at(path, line, field)}: found {identifier!r}, expected an id without white space")
 
 
 def read_table(path: Path) -> Iterator[tuple[int, str]]:

@@ -8,21 +8,22 @@ import unicodedata
 from collections import Counter
 
 from clpl_moe.retrieval.collection import normalize_text
+from clpl_moe.validate import script_of
 
-# First word of the Unicode names of a language's letters. Of other languages: the script of the passage itself.
+# Of a language's letters. Of other languages: the script of the passage itself.
 _SCRIPTS = {
-    "ko": {"HANGUL"},
-    "fa": {"ARABIC"},
-    "ar": {"ARABIC"},
-    "ur": {"ARABIC"},
-    "hi": {"DEVANAGARI"},
-    "mr": {"DEVANAGARI"},
-    "ja": {"HIRAGANA", "KATAKANA", "CJK"},
-    "zh": {"CJK"},
-    "bn": {"BENGALI"},
-    "te": {"TELUGU"},
-    "th": {"THAI"},
-    "ru": {"CYRILLIC"},
+    "ko": {"Hangul"},
+    "fa": {"Arabic"},
+    "ar": {"Arabic"},
+    "ur": {"Arabic"},
+    "hi": {"Devanagari"},
+    "mr": {"Devanagari"},
+    "ja": {"Hiragana", "Katakana", "Han"},
+    "zh": {"Han"},
+    "bn": {"Bengali"},
+    "te": {"Telugu"},
+    "th": {"Thai"},
+    "ru": {"Cyrillic"},
 }
 # Names and abbreviations in Latin letters are common in queries of every language.
 _LEAST_SHARE = 0.3
@@ -63,7 +64,8 @@ def clean(text: str) -> list[str]:
 
 
 def _json_strings(text: str) -> list[str]:
-    """The strings of a JSON list, also of one that is the value of an object; none where the text is something else."""
+    """The strings of a JSON list (first values of its objects), also of one that is the value of an object; none where
+    the text is something else."""
     if not text.strip().startswith(("[", "{")):
         return []
     try:
@@ -72,7 +74,8 @@ def _json_strings(text: str) -> list[str]:
         return []
     if isinstance(value, dict):
         value = next((v for v in value.values() if isinstance(v, list)), list(value.values()))
-    return [v for v in value if isinstance(v, str)]
+    entries = (next(iter(v.values()), None) if isinstance(v, dict) else v for v in value)
+    return [v for v in entries if isinstance(v, str)]
 
 
 def _strip(line: str) -> str:
@@ -80,10 +83,15 @@ def _strip(line: str) -> str:
     while True:
         before = line
         line = _LABEL.sub("", _MARKER.sub("", line)).strip()
-        if len(line) > 1 and _QUOTES.get(line[0]) == line[-1]:
+        if len(line) > 1 and _QUOTES.get(line[0]) == line[-1] and not _two_quoted(line):
             line = line[1:-1].strip()
         if line == before:
             return line
+
+
+def _two_quoted(line: str) -> bool:
+    """Whether the quotation marks at both ends are not each other's: «a» and «b»."""
+    return 0 <= line.find(line[-1], 1, -1) < line.rfind(line[0], 1, -1)
 
 
 def find_fault(query: str, passage: str, language: str, max_chars: int) -> str | None:
@@ -95,12 +103,12 @@ def find_fault(query: str, passage: str, language: str, max_chars: int) -> str |
         language: decides which letters are expected: at least three of ten in the language's script.
         max_chars: longest query.
     """
-    letters = Counter(_script(character) for character in query if character.isalpha())
+    letters = _scripts(query)
     if letters.total() < 2:
         return "empty"
     if len(query) > max_chars:
         return "too long"
-    expected = _SCRIPTS.get(language.split("-")[0]) or _main_script(passage)
+    expected = _SCRIPTS.get(language.split("-")[0]) or {script for script, _ in _scripts(passage).most_common(1)}
     if expected and sum(letters[script] for script in expected) < _LEAST_SHARE * letters.total():
         return "wrong script"
     if _words(query) in _words(passage):
@@ -140,13 +148,8 @@ def read_queries(
     return [], next((fault for fault in reversed(faults) if fault != "empty"), "empty")
 
 
-def _script(character: str) -> str:
-    return unicodedata.name(character, "").partition(" ")[0]
-
-
-def _main_script(text: str) -> set[str]:
-    letters = Counter(_script(character) for character in text if character.isalpha())
-    return {script for script, _ in letters.most_common(1)}
+def _scripts(text: str) -> Counter[str]:
+    return Counter(filter(None, map(script_of, text)))
 
 
 def _words(text: str) -> str:

@@ -45,7 +45,7 @@ class LocalModel:
                 model, padding_side="left", trust_remote_code=trust_remote_code
             )
             self._model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # the tokenizers library raises plain ones, that of the weights its own
             raise UserError(f"{model}: cannot be loaded as a language model: {' '.join(str(error).split())}") from None
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token

@@ -130,8 +130,8 @@ class Server:
             )
         except openai.APIStatusError as error:
             status = error.status_code
-            said = f"HTTP {status}: {self._hide(_short(error))}"
-            if status in (401, 404) or (status == 403 and not self._well):
+            said = f"HTTP {status}: {_short(error, self._hide)}"
+            if status in (401, 402, 404) or (status == 403 and not self._well):
                 raise UserError(f"the server refuses the requests: {said}") from None
             # Others may concern one passage: too long, or not to the taste of a filter.
             return self._failed(said, alone=self._well and status < 500 and status not in (408, 409, 429))
@@ -140,7 +140,7 @@ class Server:
         except openai.APIConnectionError as error:
             return self._failed(f"the connection broke ({type(error.__cause__).__name__})")
         except openai.OpenAIError as error:
-            raise UserError(self._hide(_short(error))) from None
+            raise UserError(_short(error, self._hide)) from None
         answer = _read_reply(reply.text, self._hide)
         if answer.text is None:
             # Kept as an answer, since it may have been paid for; but a row of them means a wrong address.
@@ -191,10 +191,10 @@ def _read_key(name: str | None, needed: bool) -> str:
     return key
 
 
-def _short(error: Exception) -> str:
+def _short(error: Exception, hide: Callable[[str], str]) -> str:
     body = getattr(error, "body", None)
     message = body.get("message") if isinstance(body, dict) else None
-    text = " ".join(str(message or error).split())
+    text = hide(" ".join(str(message or error).split()))  # before it is cut: of a key, half is too much
     return text if len(text) <= 300 else text[:297] + "..."
 
 

@@ -63,6 +63,9 @@ class NegativeRefresher:
         every: ``"epoch"``, or a number of optimizer steps.
         seed: of all draws, together with the step.
         folder: where the corpus's embeddings are for the time of a refresh.
+
+    Raises:
+        UserError: no example takes passages of a corpus.
     """
 
     def __init__(
@@ -90,6 +93,10 @@ class NegativeRefresher:
             excluded = index.answering(record["query"]) | set(positives)
             self._numbers.append(number)
             self._queries.append(MiningQuery(str(number), record["query"], positives, excluded, others))
+        if not self._queries:
+            raise UserError(
+                "ance_refresh: all examples are of a symmetric type, for which no passages are mined; unset it"
+            )
 
     def due(self, step: int, steps_per_epoch: int) -> bool:
         """Whether negatives are to be mined before the step that follows ``step``: not before the first one, whose

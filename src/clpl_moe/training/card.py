@@ -221,12 +221,13 @@ def add_results(folder: str | Path, results: Sequence[Evaluated]) -> None:
     Raises:
         UserError: the folder has no card of a run.
     """
+    import yaml
     from huggingface_hub import ModelCard
 
     path = Path(folder) / CARD
     try:
         card = ModelCard.load(path, ignore_metadata_errors=True)
-    except ValueError:
+    except (ValueError, yaml.YAMLError):
         raise UserError(
             f"{at(path)}: no such file, or no model card; expected that of a run of clpl_moe.train"
         ) from None

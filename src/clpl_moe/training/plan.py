@@ -40,7 +40,6 @@ class Plan:
     """Figures of a run. Memory in bytes; tokens without padding."""
 
     examples: int
-    with_penalty: int
     steps_per_epoch: int
     steps: int
     tokens_per_step: int
@@ -144,7 +143,7 @@ def make_plan(
             "note            fp16 needs a CUDA device and this machine has none: the run itself would stop here"
         )
     return Plan(
-        len(dataset), round(with_penalty), steps_per_epoch, steps, tokens, tokenizer is not None, parameters, trained, state_bytes,
+        len(dataset), steps_per_epoch, steps, tokens, tokenizer is not None, parameters, trained, state_bytes,
         activation_bytes, lines,
     )  # fmt: skip
 
