@@ -198,6 +198,24 @@ def growth(rows: Sequence[dict[str, Any]]) -> float | None:
     return (last["peak_bytes"] - first["peak_bytes"]) / (last["passages"] - first["passages"])
 
 
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options say of a run, for the result file."""
+    return {
+        "model": args.model.name if args.model else f"XLM-R, {args.layers} layer(s) of width {args.width}",
+        "threads": torch.get_num_threads(),
+        "queries": args.queries,
+    }
+
+
+def killed_row(row: dict[str, Any], killed: dict[str, Any]) -> dict[str, Any]:
+    """The table's last row: the largest corpus again, whose row is ``row``, with kills on the way."""
+    return row | {
+        "passages": f"{row['passages']}, killed {KILLS} times",
+        "seconds": round(killed["seconds"], 1),
+        "peak MiB": round(killed["peak_bytes"] / 2**20),
+    }
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -250,16 +268,9 @@ def main() -> None:
         }
         for run in runs
     ]
-    rows.append(
-        rows[-1]
-        | {"passages": f"{passages:,}, killed {KILLS} times", "seconds": round(killed["seconds"], 1)}
-        | {"encoded/s": "–", "search s": "–", "peak MiB": round(killed["peak_bytes"] / 2**20)}
-    )
-    settings = {
-        "model": args.model.name if args.model else f"XLM-R, {args.layers} layer(s) of width {args.width}",
+    rows.append(killed_row(rows[-1], killed) | {"encoded/s": "–", "search s": "–"})
+    settings = describe(args) | {
         "precision": content["settings"]["dtype"],
-        "threads": torch.get_num_threads(),
-        "queries": args.queries,
         "top_k": content["settings"]["top_k"],
     }
     measurements = {

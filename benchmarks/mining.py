@@ -15,8 +15,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from clpl_moe.retrieval.store import SHARD_TEXTS
 from common import RESULTS, write_result
 from corpus import (
@@ -24,8 +22,10 @@ from corpus import (
     LANGUAGE,
     LONGEST,
     add_options,
+    describe,
     growth,
     kill_and_finish,
+    killed_row,
     make_collection,
     make_model,
     run_command,
@@ -79,17 +79,8 @@ def main() -> None:
         }
         for run in runs
     ]
-    rows.append(
-        rows[-1]
-        | {"passages": f"{passages:,}, killed {KILLS} times", "seconds": round(killed["seconds"], 1)}
-        | {"peak MiB": round(killed["peak_bytes"] / 2**20)}
-    )
-    settings = {
-        "model": args.model.name if args.model else f"XLM-R, {args.layers} layer(s) of width {args.width}",
-        "precision": "auto",
-        "threads": torch.get_num_threads(),
-        "queries": args.queries,
-    }
+    rows.append(killed_row(rows[-1], killed))
+    settings = describe(args) | {"precision": "auto"}
     measurements = {
         "runs": runs,
         "peak_bytes_per_passage": growth(runs),

@@ -15,7 +15,7 @@ from clpl_moe.errors import UserError
 from clpl_moe.files import write_jsonl
 from clpl_moe.train import main as train
 from clpl_moe.training.arguments import CLPLDataArguments
-from clpl_moe.validate import FileReport, Reading, count_scripts, main, script_of, table, validate_file
+from clpl_moe.validate import FileReport, Reading, count_scripts, main, table, validate_file
 from tiny_training import arguments, make_triplets, refused, write_triplets
 
 GOOD = {"query": "q", "pos": ["p"], "neg": ["n", "m"], "neg_q": ["a", None]}
@@ -161,15 +161,6 @@ def test_config_of_training_is_checked_as_training_does(tmp_path, capsys):
     assert code == 2
     assert "the tokenizer cannot be loaded" in err[-1]
     assert "pos_scores" in run(capsys, path, "--knowledge_distillation", "true")[2][0]
-
-
-@pytest.mark.parametrize(
-    ("character", "script"),
-    [("한", "Hangul"), ("ㄱ", "Hangul"), ("ﾡ", "Hangul"), ("ک", "Arabic"), ("ﷲ", "Arabic"), ("ह", "Devanagari"),
-     ("Ａ", "Latin"), ("я", "Cyrillic"), ("々", "Han"), ("𝐀", "Other"), ("١", None), (" ", None), ("\ue000", None)],
-)  # fmt: skip
-def test_scripts(character, script):
-    assert script_of(character) == script
 
 
 def test_scripts_are_counted_over_all_blocks(monkeypatch):

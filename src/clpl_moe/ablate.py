@@ -32,7 +32,7 @@ from typing import Any
 
 from clpl_moe.cli import parse, parse_values
 from clpl_moe.errors import UserError, at, command
-from clpl_moe.files import atomic_open, refuse_existing, refuse_unwritable, write_json
+from clpl_moe.files import atomic_open, hash_file, refuse_existing, refuse_unwritable, write_json
 from clpl_moe.machine import machine, versions, without_folders
 
 # What decides nothing about a result, or is known by its content.
@@ -412,10 +412,7 @@ def _content(path: Path) -> str:
     """Hash of a file, or of the names and contents of a folder's files."""
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        digest.update(f"{file.relative_to(path)}\0{hash_file(file)}\0".encode())
     return digest.hexdigest()
 
 

@@ -22,6 +22,11 @@ def at(path: str | Path, line: int | None = None, field: str | None = None) -> s
     return place if field is None else f"{place}: field '{field}'"
 
 
+def type_name(value: object) -> str:
+    """What was found, in the words of JSON where Python's would puzzle."""
+    return "null" if value is None else type(value).__name__
+
+
 # What the machine refuses, rather than a fault of the program: it is told as briefly.
 _OF_THE_MACHINE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC),

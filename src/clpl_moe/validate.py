@@ -14,7 +14,6 @@ table shows
 from __future__ import annotations
 
 import sys
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from clpl_moe.cli import parse
 from clpl_moe.data.schema import check_line, data_files, normalise
+from clpl_moe.data.scripts import script_of
 from clpl_moe.errors import UserError, at, command
 from clpl_moe.files import read_lines
 from clpl_moe.retrieval.collection import normalize_text
@@ -188,22 +188,6 @@ def count_scripts(characters: np.ndarray) -> Counter[str]:
         if script := script_of(chr(code)):
             scripts[script] += int(characters[code])
     return scripts
-
-
-def script_of(character: str) -> str | None:
-    """The script of a letter, the first word of its Unicode name (Hangul, Arabic, ...); None where it is no letter.
-
-    >>> script_of("한"), script_of("म"), script_of("é"), script_of("漢"), script_of("7")
-    ('Hangul', 'Devanagari', 'Latin', 'Han', None)
-    """
-    if not unicodedata.category(character).startswith("L"):
-        return None
-    words = unicodedata.name(character, "Other").split()
-    while words[0] in ("HALFWIDTH", "FULLWIDTH", "MODIFIER", "SUPERSCRIPT", "SUBSCRIPT") and len(words) > 1:
-        words = words[1:]
-    return {"CJK": "Han", "IDEOGRAPHIC": "Han", "LETTER": "Other", "MATHEMATICAL": "Other"}.get(
-        words[0], words[0].capitalize()
-    )
 
 
 def validate_file(path: str | Path, reading: Reading, tell: Callable[[str], None]) -> FileReport:

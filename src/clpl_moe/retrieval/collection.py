@@ -25,7 +25,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from clpl_moe.errors import UserError, at
+from clpl_moe.errors import UserError, at, type_name
 from clpl_moe.files import read_jsonl, read_jsonl_places
 
 _MOST_RELEVANT = 1000  # trec_eval's arithmetic overflows far above it, without a word
@@ -218,7 +218,7 @@ def _read_corpus(path: Path) -> tuple[_PackedTexts, _CorpusTexts, dict[str, str]
         identifier = _identifier(path, line, record, "id")
         _get(path, line, record, "text", str, "a string")
         if not isinstance(title := record.get("title") or "", str):
-            raise UserError(f"{at(path, line, 'title')}: found {_type(title)}, expected a string")
+            raise UserError(f"{at(path, line, 'title')}: found {type_name(title)}, expected a string")
         if record.get("split") is not None:
             splits[identifier] = sys.intern(_get(path, line, record, "split", str, "a string"))
         ids.append(identifier)
@@ -306,12 +306,8 @@ def _get(path: str | Path, line: int, record: dict[str, Any], name: str, kind: t
             f"{at(path, line, name)}: missing, expected {expected}; the line has {', '.join(record) or '{}'}"
         )
     if not isinstance(record[name], kind):
-        raise UserError(f"{at(path, line, name)}: found {_type(record[name])}, expected {expected}")
+        raise UserError(f"{at(path, line, name)}: found {type_name(record[name])}, expected {expected}")
     return record[name]
-
-
-def _type(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
 
 
 def _languages(directory: Path) -> str:

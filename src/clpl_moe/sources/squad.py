@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clpl_moe.errors import UserError, at
+from clpl_moe.errors import UserError, at, type_name
 from clpl_moe.files import atomic_dir, json_fault, refuse_lone_surrogates, write_jsonl
 from clpl_moe.retrieval.collection import check_id, normalize_text
 
@@ -110,7 +110,7 @@ class _Reader:
 
     def dict(self, value: Any, place: str) -> dict[str, Any]:
         if not isinstance(value, dict):
-            raise self.fail(place, _type(value), "an object")
+            raise self.fail(place, type_name(value), "an object")
         return value
 
     def get(
@@ -129,7 +129,7 @@ class _Reader:
             raise self.fail(place, "nothing", expected)
         value = record[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.fail(place, _type(value), expected)
+            raise self.fail(place, type_name(value), expected)
         return value
 
     def objects(self, record: dict[str, Any], key: str, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -146,10 +146,6 @@ class _Reader:
         # Test sets may lack the answers; an empty list says that there is none.
         answers = self.get(record, "answers", place, list, "a list", default=[None])
         return Question(at(self.path, field=place), identifier, text, impossible or not answers)
-
-
-def _type(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
 
 
 def make_collection(

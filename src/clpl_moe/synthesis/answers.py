@@ -7,8 +7,8 @@ import re
 import unicodedata
 from collections import Counter
 
+from clpl_moe.data.scripts import script_of
 from clpl_moe.retrieval.collection import normalize_text
-from clpl_moe.validate import script_of
 
 # Of a language's letters. Of other languages: the script of the passage itself.
 _SCRIPTS = {

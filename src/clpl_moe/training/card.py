@@ -16,6 +16,7 @@ from clpl_moe.errors import UserError, at
 from clpl_moe.files import atomic_open
 from clpl_moe.machine import versions
 from clpl_moe.moe.inject import has_experts
+from clpl_moe.reporting.sources import read_metrics
 from clpl_moe.training.callbacks import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -52,15 +53,10 @@ class Evaluated:
 def write_model_card(runner: CLPLRunner) -> None:
     """Write ``README.md`` of a finished run into its folder, from its options and its ``metrics.jsonl``."""
     output_dir = Path(runner.training_args.output_dir)
+    course = output_dir / METRICS_FILE
+    records = read_metrics(course) if course.exists() else []
     with atomic_open(output_dir / CARD) as file:
-        file.write(model_card(runner, _evaluations(output_dir / METRICS_FILE)))
-
-
-def _evaluations(path: Path) -> list[dict[str, float]]:
-    if not path.exists():
-        return []
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [record for record in records if "eval_ndcg@10" in record]
+        file.write(model_card(runner, [record for record in records if "eval_ndcg@10" in record]))
 
 
 def model_card(runner: CLPLRunner, evaluations: list[dict[str, float]]) -> str:
