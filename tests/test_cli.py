@@ -1,5 +1,6 @@
 import dataclasses
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -66,6 +67,13 @@ def test_mappings_with_dates(config):
     assert parse("--config", config("name: {since: 2024-12-01}")).name == '{"since": "2024-12-01"}'
 
 
+def test_merged_mappings(config):
+    """YAML's ``<<``: entries of another mapping, of which some may be set anew."""
+    text = "name: {first: &first {a: 1, b: 2}, second: {<<: *first, b: 3}}"
+    merged = json.loads(parse("--config", config(text)).name)
+    assert merged == {"first": {"a": 1, "b": 2}, "second": {"a": 1, "b": 3}}
+
+
 def test_empty_values(config):
     assert parse("--config", config("name: ''\nfiles:\n")) == Options("")
     with pytest.raises(UserError, match="name"):
@@ -89,6 +97,7 @@ def test_flags():
         ("name: x\nfiles: []", "c.yaml: field 'files': an empty list was found, at least one value is expected"),
         ("num_experts: {a: 1}", "c.yaml: field 'num_experts': found {'a': 1}, expected int"),
         ("name: x\nbf16: true\nname: y", "c.yaml:3: not valid YAML: 'name' stands twice"),
+        ("name: {a: {b: 1, b: 2}}", "c.yaml:1: not valid YAML: 'b' stands twice"),
         ("name: x\nfiles: [a", "c.yaml:"),
         ("name: x\n\tbf16: true", "c.yaml:2: not valid YAML"),
         ("- name\n- x", "c.yaml: found a list, expected 'option: value' lines"),

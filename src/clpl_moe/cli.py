@@ -153,14 +153,14 @@ def _yaml_loader() -> type:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(k, deep=deep) for k, _ in node.value]
+        def compose_mapping_node(self, anchor):
+            node = super().compose_mapping_node(anchor)
+            keys = [(key.tag, str(key.value)) for key, _ in node.value]
             for index, key in enumerate(keys):
                 if key in keys[:index]:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"'{key}' stands twice", node.value[index][0].start_mark
-                    )
-            return super().construct_mapping(node, deep)
+                    mark = node.value[index][0].start_mark
+                    raise yaml.composer.ComposerError(None, None, f"'{key[1]}' stands twice", mark)
+            return node
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")

@@ -259,6 +259,23 @@ class TestTrainable:
         left = every - self.trained(make_model(), "full", fix_position_embedding=True)
         assert {name for name in left if not name.startswith("pooler.")} == {"embeddings.position_embeddings.weight"}
 
+    @pytest.mark.parametrize("trainable", ["moe", "ffn", "full"])
+    def test_frozen_layers_and_what_is_below_are_left_out(self, make_model, trainable):
+        model = make_model()
+        without = self.trained(make_model(), trainable)
+        found = self.trained(model, trainable, frozen_layers=1)
+        assert found == {name for name in without if name.startswith("encoder.layer.1.")}
+        assert found
+
+    def test_frozen_layers_leave_the_gradients_of_the_others_as_they_are(self, make_model, tiny_tokenizer):
+        batch = make_batch(tiny_tokenizer, packing=True)
+        whole, upper = make_model(), make_model()
+        self.trained(whole, "full")
+        names = self.trained(upper, "full", frozen_layers=1)
+        expected, found = gradients(whole, batch)[1], gradients(upper, batch)[1]
+        assert {name.removeprefix("model.") for name in found} == names
+        assert_same(found, {name: expected[name] for name in found}, rtol=1e-5, atol=1e-7)
+
     def test_fixed_encoder_leaves_the_heads(self, make_model):
         found = self.trained(make_model(unified_finetuning=True), "moe", fix_encoder=True)
         assert found == {
@@ -270,3 +287,7 @@ class TestTrainable:
             self.trained(make_model(num_experts=0), "moe")
         with pytest.raises(ValueError, match="nothing would be trained"):
             self.trained(make_model(), "full", fix_encoder=True)
+        with pytest.raises(ValueError, match="nothing would be trained"):
+            self.trained(make_model(), "full", frozen_layers=2)
+        with pytest.raises(ValueError, match="frozen_layers is 3: found 2 layers"):
+            self.trained(make_model(), "full", frozen_layers=3)

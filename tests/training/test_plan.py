@@ -25,6 +25,7 @@ def data(tmp_path_factory):
         {"max_steps": -1, "num_train_epochs": 3, "dataloader_drop_last": True},
         {"num_experts": 3, "top_k": 2, "moe_target": "ffn", "trainable": "ffn"},
         {"num_experts": 0, "trainable": "full"},
+        {"frozen_layers": 1},
         {
             "max_steps": -1,
             "num_train_epochs": 1,
@@ -81,6 +82,7 @@ def test_dry_run_stops_where_the_run_would(tiny_encoder, data, tmp_path, capsys)
         ({"dev_collection": tmp_path / "nowhere", "dev_language": "ko"}, "nowhere"),
         ({"num_experts": 0}, "trainable is moe but the model has no experts"),
         ({"moe_layers": "7"}, "7"),
+        ({"frozen_layers": 2}, "frozen_layers, leaves no parameters"),
         ({"model_name_or_path": tmp_path / "nomodel"}, "nomodel"),
     ]:
         for dry_run in (True, False):

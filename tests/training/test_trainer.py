@@ -100,6 +100,16 @@ def test_only_the_experts_have_moved(run, tiny_encoder):
         assert f"encoder.layer.{layer}.intermediate.router.weight" in result
 
 
+def test_frozen_layers_have_not_moved(tiny_encoder, data, tmp_path):
+    main(arguments(tiny_encoder, data, tmp_path / "run", num_experts=0, trainable="full", frozen_layers=1))
+    before, after = (load_encoder(path)[0].state_dict() for path in (tiny_encoder, tmp_path / "run"))
+    moved = {name for name, value in after.items() if not value.equal(before[name])}
+    assert moved
+    assert all(name.startswith("encoder.layer.1.") for name in moved)
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert "embeddings and the lowest 1 layers frozen" in card
+
+
 def test_heads_of_the_base_survive(run, tiny_encoder):
     """FlagEmbedding drops them without unified fine-tuning; they are random at the next load."""
     folders = [run, *run.glob("checkpoint-*")]

@@ -186,6 +186,13 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             "choices": ["moe", "ffn", "full"],
         },
     )
+    frozen_layers: int = field(
+        default=0,
+        metadata={
+            "help": "So many of the lowest layers stay as they are, and the embeddings with them: faster, less memory;"
+            " 0: none."
+        },
+    )
     sentence_pooling_method: str | None = field(
         default=None,
         metadata={
@@ -326,6 +333,7 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             data_seed=0,
             dev_batch_tokens=1,
             early_stopping_patience=1,
+            frozen_layers=0,
         )
         if self.seed >= 2**32:
             raise ValueError(f"seed is {self.seed}: choose a number below 2**32")

@@ -91,7 +91,8 @@ def model_card(runner: CLPLRunner, evaluations: list[dict[str, float]]) -> str:
         f" negatives {'on' if args.in_batch_negatives else 'off'}"
         + (f", symmetric weight {args.symmetric_weight}" if args.symmetric_weight else ""),
         "experts": f"`{json.dumps(encoder.config.moe)}`" if experts else "none",
-        "trained": f"{args.trainable}: {trained:,} of {total:,} parameters",
+        "trained": f"{args.trainable}: {trained:,} of {total:,} parameters"
+        + (f", embeddings and the lowest {args.frozen_layers} layers frozen" if args.frozen_layers else ""),
         "learning rate": f"{args.learning_rate}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)},"
         f" warmup {args.warmup_steps:g}",
         "negatives": f"mined again: {args.ance_refresh}" if args.ance_refresh else "as in the data",

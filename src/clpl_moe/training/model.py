@@ -283,7 +283,9 @@ def _named_terms(output: CLPLOutput) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in terms.items() if value is not None}
 
 
-def choose_trainable(model: CLPLModel, trainable: str, *, fix_position_embedding: bool, fix_encoder: bool) -> None:
+def choose_trainable(
+    model: CLPLModel, trainable: str, *, fix_position_embedding: bool, fix_encoder: bool, frozen_layers: int = 0
+) -> None:
     """Leave gradients only where they are wanted.
 
     Args:
@@ -291,9 +293,11 @@ def choose_trainable(model: CLPLModel, trainable: str, *, fix_position_embedding
         trainable: ``moe`` (experts and routers), ``ffn`` (all FFN Linear layers, experts and routers) or ``full``.
         fix_position_embedding: FlagEmbedding's option, freezes these too.
         fix_encoder: FlagEmbedding's option, leaves only its heads to train.
+        frozen_layers: so many of the lowest layers stay as they are, and where it is above 0, the embeddings.
 
     Raises:
-        ValueError: ``moe`` for a model without experts, or nothing would be trained.
+        ValueError: ``moe`` for a model without experts, ``frozen_layers`` that the encoder does not have, or nothing would
+            be trained.
     """
     encoder = model.model
     if trainable == "moe" and not has_experts(encoder):
@@ -309,5 +313,13 @@ def choose_trainable(model: CLPLModel, trainable: str, *, fix_position_embedding
         # Nothing that is trained uses the pooling layer.
         if fix_encoder or name.startswith("pooler.") or (fix_position_embedding and "position_embeddings" in name):
             parameter.requires_grad_(False)
+    if frozen_layers:
+        layers = getattr(getattr(encoder, "encoder", None), "layer", [])
+        if frozen_layers > len(layers):
+            raise ValueError(f"frozen_layers is {frozen_layers}: found {len(layers)} layers in the encoder")
+        for part in (encoder.embeddings, *layers[:frozen_layers]):
+            part.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("nothing would be trained: fix_encoder without unified_finetuning leaves no parameters")
+        raise ValueError(
+            "nothing would be trained: fix_encoder without unified_finetuning, or frozen_layers, leaves no parameters"
+        )

@@ -74,6 +74,7 @@ def make_plan(
             training_args.trainable,
             fix_position_embedding=training_args.fix_position_embedding,
             fix_encoder=training_args.fix_encoder and not training_args.unified_finetuning,
+            frozen_layers=training_args.frozen_layers,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -114,7 +115,8 @@ def make_plan(
     lines = [
         f"base model      {model_args.model_name_or_path} ({shape_source})",
         f"experts         {encoder.config.moe if has_experts(encoder) else 'none'}",
-        f"parameters      {parameters:,}, trained {trained:,} ({trained / parameters:.1%}, trainable: {training_args.trainable})",
+        f"parameters      {parameters:,}, trained {trained:,} ({trained / parameters:.1%}, trainable: {training_args.trainable}"
+        + (f", {training_args.frozen_layers} layers frozen)" if training_args.frozen_layers else ")"),
         f"examples        {len(dataset):,} in {len(dataset.part_sizes)} file(s); {of}",
         f"batch           {batch} per device × {world} device(s) × {accumulation} accumulated,"
         f" {data_args.train_group_size} passages a query",

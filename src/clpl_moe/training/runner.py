@@ -44,7 +44,7 @@ DATA_FILE = "train_data.json"
 
 # What a checkpoint's weights and optimizer state are of; they do not fit a run that changes one of these.
 _FIXED_IN_A_RUN = (
-    "num_experts", "top_k", "moe_target", "moe_layers", "router", "trainable", "optim", "unified_finetuning", "colbert_dim",
+    "num_experts", "top_k", "moe_target", "moe_layers", "router", "trainable", "frozen_layers", "optim", "unified_finetuning", "colbert_dim",
     "fix_encoder", "fix_position_embedding",
 )  # fmt: skip
 
@@ -321,6 +321,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
                 training.trainable,
                 fix_position_embedding=training.fix_position_embedding,
                 fix_encoder=training.fix_encoder,
+                frozen_layers=training.frozen_layers,
             )
         except ValueError as error:
             raise UserError(str(error)) from None
