@@ -349,16 +349,22 @@ def test_a_comparison_from_squad_to_table_through_a_kill(configuration, tmp_path
 def test_the_configs_of_the_repository_are_valid(monkeypatch, tmp_path):
     """Every row parses, and the rows differ in what they are named after."""
     values = yaml.safe_load((ROOT / "configs" / "ablation.yaml").read_text(encoding="utf-8"))
-    values["languages"] = {"ko": {"collection": str(make_collection(tmp_path / "data"))}}
-    values["runs"] = str(tmp_path / "runs")
-    rows = {run.row: run for run in plan(values, seeds=[1]).runs}
-    assert list(rows) == ["base", "random", "ance", "clp", "clp_ffn", "moe_2024", "ours"]
-    assert len({run.decisive.key for run in rows.values()}) == 7
+    shared = {
+        "languages": {"ko": {"collection": str(make_collection(tmp_path / "data"))}},
+        "runs": str(tmp_path / "runs"),
+    }
+    rows = {run.row: run for run in plan(values | shared, seeds=[1]).runs}
+    paper = ["base", "random", "ance", "clp", "clp_ffn", "moe_2024"]
+    assert list(rows) == [*paper, "clp_upper", "ours", "ours_moe"]
+    assert len({run.decisive.key for run in rows.values()}) == len(rows)
     assert rows["base"].train is None
     assert rows["random"].mined.options["sampling"] == "corpus"
     assert rows["ance"].mined is rows["clp"].mined is rows["moe_2024"].mined
     budgets = {(r.train["max_steps"], r.train["per_device_train_batch_size"]) for r in rows.values() if r.train}
     assert len(budgets) == 1
+    ance = yaml.safe_load((ROOT / "configs" / "ance.yaml").read_text(encoding="utf-8"))
+    again = {run.row: run for run in plan(ance | shared, seeds=[1]).runs}
+    assert again["once"].decisive.key == rows["ours"].decisive.key != again["refreshed"].decisive.key
 
 
 @pytest.mark.parametrize("language", ["ko", "fa", "hi"])
