@@ -91,7 +91,7 @@ def find_layers(encoder: nn.Module) -> list[nn.Module]:
     if not layers:
         raise ValueError(
             f"{type(encoder).__name__} has no layers with attention, intermediate.dense and output.dense, as XLM-R, BERT"
-            " and RoBERTa have: experts cannot be put into it"
+            " and RoBERTa have: it can have neither experts nor frozen_layers"
         )
     return layers
 

@@ -16,6 +16,7 @@ from clpl_moe.encoder.settings import EmbeddingSettings, pool
 from clpl_moe.loss import CLPLLoss, CLPLOutput, gather_rows
 from clpl_moe.moe.balance import pop_router_terms, put_router_records, take_router_records, track_routers
 from clpl_moe.moe.inject import expert_parameters, ffn_parameters, has_experts
+from clpl_moe.moe.install import find_layers
 from clpl_moe.training.grad_cache import cached_forward, chunks_by_tokens
 
 Features = dict[str, Tensor] | list[dict[str, Tensor]]
@@ -314,7 +315,7 @@ def choose_trainable(
         if fix_encoder or name.startswith("pooler.") or (fix_position_embedding and "position_embeddings" in name):
             parameter.requires_grad_(False)
     if frozen_layers:
-        layers = getattr(getattr(encoder, "encoder", None), "layer", [])
+        layers = find_layers(encoder)
         if frozen_layers > len(layers):
             raise ValueError(f"frozen_layers is {frozen_layers}: found {len(layers)} layers in the encoder")
         for part in (encoder.embeddings, *layers[:frozen_layers]):

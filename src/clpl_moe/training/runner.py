@@ -44,8 +44,8 @@ DATA_FILE = "train_data.json"
 
 # What a checkpoint's weights and optimizer state are of; they do not fit a run that changes one of these.
 _FIXED_IN_A_RUN = (
-    "num_experts", "top_k", "moe_target", "moe_layers", "router", "trainable", "frozen_layers", "optim", "unified_finetuning", "colbert_dim",
-    "fix_encoder", "fix_position_embedding",
+    "num_experts", "top_k", "moe_target", "moe_layers", "router", "trainable", "frozen_layers", "optim", "unified_finetuning",
+    "colbert_dim", "fix_encoder", "fix_position_embedding",
 )  # fmt: skip
 
 
