@@ -355,7 +355,7 @@ def test_the_configs_of_the_repository_are_valid(monkeypatch, tmp_path):
     }
     rows = {run.row: run for run in plan(values | shared, seeds=[1]).runs}
     paper = ["base", "random", "ance", "clp", "clp_ffn", "moe_2024"]
-    assert list(rows) == [*paper, "clp_upper", "ours", "ours_moe"]
+    assert list(rows) == [*paper, "ours", "ours_no_penalty", "ours_moe"]
     assert len({run.decisive.key for run in rows.values()}) == len(rows)
     assert rows["base"].train is None
     assert rows["random"].mined.options["sampling"] == "corpus"
