@@ -193,6 +193,21 @@ def test_a_run_of_a_comparison_brings_its_own_results(data, no_drawing):
     assert "Of all trained parameters" in html
 
 
+def test_what_a_run_trained_and_on_which_loss(data, no_drawing):
+    options = {
+        "trainable": "full",
+        "frozen_layers": 8,
+        "penalty": "contrastive",
+        "penalty_weight": 0.8,
+        "temperature": 0.01,
+    }
+    with (data / "run" / "train_config.yaml").open("a") as file:
+        file.writelines(f"{name}: {value}\n" for name, value in options.items())
+    html = re.sub(r"\s*<[^>]+>\s*", "|", run_main(data))
+    for fact in ("trained||full", "frozen layers||8", "penalty||contrastive", "temperature, λ||0.01, 0.8"):
+        assert fact in html, fact
+
+
 def test_page_without_results(data, no_drawing):
     html = run_main(data, "--title", "A & B", str(data / "run"), runs=())  # words may stand anywhere
     assert "<h1>A &amp; B</h1>" in html

@@ -47,8 +47,10 @@ _CURVES = (
 _FACTS = (
     ("base model", ("model_name_or_path",), "{}"),
     ("trained", ("trainable",), "{}"),
+    ("frozen layers", ("frozen_layers",), "{}"),
     ("experts", ("num_experts", "top_k", "moe_target", "router"), "{} per layer, top {} ({}, {})"),
     ("temperature, λ", ("temperature", "penalty_weight"), "{}, {}"),
+    ("penalty", ("penalty",), "{}"),
     ("batch", ("per_device_train_batch_size", "gradient_accumulation_steps"), "{} queries × {} accumulated"),
     ("passages a query", ("train_group_size",), "{}"),
     ("learning rate", ("learning_rate",), "{}"),
