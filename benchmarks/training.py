@@ -106,8 +106,8 @@ def common_arguments(job: dict[str, Any], output: str) -> dict[str, Any]:
     }
 
 
-def train_ours(job: dict[str, Any], folder: str, timer) -> None:
-    """This package's trainer."""
+def train_ours(job: dict[str, Any], folder: str, timer):
+    """This package's trainer, returned when it has trained."""
     from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
     from clpl_moe.training.runner import CLPLRunner
 
@@ -132,6 +132,7 @@ def train_ours(job: dict[str, Any], folder: str, timer) -> None:
     runner.trainer.add_callback(timer)
     reset_peak_memory(job["device"])
     runner.trainer.train()
+    return runner.trainer
 
 
 def train_flagembedding(job: dict[str, Any], folder: str, timer) -> None:
