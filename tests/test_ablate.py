@@ -376,5 +376,5 @@ def test_the_published_recipe_passes_a_dry_run(language, monkeypatch, capsys):
     train(["--config", config, "--train_data", f"data/samples/{language}/train.jsonl", "--dry_run", "true"])
     out = capsys.readouterr().out
     assert "1 per device × 1 device(s) × 4 accumulated, 5 passages a query" in out
-    assert "temperature 0.02, penalty weight 0.1, in-batch negatives off" in out
+    assert "temperature 0.02, penalty weight 0.1 (cosine), in-batch negatives off" in out
     assert "topk_softmax" in out

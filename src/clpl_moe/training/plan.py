@@ -125,8 +125,8 @@ def make_plan(
         + ("" if tokenizer is not None else " (from the texts' characters: the tokenizer could not be fetched)"),
         f"memory          about {(state_bytes + activation_bytes) / 2**30:.1f} GiB a device: weights, gradients and"
         f" optimizer {state_bytes / 2**30:.1f}, activations {activation_bytes / 2**30:.1f}",
-        f"loss            temperature {training_args.temperature}, penalty weight {training_args.penalty_weight},"
-        f" in-batch negatives {'on' if training_args.in_batch_negatives else 'off'}",
+        f"loss            temperature {training_args.temperature}, penalty weight {training_args.penalty_weight}"
+        f" ({training_args.penalty}), in-batch negatives {'on' if training_args.in_batch_negatives else 'off'}",
         f"output          {training_args.output_dir}",
     ]
     if training_args.dev_collection is not None:
