@@ -169,8 +169,16 @@ def finish(run, value):
     write_json(run.folder / "options.json", run.decisive.values)
     write_json(
         run.folder / "run.json",
-        {"language": "ko", "seed": run.seed, "key": run.decisive.key, "training": None, "dtype": "float32", "metrics": {"nDCG@5": value}},
-    )  # fmt: skip
+        {
+            "language": "ko",
+            "seed": run.seed,
+            "key": run.decisive.key,
+            "training": None,
+            "dtype": "float32",
+            "metrics": {"nDCG@5": value},
+            "machine": {"processor": "abacus"},
+        },
+    )
 
 
 def test_table_has_mean_spread_and_error_relative_to_the_first_row(configuration, tmp_path):
@@ -224,6 +232,9 @@ def test_finished_runs_become_json_table_and_picture_and_nothing_else_is_replace
     content = json.loads(output.read_text(encoding="utf-8"))
     assert [row["ko"] for row in content["rows"]] == ["0.5000", "0.6500 ± 0.0707", "0.8000"]
     assert [run["metrics"]["nDCG@5"] for run in content["measurements"]["runs"]] == [0.5, 0.6, 0.7, 0.8]
+    assert {run["machine"]["processor"] for run in content["measurements"]["runs"]} == {
+        "abacus"
+    }  # not where it is written
     assert content["measurements"]["missing"] == []
     assert str(tmp_path) not in json.dumps({k: content[k] for k in ("command", "rows", "measurements", "machine")})
     assert "| dense | 2 | 0.6500 ± 0.0707 |" in output.with_suffix(".md").read_text(encoding="utf-8")
@@ -304,7 +315,8 @@ def test_a_comparison_from_squad_to_table_through_a_kill(configuration, tmp_path
         "languages": {"ko": {"squad": [str(tmp_path / "squad.json")]}},
         "seeds": [1],
         "mine": configuration["mine"] | {"max_positive_ratio": 0, "max_overlap": 1},
-        "train": TRAIN | {"max_steps": 120, "save_strategy": "steps", "save_steps": 20, "save_total_limit": 1},
+        "train": TRAIN
+        | {"max_steps": 120, "save_strategy": "steps", "save_steps": 20, "save_total_limit": 1, "bf16": False},
     }
     configuration["rows"] = {
         "base": {"train": False},
@@ -333,6 +345,7 @@ def test_a_comparison_from_squad_to_table_through_a_kill(configuration, tmp_path
     assert "Traceback" not in again.stderr
     result = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert result["training"]["steps"] == 120
+    assert result["training"]["precision"] == "float32"
     steps = [json.loads(line)["step"] for line in (folder / "model" / "metrics.jsonl").read_text().splitlines()]
     assert steps[:120] == list(range(1, 121))  # none lost, none twice
     assert metrics.read_text().startswith('{"before": true')  # it went on from a checkpoint

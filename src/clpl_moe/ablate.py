@@ -572,7 +572,7 @@ def train_and_evaluate(shop: Workshop, run: Run, keep_model: bool, metric: str, 
             "seed": run.seed,
             "metrics": found["metrics"],
             "dtype": found["settings"]["dtype"],
-            "training": _training(model / "metrics.jsonl"),
+            "training": _training(run, model / "metrics.jsonl"),
             "machine": machine(),
             "versions": versions(),
         }
@@ -601,14 +601,16 @@ def _fill(run: Run) -> dict[str, Any]:
     return {name: fill(value) for name, value in run.train.items()}
 
 
-def _training(path: Path) -> dict[str, Any] | None:
-    """Steps and duration, from a run's ``metrics.jsonl``."""
+def _training(run: Run, path: Path) -> dict[str, Any] | None:
+    """Steps, duration and precision of a run that was trained; the former from its ``metrics.jsonl``."""
     from clpl_moe.reporting.sources import read_metrics
 
     if not path.is_file():
         return None
     last = next((record for record in reversed(read_metrics(path)) if "train_runtime" in record), None)
-    return last and {"steps": last["step"], "seconds": round(last["train_runtime"], 1)}
+    options = run.decisive.values
+    mixed = "bfloat16" if options["train.bf16"] else "float16" if options["train.fp16"] else "float32"
+    return last and {"steps": last["step"], "seconds": round(last["train_runtime"], 1), "precision": mixed}
 
 
 def _tidy(model: Path, keep_model: bool) -> None:
@@ -749,7 +751,11 @@ def write_results(path: Path, plan: Plan, identity: str, arguments: AblateArgume
         "measurements": {
             "summary": summary,
             "runs": [
-                {"row": run.row, **{k: result[k] for k in ("language", "seed", "key", "metrics", "training")}}
+                {
+                    "row": run.row,
+                    **{k: result[k] for k in ("language", "seed", "key", "metrics", "dtype", "training")},
+                    "machine": result["machine"],
+                }
                 for run, result in finished
             ],
             "missing": [str(run) for run, result in results if result is None],
