@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # A SQuAD-shaped file through the whole way, with the small encoder: scripts/squad_experiment.sh LANGUAGE FILE.json [option value ...]
-# Further options go to training. Results: benchmarks/results/squad_LANGUAGE.json, nDCG on the dev articles before and after.
+# Further options go to training; after a stop the same command goes on. Results: benchmarks/results/squad_LANGUAGE.json, nDCG on
+# the dev articles before and after.
 set -euo pipefail
+language=$1 file=$(realpath "$2")
+shift 2
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
-language=$1 file=$2
-shift 2
 work=runs/squad_$language
 encoder=models/small-encoder
 [ -d "$encoder" ] || python -m clpl_moe.small_encoder --output "$encoder"
@@ -15,7 +16,8 @@ encoder=models/small-encoder
     python -m clpl_moe.mine --model "$encoder" --collection "$work/collection" --language "$language" --split train \
         --output "$work/train.jsonl" --query_max_len 64 --passage_max_len 256 \
         --rank_to 60 --max_positive_ratio 0 --max_overlap 1
-python -m clpl_moe.train --config configs/squad.yaml --train_data "$work/train.jsonl" --output_dir "$work/model" "$@"
+python -m clpl_moe.train --config configs/squad.yaml --train_data "$work/train.jsonl" --output_dir "$work/model" \
+    --resume_from_checkpoint true "$@"
 python -m clpl_moe.evaluate --model "$encoder" "$work/model" --collection "$work/collection" --languages "$language" \
     --split dev --query_max_len 64 --passage_max_len 256 --output "$work/results" --overwrite true
 python scripts/collect_results.py "$work/results" "$work/model" "benchmarks/results/squad_$language.json"

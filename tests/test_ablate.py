@@ -261,6 +261,8 @@ def test_a_dry_run_says_what_is_missing_and_writes_nothing(configuration, tmp_pa
     assert "| Base model | 1 | 0.5000 |" in out
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["runs"]
     assert not Path(configuration["output"]).exists()
+    write_json(Path(configuration["output"]), {"ablation": "of another configuration"})
+    assert run_main(configuration, tmp_path / "c.yaml", "--dry_run", "true") == 0  # which is not in its way
 
 
 def test_a_failed_job_is_reported_and_the_rest_goes_on():
@@ -317,6 +319,7 @@ def test_a_comparison_from_squad_to_table_through_a_kill(configuration, tmp_path
         "mine": configuration["mine"] | {"max_positive_ratio": 0, "max_overlap": 1},
         "train": TRAIN
         | {"max_steps": 120, "save_strategy": "steps", "save_steps": 20, "save_total_limit": 1, "bf16": False},
+        "evaluate": configuration["evaluate"] | {"dtype": "bfloat16"},
     }
     configuration["rows"] = {
         "base": {"train": False},
@@ -346,6 +349,7 @@ def test_a_comparison_from_squad_to_table_through_a_kill(configuration, tmp_path
     result = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert result["training"]["steps"] == 120
     assert result["training"]["precision"] == "float32"
+    assert result["dtype"] == "bfloat16"
     steps = [json.loads(line)["step"] for line in (folder / "model" / "metrics.jsonl").read_text().splitlines()]
     assert steps[:120] == list(range(1, 121))  # none lost, none twice
     assert metrics.read_text().startswith('{"before": true')  # it went on from a checkpoint
@@ -355,6 +359,7 @@ def test_a_comparison_from_squad_to_table_through_a_kill(configuration, tmp_path
     assert content["measurements"]["missing"] == ["broken ko seed 1"]
     assert [row["method"] for row in content["rows"]] == ["base", "experts", "broken"]
     assert [row["seeds"] for row in content["rows"]] == ["1", "1", "0"]
+    assert content["settings"]["precision"] == "bfloat16 and float32"
     assert run_main(configuration, config, "--dry_run", "true") == 0
     assert "2 of 3 runs are finished" in capsys.readouterr().out
 

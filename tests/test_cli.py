@@ -157,6 +157,19 @@ def test_help_lists_every_option_once_with_its_default(capsys):
     assert "{a,b}" in texts["router"]
 
 
+def test_words_are_not_mixed_with_the_option_of_their_name(tmp_path):
+    def read(*argv):
+        return cli.parse([Options], "test", "", argv, positional="files")[0].files
+
+    config = tmp_path / "c.yaml"
+    config.write_text("files: [c]\n")
+    required = ("--name", "x")
+    assert read("a", "b", *required) == read(*required, "--files", "a", "b") == ["a", "b"]
+    assert read("a", *required, "--config", str(config)) == ["a"]  # as any option overrides the file
+    with pytest.raises(UserError, match="--files: given as an option and as words"):
+        read("a", *required, "--files", "b")
+
+
 def test_words_stand_in_the_help_without_being_required():
     text = cli.make_parser([Options], "test", "", positional="files").format_help()
     assert "usage: python -m test [FILES ...] [--config" in text

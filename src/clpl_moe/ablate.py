@@ -33,7 +33,7 @@ from typing import Any
 from clpl_moe.cli import parse, parse_values
 from clpl_moe.errors import UserError, at, command
 from clpl_moe.files import atomic_open, hash_file, refuse_existing, refuse_unwritable, write_json
-from clpl_moe.machine import machine, versions, without_folders
+from clpl_moe.machine import machine, usable_cores, versions, without_folders
 
 # What decides nothing about a result, or is known by its content.
 _PLACES = {
@@ -428,7 +428,7 @@ class Workshop:
 
         self.parallel = parallel
         # Processes that wait for each other on busy cores are slower than one after the other.
-        cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0))
+        cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or usable_cores()
         self.threads = max(1, cores // parallel)
         self.gpus = torch.cuda.device_count()
         self.processes: set[subprocess.Popen] = set()
@@ -725,6 +725,11 @@ def check_output(path: Path, identity: str, overwrite: bool) -> None:
         refuse_existing(place, overwrite)
 
 
+def _precisions(result: dict[str, Any]) -> set[str]:
+    """What a finished run was evaluated in and, if it was, trained in."""
+    return {result["dtype"]} | ({result["training"]["precision"]} if result["training"] else set())
+
+
 def write_results(path: Path, plan: Plan, identity: str, arguments: AblateArguments) -> str:
     """Write JSON, Markdown and, where matplotlib is installed, the picture; returns the table."""
     summary = summarize(plan, arguments.metric)
@@ -743,7 +748,9 @@ def write_results(path: Path, plan: Plan, identity: str, arguments: AblateArgume
         "versions": versions(),
         "settings": {
             "model": Path(arguments.model).name,
-            "precision": " and ".join(sorted({result["dtype"] for _, result in finished})),
+            "precision": " and ".join(
+                sorted({precision for _, result in finished for precision in _precisions(result)})
+            ),
             "metric": arguments.metric,
             **{name: getattr(arguments, name) for name in ("mine", "train", "evaluate", "rows")},
         },
@@ -787,8 +794,9 @@ def ablate(arguments: AblateArguments) -> bool:
     output = Path(arguments.output)
     names = ("rows", "languages", "seeds", "metric", "model", "prepare", "mine", "train", "evaluate")
     identity = _digest({name: getattr(arguments, name) for name in names})
-    check_output(output, identity, arguments.overwrite)
-    refuse_unwritable(Path(arguments.runs) / "runs")
+    if not arguments.dry_run:
+        check_output(output, identity, arguments.overwrite)
+        refuse_unwritable(Path(arguments.runs) / "runs")
     chosen = [run for run in plan.runs if not arguments.only or run.row in arguments.only]
     todo = list({run.folder: run for run in chosen if run.result() is None}.values())
     minings = [job for job in plan.minings if not job.finished and any(run.mined is job for run in todo)]

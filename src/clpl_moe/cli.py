@@ -180,7 +180,7 @@ def parse(
     Raises:
         UserError: unknown or ill-typed options (with the nearest known name), missing required ones.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    typed = argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser(dataclass_types, prog, description, positional)
 
     def fail(message: str) -> None:
@@ -205,6 +205,8 @@ def parse(
     # Words may stand between options, which only the second one reads.
     namespace, unknown = (parser.parse_known_intermixed_args if positional else parser.parse_known_args)(argv)
     if positional is not None and getattr(namespace, _WORDS, None):
+        if any(word.split("=")[0] == f"--{positional}" for word in typed):
+            raise UserError(f"--{positional}: given as an option and as words without one; give all in one way")
         setattr(namespace, positional, getattr(namespace, _WORDS))
     if unknown:
         raise UserError(f"cannot read {' '.join(unknown)!r}: options are written --name value")

@@ -32,6 +32,12 @@ def machine() -> dict[str, object]:
     }
 
 
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    # Linux knows; macOS has no such limits.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that the figures depend on, as far as they are installed."""
     installed = {distribution.name for distribution in importlib.metadata.distributions()}

@@ -78,12 +78,15 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny_encoder, data, tmp_path
 
 
 def test_dry_run_stops_where_the_run_would(tiny_encoder, data, tmp_path, capsys):
+    (tmp_path / "untyped").mkdir()
+    (tmp_path / "untyped" / "config.json").write_text("{}")
     for options, message in [
         ({"dev_collection": tmp_path / "nowhere", "dev_language": "ko"}, "nowhere"),
         ({"num_experts": 0}, "trainable is moe but the model has no experts"),
         ({"moe_layers": "7"}, "7"),
         ({"frozen_layers": 2}, "frozen_layers, leaves no parameters"),
         ({"model_name_or_path": tmp_path / "nomodel"}, "nomodel"),
+        ({"model_name_or_path": tmp_path / "untyped"}, "untyped"),
     ]:
         for dry_run in (True, False):
             argv = arguments(tiny_encoder, data, tmp_path / "run", dry_run=dry_run, **options)

@@ -166,10 +166,13 @@ def _meta_encoder(args: CLPLModelArguments):
             known = {k: v for k, v in values.items() if k != "model_type" and not (k == "moe" and isinstance(v, str))}
             encoder = classes[model_type](classes[model_type].config_class.from_dict(known), add_pooling_layer=False)
         else:
-            config = AutoConfig.from_pretrained(
-                args.model_name_or_path, trust_remote_code=args.trust_remote_code, **hub
-            )
-            encoder = AutoModel.from_config(config, trust_remote_code=args.trust_remote_code)
+            try:
+                config = AutoConfig.from_pretrained(
+                    args.model_name_or_path, trust_remote_code=args.trust_remote_code, **hub
+                )
+                encoder = AutoModel.from_config(config, trust_remote_code=args.trust_remote_code)
+            except (OSError, ValueError, KeyError) as error:
+                raise UserError(f"{at(args.model_name_or_path)}: {' '.join(str(error).split())}") from None
         config = args.moe_config()
         if is_2024_checkpoint(values):
             config = MoEConfig(
