@@ -129,7 +129,7 @@ def make_encoders(folder: str, pooling: str, max_length: int, precision: str) ->
     flag = BGEM3FlagModel(
         folder, devices=[device], use_fp16=False, use_bf16=precision == "bf16", pooling_method=pooling
     )
-    how = {"settings": EmbeddingSettings(pooling=pooling), "kind": "passage", "max_length": max_length}
+    how = {"settings": EmbeddingSettings(pooling=pooling), "kind": "passage", "max_length": max_length, "dtype": dtype}
 
     def ours(texts: list[str], size: int) -> np.ndarray:
         return encode(model, tokenizer, texts, batch_tokens=size, progress=False, **how).numpy()
