@@ -65,6 +65,9 @@ def pick_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by their names in --precision
+
+
 def pick_precision(name: str, device: str) -> str:
     """``auto`` resolved: bf16 where the hardware multiplies matrices in it, else fp32."""
     if name != "auto":

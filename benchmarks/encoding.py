@@ -23,7 +23,7 @@ import torch
 from clpl_moe.encoder import load_encoder, save_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
 from clpl_moe.retrieval.encode import encode
-from common import RESULTS, pick_precision, summary, write_result
+from common import DTYPES, RESULTS, pick_device, pick_precision, summary, write_result
 
 ROOT = Path(__file__).parents[1]
 Encoder = Callable[[list[str], int], np.ndarray]
@@ -38,12 +38,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="take so many texts, evenly spread over the file")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--budgets", type=int, nargs="+", help="tokens a batch to try")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--precision", choices=["auto", *DTYPES], default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS / "encoding.json")
     args = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    precision = pick_precision(args.precision, "cuda" if cuda else "cpu")
+    device = pick_device("auto")
+    cuda = device == "cuda"
+    precision = pick_precision(args.precision, device)
     budgets = args.budgets or ([16384, 65536] if cuda else [1024, 2048, 4096])
     texts = load_texts(args.texts, args.limit)
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +52,7 @@ def main() -> None:
         pooling = args.pooling or read_settings(args.model).pooling
         # Without prompts, which the others would each have to be told in another way.
         save_encoder(model, tokenizer, folder, EmbeddingSettings(pooling=pooling), max_length=args.max_length)
-        encoders = make_encoders(folder, pooling, args.max_length, precision)
+        encoders = make_encoders(folder, pooling, args.max_length, device, precision)
     lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=args.max_length)["input_ids"]]
     mean_length = sum(lengths) / len(lengths)
 
@@ -116,19 +117,17 @@ def load_texts(path: Path | None, limit: int) -> list[str]:
     return texts[:: max(1, len(texts) // limit)][:limit]
 
 
-def make_encoders(folder: str, pooling: str, max_length: int, precision: str) -> dict[str, Encoder]:
+def make_encoders(folder: str, pooling: str, max_length: int, device: str, precision: str) -> dict[str, Encoder]:
     """Name -> function of texts and batch size (tokens for ours, texts for the others)."""
     from FlagEmbedding import BGEM3FlagModel
     from sentence_transformers import SentenceTransformer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = DTYPES[precision]
     model, tokenizer = load_encoder(folder, dtype=dtype)
     model.to(device)
     peer = SentenceTransformer(folder, device=device, model_kwargs={"dtype": dtype})
-    flag = BGEM3FlagModel(
-        folder, devices=[device], use_fp16=False, use_bf16=precision == "bf16", pooling_method=pooling
-    )
+    halves = {f"use_{name}": precision == name for name in ("fp16", "bf16")}
+    flag = BGEM3FlagModel(folder, devices=[device], pooling_method=pooling, **halves)
     how = {"settings": EmbeddingSettings(pooling=pooling), "kind": "passage", "max_length": max_length, "dtype": dtype}
 
     def ours(texts: list[str], size: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from common import (
+    DTYPES,
     alternate,
     benchmark_parser,
     pick_device,
@@ -47,12 +48,11 @@ def make_step(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, encoder.config.vocab_size, (2 * batch, length), generator=generator).to(device)
     mask = torch.ones_like(ids)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
     def step() -> float:
         synchronize(device)
         start = time.perf_counter()
-        with torch.autocast(device, dtype, enabled=precision != "fp32"):
+        with torch.autocast(device, DTYPES[precision], enabled=precision != "fp32"):
             embeddings = encoder(input_ids=ids, attention_mask=mask).last_hidden_state.mean(1)
         loss(embeddings[:batch], embeddings[batch:]).loss.backward()
         optimizer.step()
