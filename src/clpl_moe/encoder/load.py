@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +59,12 @@ def load_encoder(
         pooling_types = {c.config_class.model_type for pair in MOE_CLASSES.items() for c in pair}
         if model_type in pooling_types:
             kwargs["add_pooling_layer"] = any(".pooler." in f".{key}" for key in keys)
-        try:
+        with refuse_unloadable(path, "encoder", trust_remote_code):
             if moe_class is not None:
                 del kwargs["trust_remote_code"]
                 model, info = moe_class.from_pretrained(path, output_loading_info=True, **kwargs)
             else:
                 model, info = AutoModel.from_pretrained(path, output_loading_info=True, **kwargs)
-        except Exception as error:  # whatever a damaged or foreign folder brings about
-            _refuse_remote_code(path, error, trust_remote_code)
-            raise UserError(f"{at(path)}: the encoder cannot be loaded: {_describe(error)}") from error
         if missing := sorted(info["missing_keys"]):
             raise UserError(
                 f"{at(path)}: the weights lack {len(missing)} parameters of the model, first '{missing[0]}'"
@@ -145,19 +144,22 @@ def _load_2024(path: str, config: dict[str, Any], hub: dict[str, Any]) -> PreTra
 
 
 def _load_tokenizer(path: str, trust_remote_code: bool, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
-    try:
+    with refuse_unloadable(path, "tokenizer", trust_remote_code):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **hub)
+
+
+@contextlib.contextmanager
+def refuse_unloadable(path: str, what: str, trusted: bool) -> Iterator[None]:
+    """Whatever a damaged or foreign folder brings about, while ``what`` is loaded from it, as a :class:`UserError`."""
+    try:
+        yield
     except Exception as error:  # the tokenizers library raises plain ones
-        _refuse_remote_code(path, error, trust_remote_code)
-        raise UserError(f"{at(path)}: the tokenizer cannot be loaded: {_describe(error)}") from error
-
-
-def _refuse_remote_code(path: str, error: Exception, trusted: bool) -> None:
-    if not trusted and "trust_remote_code" in str(error):
-        raise UserError(
-            f"{at(path)}: the model needs code from its own folder; look at that code, and if you trust it, pass"
-            " --trust_remote_code true (trust_remote_code=True in Python)"
-        ) from error
+        if not trusted and "trust_remote_code" in str(error):
+            raise UserError(
+                f"{at(path)}: the model needs code from its own folder; look at that code, and if you trust it, pass"
+                " --trust_remote_code true (trust_remote_code=True in Python)"
+            ) from error
+        raise UserError(f"{at(path)}: the {what} cannot be loaded: {_describe(error)}") from error
 
 
 def find_file(path: str, name: str, hub: dict[str, Any] | None = None) -> str | None:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.data.sampler import EpochBatchSampler
-from clpl_moe.encoder.load import is_2024_checkpoint, read_config
+from clpl_moe.encoder.load import is_2024_checkpoint, read_config, refuse_unloadable
 from clpl_moe.errors import UserError, at
 from clpl_moe.moe.config import MoEConfig
 from clpl_moe.moe.inject import has_experts, inject_moe
@@ -166,13 +166,11 @@ def _meta_encoder(args: CLPLModelArguments):
             known = {k: v for k, v in values.items() if k != "model_type" and not (k == "moe" and isinstance(v, str))}
             encoder = classes[model_type](classes[model_type].config_class.from_dict(known), add_pooling_layer=False)
         else:
-            try:
+            with refuse_unloadable(args.model_name_or_path, "encoder", args.trust_remote_code):
                 config = AutoConfig.from_pretrained(
                     args.model_name_or_path, trust_remote_code=args.trust_remote_code, **hub
                 )
                 encoder = AutoModel.from_config(config, trust_remote_code=args.trust_remote_code)
-            except (OSError, ValueError, KeyError) as error:
-                raise UserError(f"{at(args.model_name_or_path)}: {' '.join(str(error).split())}") from None
         config = args.moe_config()
         if is_2024_checkpoint(values):
             config = MoEConfig(
