@@ -170,6 +170,15 @@ def test_words_are_not_mixed_with_the_option_of_their_name(tmp_path):
         read("a", *required, "--files", "b")
 
 
+def test_words_are_not_mixed_with_either_spelling_of_an_option():
+    from clpl_moe.validate import main
+
+    for option in ("--train_data", "--train-data"):
+        with pytest.raises(SystemExit) as stop:
+            main(["a.jsonl", option, "b.jsonl"])
+        assert stop.value.code == 2, option
+
+
 def test_words_stand_in_the_help_without_being_required():
     text = cli.make_parser([Options], "test", "", positional="files").format_help()
     assert "usage: python -m test [FILES ...] [--config" in text

@@ -205,7 +205,8 @@ def parse(
     # Words may stand between options, which only the second one reads.
     namespace, unknown = (parser.parse_known_intermixed_args if positional else parser.parse_known_args)(argv)
     if positional is not None and getattr(namespace, _WORDS, None):
-        if any(word.split("=")[0] == f"--{positional}" for word in typed):
+        option = _option_names(parser)[positional].option_strings  # with dashes, too
+        if any(word.split("=")[0] in option for word in typed):
             raise UserError(f"--{positional}: given as an option and as words without one; give all in one way")
         setattr(namespace, positional, getattr(namespace, _WORDS))
     if unknown:
