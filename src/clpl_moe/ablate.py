@@ -572,7 +572,7 @@ def train_and_evaluate(shop: Workshop, run: Run, keep_model: bool, metric: str, 
             "seed": run.seed,
             "metrics": found["metrics"],
             "dtype": found["settings"]["dtype"],
-            "training": _training(run, model / "metrics.jsonl"),
+            "training": _training(run),
             "machine": machine(),
             "versions": versions(),
         }
@@ -601,16 +601,17 @@ def _fill(run: Run) -> dict[str, Any]:
     return {name: fill(value) for name, value in run.train.items()}
 
 
-def _training(run: Run, path: Path) -> dict[str, Any] | None:
-    """Steps, duration and precision of a run that was trained; the former from its ``metrics.jsonl``."""
+def _training(run: Run) -> dict[str, Any] | None:
+    """Steps and duration of a run that was trained, from its ``metrics.jsonl``, and precision."""
     from clpl_moe.reporting.sources import read_metrics
 
+    path = run.folder / "model" / "metrics.jsonl"
     if not path.is_file():
         return None
     last = next((record for record in reversed(read_metrics(path)) if "train_runtime" in record), None)
     options = run.decisive.values
-    mixed = "bfloat16" if options["train.bf16"] else "float16" if options["train.fp16"] else "float32"
-    return last and {"steps": last["step"], "seconds": round(last["train_runtime"], 1), "precision": mixed}
+    precision = "bfloat16" if options["train.bf16"] else "float16" if options["train.fp16"] else "float32"
+    return last and {"steps": last["step"], "seconds": round(last["train_runtime"], 1), "precision": precision}
 
 
 def _tidy(model: Path, keep_model: bool) -> None:
@@ -725,17 +726,14 @@ def check_output(path: Path, identity: str, overwrite: bool) -> None:
         refuse_existing(place, overwrite)
 
 
-def _precisions(result: dict[str, Any]) -> set[str]:
-    """What a finished run was evaluated in and, if it was, trained in."""
-    return {result["dtype"]} | ({result["training"]["precision"]} if result["training"] else set())
-
-
 def write_results(path: Path, plan: Plan, identity: str, arguments: AblateArguments) -> str:
     """Write JSON, Markdown and, where matplotlib is installed, the picture; returns the table."""
     summary = summarize(plan, arguments.metric)
     rows = table_rows(summary)
     results = [(run, run.result()) for run in plan.runs]
     finished = [(run, result) for run, result in results if result is not None]
+    precisions = {result["dtype"] for _, result in finished}
+    precisions |= {result["training"]["precision"] for _, result in finished if result["training"]}
     question = (
         f"{arguments.metric} on the dev queries: mean and standard deviation over seeds. Error: 1 − {arguments.metric},"
         f" compared with the first row; of the average, and of {', '.join(arguments.languages)}."
@@ -748,9 +746,7 @@ def write_results(path: Path, plan: Plan, identity: str, arguments: AblateArgume
         "versions": versions(),
         "settings": {
             "model": Path(arguments.model).name,
-            "precision": " and ".join(
-                sorted({precision for _, result in finished for precision in _precisions(result)})
-            ),
+            "precision": " and ".join(sorted(precisions)),
             "metric": arguments.metric,
             **{name: getattr(arguments, name) for name in ("mine", "train", "evaluate", "rows")},
         },
