@@ -287,6 +287,8 @@ def test_validation_and_training_refuse_the_same_mutated_lines(tmp_path_factory,
         with pytest.raises(UserError) as stop:
             load(path, folder / "cache", knowledge_distillation=scores)
         assert str(stop.value).startswith(messages[0])
+    seen["lines"] += len(lines)
+    seen["refused"] += len(refused_lines)
     accepted = [line for number, line in enumerate(lines, 1) if number not in refused_lines]
     path.write_bytes(good + b"".join(line + b"\n" for line in accepted))
     if accepted and accepted[0].startswith(b"\xef\xbb\xbf") and 1 not in refused_lines:
@@ -295,8 +297,6 @@ def test_validation_and_training_refuse_the_same_mutated_lines(tmp_path_factory,
     assert len(dataset) == 1 + report.examples
     batch = collator([dataset[(0, index)] for index in range(len(dataset))])
     assert len(batch["query_rows"]) == len(dataset)
-    seen["lines"] += len(lines)
-    seen["refused"] += len(refused_lines)
     seen["trained"] += report.examples
 
 
