@@ -90,7 +90,7 @@ def test_batches_keep_to_the_budget(encoder, monkeypatch, packs):
 
 
 def test_other_encoders_are_padded_and_give_the_same(encoder, monkeypatch):
-    arguments = {"settings": SETTINGS, "kind": "query", "max_length": 20, "progress": False}
+    arguments = {"settings": SETTINGS, "kind": "query", "max_length": 20, "dtype": torch.float32, "progress": False}
     packed = encode(*encoder, TEXTS, **arguments)
     monkeypatch.setattr(packing, "_ENCODERS", ())
     torch.testing.assert_close(encode(*encoder, TEXTS, **arguments), packed, atol=1e-5, rtol=0)

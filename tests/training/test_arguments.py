@@ -98,6 +98,13 @@ def test_bf16_where_the_hardware_is_fast_at_it_unless_said_otherwise(monkeypatch
     assert training(use_cpu=True, fp16=True).bf16 is False
 
 
+def test_encoding_in_training_follows_its_precision(monkeypatch):
+    monkeypatch.setattr(encode, "fast_bfloat16", lambda device: True)
+    assert training(use_cpu=True, bf16=False).encode_dtype == torch.float32
+    assert training(use_cpu=True).encode_dtype is None
+    assert training(use_cpu=True, fp16=True).encode_dtype is None
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 def test_processes_that_tokenise():
     """An accelerator is not to wait for the tokenizer; on a CPU, they would take it from the training."""

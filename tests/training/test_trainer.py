@@ -7,6 +7,7 @@ import yaml
 from safetensors.torch import load_file
 
 from clpl_moe.encoder.load import load_encoder
+from clpl_moe.retrieval import evaluation
 from clpl_moe.train import main
 from clpl_moe.training.trainer import newest_checkpoint
 from tiny_training import arguments, make_collection, make_runner, read_metrics, refused, write_triplets
@@ -75,14 +76,33 @@ def test_evaluation_follows_saving_and_the_best_checkpoint_is_the_result(run):
     assert all(result[name].equal(checkpoint[name]) for name in checkpoint)
 
 
+@pytest.mark.parametrize(("bf16", "dtype"), [(False, torch.float32), (True, None)])
+def test_evaluation_has_the_precision_of_training(tiny_encoder, data, tmp_path, monkeypatch, bf16, dtype):
+    asked = []
+
+    def evaluate(*arguments, **options):
+        asked.append(options["dtype"])
+        return whole(*arguments, **options)
+
+    whole = evaluation.evaluate_retrieval
+    monkeypatch.setattr(evaluation, "evaluate_retrieval", evaluate)
+    more = {"dev_collection": make_collection(tmp_path / "dev"), "dev_language": "ko", "bf16": bf16}
+    main(arguments(tiny_encoder, data, tmp_path / "run", max_steps=1, eval_strategy="steps", eval_steps=1, **more))
+    assert asked == [dtype]
+
+
 def test_evaluation_is_that_of_the_saved_model(run):
     from clpl_moe.encoder.settings import read_settings
     from clpl_moe.retrieval.collection import Collection
-    from clpl_moe.retrieval.evaluation import evaluate_retrieval
 
     collection = Collection.load(run.parent / "dev", "ko", "dev")
-    expected = evaluate_retrieval(
-        *load_encoder(run), collection, settings=read_settings(run), query_max_len=24, passage_max_len=40
+    expected = evaluation.evaluate_retrieval(
+        *load_encoder(run),
+        collection,
+        settings=read_settings(run),
+        query_max_len=24,
+        passage_max_len=40,
+        dtype=torch.float32,
     )
     best = max(r["eval_ndcg@10"] for r in read_metrics(run) if r.get("eval_ndcg@10") and r["step"])
     assert best == pytest.approx(expected.metrics["nDCG@10"], abs=1e-6)

@@ -202,11 +202,14 @@ def _score_block(
     for batch, tokens in _token_level(encoder, heads, texts, "passage", encoding):
         pairs, scores = [], []
         for row, same in enumerate(batch):
-            own = [pair for i in same for pair in asked[order[i]]]
-            pairs += own
-            scores.append(index.score([query for query, _ in own], tokens, row))
-        for (query, rank), values in zip(pairs, torch.cat(scores).cpu()):  # one wait for the device a batch
-            results[block[query]][rank] = values
+            # Once for equal passages: a product rounds by its place in the matrix, and ties are to stay ties.
+            ranks: dict[int, list[int]] = {}  # query -> the places of this text among its candidates
+            for query, rank in (pair for i in same for pair in asked[order[i]]):
+                ranks.setdefault(query, []).append(rank)
+            pairs += ranks.items()
+            scores.append(index.score(list(ranks), tokens, row))
+        for (query, places), values in zip(pairs, torch.cat(scores).cpu()):  # one wait for the device a batch
+            results[block[query]][places] = values
         bar.update(sum(map(len, batch)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from FlagEmbedding.abc.finetune.embedder import AbsEmbedderDataArguments
 from FlagEmbedding.finetune.embedder.encoder_only.m3 import (
@@ -16,6 +16,9 @@ from clpl_moe.errors import UserError
 from clpl_moe.mining.select import Sampling, SelectionArguments
 from clpl_moe.moe.config import ROUTERS, TARGETS, MoEConfig
 from clpl_moe.training.compat import prefer_activation_checkpointing
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _as_in_mine(name: str, **metadata: Any) -> Any:
@@ -209,7 +212,10 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     )
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "bfloat16 mixed precision; not given: where the hardware is fast at it and fp16 is not set."},
+        metadata={
+            "help": "bfloat16 mixed precision; not given: where the hardware is fast at it and fp16 is not set. Without it"
+            " and fp16, evaluation and mining in training are in float32, too."
+        },
     )
     dev_collection: str | None = field(
         default=None, metadata={"help": "Collection folder for evaluation in training (see data/README.md)."}
@@ -425,6 +431,14 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
                 " the two"
             )
         self.ance_selection()
+
+    @property
+    def encode_dtype(self) -> torch.dtype | None:
+        """The precision to encode in between steps, as :func:`clpl_moe.retrieval.encode.encode` takes it: float32
+        where training is in float32, else None, what suits the hardware."""
+        import torch
+
+        return None if self.bf16 or self.wants_cuda else torch.float32
 
     def ance_selection(self) -> SelectionArguments:
         """What refreshes mine; raises ValueError where the options do not fit together."""

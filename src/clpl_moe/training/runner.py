@@ -395,6 +395,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
                 top_k=100,
                 batch_tokens=args.dev_batch_tokens,
                 metrics=("nDCG@5", "nDCG@10", "R@100"),
+                dtype=args.encode_dtype,
                 progress=False,
             )
             names = {"nDCG@5": "ndcg@5", "nDCG@10": "ndcg@10", "R@100": "recall@100"}

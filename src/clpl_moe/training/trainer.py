@@ -113,7 +113,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
 
     def _refresh_negatives(self, steps_per_epoch: int) -> None:
         model = self.accelerator.unwrap_model(self.model).model
-        encoder = Encoder(model, self.processing_class, self.settings, compute_dtype(model))
+        encoder = Encoder(model, self.processing_class, self.settings, compute_dtype(model, self.args.encode_dtype))
         first = self.is_world_process_zero()
         self.log(self.refresher.refresh(encoder, self.state.global_step, steps_per_epoch, self._gather_objects, first))
 
