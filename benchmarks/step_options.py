@@ -1,9 +1,10 @@
-"""What do smaller optimizer states save, and what do they cost?
+"""What do other optimizers and ``torch.compile`` save in a training step, and what do they cost?
 
-``python benchmarks/optimizers.py --model models/small-encoder``
+``python benchmarks/step_options.py --model models/small-encoder``
 
-Each contender is this package's trainer with another ``optim`` of transformers' Trainer, in a fresh process: the time of a step and
-its highest memory, and the mean loss of the same steps, beside those of the default.
+Each contender is this package's trainer with another option of transformers' Trainer, in a fresh process: the time of a step after
+the first ones, in which ``torch.compile`` compiles, its highest memory, the time of those first steps, and the mean loss of all,
+beside those of the default.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib.util
 import itertools
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +30,25 @@ from common import (
 )
 from training import step_timer, train_ours, write_data
 
-OPTIMIZERS = ["adamw_torch_fused", "adamw_torch", "adamw_8bit", "adafactor"]
+CONTENDERS = {
+    "adamw_torch_fused": {},  # the default
+    "adamw_torch": {"optim": "adamw_torch"},
+    "adamw_8bit": {"optim": "adamw_8bit"},
+    "adafactor": {"optim": "adafactor"},
+    "torch_compile": {"torch_compile": True},
+}
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of each step after the warm-up, the peak memory in bytes, and the mean loss of all steps."""
+    """Seconds of each step after the warm-up and of the warm-up, the peak memory in bytes, and the mean loss of all steps."""
     timer = step_timer(job["device"])
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         trainer = train_ours(job, folder, timer)
     ends = timer.ends[job["warmup"] - 1 :]
     return {
         "seconds": [after - before for before, after in itertools.pairwise(ends)],
+        "warmup_seconds": ends[0] - start,
         "peak_bytes": peak_memory(job["device"]),
         "loss": trainer.state.log_history[0]["train_loss"],
     }
@@ -46,7 +56,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """The command line."""
-    parser = benchmark_parser(__doc__, "optimizers.json")
+    parser = benchmark_parser(__doc__, "step_options.json")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, default=Path("data/samples/ko/train.jsonl"), help="training JSONL")
     parser.add_argument("--batch", type=int, default=4, help="queries a step")
@@ -57,7 +67,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3, help="steps left out, at least 1")
     parser.add_argument("--steps", type=int, default=7, help="steps measured, in each round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=OPTIMIZERS, choices=OPTIMIZERS, metavar="NAME")
+    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
     args = parser.parse_args()
     if args.job:
         print(json.dumps(work(json.loads(args.job))))
@@ -79,7 +89,7 @@ def main() -> None:
 
         def run(name: str) -> dict[str, Any]:
             experts = 2 if args.trainable == "moe" else 0
-            contender = {"num_experts": experts, "trainable": args.trainable, "penalty_weight": 0.1, "optim": name}
+            contender = {"num_experts": experts, "trainable": args.trainable, "penalty_weight": 0.1, **CONTENDERS[name]}
             job = settings | {"data": str(data), "model": str(Path(args.model).resolve())}
             result = in_fresh_process(__file__, job | {"contender": contender})
             step = summary(result["seconds"])["median"]
@@ -96,16 +106,17 @@ def main() -> None:
         ]
         rows.append(
             {
-                "optimizer": name,
+                "option": name,
                 "s/step": round(summary([summary(r["seconds"])["median"] for r in of_rounds])["median"], 3),
                 "times the first": round(summary(ratios)["median"], 3),
+                "warm-up s": round(summary([r["warmup_seconds"] for r in of_rounds])["median"], 1),
                 "peak MiB": round(summary([r["peak_bytes"] for r in of_rounds])["median"] / 2**20),
                 "mean loss": round(of_rounds[0]["loss"], 4),
             }
         )
     write_result(
         args.output,
-        "Time and highest memory of a training step with smaller optimizer states: medians over rounds.",
+        "Time and highest memory of a training step with other optimizers and with torch.compile: medians over rounds.",
         settings | {"model": Path(args.model).name, "data": args.data.name, "rounds": args.rounds},
         rows,
         results,
