@@ -241,6 +241,44 @@ def test_reranker_scores_and_orders_the_window(tiny_encoder, reranker, tmp_path)
     assert moved
 
 
+def test_reranker_stopped_midway_scores_no_pair_twice(tiny_encoder, reranker, tmp_path, monkeypatch):
+    from sentence_transformers import CrossEncoder
+
+    folder = make_collection(tmp_path)
+    options = {"reranker": reranker, "reranker_max_len": 100, "overwrite": "true"}
+    monkeypatch.setattr("clpl_moe.mining.select._QUERIES_AT_ONCE", 2)
+    whole = run(tiny_encoder, folder, **options)
+    asked, predict = [], CrossEncoder.predict
+
+    def predict_one_block(self, pairs, **arguments):
+        if asked and asked[-1] is None:
+            raise KeyboardInterrupt
+        asked.extend([*pairs, None])
+        return predict(self, pairs, **arguments)
+
+    def predict_all(self, pairs, **arguments):
+        asked.extend(pairs)
+        return predict(self, pairs, **arguments)
+
+    monkeypatch.setattr(CrossEncoder, "predict", predict_one_block)
+    with pytest.raises(SystemExit) as exit:
+        run(tiny_encoder, folder, **options)
+    assert exit.value.code == 130
+    monkeypatch.setattr(CrossEncoder, "predict", predict_all)
+    assert run(tiny_encoder, folder, **options) == whole
+    pairs = [pair for pair in asked if pair is not None]
+    assert len(set(pairs)) == len(pairs) == 9 * len(QUERIES)  # eight candidates and the positive
+    assert not list(folder.glob("*.embeddings"))
+    # Another length gives other scores.
+    kept = {"cache_dir": tmp_path / "cache"}
+    assert run(tiny_encoder, folder, **options | kept) == whole
+    shorter = run(tiny_encoder, folder, **options | kept | {"reranker_max_len": 8})
+    assert shorter != whole
+    asked.clear()
+    assert run(tiny_encoder, folder, **options | kept) == whole
+    assert asked == []
+
+
 def test_reranker_that_cannot_score_is_refused(tiny_encoder, reranker, tmp_path, capsys):
     import torch
     from safetensors.torch import load_file, save_file

@@ -92,7 +92,7 @@ def mine(
         encoding: lengths and batch size.
         counts: counts what was taken, and what was not and why.
         reranker: scores the window anew.
-        cache: folder for embeddings of passages, from which an interrupted run goes on.
+        cache: folder for embeddings of passages and the reranker's scores, from which an interrupted run goes on.
         progress: whether to show bars.
     """
     counts["queries"] += len(collection.queries)

@@ -137,7 +137,7 @@ def test_reranker_orders_the_window_and_the_limits_go_by_its_scores(index):
     class Backwards:
         """Likes later passages better; the positive gets 0.5."""
 
-        def scores(self, pairs):
+        def scores(self, pairs, cache):
             assert all(query == "?" for query, _ in pairs)
             places = [TEXTS.index(text) for _, text in pairs]
             return [0.5 if p == 2 else p / 10 for p in places]

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
+import hashlib
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
 
 from clpl_moe.errors import UserError
-from clpl_moe.retrieval.encode import max_positions
+from clpl_moe.files import atomic_open
+from clpl_moe.retrieval.collection import add_texts
+from clpl_moe.retrieval.encode import max_positions, model_fingerprint
 
 
 class Reranker:
@@ -42,15 +49,40 @@ class Reranker:
             raise UserError(
                 f"--reranker {name}: gives {self._model.num_labels} scores a pair, expected a model that gives one"
             )
-        self._batch_size = batch_size
+        self._batch_size, self._max_length = batch_size, max_length
 
-    def scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    def scores(self, pairs: Sequence[tuple[str, str]], cache: Path | None = None) -> list[float]:
         """A score for each (query, passage): from 0 to 1, unless the model's own configuration has another function.
+
+        Args:
+            pairs: texts of query and passage.
+            cache: folder where the scores of these pairs are kept, and taken from where they are there already.
 
         Raises:
             UserError: a score is NaN or infinite.
         """
-        scores = self._model.predict(list(pairs), batch_size=self._batch_size, show_progress_bar=False).tolist()
-        if not all(map(math.isfinite, scores)):
+        file = None if cache is None else cache / f"reranker-{self._fingerprint}" / f"{_digest(pairs)}.npy"
+        if file is not None:
+            with contextlib.suppress(OSError, ValueError, EOFError):
+                found = np.load(file)
+                if found.shape == (len(pairs),):
+                    return found.tolist()
+        scores = self._model.predict(list(pairs), batch_size=self._batch_size, show_progress_bar=False)
+        if not np.isfinite(scores).all():
             raise UserError("the reranker gives NaN or infinite scores: its weights are broken")
-        return scores
+        if file is not None:
+            with atomic_open(file, "wb") as opened:
+                np.save(opened, scores)
+        return scores.tolist()
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of all that scores depend on but the pairs."""
+        model = model_fingerprint(self._model.model, self._model.tokenizer)
+        return hashlib.sha256(f"{model} {self._max_length}".encode()).hexdigest()[:32]
+
+
+def _digest(pairs: Sequence[tuple[str, str]]) -> str:
+    digest = hashlib.sha256()
+    add_texts(digest, (text for pair in pairs for text in pair))
+    return digest.hexdigest()[:32]

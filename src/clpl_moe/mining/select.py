@@ -184,7 +184,7 @@ def mine_negatives(
         seed: of all draws, together with each query's key.
         counts: counts what was left out, and why.
         reranker: scores the window anew.
-        cache: folder for embeddings of passages, from which an interrupted run goes on.
+        cache: folder for embeddings of passages and the reranker's scores, from which an interrupted run goes on.
         progress: whether to show bars.
     """
     ranking = None
@@ -192,7 +192,17 @@ def mine_negatives(
         ranking = rank_passages(
             queries, index, selection.rank_to, encoder=encoder, encoding=encoding, cache=cache, progress=progress
         )
-    yield from take(queries, ranking, index, selection, seed=seed, counts=counts, reranker=reranker, progress=progress)
+    yield from take(
+        queries,
+        ranking,
+        index,
+        selection,
+        seed=seed,
+        counts=counts,
+        reranker=reranker,
+        cache=cache,
+        progress=progress,
+    )
 
 
 def take(
@@ -204,6 +214,7 @@ def take(
     seed: int | str,
     counts: Counter[str],
     reranker: Reranker | None = None,
+    cache: Path | None = None,
     progress: bool = True,
 ) -> Iterator[Mined]:
     """The second half of :func:`mine_negatives`, whose arguments it takes, after :func:`rank_passages`."""
@@ -220,7 +231,7 @@ def take(
             candidates = [(place, score) for place, score in pairs if place not in queries[row].excluded]
             found.append((queries[row], candidates[: selection.rank_to], ranking.positive_scores[row]))
         if reranker is not None:
-            found = _rescore(found, index, reranker)
+            found = _rescore(found, index, reranker, cache)
         for query, candidates, of_positives in found:
             draw = random.Random(f"{seed} {query.key}")
             window = candidates[selection.rank_from - 1 :]
@@ -292,13 +303,13 @@ def rank_passages(
 Found = tuple[MiningQuery, list[tuple[int, float]], list[float]]
 
 
-def _rescore(found: list[Found], index: PassageIndex, reranker: Reranker) -> list[Found]:
+def _rescore(found: list[Found], index: PassageIndex, reranker: Reranker, cache: Path | None) -> list[Found]:
     """Candidates and positives with the reranker's scores, candidates ordered by them."""
     pairs = []
     for query, candidates, _ in found:
         places = [*(place for place, _ in candidates), *query.positives]
         pairs += [(query.text, text) for text in (*(index.texts[p] for p in places), *query.other_positives)]
-    scores = iter(reranker.scores(pairs))
+    scores = iter(reranker.scores(pairs, cache))
     rescored = []
     for query, candidates, of_positives in found:
         again = [(place, next(scores)) for place, _ in candidates]
