@@ -372,7 +372,7 @@ def test_the_configs_of_the_repository_are_valid(monkeypatch, tmp_path):
     }
     rows = {run.row: run for run in plan(values | shared, seeds=[1]).runs}
     paper = ["base", "random", "ance", "clp", "clp_ffn", "moe_2024"]
-    assert list(rows) == [*paper, "ours", "ours_no_penalty", "ours_moe", "ours_100"]
+    assert list(rows) == [*paper, "ours", "ours_no_penalty", "ours_moe", "ours_100", "ours_epoch"]
     assert len({run.decisive.key for run in rows.values()}) == len(rows)
     assert rows["base"].train is None
     assert rows["random"].mined.options["sampling"] == "corpus"
@@ -381,6 +381,9 @@ def test_the_configs_of_the_repository_are_valid(monkeypatch, tmp_path):
         name: (r.train["max_steps"], r.train["per_device_train_batch_size"]) for name, r in rows.items() if r.train
     }
     assert budgets.pop("ours_100") == (100, 8)
+    assert budgets.pop("ours_epoch") == (-1, 8)
+    epoch = rows["ours_epoch"].train
+    assert (epoch["num_train_epochs"], epoch["max_example_num_per_dataset"]) == (1, 1600)
     assert set(budgets.values()) == {(20, 8)}
     ance = yaml.safe_load((ROOT / "configs" / "ance.yaml").read_text(encoding="utf-8"))
     again = {run.row: run for run in plan(ance | shared, seeds=[1]).runs}
