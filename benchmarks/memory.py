@@ -8,14 +8,13 @@ fresh process: allocated on the GPU, or resident on a CPU.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import alternate, benchmark_parser, in_fresh_process, pick_device, pick_precision, summary, write_result
-from training import step_timer, train_ours, write_data
+from common import alternate, in_fresh_process, pick_device, pick_precision, summary, write_result
+from training import step_timer, train_ours, training_parser, write_data
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
@@ -25,23 +24,17 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     timer = step_timer(job["device"])
     with tempfile.TemporaryDirectory() as folder:
         train_ours(job, folder, timer)
-    return {"peak_bytes": peak_memory(job["device"]), "seconds": timer.ends[-1] - timer.ends[-2]}
+    return {"peak_bytes": peak_memory(job["device"]), "seconds": timer.seconds(warmup=1)[-1]}
 
 
 def main() -> None:
     """The command line."""
-    parser = benchmark_parser(__doc__, "memory.json")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    parser.add_argument("--data", type=Path, default=Path("data/samples/ko/train.jsonl"), help="training JSONL")
+    parser = training_parser(__doc__, "memory.json", group=2, query_max_len=32, passage_max_len=64, rounds=1)
     parser.add_argument("--small", type=int, default=16, help="queries a step, the batch to compare with")
     parser.add_argument("--large", type=int, default=256, help="queries a step, the large batch")
-    parser.add_argument("--group", type=int, default=2, help="passages a query")
-    parser.add_argument("--query_max_len", type=int, default=32)
-    parser.add_argument("--passage_max_len", type=int, default=64)
     parser.add_argument("--grad_cache_tokens", type=int, default=2048, help="tokens a chunk")
     parser.add_argument("--trainable", default="moe", choices=["moe", "ffn", "full"])
     parser.add_argument("--no_uncached", action="store_true", help="leave out the large batch without caching")
-    parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     if args.job:
         print(json.dumps(work(json.loads(args.job))))

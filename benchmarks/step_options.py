@@ -9,9 +9,7 @@ beside those of the default.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import itertools
 import json
 import tempfile
 import time
@@ -20,7 +18,6 @@ from typing import Any
 
 from common import (
     alternate,
-    benchmark_parser,
     in_fresh_process,
     peak_memory,
     pick_device,
@@ -28,7 +25,7 @@ from common import (
     summary,
     write_result,
 )
-from training import step_timer, train_ours, write_data
+from training import step_timer, train_ours, training_parser, write_data
 
 CONTENDERS = {
     "adamw_torch_fused": {},  # the default
@@ -45,10 +42,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         trainer = train_ours(job, folder, timer)
-    ends = timer.ends[job["warmup"] - 1 :]
     return {
-        "seconds": [after - before for before, after in itertools.pairwise(ends)],
-        "warmup_seconds": ends[0] - start,
+        "seconds": timer.seconds(job["warmup"]),
+        "warmup_seconds": timer.ends[job["warmup"] - 1] - start,
         "peak_bytes": peak_memory(job["device"]),
         "loss": trainer.state.log_history[0]["train_loss"],
     }
@@ -56,17 +52,11 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """The command line."""
-    parser = benchmark_parser(__doc__, "step_options.json")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    parser.add_argument("--data", type=Path, default=Path("data/samples/ko/train.jsonl"), help="training JSONL")
+    parser = training_parser(__doc__, "step_options.json", group=3, query_max_len=32, passage_max_len=128, rounds=3)
     parser.add_argument("--batch", type=int, default=4, help="queries a step")
-    parser.add_argument("--group", type=int, default=3, help="passages a query")
-    parser.add_argument("--query_max_len", type=int, default=32)
-    parser.add_argument("--passage_max_len", type=int, default=128)
     parser.add_argument("--trainable", default="full", choices=["moe", "ffn", "full"])
     parser.add_argument("--warmup", type=int, default=3, help="steps left out, at least 1")
     parser.add_argument("--steps", type=int, default=7, help="steps measured, in each round")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
     args = parser.parse_args()
     if args.job:

@@ -46,6 +46,19 @@ CONTENDERS = {
 }
 
 
+def training_parser(description: str, output: str, **defaults: int) -> argparse.ArgumentParser:
+    """What the benchmarks that train in fresh processes are asked, with defaults for the numbers."""
+    parser = benchmark_parser(description, output)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=Path, default=Path("data/samples/ko/train.jsonl"), help="training JSONL")
+    parser.add_argument("--group", type=int, help="passages a query")
+    parser.add_argument("--query_max_len", type=int, help="tokens")
+    parser.add_argument("--passage_max_len", type=int, help="tokens")
+    parser.add_argument("--rounds", type=int, help="runs of each contender")
+    parser.set_defaults(**defaults)
+    return parser
+
+
 def write_data(source: Path, folder: Path, model: str, count: int, negatives: int, query_max_len: int) -> Path:
     """``count`` examples with one positive and ``negatives`` negatives each, so that nothing is left to be drawn. Queries
     are cut to length, since sentence-transformers knows one length for all texts."""
@@ -85,6 +98,10 @@ def step_timer(device: str):
         def on_step_end(self, args, state, control, **kwargs):
             synchronize(device)
             self.ends.append(time.perf_counter())
+
+        def seconds(self, warmup: int) -> list[float]:
+            """Of each step after the first ``warmup``, at least 1: from the end of the one before to its own."""
+            return [after - before for before, after in itertools.pairwise(self.ends[warmup - 1 :])]
 
     return StepTimer()
 
@@ -207,24 +224,16 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         train = train_flagembedding if contender == "flagembedding" else train_sentence_transformers
     with tempfile.TemporaryDirectory() as folder:
         train(job, folder, timer)
-    ends = timer.ends[job["warmup"] - 1 :]
-    seconds = [after - before for before, after in itertools.pairwise(ends)]
-    return {"seconds": seconds, "peak_bytes": peak_memory(job["device"])}
+    return {"seconds": timer.seconds(job["warmup"]), "peak_bytes": peak_memory(job["device"])}
 
 
 def main() -> None:
     """The command line."""
-    parser = benchmark_parser(__doc__, "training.json")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    parser.add_argument("--data", type=Path, default=Path("data/samples/ko/train.jsonl"), help="training JSONL")
+    parser = training_parser(__doc__, "training.json", group=3, query_max_len=64, passage_max_len=160, rounds=3)
     parser.add_argument("--batch", type=int, default=8, help="queries a step")
-    parser.add_argument("--group", type=int, default=3, help="passages a query")
-    parser.add_argument("--query_max_len", type=int, default=64)
-    parser.add_argument("--passage_max_len", type=int, default=160)
     parser.add_argument("--chunk", type=int, default=8, help="texts of full length a chunk where gradients are cached")
     parser.add_argument("--warmup", type=int, default=3, help="steps left out, at least 1")
     parser.add_argument("--steps", type=int, default=10, help="steps measured, in each round")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
     args = parser.parse_args()
     if args.job:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from clpl_moe.errors import UserError
 from clpl_moe.files import atomic_open
-from clpl_moe.retrieval.collection import add_texts
+from clpl_moe.retrieval.collection import hash_texts
 from clpl_moe.retrieval.encode import max_positions, model_fingerprint
 
 
@@ -61,8 +60,10 @@ class Reranker:
         Raises:
             UserError: a score is NaN or infinite.
         """
-        file = None if cache is None else cache / f"reranker-{self._fingerprint}" / f"{_digest(pairs)}.npy"
-        if file is not None:
+        file = None
+        if cache is not None:
+            content = hash_texts(text for pair in pairs for text in pair)[:32]
+            file = cache / f"reranker-{self._fingerprint}" / f"{content}.npy"
             with contextlib.suppress(OSError, ValueError, EOFError):
                 found = np.load(file)
                 if found.shape == (len(pairs),):
@@ -79,10 +80,4 @@ class Reranker:
     def _fingerprint(self) -> str:
         """Of all that scores depend on but the pairs."""
         model = model_fingerprint(self._model.model, self._model.tokenizer)
-        return hashlib.sha256(f"{model} {self._max_length}".encode()).hexdigest()[:32]
-
-
-def _digest(pairs: Sequence[tuple[str, str]]) -> str:
-    digest = hashlib.sha256()
-    add_texts(digest, (text for pair in pairs for text in pair))
-    return digest.hexdigest()[:32]
+        return hash_texts([model, str(self._max_length)])[:32]

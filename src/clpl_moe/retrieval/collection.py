@@ -178,6 +178,13 @@ def add_texts(digest: hashlib._Hash, texts: Iterable[str]) -> None:
         digest.update(len(data).to_bytes(8, "little") + data)
 
 
+def hash_texts(texts: Iterable[str]) -> str:
+    """Hash of a list of texts, see :func:`add_texts`."""
+    digest = hashlib.sha256()
+    add_texts(digest, texts)
+    return digest.hexdigest()
+
+
 def check_language(language: str) -> None:
     """Raise :class:`UserError` where a language cannot name a folder inside another one; results are written there."""
     if language in ("", ".", "..") or language != Path(language).name or "\0" in language:

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from clpl_moe.errors import UserError, at
 from clpl_moe.files import atomic_open, refuse_unwritable, write_json
-from clpl_moe.retrieval.collection import add_texts
+from clpl_moe.retrieval.collection import hash_texts
 from clpl_moe.retrieval.encode import check_finite, check_length, embed, encode, model_fingerprint, tokenize
 
 if TYPE_CHECKING:
@@ -183,12 +183,10 @@ def encode_passages(
 
 def _open(encoder: Encoder, texts: Sequence[str], length: int, cache: Path) -> EmbeddingShards:
     """The shards' folder, made by the first process, with a file that says what they are."""
-    digest = hashlib.sha256()
-    add_texts(digest, texts)
     content = {
         "what": "embeddings of passages, made by clpl_moe; they can be deleted at any time",
         "model_hash": model_fingerprint(encoder.model, encoder.tokenizer),
-        "texts_hash": digest.hexdigest(),
+        "texts_hash": hash_texts(texts),
         "pooling": encoder.settings.pooling,
         "normalize": encoder.settings.normalize,
         "prompt": encoder.settings.passage_prompt,
