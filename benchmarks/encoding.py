@@ -5,7 +5,7 @@
 The three take turns in one process, with the same weights, texts, longest input and precision: bfloat16 where the hardware is
 fast at it, else float32. FlagEmbedding has bfloat16 on GPUs only; on a CPU it stays in float32. Each gets the best of several
 batch sizes, tried out beforehand: tokens for ours, for the others the number of texts with that many tokens on average. Their
-embeddings have to agree.
+embeddings have to agree. On a CPU freed buffers are kept, as this package's commands do it: for all three.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from clpl_moe.allocator import keep_freed_memory
 from clpl_moe.encoder import load_encoder, save_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
 from clpl_moe.retrieval.encode import encode
-from common import DTYPES, RESULTS, pick_device, pick_precision, summary, write_result
+from common import DTYPES, RESULTS, alternate, pick_device, pick_precision, summary, write_result
 
 ROOT = Path(__file__).parents[1]
 Encoder = Callable[[list[str], int], np.ndarray]
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "encoding.json")
     args = parser.parse_args()
     device = pick_device("auto")
+    keep_freed_memory()
     cuda = device == "cuda"
     precision = pick_precision(args.precision, device)
     budgets = args.budgets or ([16384, 65536] if cuda else [1024, 2048, 4096])
@@ -61,25 +64,21 @@ def main() -> None:
         size = budget if name == "clpl_moe" else max(1, round(budget / mean_length))
         wall, cpu = time.perf_counter(), time.process_time()
         embeddings = encoders[name](texts, size)
-        return embeddings, time.perf_counter() - wall, time.process_time() - cpu
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        print(f"{name}, {budget} tokens a batch: {wall:.2f} s, {cpu:.2f} s of CPU", flush=True)
+        return embeddings, wall, cpu
 
     best = {}
     for name in encoders:
         run(name, budgets[0])  # warm
         best[name] = min(budgets, key=lambda budget, n=name: run(n, budget)[2 if not cuda else 1])
-        print(f"{name}: {best[name]} tokens a batch")
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in encoders}
-    embeddings: dict[str, np.ndarray] = {}
-    for number in range(args.rounds):
-        for name in encoders:
-            embeddings[name], wall, cpu = run(name, best[name])
-            seconds[name].append((wall, cpu))
-            print(f"round {number + 1} {name}: {wall:.2f} s, {cpu:.2f} s of CPU")
+    results = alternate({name: partial(run, name, best[name]) for name in encoders}, args.rounds)
+    embeddings = {name: rounds[0][0] for name, rounds in results.items()}
     agreement = {name: float((embeddings[name] * embeddings["clpl_moe"]).sum(1).min()) for name in encoders}
     assert min(agreement.values()) > (0.9999 if precision == "fp32" else 0.99), agreement
     rows, measurements = [], {}
-    for name, values in seconds.items():
-        wall, cpu = (summary([value[i] for value in values]) for i in (0, 1))
+    for name, rounds in results.items():
+        wall, cpu = (summary([values[i] for values in rounds]) for i in (1, 2))
         measurements[name] = {"batch_tokens": best[name], "seconds": wall, "cpu_seconds": cpu}
         measurements[name]["lowest_cosine"] = agreement[name]
         ours = measurements["clpl_moe"]

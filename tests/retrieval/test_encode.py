@@ -1,4 +1,5 @@
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -53,6 +54,61 @@ def test_equals_one_by_one(encoder, pooling, kind, batch_tokens):
     assert torch.equal(embeddings[1], embeddings[6])
     # What is compared does depend on the text and the prompt.
     assert (expected[1] - expected[7]).abs().max() > 1e-2
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
+
+
+HOW = {"settings": SETTINGS, "kind": "passage", "max_length": 20, "dtype": torch.float32, "progress": False}
+
+
+def test_each_core_has_a_batch_of_its_own(encoder, monkeypatch, three_threads):
+    texts = [f"{i} {'text ' * (i % 5)}" for i in range(30)]
+    together = threading.Barrier(3)
+    embed = encode_module._embed
+
+    def meet(*args):
+        assert torch.get_num_threads() == 1
+        together.wait(timeout=60)  # fails unless three batches are under way
+        return embed(*args)
+
+    monkeypatch.setattr(encode_module, "_embed", meet)
+    done = []
+    sequences = encode_module.tokenize(encoder[1], texts, settings=SETTINGS, kind="passage", max_length=20)
+    how = {"settings": SETTINGS, "batch_tokens": 1, "dtype": torch.float32}
+    embeddings = encode_module.embed(encoder[0], sequences, on_batch=done.append, **how)
+    assert done == [1] * 30
+    monkeypatch.setattr(encode_module, "_embed", embed)
+    torch.set_num_threads(1)
+    assert torch.equal(embeddings, encode(*encoder, texts, batch_tokens=1, **HOW))
+    torch.set_num_threads(3)
+
+
+def test_few_batches_have_all_cores(encoder, monkeypatch, three_threads):
+    threads = []
+    embed = encode_module._embed
+    monkeypatch.setattr(encode_module, "_embed", lambda *args: threads.append(torch.get_num_threads()) or embed(*args))
+    encode(*encoder, TEXTS, **HOW)
+    assert threads == [3]
+
+
+def test_what_a_core_meets_ends_the_encoding(encoder, monkeypatch, three_threads):
+    calls = []
+
+    def full(*args):
+        calls.append(1)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(encode_module, "_embed", full)
+    with pytest.raises(UserError, match="lower the tokens a batch, now 1"):
+        encode(*encoder, [str(i) for i in range(3000)], batch_tokens=1, **HOW)
+    assert len(calls) < 3000
 
 
 @pytest.mark.parametrize("packs", [True, False])

@@ -6,7 +6,7 @@
    budget that does not fit in memory shows at the start.
 4. Each batch is one stream of tokens without padding (:mod:`clpl_moe.encoder.packing`; padded for encoders that this
    does not know), runs in bfloat16 where the device is fast at that, is pooled and normalised in float32, and goes to
-   the place of its texts in the result.
+   the place of its texts in the result. On a CPU each core has a batch of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from clpl_moe.encoder.settings import EmbeddingSettings
 
 _TOKENIZE_AT_ONCE = 4096
+_BATCHES_AT_ONCE = 16  # on a CPU; each needs memory of its own
 
 
 def encode(
@@ -116,6 +118,7 @@ def embed(
     on_batch: Callable[[int], object] = lambda texts: None,
 ) -> Tensor:
     """The second half of :func:`encode`, which see; ``on_batch`` is told of so many distinct texts done."""
+    from clpl_moe.encoder.onednn import onednn_linear
     from clpl_moe.encoder.packing import can_pack
 
     if batch_tokens is None:
@@ -123,25 +126,34 @@ def embed(
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, found {batch_tokens}")
     sequences = texts.sequences
+    packs = can_pack(model)
+    todo = list(batches(sequences, batch_tokens, padded=not packs))
     embeddings = torch.empty(len(sequences), model.config.hidden_size)
-    with _evaluation_mode(model), torch.inference_mode():
-        pending: Callable[[], None] | None = None
-        for batch in batches(sequences, batch_tokens, padded=not can_pack(model)):
-            try:
-                output = _embed(model, [sequences[i] for i in batch], settings, dtype)
-            except torch.OutOfMemoryError:
-                longest = len(sequences[batch[0]])
-                raise UserError(
-                    f"{len(batch)} texts of up to {longest} tokens do not fit in the memory of"
-                    f" {model.device}: lower the tokens a batch, now {batch_tokens}"
-                ) from None
+    linear = onednn_linear(model, compute_dtype(model, dtype))
+
+    def run(batch: list[int]) -> Tensor:
+        try:
+            with torch.inference_mode(), linear:
+                return _embed(model, [sequences[i] for i in batch], settings, dtype)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{len(batch)} texts of up to {len(sequences[batch[0]])} tokens do not fit in the memory of"
+                f" {model.device}: lower the tokens a batch, now {batch_tokens}"
+            ) from None
+
+    # Encoders that are not run from here may keep something of a pass in themselves.
+    on_cores = model.device.type == "cpu" and packs and 1 < torch.get_num_threads() <= len(todo)
+    outputs = _map_on_cores(run, todo) if on_cores else (run(batch) for batch in todo)
+    pending: Callable[[], None] | None = None
+    with _evaluation_mode(model), contextlib.closing(outputs):
+        for batch, output in zip(todo, outputs):
             # The batch before is taken off the device now, when that has this one to work on.
             if pending is not None:
                 pending()
             pending = _fetch(output, embeddings, batch)
             on_batch(len(batch))
-        if pending is not None:
-            pending()
+    if pending is not None:
+        pending()
     if len(sequences) == len(texts.places):
         return embeddings
     return embeddings[torch.from_numpy(texts.places)]
@@ -291,6 +303,21 @@ def _fetch(output: Tensor, embeddings: Tensor, rows: list[int]) -> Callable[[], 
         embeddings[rows] = host
 
     return put
+
+
+def _map_on_cores(function: Callable[[list[int]], Tensor], batches: Sequence[list[int]]) -> Iterator[Tensor]:
+    """``map`` with a batch for each of torch's threads, instead of all threads on one batch, where they would wait for each
+    other after every operation. Until it ends torch has as many threads fewer in the whole process."""
+    threads = torch.get_num_threads()
+    workers = min(threads, _BATCHES_AT_ONCE)
+    each = threads // workers
+    torch.set_num_threads(each)
+    executor = ThreadPoolExecutor(workers, "encode", initializer=torch.set_num_threads, initargs=(each,))
+    try:
+        yield from executor.map(function, batches)
+    finally:
+        executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

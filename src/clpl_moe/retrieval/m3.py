@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from clpl_moe.encoder.load import HEAD_FILES, find_heads
+from clpl_moe.encoder.onednn import onednn_linear
 from clpl_moe.encoder.settings import pool
 from clpl_moe.errors import UserError, at
 from clpl_moe.retrieval.encode import batches, default_batch_tokens, tokenize
@@ -171,7 +172,8 @@ def score_candidates(
     ]
     for block in blocks:
         total += len({place for query in block for place in candidates[query]})
-    with tqdm(total=total, desc="rerank", unit="passage", disable=not progress, leave=False) as bar:
+    bar = tqdm(total=total, desc="rerank", unit="passage", disable=not progress, leave=False)
+    with bar, onednn_linear(encoder.model, encoder.dtype):
         for block in blocks:
             _score_block(encoder, heads, queries, passages, candidates, block, encoding, results, bar)
     return results

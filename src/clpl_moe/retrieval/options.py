@@ -88,6 +88,7 @@ def open_encoder(name: str, arguments: EncodingArguments) -> Encoder:
     """
     import torch
 
+    from clpl_moe.allocator import keep_freed_memory
     from clpl_moe.encoder import load_encoder
     from clpl_moe.encoder.settings import read_settings
     from clpl_moe.retrieval.encode import compute_dtype
@@ -98,5 +99,7 @@ def open_encoder(name: str, arguments: EncodingArguments) -> Encoder:
     # Similarity is the cosine, as in training, also where the folder leaves the normalisation to its user.
     settings = dataclasses.replace(read_settings(name), **given, normalize=True)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if model.device.type == "cpu":
+        keep_freed_memory()
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     return Encoder(model, tokenizer, settings, compute_dtype(model, dtype))

@@ -1,0 +1,105 @@
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clpl_moe.encoder import load_encoder, onednn
+from clpl_moe.encoder.onednn import onednn_linear
+from clpl_moe.encoder.settings import EmbeddingSettings
+from clpl_moe.retrieval.encode import encode
+
+if not torch.backends.mkldnn.is_available():
+    pytest.skip("torch has no oneDNN here", allow_module_level=True)
+
+
+class Calls(TorchDispatchMode):
+    """Counts what a block computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = self.packed = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.linear += func is torch.ops.mkldnn._linear_pointwise.default
+        self.packed += func is torch.ops.mkldnn._reorder_linear_weight.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=[True, False], ids=["AMD", "Intel"])
+def faster(request, monkeypatch):
+    monkeypatch.setattr(onednn, "_faster_than_mkl", lambda: request.param)
+    return request.param
+
+
+@pytest.fixture
+def amd(monkeypatch):
+    monkeypatch.setattr(onednn, "_faster_than_mkl", lambda: True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 24), (37, 24), (1, 50, 24), (3, 7, 24)])
+def test_computes_what_linear_does(amd, shape, bias):
+    linear = nn.Linear(24, 40, bias=bias)
+    with torch.inference_mode(), onednn_linear(linear, torch.float32), Calls() as calls:
+        for seed in range(3):
+            inputs = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            expected = inputs.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
+            torch.testing.assert_close(linear(inputs).double(), expected, atol=1e-5, rtol=1e-5)
+    assert (calls.linear, calls.packed) == (3, 1)
+
+
+def test_inputs_that_are_not_contiguous(amd):
+    linear = nn.Linear(24, 40)
+    wide = torch.randn(11, 48)
+    with torch.inference_mode(), onednn_linear(linear, torch.float32):
+        for inputs in (wide[:, ::2], wide[:, 5:29], wide[:, :24].expand(2, 11, 24), torch.randn(24, 11).T):
+            torch.testing.assert_close(linear(inputs), F.linear(inputs.contiguous(), linear.weight, linear.bias))
+
+
+def test_each_layer_has_its_own_weights(amd):
+    layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(5))
+    inputs = torch.randn(9, 16)
+    with torch.inference_mode():
+        expected = [layer(inputs) for layer in layers]
+        with onednn_linear(layers, torch.float32):
+            for _ in range(3):
+                for layer, values in zip(layers, expected, strict=True):
+                    torch.testing.assert_close(layer(inputs), values)
+
+
+def test_weights_that_are_made_on_the_way_are_not_kept(amd):
+    layer = nn.Linear(16, 16)
+    inputs = torch.randn(9, 16)
+    with torch.inference_mode(), onednn_linear(layer, torch.float32), Calls() as calls:
+        for factor in range(8):
+            torch.testing.assert_close(F.linear(inputs, layer.weight * factor), inputs @ layer.weight.T * factor)
+    assert calls.linear == 0
+
+
+def test_other_precisions_and_empty_inputs_run_as_ever(amd):
+    half = nn.Linear(16, 16, dtype=torch.bfloat16)
+    single = nn.Linear(16, 16)
+    with torch.inference_mode(), Calls() as calls:
+        with onednn_linear(half, torch.bfloat16):
+            half(torch.randn(3, 16, dtype=torch.bfloat16))
+        with onednn_linear(single, torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
+            assert single(torch.randn(3, 16)).dtype == torch.bfloat16
+        with onednn_linear(single, torch.float32):
+            assert single(torch.zeros(0, 16)).shape == (0, 16)
+    assert calls.linear == 0
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_encode_on_either_processor(faster, pooling, tiny_encoder, monkeypatch):
+    model, tokenizer = load_encoder(tiny_encoder)
+    texts = [f"word {i} " * (1 + i % 7) for i in range(40)]
+    how = {"kind": "passage", "max_length": 20, "batch_tokens": 64, "dtype": torch.float32, "progress": False}
+    how["settings"] = EmbeddingSettings(pooling=pooling)
+    with Calls() as calls:
+        embeddings = encode(model, tokenizer, texts, **how)
+    assert (calls.linear > 0) == (calls.packed > 0) == faster
+    monkeypatch.setattr("clpl_moe.encoder.onednn.onednn_linear", lambda model, dtype: nullcontext())
+    torch.testing.assert_close(embeddings, encode(model, tokenizer, texts, **how), atol=1e-5, rtol=0)
