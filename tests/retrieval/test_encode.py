@@ -57,43 +57,65 @@ def test_equals_one_by_one(encoder, pooling, kind, batch_tokens):
 
 
 @pytest.fixture
-def three_threads():
+def three_threads(monkeypatch):
+    """Three of them for an encoder and texts of any size."""
+    monkeypatch.setattr(encode_module, "_LEAST_WIDTH", 1)
+    monkeypatch.setattr(encode_module, "_LEAST_TOKENS_A_CORE", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
-    assert torch.get_num_threads() == 3
+    after = torch.get_num_threads()
     torch.set_num_threads(before)
+    assert after == 3
 
 
 HOW = {"settings": SETTINGS, "kind": "passage", "max_length": 20, "dtype": torch.float32, "progress": False}
+MANY = [f"{i} {'text ' * (i % 5)}" for i in range(30)]
 
 
-def test_each_core_has_a_batch_of_its_own(encoder, monkeypatch, three_threads):
-    texts = [f"{i} {'text ' * (i % 5)}" for i in range(30)]
-    together = threading.Barrier(3)
+def spy(monkeypatch, before):
+    """Call ``before`` with the token ids of each batch, in the thread that runs it."""
     embed = encode_module._embed
+    monkeypatch.setattr(encode_module, "_embed", lambda *args: before(args[1]) or embed(*args))
 
-    def meet(*args):
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 2048])
+def test_each_core_has_a_batch_of_its_own(encoder, monkeypatch, three_threads, batch_tokens):
+    expected = encode(*encoder, MANY, **HOW | {"batch_tokens": 1})
+    together, sizes = threading.Barrier(3), []
+
+    def meet(sequences):
         assert torch.get_num_threads() == 1
-        together.wait(timeout=60)  # fails unless three batches are under way
-        return embed(*args)
+        sizes.append(sum(map(len, sequences)))
+        if len(sizes) <= 3:
+            together.wait(timeout=60)  # fails unless three batches are under way
 
-    monkeypatch.setattr(encode_module, "_embed", meet)
+    spy(monkeypatch, meet)
+    tokenized = encode_module.tokenize(encoder[1], MANY, settings=SETTINGS, kind="passage", max_length=20)
     done = []
-    sequences = encode_module.tokenize(encoder[1], texts, settings=SETTINGS, kind="passage", max_length=20)
-    how = {"settings": SETTINGS, "batch_tokens": 1, "dtype": torch.float32}
-    embeddings = encode_module.embed(encoder[0], sequences, on_batch=done.append, **how)
-    assert done == [1] * 30
-    monkeypatch.setattr(encode_module, "_embed", embed)
+    how = {"settings": SETTINGS, "batch_tokens": batch_tokens, "dtype": torch.float32}
+    embeddings = encode_module.embed(encoder[0], tokenized, on_batch=done.append, **how)
+    assert sum(done) == 30
+    assert len(done) == len(sizes)
+    assert max(sizes) - min(sizes) <= 60  # three texts of the longest
+    torch.testing.assert_close(embeddings, expected, atol=1e-6, rtol=0)
+
+
+def test_equal_to_one_thread(encoder, monkeypatch, three_threads):
+    embeddings = encode(*encoder, MANY, batch_tokens=1, **HOW)
     torch.set_num_threads(1)
-    assert torch.equal(embeddings, encode(*encoder, texts, batch_tokens=1, **HOW))
+    threads = []
+    spy(monkeypatch, lambda _: threads.append(threading.current_thread()))
+    assert torch.equal(embeddings, encode(*encoder, MANY, batch_tokens=1, **HOW))
+    assert set(threads) == {threading.main_thread()}
     torch.set_num_threads(3)
 
 
-def test_few_batches_have_all_cores(encoder, monkeypatch, three_threads):
+@pytest.mark.parametrize("limit", ["_LEAST_WIDTH", "_LEAST_TOKENS_A_CORE"])
+def test_little_work_has_all_cores(encoder, monkeypatch, three_threads, limit):
+    monkeypatch.setattr(encode_module, limit, 256)
     threads = []
-    embed = encode_module._embed
-    monkeypatch.setattr(encode_module, "_embed", lambda *args: threads.append(torch.get_num_threads()) or embed(*args))
+    spy(monkeypatch, lambda _: threads.append(torch.get_num_threads()))
     encode(*encoder, TEXTS, **HOW)
     assert threads == [3]
 
@@ -101,11 +123,11 @@ def test_few_batches_have_all_cores(encoder, monkeypatch, three_threads):
 def test_what_a_core_meets_ends_the_encoding(encoder, monkeypatch, three_threads):
     calls = []
 
-    def full(*args):
-        calls.append(1)
+    def full(sequences):
+        calls.append(sequences)
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(encode_module, "_embed", full)
+    spy(monkeypatch, full)
     with pytest.raises(UserError, match="lower the tokens a batch, now 1"):
         encode(*encoder, [str(i) for i in range(3000)], batch_tokens=1, **HOW)
     assert len(calls) < 3000

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
     from clpl_moe.encoder.settings import EmbeddingSettings
 
 _TOKENIZE_AT_ONCE = 4096
-_BATCHES_AT_ONCE = 16  # on a CPU; each needs memory of its own
+# On a CPU.
+_BATCHES_AT_ONCE = 16  # each needs memory of its own
+_LEAST_TOKENS_A_CORE = 256
+_LEAST_WIDTH = 256
 
 
 def encode(
@@ -127,6 +131,14 @@ def embed(
         raise ValueError(f"batch_tokens must be at least 1, found {batch_tokens}")
     sequences = texts.sequences
     packs = can_pack(model)
+    tokens = sum(map(len, sequences))
+    workers = min(torch.get_num_threads(), _BATCHES_AT_ONCE, tokens // _LEAST_TOKENS_A_CORE)
+    # Encoders that are not run from here may keep something of a pass in themselves; toys would wait for Python's lock.
+    on_cores = model.device.type == "cpu" and packs and model.config.hidden_size >= _LEAST_WIDTH and workers > 1
+    if on_cores:  # as many batches for each, of equal size
+        rounds = math.ceil(tokens / (workers * batch_tokens))
+        longest = max(map(len, sequences))
+        batch_tokens = min(batch_tokens, math.ceil(tokens / (workers * rounds)) + longest)
     todo = list(batches(sequences, batch_tokens, padded=not packs))
     embeddings = torch.empty(len(sequences), model.config.hidden_size)
     linear = onednn_linear(model, compute_dtype(model, dtype))
@@ -141,9 +153,7 @@ def embed(
                 f" {model.device}: lower the tokens a batch, now {batch_tokens}"
             ) from None
 
-    # Encoders that are not run from here may keep something of a pass in themselves.
-    on_cores = model.device.type == "cpu" and packs and 1 < torch.get_num_threads() <= len(todo)
-    outputs = _map_on_cores(run, todo) if on_cores else (run(batch) for batch in todo)
+    outputs = _map_on_cores(run, todo, workers) if on_cores else (run(batch) for batch in todo)
     pending: Callable[[], None] | None = None
     with _evaluation_mode(model), contextlib.closing(outputs):
         for batch, output in zip(todo, outputs):
@@ -305,11 +315,12 @@ def _fetch(output: Tensor, embeddings: Tensor, rows: list[int]) -> Callable[[], 
     return put
 
 
-def _map_on_cores(function: Callable[[list[int]], Tensor], batches: Sequence[list[int]]) -> Iterator[Tensor]:
-    """``map`` with a batch for each of torch's threads, instead of all threads on one batch, where they would wait for each
+def _map_on_cores(
+    function: Callable[[list[int]], Tensor], batches: Sequence[list[int]], workers: int
+) -> Iterator[Tensor]:
+    """``map`` with several batches at a time, which share torch's threads. All threads on one batch would wait for each
     other after every operation. Until it ends torch has as many threads fewer in the whole process."""
     threads = torch.get_num_threads()
-    workers = min(threads, _BATCHES_AT_ONCE)
     each = threads // workers
     torch.set_num_threads(each)
     executor = ThreadPoolExecutor(workers, "encode", initializer=torch.set_num_threads, initargs=(each,))
