@@ -24,7 +24,8 @@ class EncodingArguments:
     query_max_len: int = field(default=128, metadata={"help": "longest query in tokens; the rest is cut off"})
     passage_max_len: int = field(default=512, metadata={"help": "longest passage in tokens; the rest is cut off"})
     batch_tokens: int | None = field(
-        default=None, metadata={"help": "tokens a batch (on a CPU each core has one); not given: 2048 on a CPU, 16384 on a GPU"}
+        default=None,
+        metadata={"help": "tokens a batch (on a CPU each core has one); not given: 2048 on a CPU, 16384 on a GPU"},
     )
     dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto",
