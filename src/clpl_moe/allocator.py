@@ -15,7 +15,8 @@ def keep_freed_memory() -> bool:
 
     By default glibc hands buffers of many MB back to the system and asks for them anew, which clears them page by page: 200,000
     page faults in a training step of a small encoder, a twentieth of its time. Kept, they are used again: the peak stays
-    what it was, but memory does not shrink after it. All threads share one arena, and so each other's buffers. Environment variables for malloc (``MALLOC_…_``) take precedence.
+    what it was, but memory does not shrink after it. All threads share one arena, and so each other's buffers. Environment
+    variables for malloc (``MALLOC_…_``) take precedence.
     """
     if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
         return False
