@@ -1,6 +1,7 @@
 import dataclasses
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,7 +98,10 @@ def test_each_core_has_a_batch_of_its_own(encoder, monkeypatch, three_threads, b
     embeddings = encode_module.embed(encoder[0], tokenized, on_batch=done.append, **how)
     assert sum(done) == 30
     assert len(done) == len(sizes)
-    assert max(sizes) - min(sizes) <= 60  # three texts of the longest
+    assert max(sizes) <= max(batch_tokens, 20)  # a text at least
+    if batch_tokens == 2048:
+        assert len(sizes) == 3
+        assert max(sizes) - min(sizes) <= 20  # a text
     torch.testing.assert_close(embeddings, expected, atol=1e-6, rtol=0)
 
 
@@ -109,6 +113,22 @@ def test_equal_to_one_thread(encoder, monkeypatch, three_threads):
     assert torch.equal(embeddings, encode(*encoder, MANY, batch_tokens=1, **HOW))
     assert set(threads) == {threading.main_thread()}
     torch.set_num_threads(3)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 16])
+@pytest.mark.parametrize("budget", [1, 300, 512, 1000, 1024, 5000])
+def test_even_batches(workers, budget):
+    generator = np.random.default_rng(workers)
+    sequences = [np.zeros(n, np.int32) for n in generator.integers(1, 500, 700)]
+    parts = encode_module._even_batches(sequences, budget, workers)
+    assert sorted(i for part in parts for i in part) == list(range(700))
+    sizes = [sum(len(sequences[i]) for i in part) for part in parts]
+    assert all(size <= budget or len(part) == 1 for size, part in zip(sizes, parts, strict=True))
+    lengths = [len(sequences[i]) for part in parts for i in part]
+    assert lengths == sorted(lengths, reverse=True)
+    if budget >= 1000:
+        assert len(parts) % workers == 0
+        assert max(sizes) - min(sizes) < 2 * 500
 
 
 @pytest.mark.parametrize("limit", ["_LEAST_WIDTH", "_LEAST_TOKENS_A_CORE"])

@@ -135,11 +135,10 @@ def embed(
     workers = min(torch.get_num_threads(), _BATCHES_AT_ONCE, tokens // _LEAST_TOKENS_A_CORE)
     # Encoders that are not run from here may keep something of a pass in themselves; toys would wait for Python's lock.
     on_cores = model.device.type == "cpu" and packs and model.config.hidden_size >= _LEAST_WIDTH and workers > 1
-    if on_cores:  # as many batches for each, of equal size
-        rounds = math.ceil(tokens / (workers * batch_tokens))
-        longest = max(map(len, sequences))
-        batch_tokens = min(batch_tokens, math.ceil(tokens / (workers * rounds)) + longest)
-    todo = list(batches(sequences, batch_tokens, padded=not packs))
+    if on_cores:
+        todo = _even_batches(sequences, batch_tokens, workers)
+    else:
+        todo = list(batches(sequences, batch_tokens, padded=not packs))
     embeddings = torch.empty(len(sequences), model.config.hidden_size)
     linear = onednn_linear(model, compute_dtype(model, dtype))
 
@@ -278,6 +277,20 @@ def batches(sequences: list[np.ndarray], batch_tokens: int, padded: bool) -> Ite
         tokens += width
     if batch:
         yield batch
+
+
+def _even_batches(sequences: list[np.ndarray], batch_tokens: int, workers: int) -> list[list[int]]:
+    """:func:`batches` without padding, about as large as each other and as many for each worker: none waits at the end."""
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    ends = np.cumsum([len(sequences[i]) for i in order])
+    longest, tokens = len(sequences[order[0]]), ends[-1]
+    room = batch_tokens - longest  # a batch ends with the text that reaches its share
+    if room < longest:
+        return list(batches(sequences, batch_tokens, padded=False))
+    number = workers * math.ceil(tokens / (workers * room))
+    shares = tokens * np.arange(1, number) / number
+    parts = np.split(order, np.searchsorted(ends, shares) + 1)
+    return [part.tolist() for part in parts if len(part)]
 
 
 def _embed(
