@@ -45,8 +45,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "encoding.json")
     args = parser.parse_args()
     device = pick_device("auto")
-    keep_freed_memory()
     cuda = device == "cuda"
+    if not cuda:
+        keep_freed_memory()
     precision = pick_precision(args.precision, device)
     budgets = args.budgets or ([16384, 65536] if cuda else [1024, 2048, 4096])
     texts = load_texts(args.texts, args.limit)

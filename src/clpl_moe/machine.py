@@ -15,21 +15,21 @@ def machine() -> dict[str, object]:
     """Processor, cores, GPU, and the versions of Python and torch."""
     import torch
 
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
     return {
-        "processor": model,
+        "processor": cpu_field("model name") or platform.processor(),
         "cores": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def cpu_field(name: str) -> str | None:
+    """What Linux says of the first processor under ``name``, such as ``"vendor_id"``; None where it says nothing."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), None)
 
 
 def usable_cores() -> int:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from clpl_moe.machine import cpu_field
 
 
 def onednn_linear(model: nn.Module, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
@@ -35,11 +36,12 @@ class _OneDNNLinear(TorchFunctionMode):
         self._weights: dict[int, Tensor] = {}  # id of a weight -> itself, then its copy in oneDNN's layout
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is F.linear and not kwargs and _fits(*args):
-            inputs, weight, *bias = args
-            weight = self._packed(weight, inputs)
-            return torch.ops.mkldnn._linear_pointwise(inputs, weight, *(bias or [None]), "none", [], "")
+        if func is F.linear and not kwargs and _fits(*args[:2]):
+            return self._linear(*args)
         return func(*args, **(kwargs or {}))
+
+    def _linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(inputs, self._packed(weight, inputs), bias, "none", [], "")
 
     def _packed(self, weight: Tensor, inputs: Tensor) -> Tensor:
         known = self._weights.get(id(weight))
@@ -52,7 +54,7 @@ class _OneDNNLinear(TorchFunctionMode):
         return known
 
 
-def _fits(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def _fits(inputs: Tensor, weight: Tensor) -> bool:
     # A parameter lives as long as the model, so that nothing else can get its id.
     plain = type(inputs) is Tensor and type(weight) is nn.Parameter
     return plain and inputs.dtype == weight.dtype == torch.float32 and weight.dim() == 2 and inputs.numel() > 0
@@ -64,5 +66,4 @@ def _faster_than_mkl() -> bool:
     operators = ("_linear_pointwise", "_reorder_linear_weight")
     if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in operators):
         return False
-    cpuinfo = Path("/proc/cpuinfo")
-    return torch.backends.mkl.is_available() and cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+    return torch.backends.mkl.is_available() and cpu_field("vendor_id") == "AuthenticAMD"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _TOKENIZE_AT_ONCE = 4096
 # On a CPU.
-_BATCHES_AT_ONCE = 16  # each needs memory of its own
+_MOST_BATCHES_AT_ONCE = 16  # each needs memory of its own
 _LEAST_TOKENS_A_CORE = 256
 _LEAST_WIDTH = 256
 
@@ -130,15 +130,11 @@ def embed(
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, found {batch_tokens}")
     sequences = texts.sequences
-    packs = can_pack(model)
-    tokens = sum(map(len, sequences))
-    workers = min(torch.get_num_threads(), _BATCHES_AT_ONCE, tokens // _LEAST_TOKENS_A_CORE)
-    # Encoders that are not run from here may keep something of a pass in themselves; toys would wait for Python's lock.
-    on_cores = model.device.type == "cpu" and packs and model.config.hidden_size >= _LEAST_WIDTH and workers > 1
-    if on_cores:
+    workers = _batches_at_once(model, sequences)
+    if workers > 1:
         todo = _even_batches(sequences, batch_tokens, workers)
     else:
-        todo = list(batches(sequences, batch_tokens, padded=not packs))
+        todo = list(batches(sequences, batch_tokens, padded=not can_pack(model)))
     embeddings = torch.empty(len(sequences), model.config.hidden_size)
     linear = onednn_linear(model, compute_dtype(model, dtype))
 
@@ -152,7 +148,7 @@ def embed(
                 f" {model.device}: lower the tokens a batch, now {batch_tokens}"
             ) from None
 
-    outputs = _map_on_cores(run, todo, workers) if on_cores else (run(batch) for batch in todo)
+    outputs = _map_on_cores(run, todo, workers) if workers > 1 else (run(batch) for batch in todo)
     pending: Callable[[], None] | None = None
     with _evaluation_mode(model), contextlib.closing(outputs):
         for batch, output in zip(todo, outputs):
@@ -267,7 +263,7 @@ def batches(sequences: list[np.ndarray], batch_tokens: int, padded: bool) -> Ite
     """Indices of each batch, longest sequences first."""
     batch: list[int] = []
     tokens = 0
-    for index in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
+    for index in _longest_first(sequences):
         # A padded batch is as wide as its first sequence, the longest.
         width = len(sequences[batch[0]]) if padded and batch else len(sequences[index])
         if batch and tokens + width > batch_tokens:
@@ -279,9 +275,24 @@ def batches(sequences: list[np.ndarray], batch_tokens: int, padded: bool) -> Ite
         yield batch
 
 
+def _longest_first(sequences: list[np.ndarray]) -> list[int]:
+    return sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+
+
+def _batches_at_once(model: PreTrainedModel, sequences: list[np.ndarray]) -> int:
+    """How many batches :func:`embed` has under way, each on cores of its own; 1 on a GPU, and where it would not help."""
+    from clpl_moe.encoder.packing import can_pack
+
+    # Encoders that are not run from here may keep something of a pass in themselves; toys would wait for Python's lock.
+    if model.device.type != "cpu" or not can_pack(model) or model.config.hidden_size < _LEAST_WIDTH:
+        return 1
+    tokens = sum(map(len, sequences))
+    return max(1, min(torch.get_num_threads(), _MOST_BATCHES_AT_ONCE, tokens // _LEAST_TOKENS_A_CORE))
+
+
 def _even_batches(sequences: list[np.ndarray], batch_tokens: int, workers: int) -> list[list[int]]:
     """:func:`batches` without padding, about as large as each other and as many for each worker: none waits at the end."""
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    order = _longest_first(sequences)
     ends = np.cumsum([len(sequences[i]) for i in order])
     longest, tokens = len(sequences[order[0]]), ends[-1]
     room = batch_tokens - longest  # a batch ends with the text that reaches its share
@@ -331,8 +342,8 @@ def _fetch(output: Tensor, embeddings: Tensor, rows: list[int]) -> Callable[[], 
 def _map_on_cores(
     function: Callable[[list[int]], Tensor], batches: Sequence[list[int]], workers: int
 ) -> Iterator[Tensor]:
-    """``map`` with several batches at a time, which share torch's threads. All threads on one batch would wait for each
-    other after every operation. Until it ends torch has as many threads fewer in the whole process."""
+    """``map`` with several batches at a time, among which torch's threads are divided: all threads on one batch wait for
+    each other after every operation. Until it ends, the whole process has so many threads for each operation of torch."""
     threads = torch.get_num_threads()
     each = threads // workers
     torch.set_num_threads(each)
