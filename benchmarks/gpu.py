@@ -4,12 +4,13 @@
 random, made on the device, and the texts are random tokens with lengths as in retrieval data. It writes
 ``benchmarks/results/gpu.json``:
 
-- the bf16 matrix product's rate, which the shares below are of;
+- the rate of the bf16 matrix product 8192³, the best of several tries, which the shares below are of;
 - a training step (packed texts, CLPL, the Linear layers that ``trainable: moe`` trains, bf16 autocast over float32 weights,
-  fused AdamW), dense and with N experts at k = 1: seconds, peak memory, share of that rate, and whether anything in it waits
-  for the device;
+  fused AdamW), dense and with N experts at k = 1: milliseconds, peak memory, share of that rate, and whether anything in it
+  waits for the device;
 - the same with the loop over experts as the code of 2024 had it;
-- encoding of passages in bfloat16.
+- encoding of passages in bfloat16, dense and with experts;
+- the kernels in which the device spends its time, by share.
 
 ``--device cpu --quick`` runs everything once on a small shape, to see that it works.
 """
@@ -17,6 +18,7 @@ random, made on the device, and the texts are random tokens with lengths as in r
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from transformers import XLMRobertaConfig, XLMRobertaModel
 from clpl_moe import CLPLLoss, MoEConfig, inject_moe
 from clpl_moe.encoder.packing import PackedTexts, embed_packed
 from clpl_moe.errors import UserError, command
-from common import RESULTS, peak_memory, reset_peak_memory, side_by_side, write_result
+from common import RESULTS, peak_memory, reset_peak_memory, seconds, side_by_side, write_result
 from experts import LoopIntermediate, waits_for_device
 
 BGE_M3 = {
@@ -63,6 +65,13 @@ def random_texts(count: int, shortest: int, longest: int, vocabulary: int, devic
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).sort().values.tolist()
     sequences = [torch.randint(4, vocabulary, (length,), generator=generator).tolist() for length in lengths]
     return PackedTexts.from_sequences(sequences).to(device)
+
+
+def training_texts(queries: int, group: int, longest: int, vocabulary: int, device: torch.device) -> PackedTexts:
+    """Queries, as many queries of negatives, and ``group`` passages for each query."""
+    short = random_texts(2 * queries, 6, 32, vocabulary, device)
+    long = random_texts(queries * group, 32, longest, vocabulary, device)
+    return PackedTexts(torch.cat([short.input_ids, long.input_ids]), torch.cat([short.lengths, long.lengths]))
 
 
 def step_flops(shape: dict[str, int], lengths: list[int], *, backward: bool) -> float:
@@ -107,12 +116,27 @@ def matmul_rate(device: torch.device, size: int, repeats: int) -> float:
     return 2 * size**3 / times["matmul"]["seconds"]
 
 
+def kernel_shares(call: Callable[[], None], device: torch.device, count: int = 15) -> dict[str, float]:
+    """The ``count`` kernels that a call spends most of the device's time in, with their shares; nothing on a CPU."""
+    if device.type == "cpu":
+        return {}
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        seconds(call, device)
+    spent: Counter[str] = Counter()
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            spent[event.name[:100]] += event.self_device_time_total
+    total = sum(spent.values())
+    return {name: round(time / total, 3) for name, time in spent.most_common(count)}
+
+
 @command
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--queries", type=int, default=32, help="queries of a training step")
+    parser.add_argument("--queries", type=int, nargs="+", default=[32, 64], help="queries of training steps")
     parser.add_argument("--group", type=int, default=5, help="passages for each query")
     parser.add_argument("--passages", type=int, default=512, help="passages of an encoding pass")
     parser.add_argument("--repeats", type=int, default=11)
@@ -123,51 +147,71 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device was found; --device cpu --quick only checks that this runs")
     shape, longest, matrix = (QUICK, 48, 256) if args.quick else (BGE_M3, 512, 8192)
-    queries, passages, repeats = (2, 4, 2) if args.quick else (args.queries, args.passages, args.repeats)
+    queries, passages, repeats = ([2], 4, 2) if args.quick else (args.queries, args.passages, args.repeats)
     group = args.group
 
-    rate = matmul_rate(device, matrix, repeats)
-    short = random_texts(2 * queries, 6, 32, shape["vocab_size"], device)
-    long = random_texts(queries * group, 32, longest, shape["vocab_size"], device)
-    texts = PackedTexts(torch.cat([short.input_ids, long.input_ids]), torch.cat([short.lengths, long.lengths]))
-    flops = step_flops(shape, texts.lengths.tolist(), backward=True)
-    rows, measurements = [], {"matmul_tflops": rate / 1e12, "tokens": int(texts.lengths.sum())}
-    variants = [("dense", 0, False), ("ours N=2", 2, False), ("ours N=4", 4, False), ("ours N=8", 8, False)]
-    variants += [("2024 loop N=2", 2, True), ("2024 loop N=8", 8, True)]
-    for name, experts, loop in variants:
-        # The dense step beside each, so that the ratio is of one time; memory is that of each alone.
-        step = training_step(make_encoder(shape, device, experts, loop=loop), queries, group, texts)
-        step()
+    rates = [matmul_rate(device, matrix, repeats)]
+    corpus = random_texts(passages, 32, longest, shape["vocab_size"], device)
+    rows, flops, measurements = [], [], {"corpus_tokens": len(corpus.input_ids)}
+
+    def measure(
+        name: str, make: Callable[[int, bool], Callable[[], None]], experts: int, loop: bool, work: float
+    ) -> None:
+        call = make(experts, loop)
+        call()
         reset_peak_memory(device.type)
-        step()
+        call()
         memory = peak_memory(device.type)
-        waits = waits_for_device(step) if device.type == "cuda" else None
-        calls = {"dense": training_step(make_encoder(shape, device), queries, group, texts), name: step}
-        times = side_by_side(calls, device, repeats, warmup=2)
-        measurements[name] = times
+        waits = waits_for_device(call) if device.type == "cuda" else None
+        shares = kernel_shares(call, device)
+        # The dense encoder beside each, so that the ratio is of one time.
+        times = side_by_side({"dense": make(0, False), name: call}, device, repeats, warmup=2)
+        rates.append(matmul_rate(device, matrix, repeats))
+        measurements[name] = times | {"kernels": shares}
+        flops.append(work)
         rows.append(
             {
-                "training step": name,
+                "pass": name,
                 "ms": round(1000 * times[name]["seconds"], 1),
                 "time / dense": times[name]["ratio"],
                 "peak GiB": round(memory / 2**30, 2),
-                "share of matmul": round(flops / times[name]["seconds"] / rate, 3),
+                "share of matmul": None,
                 "waits for device": waits,
             }
         )
         print(rows[-1], flush=True)
 
-    corpus = random_texts(passages, 32, longest, shape["vocab_size"], device)
-    encoder = make_encoder(shape, device).to(torch.bfloat16).eval()
+    def make_encoding(experts: int, loop: bool) -> Callable[[], None]:
+        encoder = make_encoder(shape, device, experts, loop=loop).to(torch.bfloat16).eval()
 
-    @torch.inference_mode()
-    def encode() -> None:
-        embed_packed(encoder, corpus, pooling="cls", normalize=True)
+        @torch.inference_mode()
+        def encode() -> None:
+            embed_packed(encoder, corpus, pooling="cls", normalize=True)
 
-    seconds = side_by_side({"encode": encode}, device, repeats, warmup=2)["encode"]["seconds"]
-    share = step_flops(shape, corpus.lengths.tolist(), backward=False) / seconds / rate
-    measurements["encode"] = {"passages_per_second": passages / seconds, "share_of_matmul": share}
-    print(f"encoding {passages / seconds:,.0f} passages/s, {share:.0%} of the matmul rate {rate / 1e12:.0f} TFLOP/s")
+        return encode
+
+    sizes = [("dense", 0, False), ("N=2", 2, False), ("N=4", 4, False), ("N=8", 8, False)]
+    loops = [("2024 loop N=2", 2, True), ("2024 loop N=8", 8, True)]
+    for count in queries:
+        texts = training_texts(count, group, longest, shape["vocab_size"], device)
+        measurements[f"tokens of {count} queries"] = len(texts.input_ids)
+
+        def make_training(
+            experts: int, loop: bool, count: int = count, texts: PackedTexts = texts
+        ) -> Callable[[], None]:
+            return training_step(make_encoder(shape, device, experts, loop=loop), count, group, texts)
+
+        work = step_flops(shape, texts.lengths.tolist(), backward=True)
+        for name, experts, loop in sizes + (loops if count == queries[0] else []):
+            measure(f"training step of {count} queries, {name}", make_training, experts, loop, work)
+    work = step_flops(shape, corpus.lengths.tolist(), backward=False)
+    for name, experts in (("dense", 0), ("N=2", 2), ("N=8", 8)):
+        measure(f"encoding, {name}", make_encoding, experts, False, work)
+    rate = max(rates)
+    for row, operations in zip(rows, flops, strict=True):
+        row["share of matmul"] = round(operations / measurements[row["pass"]][row["pass"]]["seconds"] / rate, 3)
+        print(f"{row['pass']}: {row['share of matmul']:.0%} of {rate / 1e12:.0f} TFLOP/s")
+    measurements["matmul_tflops"] = [round(value / 1e12, 1) for value in rates]
     settings = {
         "model": "random weights" if args.quick else "BGE-M3's shape, random weights",
         "precision": "bf16",

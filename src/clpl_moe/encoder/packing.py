@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -28,21 +27,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertModel, PreTrainedModel, RobertaModel, XLMRobertaModel
-from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
-from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaSelfAttention
-from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer, XLMRobertaSelfAttention
+from transformers.models.bert.modeling_bert import BertLayer, BertOutput, BertSelfAttention, BertSelfOutput
+from transformers.models.roberta.modeling_roberta import (
+    RobertaLayer,
+    RobertaOutput,
+    RobertaSelfAttention,
+    RobertaSelfOutput,
+)
+from transformers.models.xlm_roberta.modeling_xlm_roberta import (
+    XLMRobertaLayer,
+    XLMRobertaOutput,
+    XLMRobertaSelfAttention,
+    XLMRobertaSelfOutput,
+)
 
 from clpl_moe.encoder.settings import check_pooling, pool
+from clpl_moe.moe.dispatch import cast, compute_dtype
 from clpl_moe.moe.install import has_experts, layer_states
+from clpl_moe.moe.layer import RoutedOutput, RoutedTokens
 
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.11
     varlen_attn = None
+try:
+    from clpl_moe.encoder.add_norm import add_norm
+except ImportError:  # no Triton, as in torch's CPU builds
+    add_norm = None
 
 _ENCODERS = (XLMRobertaModel, RobertaModel, BertModel)
 _LAYERS = (XLMRobertaLayer, RobertaLayer, BertLayer)
 _ATTENTIONS = (XLMRobertaSelfAttention, RobertaSelfAttention, BertSelfAttention)
+_OUTPUTS = (
+    XLMRobertaSelfOutput,
+    XLMRobertaOutput,
+    RobertaSelfOutput,
+    RobertaOutput,
+    BertSelfOutput,
+    BertOutput,
+    RoutedOutput,
+)
 
 
 @dataclass(eq=False)
@@ -181,12 +205,12 @@ def _embed_stream(encoder: PreTrainedModel, packed: PackedTexts, pooling: str) -
     with _running(encoder):
         with torch.set_grad_enabled(graph and trained[0]):
             ids, positions = packed.input_ids.unsqueeze(0), _positions(encoder, packed).unsqueeze(0)
-            hidden = encoder.embeddings(input_ids=ids, position_ids=positions)  # (1, T, D)
+            hidden = _with_cast(encoder.embeddings(input_ids=ids, position_ids=positions))  # (1, T, D)
         for number, layer in enumerate(layers, 1):
             with torch.set_grad_enabled(graph and any(trained[: number + 1])):
                 # The last one returns (1, n, D), or (1, T, D) for the mean.
                 hidden = _run_layer(layer, hidden, stream, rows if number == len(layers) else None)
-    embeddings = hidden.squeeze(0)
+    embeddings = hidden[0].squeeze(0)
     if pooling == "mean":
         wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         # unsafe leaves out checks that would wait for the device.
@@ -209,31 +233,71 @@ def _positions(encoder: PreTrainedModel, packed: PackedTexts) -> Tensor:
     return (through - before[first]) * counted + padding
 
 
-def _run_layer(layer: nn.Module, hidden: Tensor, stream: _Stream, rows: Tensor | None) -> Tensor:
-    """One transformer layer, (1, T, D) to (1, T, D), or to (1, n, D) for ``rows`` (n,), one token of each text."""
-    run = partial(_layer, layer, stream=stream, rows=rows)
+def _run_layer(
+    layer: nn.Module, hidden: tuple[Tensor, ...], stream: _Stream, rows: Tensor | None
+) -> tuple[Tensor, ...]:
+    """One transformer layer, (1, T, D) to (1, T, D), or to (1, n, D) for ``rows`` (n,), one token of each text.
+
+    Hidden states come and go as layer norm leaves them and, where that is another one, as autocast wants them in Linear
+    layers: so they are cast once and not by each of these.
+    """
+
+    def run(*hidden: Tensor) -> tuple[Tensor, ...]:
+        return _layer(layer, hidden, stream, rows)
+
     if not (layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()):
-        return run(hidden)
+        return run(*hidden)
     checkpoint = layer._gradient_checkpointing_func
-    if not hidden.requires_grad and getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
-        hidden = hidden.detach().requires_grad_()  # the reentrant kind has no gradients otherwise
-    return checkpoint(run, hidden)
+    if not hidden[0].requires_grad and getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
+        hidden = hidden[0].detach().requires_grad_(), *hidden[1:]  # the reentrant kind has no gradients otherwise
+    return checkpoint(run, *hidden)
 
 
-def _layer(layer: nn.Module, hidden: Tensor, stream: _Stream, rows: Tensor | None) -> Tensor:
+def _layer(layer: nn.Module, hidden: tuple[Tensor, ...], stream: _Stream, rows: Tensor | None) -> tuple[Tensor, ...]:
     for module in (layer.intermediate, layer.output):
         if hasattr(module, "state"):  # experts: every token that they are shown is real
             module.state.set_tokens(None)
     attention = layer.attention.self
     shape = (-1, attention.num_attention_heads, attention.attention_head_size)
-    kept = hidden if rows is None else hidden[:, rows]
-    query = attention.query(kept).view(shape)  # (T or n, heads, d)
-    key, value = attention.key(hidden).view(shape), attention.value(hidden).view(shape)  # (T, heads, d)
+    kept = hidden if rows is None else tuple(states[:, rows] for states in hidden)
+    query = attention.query(kept[-1]).view(shape)  # (T or n, heads, d)
+    key, value = attention.key(hidden[-1]).view(shape), attention.value(hidden[-1]).view(shape)  # (T, heads, d)
     dropout = attention.dropout.p if attention.training else 0.0
     attend = _flash_attention if stream.flash else _grouped_attention
     context = attend(query, key, value, stream, dropout)  # (T or n, heads, d)
-    kept = layer.attention.output(context.reshape(1, len(query), -1), kept)
-    return layer.output(layer.intermediate(kept), kept)
+    kept = _close(layer.attention.output, context.reshape(1, len(query), -1), kept[0])
+    return _close(layer.output, layer.intermediate(kept[-1]), kept[0])
+
+
+def _with_cast(hidden: Tensor) -> tuple[Tensor, ...]:
+    """Hidden states, and the same in autocast's dtype where that is another one."""
+    return (hidden,) if compute_dtype(hidden) == hidden.dtype else (hidden, cast(hidden))
+
+
+def _close(output: nn.Module, hidden: Tensor | RoutedTokens, residual: Tensor) -> tuple[Tensor, ...]:
+    """A block's output module: Linear, dropout, sum with the residual (1, T, D), and layer norm."""
+    if not _closes_in_one_pass(output, hidden, residual):
+        return _with_cast(output(hidden, residual))
+    slots = None
+    if isinstance(hidden, RoutedTokens):
+        hidden, slots = hidden.values.unsqueeze(0), hidden.assignment.inverse
+    hidden = output.dropout(output.dense(hidden))
+    norm = output.LayerNorm
+    states = add_norm(hidden.squeeze(0), residual.squeeze(0), norm.weight, norm.bias, norm.eps, slots)
+    return tuple(part.unsqueeze(0) for part in states)
+
+
+def _closes_in_one_pass(output: nn.Module, hidden: Tensor | RoutedTokens, residual: Tensor) -> bool:
+    if (
+        add_norm is None
+        or not residual.is_cuda
+        or type(output) not in _OUTPUTS
+        or type(output.LayerNorm) is not nn.LayerNorm
+    ):
+        return False
+    if isinstance(hidden, RoutedTokens) and (hidden.assignment.mixed or hidden.assignment.top_k > 1):
+        return False
+    return compute_dtype(residual) in (torch.float16, torch.bfloat16)
 
 
 def _grouped_attention(query: Tensor, key: Tensor, value: Tensor, stream: _Stream, dropout: float) -> Tensor:

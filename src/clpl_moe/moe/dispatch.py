@@ -5,6 +5,7 @@ With T tokens, N experts and ``top_k`` = k there are S = T·k slots, one for eac
 - **Sorted** (k < N): slots are sorted by expert, so that each expert owns one contiguous part, and the arithmetic is that of
   the dense layer times k. Beside it stand one gather of tokens and one of results, and the same two in the backward pass:
   the permutation is kept together with its inverse, so that nothing is ever scattered.
+- **In kernels of our own** (k = 1, in bfloat16 on CUDA, :mod:`.kernels`): sorted, with fewer passes over the tokens.
 - **Mixed** (k = N): every expert sees every token, hence nothing is sorted, and the weighted sum over the experts
   is accumulated by the matrix products themselves.
 
@@ -23,8 +24,15 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import GELUActivation
+
+try:
+    # By its full name: it stays behind when this file travels with a model's weights.
+    from clpl_moe.moe.kernels import routed_gelu
+except ImportError:  # no Triton, as in torch's CPU builds
+    routed_gelu = None
 
 
 @dataclass
@@ -69,6 +77,18 @@ class Assignment:
         return self._sizes
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a Linear would compute with ``x`` in: its own dtype, or autocast's where that is on."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def cast(x: Tensor) -> Tensor:
+    """``x`` in :func:`compute_dtype`, for what is not registered with autocast; differentiable."""
+    return x.to(compute_dtype(x))
+
+
 def mixes_all(num_experts: int, top_k: int) -> bool:
     """Whether to compute all experts for all tokens: where each token goes to each expert anyway."""
     return top_k == num_experts
@@ -82,10 +102,27 @@ def has_grouped_kernel(slots: Tensor, weight: Tensor) -> bool:
     """
     return (
         slots.is_cuda
-        and slots.dtype == weight.dtype == torch.bfloat16
+        and compute_dtype(slots) == compute_dtype(weight) == torch.bfloat16
         and hasattr(F, "grouped_mm")
         and weight.shape[1] % 8 == weight.shape[2] % 8 == 0  # rows of whole 16 bytes
         and torch.cuda.get_device_capability(slots.device) >= (9, 0)
+    )
+
+
+def routes_in_kernels(tokens: Tensor, weight: Tensor, top_k: int, activation: nn.Module) -> bool:
+    """Whether :mod:`.kernels` routes, multiplies and activates: one expert a token, GELU, where there is a grouped kernel.
+
+    Not within ``torch.compile``, which does not see through it.
+    """
+    gelu = isinstance(activation, GELUActivation) and activation.act is F.gelu
+    return (
+        routed_gelu is not None
+        and tokens.is_cuda
+        and gelu
+        and top_k == 1 < len(weight) <= 64
+        and len(tokens) > 0
+        and has_grouped_kernel(tokens, weight)
+        and not torch.compiler.is_compiling()
     )
 
 
@@ -103,7 +140,7 @@ def gather(tokens: Tensor, assignment: Assignment) -> Tensor:
     """tokens (T, D) as the experts take them: slots (S, D); unchanged where mixed."""
     if assignment.mixed:
         return tokens
-    return _Gather.apply(tokens, assignment.rows, assignment.inverse, assignment.top_k)
+    return _Gather.apply(cast(tokens), assignment.rows, assignment.inverse, assignment.top_k)
 
 
 def restore(results: Tensor, assignment: Assignment, real: Tensor | None, count: int) -> Tensor:
@@ -140,10 +177,8 @@ def expert_linear(x: Tensor, weight: Tensor, bias: Tensor, assignment: Assignmen
         With ``weigh`` one row a token, (T, out): at k = 1 still in sorted order, else in the tokens'. Without, all
         slots: (S, out), or (N, T, out) where mixed.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        # What follows is not registered with autocast; these casts are differentiable.
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    # What follows is not registered with autocast; these casts are differentiable.
+    x, weight, bias = (cast(tensor) for tensor in (x, weight, bias))
     if assignment.mixed:
         if weigh:
             return _MixedLinear.apply(x, weight, bias, assignment.weights)

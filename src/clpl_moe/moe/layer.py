@@ -23,7 +23,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .dispatch import Assignment, assign, expert_linear, gather, mixes_all, pick, restore, scores
+from .dispatch import (
+    Assignment,
+    assign,
+    cast,
+    expert_linear,
+    gather,
+    mixes_all,
+    pick,
+    restore,
+    routed_gelu,
+    routes_in_kernels,
+    scores,
+)
 
 
 class LayerState:
@@ -127,16 +139,22 @@ class Router(nn.Module):
                         weights = chosen * (num_experts / self.top_k)
                 unit = self.top_k == 1 and self.kind != "softmax_topk"
                 assignment = assign(experts, weights, num_experts, unit=unit)
-            if state.tracking and self.training:
-                record = RouterRecord(
-                    counts=assignment.counts.float(),
-                    probability_sums=logits.softmax(-1).sum(0),
-                    z_sum=logits.logsumexp(-1).square().sum(),
-                )
-                # What checkpointing repeats has to be computed as before, but is not to be counted twice.
-                if state.is_running():
-                    state.records.append(record)
+            self.record(state, logits, assignment.counts)
         return assignment
+
+    def record(self, state: LayerState, logits: Tensor, counts: Tensor) -> None:
+        """In training, leave a record of logits (T, N) and of how many tokens went to each expert (N,), where that tracks."""
+        if not (state.tracking and self.training):
+            return
+        with torch.autocast(logits.device.type, enabled=False):
+            record = RouterRecord(
+                counts=counts.float(),
+                probability_sums=logits.softmax(-1).sum(0),
+                z_sum=logits.logsumexp(-1).square().sum(),
+            )
+        # What checkpointing repeats has to be computed as before, but is not to be counted twice.
+        if state.is_running():
+            state.records.append(record)
 
 
 class Experts(nn.Module):
@@ -218,10 +236,29 @@ class MoEIntermediate(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor | RoutedTokens:
         """(B, L, hidden) to (B, L, ffn)."""
         tokens = real_tokens(hidden, self.state)
-        assignment = self.router(tokens, self.state)
-        mixed = self.dense(gather(tokens, assignment), assignment)
-        routed = RoutedTokens(self.intermediate_act_fn(mixed), assignment)
+        if self._runs_in_kernels(tokens):
+            routed = self._route_in_kernels(tokens)
+        else:
+            assignment = self.router(tokens, self.state)
+            mixed = self.dense(gather(tokens, assignment), assignment)
+            routed = RoutedTokens(self.intermediate_act_fn(mixed), assignment)
         return routed if self.hands_over else back_in_place(routed, self.state, hidden.shape[:-1])
+
+    def _runs_in_kernels(self, tokens: Tensor) -> bool:
+        router, experts = self.router, self.dense
+        # An adapter around the experts has to be called, and softmax_topk's weights are not 1.
+        plain = type(experts) is Experts and type(router) is Router and router.kind != "softmax_topk"
+        return plain and routes_in_kernels(tokens, experts.weight, router.top_k, self.intermediate_act_fn)
+
+    def _route_in_kernels(self, tokens: Tensor) -> RoutedTokens:
+        router, experts = self.router, self.dense
+        learns = router.kind == "straight_through"
+        values, logits, rows, slots, counts = routed_gelu(
+            tokens, router.weight, cast(experts.weight), cast(experts.bias), learns=learns
+        )
+        router.record(self.state, logits, counts)
+        weights = logits.new_ones(1).expand(len(rows), 1)
+        return RoutedTokens(values, Assignment(weights, counts, rows, slots, unit=True))
 
 
 class RoutedOutput(nn.Module):

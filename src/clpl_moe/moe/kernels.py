@@ -1,0 +1,414 @@
+"""The router and the experts of a layer's first half on a CUDA device, in bfloat16, in as few passes as it takes.
+
+Where each token goes to one expert, with a weight of 1, what experts cost beside a dense layer is not arithmetic but reading
+and writing activations once more: to score, to sort, to add each expert's bias, and the same in the backward pass. Here
+
+1. one kernel scores the tokens, picks their experts and counts them by blocks of tokens;
+2. a second one knows from the running sum of these counts where each token goes, and takes it there, cast on the way;
+3. ``grouped_mm`` multiplies, and a third kernel adds the bias and applies GELU;
+4. the backward pass of the third leaves the gradients of the biases and of the tokens' weights as by-products;
+5. a last kernel takes the tokens' gradients back and adds those that come through the router, whose own it leaves, too.
+
+The sums that several blocks contribute to are written by block and summed afterwards, always in the same order, so that
+results repeat exactly. Triton comes with torch's CUDA builds; its interpreter runs all this on a CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Sizes that measured best on an H200. Kernels over tokens take so many at once, forwards and back, and read so many columns:
+_TOKENS, _TOKENS_BACK, _COLUMNS = 64, 32, 64
+# Those over activations take so many slots and features at once and with so many warps; in the backward pass, sums are over
+# so many slots.
+_TILE, _FEATURES, _WARPS = 4, 256, 1
+_SLOTS = 64
+
+
+@triton.jit
+def _route_kernel(
+    x,
+    weight,
+    logits,
+    experts,
+    counts,
+    tokens,
+    num_experts,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """Logits and choice of a block's tokens; how many chose each expert."""
+    block = tl.program_id(0)
+    t = block * TOKENS + tl.arange(0, TOKENS)
+    e = tl.arange(0, EXPERTS)
+    rows = t.to(tl.int64)[:, None] * WIDTH
+    scores = tl.zeros((TOKENS, EXPERTS), tl.float32)
+    for start in range(0, WIDTH, COLUMNS):
+        d = start + tl.arange(0, COLUMNS)
+        values = tl.load(x + rows + d[None, :], mask=(t < tokens)[:, None] & (d < WIDTH)[None, :], other=0.0)
+        row = tl.load(weight + e[None, :] * WIDTH + d[:, None], mask=(e < num_experts)[None, :] & (d < WIDTH)[:, None])
+        row = tl.where((e < num_experts)[None, :] & (d < WIDTH)[:, None], row, 0.0)
+        scores += tl.dot(values.to(tl.float32), row.to(tl.float32), input_precision="tf32x3")
+    real = (t < tokens)[:, None] & (e < num_experts)[None, :]
+    tl.store(logits + t[:, None] * num_experts + e[None, :], scores, mask=real)
+    # At most the last expert, so that NaN in the input does not become a place outside of everything.
+    choice = tl.argmax(tl.where((e < num_experts)[None, :], scores, float("-inf")), axis=1)
+    choice = tl.minimum(choice, num_experts - 1)
+    tl.store(experts + t, choice, mask=t < tokens)
+    chosen = (choice[:, None] == e[None, :]) & (t < tokens)[:, None]
+    tl.store(counts + e * tl.num_programs(0) + block, tl.sum(chosen.to(tl.int32), axis=0), mask=e < num_experts)
+
+
+@triton.jit
+def _sort_kernel(
+    x,
+    experts,
+    counts,
+    ends,
+    slots,
+    rows,
+    owners,
+    x_sorted,
+    tokens,
+    num_experts,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """Takes a block's tokens to their slots: those of one expert side by side, in the order of tokens."""
+    block = tl.program_id(0)
+    t = block * TOKENS + tl.arange(0, TOKENS)
+    e = tl.arange(0, EXPERTS)
+    choice = tl.load(experts + t, mask=t < tokens, other=-1)
+    chosen = (choice[:, None] == e[None, :]).to(tl.int32)
+    place = e * tl.num_programs(0) + block
+    first = tl.load(ends + place, mask=e < num_experts, other=0) - tl.load(
+        counts + place, mask=e < num_experts, other=0
+    )
+    slot = tl.sum(chosen * (first[None, :] + tl.cumsum(chosen, axis=0) - chosen), axis=1)
+    tl.store(slots + t, slot, mask=t < tokens)
+    tl.store(rows + slot, t, mask=t < tokens)
+    tl.store(owners + slot, choice, mask=t < tokens)
+    source, target = t.to(tl.int64)[:, None] * WIDTH, slot.to(tl.int64)[:, None] * WIDTH
+    for start in range(0, WIDTH, COLUMNS):
+        d = start + tl.arange(0, COLUMNS)
+        mask = (t < tokens)[:, None] & (d < WIDTH)[None, :]
+        tl.store(x_sorted + target + d[None, :], tl.load(x + source + d[None, :], mask=mask), mask=mask)
+
+
+@triton.jit
+def _place(CHUNKS: tl.constexpr):
+    """This program's block of slots and chunk of their features; programs side by side do chunks side by side."""
+    program = tl.program_id(0)
+    return program // CHUNKS, program % CHUNKS
+
+
+@triton.jit
+def _normal(z):
+    """The standard normal distribution's density at z, and its share below z, which GELU multiplies z with.
+
+    The error function is that of Abramowitz and Stegun, formula 7.1.26, with an error of at most 1.5e-7: its exponential is
+    the density's, so that both cost little more than one.
+    """
+    power = tl.exp(-0.5 * z * z)
+    root = tl.rsqrt(1 + 0.23164188 * tl.abs(z))  # 0.3275911 / sqrt(2)
+    t = root * root  # cheaper than a division
+    tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    above = 0.5 * tail * power
+    return 0.3989422804014327 * power, tl.where(z < 0, above, 1 - above)
+
+
+@triton.jit
+def _before_gelu(before, bias, owners, start, slots, f, WIDTH: tl.constexpr, SLOTS: tl.constexpr):
+    """Products plus biases (SLOTS, FEATURES) from slot ``start`` on. A block's slots belong to one expert, but for N - 1 blocks."""
+    s = tl.arange(0, SLOTS)
+    real = (start + s < slots)[:, None] & (f < WIDTH)[None, :]
+    z = tl.load(before + start.to(tl.int64) * WIDTH + s[:, None] * WIDTH + f[None, :], mask=real, other=0.0)
+    z = z.to(tl.float32)
+    first = tl.load(owners + tl.minimum(start, slots - 1))
+    last = tl.load(owners + tl.minimum(start + SLOTS, slots) - 1)
+    if first == last:
+        z += tl.load(bias + first * WIDTH + f, mask=f < WIDTH, other=0.0).to(tl.float32)[None, :]
+    else:
+        owner = tl.load(owners + start + s, mask=start + s < slots, other=0)
+        z += tl.load(bias + owner[:, None] * WIDTH + f[None, :], mask=real, other=0.0).to(tl.float32)
+    return z, real
+
+
+@triton.jit
+def _gelu_kernel(before, bias, owners, after, slots, WIDTH: tl.constexpr, SLOTS: tl.constexpr, FEATURES: tl.constexpr):
+    """GELU of products plus the bias of each slot's expert."""
+    block, chunk = _place(tl.cdiv(WIDTH, FEATURES))
+    start = block * SLOTS
+    f = chunk * FEATURES + tl.arange(0, FEATURES)
+    z, real = _before_gelu(before, bias, owners, start, slots, f, WIDTH, SLOTS)
+    _, share = _normal(z)
+    place = tl.arange(0, SLOTS)[:, None] * WIDTH + f[None, :]
+    tl.store(after + start.to(tl.int64) * WIDTH + place, z * share, mask=real)
+
+
+@triton.jit
+def _gelu_backward_kernel(
+    grad_after,
+    before,
+    bias,
+    owners,
+    grad_before,
+    dots,
+    bias_parts,
+    slots,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    TILE: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """Gradient of GELU's input; its product with each slot's; its sum over the slots of each expert in the block.
+
+    The sum of block b for expert e is row b + e of ``bias_parts``: owners ascend, so that no two sums have the same row.
+    """
+    block, chunk = _place(tl.cdiv(WIDTH, FEATURES))
+    f = chunk * FEATURES + tl.arange(0, FEATURES)
+    place = tl.arange(0, TILE)[:, None] * WIDTH + f[None, :]
+    total = tl.zeros((TILE, FEATURES), tl.float32)
+    for number in range(SLOTS // TILE):
+        start = block * SLOTS + number * TILE
+        offset, s = start.to(tl.int64) * WIDTH, start + tl.arange(0, TILE)
+        z, real = _before_gelu(before, bias, owners, start, slots, f, WIDTH, TILE)
+        density, share = _normal(z)
+        grad = tl.load(grad_after + offset + place, mask=real, other=0.0).to(tl.float32) * (share + z * density)
+        tl.store(grad_before + offset + place, grad, mask=real)
+        tl.store(dots + chunk * slots + s, tl.sum(grad * z, axis=1), mask=s < slots)
+        total += grad
+    expert = tl.load(owners + block * SLOTS)
+    last = tl.load(owners + tl.minimum(block * SLOTS + SLOTS, slots) - 1)
+    if expert == last:
+        tl.store(bias_parts + (block + expert).to(tl.int64) * WIDTH + f, tl.sum(total, axis=0), mask=f < WIDTH)
+    else:  # in N - 1 blocks at most
+        tl.debug_barrier()  # what other threads of the block have written is read
+        while expert <= last:
+            total = tl.zeros((TILE, FEATURES), tl.float32)
+            for number in range(SLOTS // TILE):
+                start = block * SLOTS + number * TILE
+                s = start + tl.arange(0, TILE)
+                own = tl.load(owners + s, mask=s < slots, other=-1) == expert
+                mask = own[:, None] & (f < WIDTH)[None, :]
+                total += tl.load(grad_before + start.to(tl.int64) * WIDTH + place, mask=mask, other=0.0).to(tl.float32)
+            tl.store(bias_parts + (block + expert).to(tl.int64) * WIDTH + f, tl.sum(total, axis=0), mask=f < WIDTH)
+            expert += 1
+
+
+@triton.jit
+def _bias_kernel(
+    bias_parts,
+    ends,
+    grad_bias,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """Sums one expert's rows of ``bias_parts``."""
+    expert = tl.program_id(0)
+    f = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(ends + expert)
+    total = tl.zeros((BLOCKS, FEATURES), tl.float32)
+    block = begin // SLOTS
+    stop = tl.where(end > begin, (end - 1) // SLOTS + 1, block)
+    while block < stop:
+        b = block + tl.arange(0, BLOCKS)
+        mask = (b < stop)[:, None] & (f < WIDTH)[None, :]
+        total += tl.load(bias_parts + (b + expert).to(tl.int64)[:, None] * WIDTH + f[None, :], mask=mask, other=0.0)
+        block += BLOCKS
+    tl.store(grad_bias + expert * WIDTH + f, tl.sum(total, axis=0), mask=f < WIDTH)
+
+
+@triton.jit
+def _route_backward_kernel(
+    grad_sorted,
+    x_sorted,
+    logits,
+    experts,
+    slots,
+    dots,
+    grad_logits,
+    weight,
+    grad_x,
+    weight_parts,
+    tokens,
+    num_experts,
+    LEARNS: tl.constexpr,
+    DOTS: tl.constexpr,
+    HAS_GRAD_LOGITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """Gradient of a block's tokens, through their experts and through the router, and the block's part of the router's."""
+    block = tl.program_id(0)
+    t = block * TOKENS + tl.arange(0, TOKENS)
+    e = tl.arange(0, EXPERTS)
+    real = (t < tokens)[:, None] & (e < num_experts)[None, :]
+    slot = tl.load(slots + t, mask=t < tokens, other=0)
+    source, target = slot.to(tl.int64)[:, None] * WIDTH, t.to(tl.int64)[:, None] * WIDTH
+    scores_grad = tl.zeros((TOKENS, EXPERTS), tl.float32)
+    if LEARNS:
+        # The weight p / p, 1 in value, has the gradient of log p: 1 for the choice, less the probabilities.
+        scores = tl.load(logits + t[:, None] * num_experts + e[None, :], mask=real, other=float("-inf"))
+        scores = tl.where((t < tokens)[:, None], scores, 0.0)
+        scores = tl.exp(scores - tl.max(scores, axis=1)[:, None])
+        probabilities = scores / tl.sum(scores, axis=1)[:, None]
+        choice = tl.load(experts + t, mask=t < tokens, other=0)
+        chosen = (choice[:, None] == e[None, :]).to(tl.float32)
+        weight_grad = tl.zeros((TOKENS,), tl.float32)
+        for part in range(DOTS):
+            weight_grad += tl.load(dots + part * tokens + slot, mask=t < tokens, other=0.0)
+        scores_grad += weight_grad[:, None] * (chosen - probabilities)
+    if HAS_GRAD_LOGITS:
+        scores_grad += tl.load(grad_logits + t[:, None] * num_experts + e[None, :], mask=real, other=0.0)
+    scores_grad = tl.where(real, scores_grad, 0.0)
+    for start in range(0, WIDTH, COLUMNS):
+        d = start + tl.arange(0, COLUMNS)
+        mask = (t < tokens)[:, None] & (d < WIDTH)[None, :]
+        grad = tl.load(grad_sorted + source + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        if LEARNS or HAS_GRAD_LOGITS:
+            # In tf32, which is more than gradients in bfloat16 come with.
+            known = (e < num_experts)[:, None] & (d < WIDTH)[None, :]
+            row = tl.load(weight + e[:, None] * WIDTH + d[None, :], mask=known, other=0.0).to(tl.float32)
+            grad += tl.dot(scores_grad, row, input_precision="tf32")
+            value = tl.load(x_sorted + source + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            weight_part = tl.dot(tl.trans(scores_grad), value, input_precision="tf32")
+            place = (block * num_experts + e).to(tl.int64)[:, None] * WIDTH + d[None, :]
+            tl.store(weight_parts + place, weight_part, mask=known)
+        tl.store(grad_x + target + d[None, :], grad, mask=mask)
+
+
+def routed_gelu(x: Tensor, router_weight: Tensor, weight: Tensor, bias: Tensor, *, learns: bool) -> tuple[Tensor, ...]:
+    """Activations of the one expert of each token, ``gelu(W x + b)``, sorted by expert; differentiable.
+
+    Args:
+        x: (T, in), T at least 1, of any float dtype.
+        router_weight: (N, in), any float dtype; scores are computed in float32.
+        weight: (N, out, in) in bfloat16.
+        bias: (N, out) in bfloat16.
+        learns: whether a token's weight, 1 in value, has the gradient of its probability (straight-through).
+
+    Returns:
+        activations (T, out) in bfloat16, sorted by expert; the router's logits (T, N) in float32, differentiable; and
+        without gradients: ``rows`` (T,) int64, the token in each slot; ``slots`` (T,) int64, the slot of each token;
+        ``counts`` (N,) int64, tokens of each expert.
+    """
+    return _RoutedGelu.apply(x, router_weight, weight, bias, learns)
+
+
+class _RoutedGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, router_weight: Tensor, weight: Tensor, bias: Tensor, learns: bool
+    ) -> tuple[Tensor, ...]:
+        x, router_weight = x.contiguous(), router_weight.contiguous()
+        tokens, width = x.shape
+        num_experts, features, _ = weight.shape
+        blocks = triton.cdiv(tokens, _TOKENS)
+        sizes = {"WIDTH": width, "TOKENS": _TOKENS, "COLUMNS": _COLUMNS, "EXPERTS": _padded(num_experts)}
+        logits = x.new_empty(tokens, num_experts, dtype=torch.float32)
+        experts = x.new_empty(tokens, dtype=torch.int32)
+        counts = x.new_empty(num_experts, blocks, dtype=torch.int32)
+        _route_kernel[(blocks,)](x, router_weight, logits, experts, counts, tokens, num_experts, **sizes)
+
+        ends = counts.flatten().cumsum(0, dtype=torch.int32)  # of each expert's part of each block
+        slots, rows = (x.new_empty(tokens, dtype=torch.int64) for _ in range(2))
+        owners = torch.empty_like(experts)
+        x_sorted = x.new_empty(tokens, width, dtype=weight.dtype)
+        _sort_kernel[(blocks,)](x, experts, counts, ends, slots, rows, owners, x_sorted, tokens, num_experts, **sizes)
+
+        ends = ends.view(num_experts, blocks)[:, -1].contiguous()
+        before = F.grouped_mm(x_sorted, weight.transpose(1, 2), offs=ends)
+        after = torch.empty_like(before)
+        grid = (triton.cdiv(tokens, _TILE) * triton.cdiv(features, _FEATURES),)
+        _gelu_kernel[grid](before, bias, owners, after, tokens, features, _TILE, _FEATURES, num_warps=_WARPS)
+        ctx.save_for_backward(x_sorted, router_weight, weight, bias, logits, experts, slots, owners, ends, before)
+        ctx.learns, ctx.dtype = learns, x.dtype
+        counts = counts.sum(1)
+        ctx.mark_non_differentiable(rows, slots, counts)
+        ctx.set_materialize_grads(False)
+        return after, logits, rows, slots, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor | None, grad_logits: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+        x_sorted, router_weight, weight, bias, logits, experts, slots, owners, ends, before = ctx.saved_tensors
+        tokens, width = x_sorted.shape
+        num_experts, features, _ = weight.shape
+        if grad is None:
+            grad = torch.zeros_like(before)
+        blocks, chunks = triton.cdiv(tokens, _SLOTS), triton.cdiv(features, _FEATURES)
+        grad_before = torch.empty_like(before)
+        # The gradient of a token's weight, which multiplies the input of GELU, is that input's gradient times it.
+        dots = logits.new_empty(chunks, tokens)
+        bias_parts = logits.new_empty(blocks + num_experts - 1, features)
+        _gelu_backward_kernel[(blocks * chunks,)](
+            grad.contiguous(),
+            before,
+            bias,
+            owners,
+            grad_before,
+            dots,
+            bias_parts,
+            tokens,
+            features,
+            _SLOTS,
+            _TILE,
+            _FEATURES,
+            num_warps=_WARPS,
+        )
+        grad_weight = grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_weight = F.grouped_mm(grad_before.t(), x_sorted, offs=ends)
+        if ctx.needs_input_grad[3]:
+            grad_bias = torch.empty_like(bias)
+            grid = num_experts, triton.cdiv(features, 32)
+            _bias_kernel[grid](bias_parts, ends, grad_bias, features, _SLOTS, 128, 32)
+
+        grad_sorted = F.grouped_mm(grad_before, weight, offs=ends)
+        blocks = triton.cdiv(tokens, _TOKENS_BACK)
+        grad_x = x_sorted.new_empty(tokens, width, dtype=ctx.dtype)
+        weight_parts = logits.new_empty(blocks, num_experts, width)
+        routed = ctx.learns or grad_logits is not None
+        _route_backward_kernel[(blocks,)](
+            grad_sorted,
+            x_sorted,
+            logits,
+            experts,
+            slots,
+            dots,
+            None if grad_logits is None else grad_logits.contiguous(),
+            router_weight,
+            grad_x,
+            weight_parts,
+            tokens,
+            num_experts,
+            LEARNS=ctx.learns,
+            DOTS=chunks,
+            HAS_GRAD_LOGITS=grad_logits is not None,
+            WIDTH=width,
+            TOKENS=_TOKENS_BACK,
+            COLUMNS=_COLUMNS,
+            EXPERTS=_padded(num_experts),
+        )
+        grad_router = weight_parts.sum(0).to(router_weight.dtype) if routed else None
+        return grad_x, grad_router, grad_weight, grad_bias, None
+
+
+def _padded(num_experts: int) -> int:
+    """Experts in a kernel's tiles: the matrix units take 16 or more."""
+    return max(16, triton.next_power_of_2(num_experts))
