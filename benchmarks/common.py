@@ -24,6 +24,7 @@ from clpl_moe.retrieval.encode import fast_bfloat16
 
 RESULTS = Path(__file__).parent / "results"
 
+Name = TypeVar("Name")
 Result = TypeVar("Result")
 
 
@@ -39,10 +40,10 @@ def benchmark_parser(description: str, output: str) -> argparse.ArgumentParser:
     return parser
 
 
-def alternate(functions: dict[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
+def alternate(functions: dict[Name, Callable[[], Result]], rounds: int) -> dict[Name, list[Result]]:
     """Call every function once a round, in turn and every other round backwards, so that what slows a machine down for a
     while slows all of them down."""
-    results: dict[str, list[Result]] = {name: [] for name in functions}
+    results: dict[Name, list[Result]] = {name: [] for name in functions}
     for number in range(rounds):
         for name in list(functions)[:: -1 if number % 2 else 1]:
             results[name].append(functions[name]())

@@ -113,6 +113,7 @@ def test_an_encoder_under_autocast(name, pooling, device, monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")  # the name before transformers 5.20
 def test_frozen_layers_and_checkpointing(device, monkeypatch):
     use_kernels(monkeypatch, True)
     texts = PackedTexts.from_sequences([[5, 6, 7], [8, 9]]).to(device)
@@ -121,7 +122,7 @@ def test_frozen_layers_and_checkpointing(device, monkeypatch):
         encoder = make_encoder().to(device).train().requires_grad_(False)
         encoder.encoder.layer[1].requires_grad_(True)
         if checkpointed is not None:
-            encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": checkpointed})
+            encoder.gradient_checkpointing_enable({"use_reentrant": checkpointed})
         with torch.autocast(device, HALF):
             embed_packed(encoder, texts, pooling="mean").square().sum().backward()
         found.append([p.grad for p in encoder.parameters() if p.grad is not None])

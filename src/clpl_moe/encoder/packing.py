@@ -6,12 +6,13 @@
    side, are one batch of scaled dot product attention, without a mask.
 3. Frozen layers below the first trained one run without a graph. Autograd sees to that by itself but for gradient
    checkpointing, under which transformers makes the embeddings require gradients, so that all layers would be run again.
-4. Of the last layer, CLS and last-token pooling need one row a text: queries, attention output and FFN are computed for
+4. Casts for autocast, the sum with the residual and layer norm are one pass on a GPU (:mod:`.add_norm`).
+5. Of the last layer, CLS and last-token pooling need one row a text: queries, attention output and FFN are computed for
    these rows only, keys and values for all.
 
 The layers of XLM-R, RoBERTa and BERT are run from here, module by module, instead of through the encoder's ``forward``
 with an attention function registered in transformers: gradient checkpointing runs a layer again in the backward pass,
-when such a setting would have been put back, and the fourth point cannot be said in it. Weights, adapters and experts
+when such a setting would have been put back, and the last two points cannot be said in it. Weights, adapters and experts
 within the modules work as ever. Other encoders, and layers that something wraps (FSDP), get padded batches.
 """
 
@@ -52,6 +53,7 @@ except ImportError:  # before torch 2.11
     varlen_attn = None
 try:
     from clpl_moe.encoder.add_norm import add_norm
+    from clpl_moe.triton_support import can_compile
 except ImportError:  # no Triton, as in torch's CPU builds
     add_norm = None
 
@@ -288,16 +290,13 @@ def _close(output: nn.Module, hidden: Tensor | RoutedTokens, residual: Tensor) -
 
 
 def _closes_in_one_pass(output: nn.Module, hidden: Tensor | RoutedTokens, residual: Tensor) -> bool:
-    if (
-        add_norm is None
-        or not residual.is_cuda
-        or type(output) not in _OUTPUTS
-        or type(output.LayerNorm) is not nn.LayerNorm
-    ):
+    """Whether :func:`~clpl_moe.encoder.add_norm.add_norm` does: in half precision on a GPU, for modules that it knows."""
+    if add_norm is None or compute_dtype(residual) not in (torch.float16, torch.bfloat16):
         return False
     if isinstance(hidden, RoutedTokens) and (hidden.assignment.mixed or hidden.assignment.top_k > 1):
         return False
-    return compute_dtype(residual) in (torch.float16, torch.bfloat16)
+    known = type(output) in _OUTPUTS and type(output.LayerNorm) is nn.LayerNorm
+    return known and not torch.compiler.is_compiling() and can_compile(residual.device)
 
 
 def _grouped_attention(query: Tensor, key: Tensor, value: Tensor, stream: _Stream, dropout: float) -> Tensor:

@@ -29,8 +29,9 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import GELUActivation
 
 try:
-    # By its full name: it stays behind when this file travels with a model's weights.
+    # By their full names: they stay behind when this file travels with a model's weights.
     from clpl_moe.moe.kernels import routed_gelu
+    from clpl_moe.triton_support import can_compile
 except ImportError:  # no Triton, as in torch's CPU builds
     routed_gelu = None
 
@@ -114,15 +115,15 @@ def routes_in_kernels(tokens: Tensor, weight: Tensor, top_k: int, activation: nn
 
     Not within ``torch.compile``, which does not see through it.
     """
-    gelu = isinstance(activation, GELUActivation) and activation.act is F.gelu
     return (
         routed_gelu is not None
-        and tokens.is_cuda
-        and gelu
         and top_k == 1 < len(weight) <= 64
         and len(tokens) > 0
+        and isinstance(activation, GELUActivation)
+        and activation.act is F.gelu
         and has_grouped_kernel(tokens, weight)
         and not torch.compiler.is_compiling()
+        and can_compile(tokens.device)
     )
 
 
