@@ -127,6 +127,24 @@ def side_by_side(
     return results
 
 
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> float:
+    """Operations a second of a square matrix product: what the hardware gives at its best."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = side_by_side({"matmul": lambda: a @ b}, device, repeats, warmup=3)
+    return 2 * size**3 / times["matmul"]["seconds"]
+
+
+def encoder_flops(shape: dict[str, int], lengths: Sequence[int]) -> tuple[float, float]:
+    """Operations of an encoder's Linear layers, and of its attention, for texts of these lengths, unpadded.
+
+    ``shape`` has the names of a model's configuration: ``hidden_size``, ``intermediate_size``, ``num_hidden_layers``.
+    """
+    hidden, ffn, layers = (shape[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    linear = 2 * sum(lengths) * (4 * hidden**2 + 2 * hidden * ffn)
+    attention = 4 * sum(length**2 for length in lengths) * hidden
+    return layers * linear, layers * attention
+
+
 def print_table(title: str, results: dict[str, dict[str, float]]) -> None:
     """Print what :func:`side_by_side` returned."""
     print(f"\n{title}\n{'':24} {'seconds':>9} {'ratio':>7}   quartiles")

@@ -29,7 +29,16 @@ from transformers import XLMRobertaConfig, XLMRobertaModel
 from clpl_moe import CLPLLoss, MoEConfig, inject_moe
 from clpl_moe.encoder.packing import PackedTexts, embed_packed
 from clpl_moe.errors import UserError, command
-from common import RESULTS, peak_memory, reset_peak_memory, seconds, side_by_side, write_result
+from common import (
+    RESULTS,
+    encoder_flops,
+    matmul_rate,
+    peak_memory,
+    reset_peak_memory,
+    seconds,
+    side_by_side,
+    write_result,
+)
 from experts import LoopIntermediate, waits_for_device
 
 BGE_M3 = {
@@ -74,16 +83,12 @@ def training_texts(queries: int, group: int, longest: int, vocabulary: int, devi
     return PackedTexts(torch.cat([short.input_ids, long.input_ids]), torch.cat([short.lengths, long.lengths]))
 
 
-def step_flops(shape: dict[str, int], lengths: list[int], *, backward: bool) -> float:
-    """Floating-point operations of the matrix products of one pass; with ``backward`` also of all inputs' gradients, and of
-    the weights' gradients of the intermediate Linear layers, which are the ones trained."""
-    hidden, ffn, layers = (shape[n] for n in ("hidden_size", "intermediate_size", "num_hidden_layers"))
-    tokens, pairs = sum(lengths), sum(length**2 for length in lengths)
-    linear = 2 * tokens * (4 * hidden**2 + 2 * hidden * ffn)
-    attention = 4 * pairs * hidden
-    if not backward:
-        return layers * (linear + attention)
-    return layers * (2 * linear + 3 * attention + 2 * tokens * hidden * ffn)
+def step_flops(shape: dict[str, int], lengths: list[int]) -> float:
+    """Of one training step: also all inputs' gradients, and the weights' gradients of the intermediate Linear layers, which
+    are the ones trained."""
+    weights = 2 * sum(lengths) * shape["hidden_size"] * shape["intermediate_size"] * shape["num_hidden_layers"]
+    linear, attention = encoder_flops(shape, lengths)
+    return 2 * linear + 3 * attention + weights
 
 
 def training_step(encoder: nn.Module, queries: int, group: int, texts: PackedTexts) -> Callable[[], None]:
@@ -107,13 +112,6 @@ def training_step(encoder: nn.Module, queries: int, group: int, texts: PackedTex
         optimizer.step()
 
     return run
-
-
-def matmul_rate(device: torch.device, size: int, repeats: int) -> float:
-    """Operations a second of a square bf16 matrix product."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = side_by_side({"matmul": lambda: a @ b}, device, repeats, warmup=3)
-    return 2 * size**3 / times["matmul"]["seconds"]
 
 
 def kernel_shares(call: Callable[[], None], device: torch.device, count: int = 15) -> dict[str, float]:
@@ -150,7 +148,7 @@ def main() -> None:
     queries, passages, repeats = ([2], 4, 2) if args.quick else (args.queries, args.passages, args.repeats)
     group = args.group
 
-    rates = [matmul_rate(device, matrix, repeats)]
+    rates = [matmul_rate(device, torch.bfloat16, matrix, repeats)]
     corpus = random_texts(passages, 32, longest, shape["vocab_size"], device)
     rows, flops, measurements = [], [], {"corpus_tokens": len(corpus.input_ids)}
 
@@ -166,7 +164,7 @@ def main() -> None:
         shares = kernel_shares(call, device)
         # The dense encoder beside each, so that the ratio is of one time.
         times = side_by_side({"dense": make(0, False), name: call}, device, repeats, warmup=2)
-        rates.append(matmul_rate(device, matrix, repeats))
+        rates.append(matmul_rate(device, torch.bfloat16, matrix, repeats))
         measurements[name] = times | {"kernels": shares}
         flops.append(work)
         rows.append(
@@ -201,10 +199,10 @@ def main() -> None:
         ) -> Callable[[], None]:
             return training_step(make_encoder(shape, device, experts, loop=loop), count, group, texts)
 
-        work = step_flops(shape, texts.lengths.tolist(), backward=True)
+        work = step_flops(shape, texts.lengths.tolist())
         for name, experts, loop in sizes + (loops if count == queries[0] else []):
             measure(f"training step of {count} queries, {name}", make_training, experts, loop, work)
-    work = step_flops(shape, corpus.lengths.tolist(), backward=False)
+    work = sum(encoder_flops(shape, corpus.lengths.tolist()))
     for name, experts in (("dense", 0), ("N=2", 2), ("N=8", 8)):
         measure(f"encoding, {name}", make_encoding, experts, False, work)
     rate = max(rates)

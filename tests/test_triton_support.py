@@ -1,3 +1,4 @@
+import contextlib
 import subprocess
 import sys
 import warnings
@@ -35,6 +36,7 @@ def forget():
 def pretend_gpu(monkeypatch, capability=(9, 0)):
     """A device of the type CUDA whose tensors are on the CPU."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: empty(*size, dtype=dtype))
     return torch.device("cuda")

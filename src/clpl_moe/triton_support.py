@@ -25,7 +25,8 @@ def can_compile(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        _write_kernel[(1,)](torch.empty(1, dtype=torch.int32, device=device))
+        with torch.cuda.device(device):
+            _write_kernel[(1,)](torch.empty(1, dtype=torch.int32, device=device))
     except Exception as error:  # whatever it is, all else works without
         warnings.warn(
             "Triton cannot compile kernels here, so that training and encoding are slower than they could be"

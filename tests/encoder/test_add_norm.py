@@ -27,7 +27,7 @@ HALF, FULL = torch.bfloat16, torch.float32
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize(("dtype", "residual_dtype"), [(HALF, FULL), (HALF, HALF), (FULL, FULL)])
+@pytest.mark.parametrize(("dtype", "residual_dtype"), [(HALF, FULL), (HALF, HALF), (FULL, FULL), (torch.float16, FULL)])
 @pytest.mark.parametrize(("rows", "width"), [(70, 48), (1, 32), (32, 64)])
 def test_values_and_gradients(rows, width, dtype, residual_dtype, permuted, trained, device):
     generator = torch.Generator().manual_seed(0)

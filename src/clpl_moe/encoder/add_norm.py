@@ -132,7 +132,8 @@ def add_norm(
     Returns:
         The result (T, D) in the dtype of ``residual``, and where that of ``x`` is another one, in that, too.
     """
-    wide, half = _AddNorm.apply(x, residual, weight, bias, eps, slots)
+    with torch.cuda.device_of(x):  # where Triton launches, whatever the current device is
+        wide, half = _AddNorm.apply(x, residual, weight, bias, eps, slots)
     return (wide,) if half is None else (wide, half)
 
 

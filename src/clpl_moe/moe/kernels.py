@@ -53,8 +53,8 @@ def _route_kernel(
     for start in range(0, WIDTH, COLUMNS):
         d = start + tl.arange(0, COLUMNS)
         values = tl.load(x + rows + d[None, :], mask=(t < tokens)[:, None] & (d < WIDTH)[None, :], other=0.0)
-        row = tl.load(weight + e[None, :] * WIDTH + d[:, None], mask=(e < num_experts)[None, :] & (d < WIDTH)[:, None])
-        row = tl.where((e < num_experts)[None, :] & (d < WIDTH)[:, None], row, 0.0)
+        known = (e < num_experts)[None, :] & (d < WIDTH)[:, None]
+        row = tl.load(weight + e[None, :] * WIDTH + d[:, None], mask=known, other=0.0)
         scores += tl.dot(values.to(tl.float32), row.to(tl.float32), input_precision="tf32x3")
     real = (t < tokens)[:, None] & (e < num_experts)[None, :]
     tl.store(logits + t[:, None] * num_experts + e[None, :], scores, mask=real)
@@ -307,7 +307,8 @@ def routed_gelu(x: Tensor, router_weight: Tensor, weight: Tensor, bias: Tensor, 
         without gradients: ``rows`` (T,) int64, the token in each slot; ``slots`` (T,) int64, the slot of each token;
         ``counts`` (N,) int64, tokens of each expert.
     """
-    return _RoutedGelu.apply(x, router_weight, weight, bias, learns)
+    with torch.cuda.device_of(x):  # where Triton launches, whatever the current device is
+        return _RoutedGelu.apply(x, router_weight, weight, bias, learns)
 
 
 class _RoutedGelu(torch.autograd.Function):
