@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -150,12 +151,10 @@ def main() -> None:
 
     rates = [matmul_rate(device, torch.bfloat16, matrix, repeats)]
     corpus = random_texts(passages, 32, longest, shape["vocab_size"], device)
-    rows, flops, measurements = [], [], {"corpus_tokens": len(corpus.input_ids)}
+    rows, measurements = [], {"corpus_tokens": len(corpus.input_ids)}
 
-    def measure(
-        name: str, make: Callable[[int, bool], Callable[[], None]], experts: int, loop: bool, work: float
-    ) -> None:
-        call = make(experts, loop)
+    def measure(name: str, make: Callable[..., Callable[[], None]], variant: tuple[int, bool], work: float) -> None:
+        call = make(*variant)
         call()
         reset_peak_memory(device.type)
         call()
@@ -163,23 +162,25 @@ def main() -> None:
         waits = waits_for_device(call) if device.type == "cuda" else None
         shares = kernel_shares(call, device)
         # The dense encoder beside each, so that the ratio is of one time.
-        times = side_by_side({"dense": make(0, False), name: call}, device, repeats, warmup=2)
+        times = side_by_side({"dense": make(0), name: call}, device, repeats, warmup=2)
         rates.append(matmul_rate(device, torch.bfloat16, matrix, repeats))
-        measurements[name] = times | {"kernels": shares}
-        flops.append(work)
+        measurements[name] = times | {"kernels": shares, "operations": work}
         rows.append(
             {
                 "pass": name,
                 "ms": round(1000 * times[name]["seconds"], 1),
                 "time / dense": times[name]["ratio"],
                 "peak GiB": round(memory / 2**30, 2),
-                "share of matmul": None,
+                "share of matmul": None,  # known at the end
                 "waits for device": waits,
             }
         )
         print(rows[-1], flush=True)
 
-    def make_encoding(experts: int, loop: bool) -> Callable[[], None]:
+    def training(count: int, texts: PackedTexts, experts: int, loop: bool = False) -> Callable[[], None]:
+        return training_step(make_encoder(shape, device, experts, loop=loop), count, group, texts)
+
+    def encoding(experts: int, loop: bool = False) -> Callable[[], None]:
         encoder = make_encoder(shape, device, experts, loop=loop).to(torch.bfloat16).eval()
 
         @torch.inference_mode()
@@ -188,26 +189,21 @@ def main() -> None:
 
         return encode
 
-    sizes = [("dense", 0, False), ("N=2", 2, False), ("N=4", 4, False), ("N=8", 8, False)]
-    loops = [("2024 loop N=2", 2, True), ("2024 loop N=8", 8, True)]
+    sizes = {"dense": (0, False), "N=2": (2, False), "N=4": (4, False), "N=8": (8, False)}
+    loops = {"2024 loop N=2": (2, True), "2024 loop N=8": (8, True)}
     for count in queries:
         texts = training_texts(count, group, longest, shape["vocab_size"], device)
         measurements[f"tokens of {count} queries"] = len(texts.input_ids)
-
-        def make_training(
-            experts: int, loop: bool, count: int = count, texts: PackedTexts = texts
-        ) -> Callable[[], None]:
-            return training_step(make_encoder(shape, device, experts, loop=loop), count, group, texts)
-
         work = step_flops(shape, texts.lengths.tolist())
-        for name, experts, loop in sizes + (loops if count == queries[0] else []):
-            measure(f"training step of {count} queries, {name}", make_training, experts, loop, work)
+        for name, variant in (sizes | loops if count == queries[0] else sizes).items():
+            measure(f"training step of {count} queries, {name}", partial(training, count, texts), variant, work)
     work = sum(encoder_flops(shape, corpus.lengths.tolist()))
-    for name, experts in (("dense", 0), ("N=2", 2), ("N=8", 8)):
-        measure(f"encoding, {name}", make_encoding, experts, False, work)
+    for name in ("dense", "N=2", "N=8"):
+        measure(f"encoding, {name}", encoding, sizes[name], work)
     rate = max(rates)
-    for row, operations in zip(rows, flops, strict=True):
-        row["share of matmul"] = round(operations / measurements[row["pass"]][row["pass"]]["seconds"] / rate, 3)
+    for row in rows:
+        measured = measurements[row["pass"]]
+        row["share of matmul"] = round(measured["operations"] / measured[row["pass"]]["seconds"] / rate, 3)
         print(f"{row['pass']}: {row['share of matmul']:.0%} of {rate / 1e12:.0f} TFLOP/s")
     measurements["matmul_tflops"] = [round(value / 1e12, 1) for value in rates]
     settings = {

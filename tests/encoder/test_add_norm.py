@@ -1,7 +1,5 @@
 """Sum and layer norm in one pass, beside torch's: in Triton's interpreter, and with a CUDA device also compiled."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,14 +11,9 @@ from clpl_moe.encoder.add_norm import add_norm
 from clpl_moe.encoder.packing import PackedTexts, embed_packed
 from clpl_moe.moe import layer as layer_module
 from clpl_moe.moe.layer import RoutedTokens
+from kernel_devices import DEVICES
 from tiny import DENSE_CLASSES, make_encoder, make_moe
 
-DEVICES = [
-    pytest.param(
-        "cpu", marks=pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="Triton compiles for a GPU here")
-    ),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 HALF, FULL = torch.bfloat16, torch.float32
 
 

@@ -1,7 +1,5 @@
 """The kernels beside plain torch: in Triton's interpreter, and with a CUDA device also compiled."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,14 +9,9 @@ pytest.importorskip("triton")
 from clpl_moe.moe import layer as layer_module
 from clpl_moe.moe.balance import pop_router_terms, track_routers
 from clpl_moe.moe.kernels import routed_gelu
+from kernel_devices import DEVICES
 from tiny import make_moe
 
-DEVICES = [
-    pytest.param(
-        "cpu", marks=pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="Triton compiles for a GPU here")
-    ),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 # Tokens, width, experts, features; blocks of 64 tokens and 64 slots, so that one, some and broken ones occur.
 SIZES = {
     "two experts": (70, 32, 2, 64),

@@ -43,7 +43,7 @@ from transformers.models.xlm_roberta.modeling_xlm_roberta import (
 )
 
 from clpl_moe.encoder.settings import check_pooling, pool
-from clpl_moe.moe.dispatch import cast, compute_dtype
+from clpl_moe.moe.dispatch import cast, linear_dtype
 from clpl_moe.moe.install import has_experts, layer_states
 from clpl_moe.moe.layer import RoutedOutput, RoutedTokens
 
@@ -273,7 +273,7 @@ def _layer(layer: nn.Module, hidden: tuple[Tensor, ...], stream: _Stream, rows: 
 
 def _with_cast(hidden: Tensor) -> tuple[Tensor, ...]:
     """Hidden states, and the same in autocast's dtype where that is another one."""
-    return (hidden,) if compute_dtype(hidden) == hidden.dtype else (hidden, cast(hidden))
+    return (hidden,) if linear_dtype(hidden) == hidden.dtype else (hidden, cast(hidden))
 
 
 def _close(output: nn.Module, hidden: Tensor | RoutedTokens, residual: Tensor) -> tuple[Tensor, ...]:
@@ -291,7 +291,7 @@ def _close(output: nn.Module, hidden: Tensor | RoutedTokens, residual: Tensor) -
 
 def _closes_in_one_pass(output: nn.Module, hidden: Tensor | RoutedTokens, residual: Tensor) -> bool:
     """Whether :func:`~clpl_moe.encoder.add_norm.add_norm` does: in half precision on a GPU, for modules that it knows."""
-    if add_norm is None or compute_dtype(residual) not in (torch.float16, torch.bfloat16):
+    if add_norm is None or linear_dtype(residual) not in (torch.float16, torch.bfloat16):
         return False
     if isinstance(hidden, RoutedTokens) and (hidden.assignment.mixed or hidden.assignment.top_k > 1):
         return False
@@ -331,9 +331,7 @@ def _flash_fits(encoder: PreTrainedModel, device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     attention = encoder.encoder.layer[0].attention.self
-    dtype = attention.query.weight.dtype
-    if torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
+    dtype = linear_dtype(attention.query.weight)
     width = attention.attention_head_size
     fits = dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256
     return fits and torch.cuda.get_device_capability(device) >= (8, 0)

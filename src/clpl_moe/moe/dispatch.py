@@ -78,7 +78,7 @@ class Assignment:
         return self._sizes
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
+def linear_dtype(x: Tensor) -> torch.dtype:
     """What a Linear would compute with ``x`` in: its own dtype, or autocast's where that is on."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
@@ -86,8 +86,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def cast(x: Tensor) -> Tensor:
-    """``x`` in :func:`compute_dtype`, for what is not registered with autocast; differentiable."""
-    return x.to(compute_dtype(x))
+    """``x`` in :func:`linear_dtype`, for what is not registered with autocast; differentiable."""
+    return x.to(linear_dtype(x))
 
 
 def mixes_all(num_experts: int, top_k: int) -> bool:
@@ -103,7 +103,7 @@ def has_grouped_kernel(slots: Tensor, weight: Tensor) -> bool:
     """
     return (
         slots.is_cuda
-        and compute_dtype(slots) == compute_dtype(weight) == torch.bfloat16
+        and linear_dtype(slots) == linear_dtype(weight) == torch.bfloat16
         and hasattr(F, "grouped_mm")
         and weight.shape[1] % 8 == weight.shape[2] % 8 == 0  # rows of whole 16 bytes
         and torch.cuda.get_device_capability(slots.device) >= (9, 0)

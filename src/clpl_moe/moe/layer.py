@@ -146,12 +146,11 @@ class Router(nn.Module):
         """In training, leave a record of logits (T, N) and of how many tokens went to each expert (N,), where that tracks."""
         if not (state.tracking and self.training):
             return
-        with torch.autocast(logits.device.type, enabled=False):
-            record = RouterRecord(
-                counts=counts.float(),
-                probability_sums=logits.softmax(-1).sum(0),
-                z_sum=logits.logsumexp(-1).square().sum(),
-            )
+        record = RouterRecord(
+            counts=counts.float(),
+            probability_sums=logits.softmax(-1).sum(0),
+            z_sum=logits.logsumexp(-1).square().sum(),
+        )
         # What checkpointing repeats has to be computed as before, but is not to be counted twice.
         if state.is_running():
             state.records.append(record)
