@@ -5,6 +5,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 
 from clpl_moe.encoder.load import load_encoder
 from clpl_moe.retrieval import evaluation
@@ -239,6 +241,82 @@ def test_variants_train_and_load(tiny_encoder, tmp_path, options):
     assert moved.equal(torch.load(tiny_encoder / "colbert_linear.pt")["weight"]) != bool(
         options.get("unified_finetuning")
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        pytest.param({"save_steps": 1}, "the loss is nan at step 2", id="log"),
+        pytest.param({"save_steps": 100, "logging_steps": 100}, "weights are nan or inf at step 4", id="save"),
+    ],
+)
+def test_diverged_training_stops_and_saves_nothing_broken(tiny_encoder, data, tmp_path, capsys, options, found):
+    """transformers logs a loss of 0 from then on, and saves the weights."""
+    options |= {"learning_rate": 1e30, "max_grad_norm": 0, "save_strategy": "steps"}
+    err = refused(arguments(tiny_encoder, data, tmp_path / "run", **options), capsys)
+    assert found in err
+    assert "Lower learning_rate (now 1e+30) and turn clipping on" in err
+    for path in (tmp_path / "run").rglob("model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert not metrics.exists() or "NaN" not in metrics.read_text()
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would wait for a device: numbers, and shapes that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        reads = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default)
+        self.count += function in reads
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"negatives_cross_device": True},
+        {"penalty": "contrastive", "symmetric_weight": 0.1, "false_negative_margin": 0.0, "num_experts": 4, "top_k": 2},
+        {"grad_cache_tokens": 64, "balance_loss_weight": 0.1, "trainable": "full", "gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2, "frozen_layers": 1, "bf16": True},
+    ],
+)
+def test_steps_read_nothing_from_the_device(tiny_encoder, tmp_path, options):
+    """transformers reads the loss in each."""
+    data = write_triplets(tmp_path / "train.jsonl", 20)
+    reads = []
+    for steps in (2, 4):
+        # Batches are made in another process, where nothing is counted.
+        more = {"max_steps": steps, "logging_steps": 100, "dataloader_num_workers": 1}
+        with HostReads() as mode:
+            main(arguments(tiny_encoder, data, tmp_path / f"{steps}", **more, **options))
+        reads.append(mode.count)
+    assert 0 < reads[0] == reads[1]
+
+
+@pytest.mark.gpu
+def test_steps_do_not_wait_for_the_gpu(tiny_encoder, data, tmp_path):
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step > 0:
+                torch.cuda.set_sync_debug_mode("error")
+
+        def on_step_end(self, args, state, control, **kwargs):
+            torch.cuda.set_sync_debug_mode("default")
+
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("experts wait where there is no grouped kernel")
+    runner = make_runner(arguments(tiny_encoder, data, tmp_path / "run", bf16=True))
+    runner.trainer.add_callback(Watch())
+    try:
+        runner.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,7 @@ class PackedTexts:
 
     def __post_init__(self) -> None:
         if self.offsets is None:
-            offsets = F.pad(self.lengths.cumsum(0), (1, 0))
-            self.offsets = offsets.to(self.input_ids.device, non_blocking=True)
+            self.offsets = send(F.pad(self.lengths.cumsum(0), (1, 0)), self.input_ids.device)
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[int] | np.ndarray]) -> PackedTexts:
@@ -112,18 +111,25 @@ class PackedTexts:
         lengths = self.lengths[rows]
         starts = (self.lengths.cumsum(0) - self.lengths)[rows]
         # Each token's place: its text's start here, plus its distance from the text's start there.
-        shift = starts - (lengths.cumsum(0) - lengths)
-        index = shift.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
-        return PackedTexts(self.input_ids[index.to(self.input_ids.device, non_blocking=True)], lengths)
+        shift = (starts - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
+        index = shift + torch.arange(len(shift))
+        return PackedTexts(self.input_ids[send(index, self.input_ids.device)], lengths)
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedTexts:
-        """The same with ``input_ids`` and ``offsets`` on ``device``."""
-        ids, offsets = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.input_ids, self.offsets))
-        return PackedTexts(ids, self.lengths, offsets)
+    def to(self, device: torch.device | str) -> PackedTexts:
+        """The same with ``input_ids`` and ``offsets`` on ``device``; without waiting for it."""
+        return PackedTexts(send(self.input_ids, device), self.lengths, send(self.offsets, device))
 
     def pin_memory(self) -> PackedTexts:
         """The same in page-locked memory; a data loader calls it."""
         return PackedTexts(self.input_ids.pin_memory(), self.lengths, self.offsets.pin_memory())
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """``tensor`` on ``device``, which nobody waits for: copies from memory that is not page-locked begin only when a GPU
+    has done all before them."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def can_pack(encoder: nn.Module) -> bool:
@@ -217,7 +223,7 @@ def _embed_stream(encoder: PreTrainedModel, packed: PackedTexts, pooling: str) -
         wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         # unsafe leaves out checks that would wait for the device.
         embeddings = torch.segment_reduce(wide, "mean", offsets=packed.offsets, axis=0, unsafe=True)
-    return embeddings if order is None else embeddings[order.argsort().to(embeddings.device, non_blocking=True)]
+    return embeddings if order is None else embeddings[send(order.argsort(), embeddings.device)]
 
 
 def _positions(encoder: PreTrainedModel, packed: PackedTexts) -> Tensor:

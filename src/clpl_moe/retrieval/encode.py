@@ -313,10 +313,7 @@ def _embed(
     """(B, D) float32 on the model's device, which may still be computing it."""
     from clpl_moe.encoder.packing import PackedTexts, embed_packed
 
-    texts = PackedTexts.from_sequences(sequences)
-    if model.device.type == "cuda":
-        texts = texts.pin_memory()  # copies from elsewhere wait for the device
-    texts = texts.to(model.device)
+    texts = PackedTexts.from_sequences(sequences).to(model.device)
     dtype = compute_dtype(model, dtype)
     half = dtype != torch.float32 and model.dtype == torch.float32
     with torch.autocast(model.device.type, dtype if half else None, enabled=half):

@@ -140,7 +140,7 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     """The loss, what is trained, evaluation in training, and everything that transformers' Trainer offers.
 
     Changed defaults: ``logging_steps`` 10, ``report_to`` tensorboard, ``save_total_limit`` 2,
-    ``metric_for_best_model`` ndcg@10, non-reentrant gradient checkpointing, ``use_cpu`` where there is no accelerator,
+    ``metric_for_best_model`` ndcg@10, ``logging_nan_inf_filter`` false, non-reentrant gradient checkpointing, ``use_cpu`` where there is no accelerator,
     ``dataloader_num_workers`` 2 where there is one, and ``bf16`` where the hardware is fast at it and ``fp16`` is not
     asked for. With ``dev_collection``, evaluation follows ``save_strategy`` unless it is set, and the best checkpoint is
     loaded at the end.
@@ -267,6 +267,13 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     )
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many steps, or share of all steps below 1."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave losses of nan or inf out of what is logged, which waits for the device in every step. Without it, and"
+            " without fp16, which skips such steps, training stops at the first log with one."
+        },
     )
     dataloader_num_workers: int | None = field(
         default=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,14 @@ class MetricsFileCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
+        # JSON has no nan.
+        logs = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in logs.items()
+        }
         record = {"step": state.global_step, **fold_expert_load(logs)}
         with (Path(args.output_dir) / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def fold_expert_load(logs: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clpl_moe.encoder.packing import PackedTexts, embed_packed
+from clpl_moe.encoder.packing import PackedTexts, embed_packed, send
 from clpl_moe.encoder.settings import EmbeddingSettings, pool
 from clpl_moe.loss import CLPLLoss, CLPLOutput, gather_rows
 from clpl_moe.moe.balance import pop_router_terms, put_router_records, take_router_records, track_routers
@@ -179,7 +179,7 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         if records:
             put_router_records(self.model, *records)
         order = torch.tensor([row for rows in chunks for row in rows]).argsort()
-        return embeddings[order.to(embeddings.device, non_blocking=True)]
+        return embeddings[send(order, embeddings.device)]
 
     def _stock_loss(self, own_only: bool):
         if own_only:
@@ -189,7 +189,7 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
     def _teacher_targets(self, teacher_scores: list[float] | None, like: Tensor) -> Tensor | None:
         if teacher_scores is None:
             return None
-        scores = torch.tensor(teacher_scores, device=like.device, dtype=torch.float32)
+        scores = send(torch.tensor(teacher_scores, dtype=torch.float32), like.device)
         return F.softmax(scores.view(like.shape[0], -1), dim=-1)  # (B, G)
 
     def _unified_loss(self, dense_loss: Tensor, batch: _UnifiedBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -19,9 +19,10 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.encoder.load import HEAD_FILES, load_weights
-from clpl_moe.encoder.packing import PackedTexts
+from clpl_moe.encoder.packing import PackedTexts, send
 from clpl_moe.encoder.save import save_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings
+from clpl_moe.errors import UserError
 from clpl_moe.retrieval.encode import compute_dtype
 from clpl_moe.retrieval.options import Encoder
 from clpl_moe.training.ance import NEGATIVES_FILE, NegativeRefresher
@@ -118,9 +119,11 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         self.log(self.refresher.refresh(encoder, self.state.global_step, steps_per_epoch, self._gather_objects, first))
 
     def _prepare_input(self, data: Any) -> Any:
-        if isinstance(data, PackedTexts) or (isinstance(data, Tensor) and not data.is_floating_point()):
-            # From page-locked memory; the stock version waits until the device is done with all before it.
-            return data.to(self.args.device, non_blocking=True)
+        # The stock version waits until the device is done with all before it.
+        if isinstance(data, PackedTexts):
+            return data.to(self.args.device)
+        if isinstance(data, Tensor) and not data.is_floating_point():
+            return send(data, self.args.device)
         return super()._prepare_input(data)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
@@ -131,10 +134,23 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean of each loss term, similarity and expert load since the last log, over all processes."""
+        """Add the mean of each loss term, similarity and expert load since the last log, over all processes.
+
+        Raises:
+            UserError: the loss is nan or inf, and steps with such losses are not skipped.
+        """
         if "loss" in logs:
             logs = {**logs, **self._pop_terms()}
         super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0)) and self.accelerator.scaler is None:
+            raise self._diverged(f"the loss is {logs['loss']}")
+
+    def _diverged(self, found: str) -> UserError:
+        clipping = "" if self.args.max_grad_norm else " and turn clipping on (max_grad_norm 1)"
+        return UserError(
+            f"{found} at step {self.state.global_step}: training has diverged. Lower learning_rate"
+            f" (now {self.args.learning_rate:g}){clipping}; in {self.args.output_dir} nothing was saved since the last checkpoint"
+        )
 
     def _pop_terms(self) -> dict[str, float]:
         means: dict[str, float] = {}
@@ -178,6 +194,10 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         model: CLPLModel = self.accelerator.unwrap_model(self.model)
+        # A state_dict is given where the model holds no whole weights (FSDP).
+        weights = state_dict.values() if state_dict is not None else (p for p in model.parameters() if p.requires_grad)
+        if not all(tensor.isfinite().all() for tensor in weights):
+            raise self._diverged("weights are nan or inf")
         heads, encoder_state = self.base_heads, None
         if model.unified_finetuning:
             heads = {name: getattr(model, Path(name).stem).state_dict() for name in HEAD_FILES}
