@@ -15,9 +15,11 @@ import pytest
 
 from clpl_moe.data.schema import find_faults
 from clpl_moe.files import read_jsonl, write_jsonl
+from clpl_moe.retrieval import store as embeddings
 from clpl_moe.retrieval.collection import read_positive_queries
 from clpl_moe.synthesis.answers import clean, find_fault, read_queries
 from clpl_moe.synthesis.journal import Answer, Journal
+from clpl_moe.synthesis.passages import Passage, SearchedPassages, passage_key
 from clpl_moe.synthesis.prompts import PROMPTS, fill, load_prompt
 from clpl_moe.synthesize import main
 
@@ -486,6 +488,20 @@ def test_the_package_has_a_prompt_for_each_language(language, script):
         ("'What's a bridge?'", ["What's a bridge?"]),
         ("<think>음, 다리에 대해\n물어보자</think>\n다리는 언제?", ["다리는 언제?"]),
         ("<think>끝나지 않는", []),
+        # The chat template has written the opening tag into the prompt.
+        ("다리에 대해\n물어보자\n</think>\n\n다리는 언제?", ["다리는 언제?"]),
+        ("음</thinking>\n다리는?\n</think>누가?\n<think>또", ["누가?"]),
+        ('[{"id": 1, "query": "다리는 언제?"}, {"id": 2, "query": "누가?"}]', ["다리는 언제?", "누가?"]),
+        ('{"queries": [{"type": "fact", "query": "누가?"}], "language": "ko"}', ["누가?"]),
+        ('[{"유형": "사실", "질문": "다리는 언제 놓였나?"}]', ["다리는 언제 놓였나?"]),
+        ('{"query1": "다리는 언제?", "query2": "누가?"}', ["다리는 언제?", "누가?"]),
+        ('{"query": "다리는 언제?", "language": "ko", "keywords": ["다리"]}', ["다리는 언제?"]),
+        ('{"text": "우리 도시의 다리", "questions": ["누가?"]}', ["누가?"]),
+        ('{"query": "다리는 언제?"}\n{"query": "누가?"}', ["다리는 언제?", "누가?"]),
+        ('네, 여기 있습니다.\n```json\n{"queries": ["다리는 언제?"]}\n```\n도움이 되길 바랍니다!', ["다리는 언제?"]),
+        ('```json {"query": "누가?"}```', ["누가?"]),
+        ("```\n다리는 언제?\n```", ["다리는 언제?"]),
+        ('네.\n{\n  "queries": [\n    "다리는 언제?,\n  ]\n}', ['{ "queries": [ "다리는 언제?, ] }']),
         ("3.1 운동은 언제 일어났나?", ["3.1 운동은 언제 일어났나?"]),
         ("1945년에 무슨 일이?", ["1945년에 무슨 일이?"]),
         ("पुल कब बना?\n۱. پل کی ساخته شد؟\n«پل کجاست؟»", ["पुल कब बना?", "پل کی ساخته شد؟", "پل کجاست؟"]),
@@ -514,10 +530,30 @@ def test_answers_are_cleaned(answer, queries):
         ("우리 도시의 다리는 1932년에 강 위에 놓였다?", "ko", "copied from the passage"),
         ("처음에는, 나무로 만들었다", "ko", "copied from the passage"),
         ("왜 " * 101, "ko", "too long"),
+        ('{"query": "다리는 언제?', "ko", "unreadable JSON"),
+        ("[{ '질문': '다리는 언제?' }]", "ko", "unreadable JSON"),
+        ("[속보] 다리는 언제?", "ko", None),
     ],
 )
 def test_queries_are_checked(query, language, fault):
     assert find_fault(query, PASSAGE, language, 200) == fault
+
+
+@pytest.mark.parametrize(
+    ("query", "passage", "language", "copied"),
+    [
+        # With other vowel signs it is another query.
+        ("नदी का पुल?", "यह नदी के पुल की बात है।", "hi", False),
+        ("नदी के पुल?", "यह नदी के पुल की बात है।", "hi", True),
+        ("art", "a party at night", "en", False),
+        ("the art", "See «The Art» of it.", "en", True),
+        ("도시의 다리", "우리 도시의 다리는 1932년에 놓였다.", "ko", True),  # with a particle
+        ("橋はいつ", "あの橋はいつ架けられたか。", "ja", True),
+        ("สะพาน", "ที่นี่มีสะพานไม้", "th", True),
+    ],
+)
+def test_a_query_is_copied_where_its_words_stand_in_the_passage(query, passage, language, copied):
+    assert find_fault(query, passage, language, 200) == ("copied from the passage" if copied else None)
 
 
 def test_queries_of_an_answer():
@@ -528,6 +564,23 @@ def test_queries_of_an_answer():
     assert read_queries("누가 지었나요?\n무엇으로", PASSAGE, **how, cut=True) == (["누가 지었나요?"], None)
     assert read_queries("무엇으로", PASSAGE, **how, cut=True) == ([], "cut off")
     assert read_queries(None, PASSAGE, **how) == ([], "empty")
+    assert read_queries("1. {'query': '누가 지었나요?'}", PASSAGE, **how) == ([], "unreadable JSON")
+
+
+@pytest.mark.parametrize(
+    ("answer", "language", "queries"),
+    [
+        ("네, 알겠습니다.\n프랑스의 수도는?", "ko", ["프랑스의 수도는?"]),
+        ("البته!\nپل کی ساخته شد؟", "fa", ["پل کی ساخته شد؟"]),
+        ("はい。\n橋はいつできましたか？", "ja", ["橋はいつできましたか？"]),
+        ("Sure!\nWhich river?\nWhose house?", "en", ["Which river?"]),
+        ("Sure!\nwhich river", "en", ["Sure!"]),  # which of them is none is not known
+    ],
+)
+def test_of_more_queries_than_wanted_questions_come_first(answer, language, queries):
+    assert read_queries(answer, "...", language=language, wanted=1, max_chars=200) == (queries, None)
+    both = read_queries(answer, "...", language=language, wanted=3, max_chars=200)
+    assert both == (answer.split("\n"), None)
 
 
 def test_queries_that_do_not_find_their_passage_are_dropped(llm, tmp_path, tiny_encoder, capfd):
@@ -556,13 +609,74 @@ def test_queries_that_do_not_find_their_passage_are_dropped(llm, tmp_path, tiny_
 
 def test_the_round_trip_searches_a_collection_too(llm, tmp_path, tiny_encoder):
     folder = tmp_path / "collection" / "ko"
-    # Passages that say just what the queries say take the first places.
+    # Passages that say just what the queries say take the first places. It needs no queries of its own.
     write_jsonl(folder / "corpus.jsonl", ({"id": f"c{n}", "text": good(n)[0]} for n in range(4)))
-    write_jsonl(folder / "train_queries.jsonl", [{"id": "q", "text": "물음"}])
-    write_jsonl(folder / "train_qrels.jsonl", [{"qid": "q", "docid": "c0", "relevance": 1}])
     options = {"round_trip_model": tiny_encoder, "round_trip_top": 1, "passage_max_len": 100}
     main(arguments(llm(), train_file(tmp_path, 4), tmp_path, round_trip_collection=folder.parent, **options))
     assert not results(tmp_path)[1]
+
+
+def test_the_round_trip_keeps_its_embeddings_on_disk_and_goes_on_from_them(
+    llm, tmp_path, tiny_encoder, capfd, monkeypatch
+):
+    server = llm()
+    options = {"round_trip_model": tiny_encoder, "passage_max_len": 100, "overwrite": "true"}
+    argv = arguments(server, train_file(tmp_path, 16), tmp_path, **options)
+    monkeypatch.setattr(embeddings, "SHARD_TEXTS", 8)  # 20 texts
+    embed, calls = embeddings.embed, []
+
+    def embed_once(*args, **how):
+        calls.append(args)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return embed(*args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embeddings, "embed", embed_once)
+        with pytest.raises(SystemExit) as exit:
+            main(argv)
+    assert exit.value.code == 130
+    beside = tmp_path / "out.jsonl.embeddings"
+    assert len(list(beside.rglob("*.npy"))) == 1
+    assert not (tmp_path / "out.jsonl").exists()
+    capfd.readouterr()
+    main(argv)
+    assert "1 of 3 shards found" in capfd.readouterr().out
+    assert not beside.exists()
+    first = results(tmp_path)
+    # A folder that the user names stays.
+    for found in (0, 3):
+        main([*argv, f"--cache_dir={tmp_path / 'cache'}"])
+        assert f"{found} of 3 shards found" in capfd.readouterr().out
+        assert len(list((tmp_path / "cache").rglob("*.npy"))) == 3
+        assert results(tmp_path) == first
+    assert not beside.exists()
+    assert len(server.log()) == 16
+
+
+def test_passages_of_a_corpus_are_searched_after_the_own_ones_each_text_once():
+    own = {passage_key(t): Passage(t) for t in ("다리", "강")}
+    corpus = ["산", " 강 ", "들", "산", "길"]
+    searched = SearchedPassages(own, corpus)
+    assert len(searched) == 5
+    assert list(searched) == ["다리", "강", "산", "들", "길"]
+    assert searched[1:4] == ["강", "산", "들"]
+    corpus[4] = "read when asked for"
+    assert searched[-1] == corpus[4]
+    assert list(SearchedPassages(own)) == ["다리", "강"]
+
+
+@pytest.mark.parametrize("kind", ["query", "passage"])
+def test_an_encoder_that_cannot_take_the_lengths_is_refused_before_anything_is_asked(
+    llm, tmp_path, tiny_encoder, capfd, kind
+):
+    server = llm()
+    lengths = {"query_max_len": 20, "passage_max_len": 100} | {f"{kind}_max_len": 129}
+    argv = arguments(server, train_file(tmp_path, 4), tmp_path, round_trip_model=tiny_encoder, **lengths)
+    assert f"a {kind} length of 129 tokens was asked for, the encoder takes 128 at most" in refused(capfd, argv)
+    assert not server.log()
+    main([*argv, f"--{kind}_max_len=128"])
+    assert len(server.log()) == 4
 
 
 @pytest.fixture(scope="module")

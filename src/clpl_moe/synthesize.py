@@ -5,7 +5,8 @@
 2. The model is asked about each of the others, once. Each answer goes to the journal before anything else is done with
    it, so that a job that was stopped goes on without asking again.
 3. Answers are cleaned and checked. Where no query is left, the passage is asked about once more.
-4. Round trip, if wanted: a query for which an encoder does not find the passage among the first n is dropped.
+4. Round trip, if wanted: a query for which an encoder does not find the passage among the first n is dropped. The
+   passages' embeddings lie on disk, so that this goes on, too.
 5. The lines are written again with ``neg_q`` filled; beside them the new queries by passage id, in the form of a
    collection's ``positive_queries.jsonl``, and the passages without a query with the reason.
 """
@@ -26,11 +27,11 @@ from clpl_moe.cli import parse, print_counts
 from clpl_moe.data.schema import data_files
 from clpl_moe.errors import UserError, command
 from clpl_moe.files import refuse_existing, refuse_unwritable, write_jsonl
-from clpl_moe.retrieval.collection import Collection, check_language
-from clpl_moe.retrieval.options import EncodingArguments, open_encoder
+from clpl_moe.retrieval.collection import check_language, load_passages
+from clpl_moe.retrieval.options import Encoder, EncodingArguments, open_encoder
 from clpl_moe.synthesis.answers import read_queries
 from clpl_moe.synthesis.journal import Answer, Journal, Question, read_answers
-from clpl_moe.synthesis.passages import fill_lines, passage_key, read_passages
+from clpl_moe.synthesis.passages import SearchedPassages, fill_lines, read_passages
 from clpl_moe.synthesis.prompts import fill, load_prompt
 
 _ASKED_AT_MOST = 2
@@ -173,9 +174,9 @@ class _Job:
             "request": arguments.request_fields(),
         }
         # What the round trip needs is used after the answers are paid for: said before, if it is not there.
-        self.collection = None
+        self.corpus: Sequence[str] = ()
         if arguments.round_trip_collection:
-            self.collection = Collection.load(arguments.round_trip_collection, arguments.language, "train")
+            self.corpus = load_passages(arguments.round_trip_collection, arguments.language)
         if arguments.round_trip_model:
             from clpl_moe.encoder.load import read_config
 
@@ -256,36 +257,25 @@ class _Job:
                 result.failures[key] = self.no_answer.get(key) or fault or "not asked"
         return result
 
-    def round_trip(self, result: _Outcome) -> int:
-        """Drop queries that do not find their passage; how many."""
-        from clpl_moe.retrieval.encode import encode
-        from clpl_moe.retrieval.evaluation import check_finite
+    def round_trip(self, result: _Outcome, encoder: Encoder, cache: Path) -> int:
+        """Drop queries that do not find their passage; how many. ``cache``: folder for the passages' embeddings."""
         from clpl_moe.retrieval.search import search
+        from clpl_moe.retrieval.store import encode_passages, encode_queries
 
-        arguments, encoding = self.arguments, self.encoding
-        texts = {key: passage.text for key, passage in self.passages.items()}
-        for text in self.collection.passages if self.collection else ():
-            texts.setdefault(passage_key(text), text)
         asked = [(key, query) for key, queries in result.queries.items() for query in queries]
         if not asked:
             return 0
-        encoder = open_encoder(arguments.round_trip_model, encoding)
-        how = {"settings": encoder.settings, "batch_tokens": encoding.batch_tokens, "dtype": encoder.dtype}
-        model, tokenizer = encoder.model, encoder.tokenizer
-        wanted = [query for _, query in asked]
-        queries = encode(model, tokenizer, wanted, kind="query", max_length=encoding.query_max_len, **how)
-        check_finite(queries)
-        found = list(texts.values())
-        passages = encode(model, tokenizer, found, kind="passage", max_length=encoding.passage_max_len, **how)
-        check_finite(passages)
-        keys = list(texts)
-        _, ranked = search(queries.to(model.device), passages, arguments.round_trip_top)
+        queries = encode_queries(encoder, [query for _, query in asked], self.encoding)
+        searched = SearchedPassages(self.passages, self.corpus)
+        passages = encode_passages(encoder, searched, self.encoding, cache=cache)
+        _, ranked = search(queries.to(encoder.model.device), passages, self.arguments.round_trip_top)
+        places = {key: place for place, key in enumerate(self.passages)}
         kept: dict[str, list[str]] = {}
         for (key, query), row in zip(asked, ranked.tolist()):
-            if key in {keys[place] for place in row}:
+            if places[key] in row:
                 kept.setdefault(key, []).append(query)
         for key in result.queries.keys() - kept.keys():
-            result.failures[key] = f"round trip: passage not among the first {arguments.round_trip_top}"
+            result.failures[key] = f"round trip: passage not among the first {self.arguments.round_trip_top}"
         result.queries = kept
         return len(asked) - sum(map(len, kept.values()))
 
@@ -332,6 +322,15 @@ def _open_backend(arguments: SynthesizeArguments, encoding: EncodingArguments) -
     )
 
 
+def _open_encoder(arguments: SynthesizeArguments, encoding: EncodingArguments) -> Encoder:
+    from clpl_moe.retrieval.encode import check_length
+
+    encoder = open_encoder(arguments.round_trip_model, encoding)
+    check_length(encoder.model, "query", encoding.query_max_len)
+    check_length(encoder.model, "passage", encoding.passage_max_len)
+    return encoder
+
+
 def synthesize(arguments: SynthesizeArguments, encoding: EncodingArguments | None = None) -> None:
     """Run a job as :mod:`clpl_moe.synthesize` describes it, and print what came of it.
 
@@ -353,6 +352,8 @@ def synthesize(arguments: SynthesizeArguments, encoding: EncodingArguments | Non
     if arguments.dry_run:
         return
     backend = _open_backend(arguments, encoding) if plan["requests to make"] else None
+    # Before answers are paid for, too: only a loaded one shows that it is whole, and what lengths it takes.
+    encoder = _open_encoder(arguments, encoding) if arguments.round_trip_model else None
     with Journal(journal_path, job.settings, arguments.overwrite) as journal:
         try:
             if backend is not None:
@@ -370,9 +371,14 @@ def synthesize(arguments: SynthesizeArguments, encoding: EncodingArguments | Non
         raise UserError(f"not one passage was answered, mostly: {reason}")
     result = job.outcome(answers)
     counts: dict[str, int] = {}
-    if arguments.round_trip_model:
-        counts["queries dropped by the round trip"] = job.round_trip(result)
-    paths = job.write(result)
+    if encoder is not None:
+        from clpl_moe.retrieval.store import cache_folder
+
+        with cache_folder(encoding, beside=Path(f"{arguments.output}.embeddings")) as cache:
+            counts["queries dropped by the round trip"] = job.round_trip(result, encoder, cache)
+            paths = job.write(result)
+    else:
+        paths = job.write(result)
     given = [answer for key in job.wanted for answer in answers.get(key, ())]
     new = len(given) - sum(len(before.get(key, ())) for key in job.wanted)
     reasons = Counter(reason.partition(": ")[0] for reason in result.failures.values())

@@ -70,11 +70,8 @@ class Collection:
             UserError: a file is missing or empty, a line is broken, an id stands twice, a field is missing or
                 of another type, a judgement names an unknown query.
         """
-        check_language(language)
         directory = Path(directory)
-        folder = directory / language
-        if not folder.is_dir():
-            raise UserError(f"{at(folder)}: no such folder{_languages(directory)}")
+        folder = _language_folder(directory, language)
         if not (folder / f"{split}_queries.jsonl").is_file():
             raise UserError(f"{at(folder / f'{split}_queries.jsonl')}: no such file{_splits(folder)}")
         passage_ids, passages, reserved = _read_corpus(folder / "corpus.jsonl")
@@ -101,6 +98,15 @@ class Collection:
             for passage_id in sorted(judged):
                 add(passage_id, str(judged[passage_id]))
         return digest.hexdigest()
+
+
+def load_passages(directory: str | Path, language: str) -> Sequence[str]:
+    """Read and check a collection's corpus alone; the passages as :class:`Collection` has them.
+
+    Raises:
+        UserError: as :meth:`Collection.load`, of the corpus.
+    """
+    return _read_corpus(_language_folder(Path(directory), language) / "corpus.jsonl")[1]
 
 
 class _LazyTexts(Sequence[str]):
@@ -315,6 +321,13 @@ def _get(path: str | Path, line: int, record: dict[str, Any], name: str, kind: t
     if not isinstance(record[name], kind):
         raise UserError(f"{at(path, line, name)}: found {type_name(record[name])}, expected {expected}")
     return record[name]
+
+
+def _language_folder(directory: Path, language: str) -> Path:
+    check_language(language)
+    if not (folder := directory / language).is_dir():
+        raise UserError(f"{at(folder)}: no such folder{_languages(directory)}")
+    return folder
 
 
 def _languages(directory: Path) -> str:

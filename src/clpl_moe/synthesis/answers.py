@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import unicodedata
 from collections import Counter
+from typing import Any
 
 from clpl_moe.data.scripts import script_of
 from clpl_moe.retrieval.collection import normalize_text
@@ -27,8 +29,15 @@ _SCRIPTS = {
 }
 # Names and abbreviations in Latin letters are common in queries of every language.
 _LEAST_SHARE = 0.3
+_WITHOUT_SPACES = {"ja", "zh", "th", "lo", "km", "my"}
 
-_REASONING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
+# The opening tag may stand in the prompt, put there by the model's chat template; the closing one is missing where the
+# answer was cut off.
+_REASONING = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"^[^\S\n]*```\w*[^\S\n]*$|```(?:json)?", re.MULTILINE | re.IGNORECASE)
+_JSON = re.compile(r"^[^\S\n]*([\[{][\[{\s]*[\"'])", re.MULTILINE)  # the beginning of what is JSON, or was meant to be
+_QUERY_FIELDS = ("query", "question", "text")
+_QUESTION_MARKS = ("?", "؟", "？")
 _MARKER = re.compile(r"^(?:[-*•·‣–—>#]+\s+|[(\[]?\d{1,2}[.)\]]+\s+)")
 _LABEL = re.compile(
     r"^(?:(?:search\s+)?quer(?:y|ies)|questions?|q|검색\s*질문|질문|질의|검색어|پرسش|سؤال|سوال|प्रश्न|सवाल|खोज-प्रश्न)"
@@ -51,31 +60,53 @@ _QUOTES = {
 
 
 def clean(text: str) -> list[str]:
-    """The candidates in an answer, one for each line or entry of a JSON list, without what is put around queries.
+    """The candidates in an answer, one for each line or, where it holds JSON, for each query of that, without what is put
+    around queries.
 
     Taken away: a model's written reasoning, code fences, headings that end in a colon, list markers and numbers, labels
-    such as ``Query:``, emphasis, quotation marks.
+    such as ``Query:``, emphasis, quotation marks. JSON that gives no query is one candidate as it is.
     """
-    text = _REASONING.sub("", text)
-    lines = [line for line in text.splitlines() if not line.strip().startswith("```")]
-    lines = _json_strings("\n".join(lines)) or lines
+    text = _FENCE.sub("\n", _REASONING.sub("", text))
+    lines = _json_queries(text)
+    if not lines:
+        unreadable = _JSON.search(text)
+        lines = [text[unreadable.start() :]] if unreadable else text.splitlines()
     candidates = (_strip(line) for line in lines)
     return [candidate for candidate in candidates if candidate and not candidate.endswith((":", "："))]
 
 
-def _json_strings(text: str) -> list[str]:
-    """The strings of a JSON list (first values of its objects), also of one that is the value of an object; none where
-    the text is something else."""
-    if not text.strip().startswith(("[", "{")):
-        return []
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return []
+def _json_queries(text: str) -> list[str]:
+    """The queries of the JSON values that begin a line; what stands before and after them is left out."""
+    decoder = json.JSONDecoder()
+    queries: list[str] = []
+    place = 0
+    while start := _JSON.search(text, place):
+        place = start.end()
+        with contextlib.suppress(ValueError, RecursionError):
+            value, place = decoder.raw_decode(text, start.start(1))
+            queries += _queries_of(value)
+    return queries
+
+
+def _queries_of(value: list[Any] | dict[str, Any]) -> list[str]:
+    """Of a list each entry's query; of an object what a field's name says is a query or several, else those of a list
+    in it, else all its strings."""
     if isinstance(value, dict):
-        value = next((v for v in value.values() if isinstance(v, list)), list(value.values()))
-    entries = (next(iter(v.values()), None) if isinstance(v, dict) else v for v in value)
-    return [v for v in entries if isinstance(v, str)]
+        named = [value.get(name) for name in ("queries", "questions", *_QUERY_FIELDS)]
+        named = [v for v in named if isinstance(v, (str, list))]
+        lists = [v for v in value.values() if isinstance(v, list)]
+        value = next(iter(named + lists), list(value.values()))
+    entries = [value] if isinstance(value, str) else value
+    return [query for entry in entries if (query := _query_of(entry))]
+
+
+def _query_of(entry: Any) -> str | None:
+    if not isinstance(entry, dict):
+        return entry if isinstance(entry, str) else None
+    strings = {name: v for name, v in entry.items() if isinstance(v, str)}
+    # Where no name says it: fields besides the query are short, such as its type.
+    longest = max(strings.values(), key=len, default=None)
+    return next((strings[name] for name in _QUERY_FIELDS if name in strings), longest)
 
 
 def _strip(line: str) -> str:
@@ -106,12 +137,17 @@ def find_fault(query: str, passage: str, language: str, max_chars: int) -> str |
     letters = _scripts(query)
     if letters.total() < 2:
         return "empty"
+    if _JSON.match(query):
+        return "unreadable JSON"
     if len(query) > max_chars:
         return "too long"
-    expected = _SCRIPTS.get(language.split("-")[0]) or {script for script, _ in _scripts(passage).most_common(1)}
+    language = language.split("-")[0]
+    expected = _SCRIPTS.get(language) or {script for script, _ in _scripts(passage).most_common(1)}
     if expected and sum(letters[script] for script in expected) < _LEAST_SHARE * letters.total():
         return "wrong script"
-    if _words(query) in _words(passage):
+    # From a word's beginning, or "art" would be copied from "party"; to anywhere, since Korean particles may follow.
+    before = "" if language in _WITHOUT_SPACES else " "
+    if before + _words(query) in before + _words(passage):
         return "copied from the passage"
     return None
 
@@ -120,6 +156,8 @@ def read_queries(
     text: str | None, passage: str, *, language: str, wanted: int, max_chars: int, cut: bool = False
 ) -> tuple[list[str], str | None]:
     """The first ``wanted`` usable queries of an answer, each once; where there is none, why not.
+
+    Of more than ``wanted``, those that end in a question mark come first: others may be what a model says besides.
 
     Args:
         text: what the model wrote; None counts as empty.
@@ -143,6 +181,8 @@ def read_queries(
         else:
             faults.append(fault)
     if queries:
+        if len(queries) > wanted:
+            queries.sort(key=lambda query: not query.endswith(_QUESTION_MARKS))
         return queries[:wanted], None
     # What a model writes besides a bad query ("Sure!") says less than the query.
     return [], next((fault for fault in reversed(faults) if fault != "empty"), "empty")
@@ -154,4 +194,7 @@ def _scripts(text: str) -> Counter[str]:
 
 def _words(text: str) -> str:
     """Text without case, punctuation and the like, to compare."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    # Letters, numbers, and marks such as the vowel signs of Hindi, which "\w" does not match.
+    table = {ord(c): c if unicodedata.category(c)[0] in "LNM" else " " for c in set(folded)}
+    return " ".join(folded.translate(table).split())

@@ -1,12 +1,15 @@
-"""The distinct passages of training files, and the files again with queries put in."""
+"""The distinct passages of training files, these with a corpus to search, and the files again with queries put in."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from clpl_moe.data.schema import find_faults
 from clpl_moe.errors import UserError, at
@@ -86,6 +89,33 @@ def read_passages(files: Sequence[Path]) -> dict[str, Passage]:
             for query in _queries(entry):
                 passage.known.setdefault(normalize_text(query), query)
     return passages
+
+
+class SearchedPassages(Sequence[str]):
+    """The passages of training files, in their order, and after them the other texts of a corpus.
+
+    Of equal texts there is one. Those of the corpus are read when they are asked for: 8 bytes are kept of each.
+
+    Args:
+        own: as :func:`read_passages` gives them.
+        corpus: any texts.
+    """
+
+    def __init__(self, own: Mapping[str, Passage], corpus: Sequence[str] = ()) -> None:
+        self._own = [passage.text for passage in own.values()]
+        self._corpus = corpus
+        keys = itertools.chain(own, map(passage_key, corpus))
+        hashes = np.fromiter((int(key[:16], 16) for key in keys), np.uint64, len(own) + len(corpus))
+        self._rows = np.sort(np.unique(hashes, return_index=True)[1])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        row = int(self._rows[index])
+        return self._own[row] if row < len(self._own) else self._corpus[row - len(self._own)]
 
 
 def fill_lines(files: Sequence[Path], queries: Mapping[str, Sequence[str]], most: int) -> Iterator[dict[str, Any]]:
