@@ -175,24 +175,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_existing(arguments.output, arguments.overwrite)
     collection = Collection.load(arguments.collection, arguments.language, arguments.split)
     index = PassageIndex.load(collection)
-    encoder = open_encoder(arguments.model, encoding) if ranks else None
-    reranker = None
-    if arguments.reranker is not None:
-        from clpl_moe.mining.rerank import Reranker
-
-        reranker = Reranker(
-            arguments.reranker,
-            max_length=arguments.reranker_max_len,
-            batch_size=arguments.reranker_batch_size,
-            trust_remote_code=encoding.trust_remote_code,
-        )
     counts: Counter[str] = Counter()
     beside = Path(f"{arguments.output}.embeddings")
     with processes() as first, cache_folder(encoding, beside) as cache:
+        # Only in here each process has a GPU of its own.
+        encoder = open_encoder(arguments.model, encoding) if ranks else None
         if not first:  # it encodes its part, the first one does the rest
             if ranks:
                 encode_passages(encoder, index.texts, encoding, cache=cache, progress=False)
             return
+        reranker = None
+        if arguments.reranker is not None:
+            from clpl_moe.mining.rerank import Reranker
+
+            reranker = Reranker(
+                arguments.reranker,
+                max_length=arguments.reranker_max_len,
+                batch_size=arguments.reranker_batch_size,
+                trust_remote_code=encoding.trust_remote_code,
+            )
         records = mine(
             encoder, collection, index, arguments, selection, encoding, counts, reranker=reranker, cache=cache
         )

@@ -260,27 +260,13 @@ def rank_passages(
     """
     import torch
 
-    from clpl_moe.retrieval.encode import check_finite, encode
     from clpl_moe.retrieval.search import search
-    from clpl_moe.retrieval.store import encode_passages
+    from clpl_moe.retrieval.store import encode_passages, encode_queries
 
     encoder = dataclasses.replace(encoder, settings=dataclasses.replace(encoder.settings, normalize=True))
-    how = {
-        "settings": encoder.settings,
-        "batch_tokens": encoding.batch_tokens,
-        "dtype": encoder.dtype,
-        "progress": progress,
-    }
-
-    def embed(texts: list[str], kind: Literal["query", "passage"]) -> torch.Tensor:
-        limit = encoding.query_max_len if kind == "query" else encoding.passage_max_len
-        embeddings = encode(encoder.model, encoder.tokenizer, texts, kind=kind, max_length=limit, **how)
-        check_finite(embeddings)
-        return embeddings
-
-    query_embeddings = embed([query.text for query in queries], "query")
+    query_embeddings = encode_queries(encoder, [query.text for query in queries], encoding, progress=progress)
     others = [text for query in queries for text in query.other_positives]
-    other_embeddings = embed(others, "passage") if others else None
+    other_embeddings = encode_passages(encoder, others, encoding, progress=progress) if others else None
     passages = encode_passages(encoder, index.texts, encoding, cache=cache, progress=progress)
     # Deep enough that the window is full when all that must not be in it has been taken out.
     depth = rank_to + min(_MOST_EXCLUDED, max(len(query.excluded) for query in queries))

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from clpl_moe.retrieval.collection import Collection
-from clpl_moe.retrieval.encode import check_finite, compute_dtype, encode
+from clpl_moe.retrieval.encode import compute_dtype
 from clpl_moe.retrieval.metrics import DEFAULT_METRICS, check_metrics, evaluate_run
 from clpl_moe.retrieval.options import Encoder, EncodingArguments
 from clpl_moe.retrieval.search import search
-from clpl_moe.retrieval.store import EmbeddingShards, encode_passages
+from clpl_moe.retrieval.store import EmbeddingShards, encode_passages, encode_queries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,18 +87,7 @@ def evaluate_retrieval(
 
     encoder = Encoder(model, tokenizer, settings, compute_dtype(model, dtype))
     encoding = EncodingArguments(query_max_len, passage_max_len, batch_tokens)
-    queries = encode(
-        model,
-        tokenizer,
-        collection.queries,
-        settings=settings,
-        kind="query",
-        max_length=query_max_len,
-        batch_tokens=batch_tokens,
-        dtype=encoder.dtype,
-        progress=progress,
-    )
-    check_finite(queries)
+    queries = encode_queries(encoder, collection.queries, encoding, progress=progress)
     clock("encode_queries")
     passages = encode_passages(encoder, collection.passages, encoding, cache=cache, progress=progress)
     clock("encode_passages")

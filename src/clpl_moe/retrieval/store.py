@@ -113,6 +113,29 @@ class EmbeddingShards:
         return torch.from_numpy(found)
 
 
+def encode_queries(
+    encoder: Encoder, texts: Sequence[str], encoding: EncodingArguments, *, progress: bool = True
+) -> Tensor:
+    """Embed queries: (n, D) float32 on the CPU.
+
+    Raises:
+        UserError: embeddings are not finite, and what :func:`clpl_moe.retrieval.encode.encode` raises.
+    """
+    embeddings = encode(
+        encoder.model,
+        encoder.tokenizer,
+        texts,
+        settings=encoder.settings,
+        kind="query",
+        max_length=encoding.query_max_len,
+        batch_tokens=encoding.batch_tokens,
+        dtype=encoder.dtype,
+        progress=progress,
+    )
+    check_finite(embeddings)
+    return embeddings
+
+
 def encode_passages(
     encoder: Encoder,
     texts: Sequence[str],
