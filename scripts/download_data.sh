@@ -2,6 +2,10 @@
 # The training files published in 2024 into data/published, and what `validate` says of them: scripts/download_data.sh [ko] [fa] [hi]
 # An interrupted download goes on when run again. DATA_URL names another place that has the files, OUTPUT another folder.
 set -euo pipefail
+case "${OUTPUT:-}" in
+    '' | /*) ;;
+    *) OUTPUT="$PWD/$OUTPUT" ;; # seen from where the caller is
+esac
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 url="${DATA_URL:-https://github.com/CreaLabs/Enhanced-BGE-M3-with-CLP-and-MoE/raw/main/data}"

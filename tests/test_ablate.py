@@ -104,6 +104,46 @@ def test_a_run_is_known_by_what_decides_its_result(configuration, tmp_path):
     assert set(keys(configuration)).isdisjoint(before)
 
 
+@pytest.mark.parametrize(
+    "option", ["train_data", "tokenizer_name", "dev_collection", "ance_collection", "ance_positive_queries"]
+)
+def test_a_run_is_known_by_what_its_paths_hold_and_not_by_their_names(configuration, tmp_path, option):
+    folder = option in ("tokenizer_name", "dev_collection", "ance_collection")
+    path = tmp_path / "ko-source"
+    (path / "ko" if folder else tmp_path).mkdir(parents=True, exist_ok=True)
+    file = path / "ko" / "file" if folder else path
+    file.write_text("one")
+    values = TRAIN | {
+        "dev_collection": {"dev_language": "{language}"},
+        "ance_collection": {"ance_refresh": "1", "ance_language": "{language}"},
+        "ance_positive_queries": {"ance_refresh": "1", "ance_language": "ko", "ance_collection": "{collection}"},
+    }.get(option, {})
+
+    def of(name):
+        value = ["{train_data}", name] if option == "train_data" else name
+        (_, run, *_) = plan(configuration, train=values | {option: value}).runs
+        return run.decisive
+
+    before = of(str(path))
+    moved = path.rename(tmp_path / "ko-moved")
+    assert of(str(moved)).key == of(str(tmp_path / "{language}-moved")).key == before.key
+    (moved / "ko" / "file" if folder else moved).write_text("two")
+    assert of(str(moved)).key != before.key
+    assert of("someone/theirs").values[f"train.{option}"] in ("someone/theirs", ["{train_data}", "someone/theirs"])
+
+
+def test_placeholders_stand_as_they_are(configuration, tmp_path):
+    values = {
+        "train_data": ["{train_data}"],
+        "ance_collection": "{collection}",
+        "ance_positive_queries": "{collection}/{language}/positive_queries.jsonl",
+    }
+    train = TRAIN | values | {"ance_refresh": "1", "ance_language": "{language}"}
+    (_, run, *_) = plan(configuration, train=train).runs
+    assert {name: run.decisive.values[f"train.{name}"] for name in values} == values
+    assert run.decisive.values["train.tokenizer_name"] is None
+
+
 def test_options_of_a_language_and_of_a_row_go_before_the_shared_ones(configuration):
     languages = {"ko": configuration["languages"]["ko"] | {"train": {"max_steps": 5, "learning_rate": 1e-4}}}
     _, dense, _, experts = plan(configuration, languages=languages).runs

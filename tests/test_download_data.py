@@ -49,8 +49,9 @@ def server():
     made.server_close()
 
 
-def run(tmp_path, address, *languages, code=0):
-    """Run the script where an environment is set up, with a ``python`` that notes its arguments and ends with ``code``."""
+def run(tmp_path, address, *languages, code=0, **variables):
+    """Run the script in ``tmp_path`` where an environment is set up, with a ``python`` that notes its arguments and ends with
+    ``code``."""
     environment = tmp_path / "venv"
     (environment / "bin").mkdir(parents=True, exist_ok=True)
     python = environment / "bin" / "python"
@@ -58,9 +59,14 @@ def run(tmp_path, address, *languages, code=0):
     python.chmod(0o755)
     (environment / "bin" / "activate").write_text(f'PATH="{environment}/bin:$PATH"\n')
     (environment / ".installed").touch()
-    variables = {"VENV": str(environment), "DATA_URL": address, "OUTPUT": str(tmp_path / "data"), "no_proxy": "*"}
+    own = {"VENV": str(environment), "DATA_URL": address, "OUTPUT": str(tmp_path / "data"), "no_proxy": "*"}
     return subprocess.run(
-        ["bash", str(SCRIPT), *languages], env=os.environ | variables, capture_output=True, text=True, timeout=60
+        ["bash", str(SCRIPT), *languages],
+        cwd=tmp_path,
+        env=os.environ | own | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -76,6 +82,14 @@ def test_files_come_once_and_are_checked(tmp_path, server):
     server.asked.clear()
     assert run(tmp_path, server.address, "fa", code=2).returncode == 2  # as validate ends
     assert server.asked == []
+
+
+def test_the_folder_is_seen_from_where_the_caller_is(tmp_path, server):
+    done = run(tmp_path, server.address, "ko", OUTPUT="my own")
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "my own" / "ko_CLPL_train_data.jsonl"
+    assert file.read_bytes() == server.files[f"/{file.name}"]
+    assert (tmp_path / "calls").read_text() == f"-m clpl_moe.validate {file}\n"
 
 
 @pytest.mark.parametrize(

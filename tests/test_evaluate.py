@@ -15,11 +15,12 @@ from clpl_moe import evaluate as evaluate_module
 from clpl_moe.encoder import load_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings, write_settings
 from clpl_moe.errors import UserError
-from clpl_moe.evaluate import main, model_labels
+from clpl_moe.evaluate import EvaluateArguments, evaluate, main, model_labels
 from clpl_moe.files import write_jsonl
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.evaluation import evaluate_retrieval
 from clpl_moe.retrieval.metrics import EVALUATION_METRICS, M3_SCORES, evaluate_run, read_trec_run
+from clpl_moe.retrieval.options import EncodingArguments, open_encoder
 from clpl_moe.retrieval.significance import compare
 
 TEXTS = [f"{a} {b}" for a in ("red", "blue", "green", "white") for b in ("house", "river", "stone", "cloud", "bird")]
@@ -115,6 +116,31 @@ def test_same_content_is_reused_wherever_it_lies(tiny_encoder, collections, tmp_
     assert "not computed again" in printed
     assert table(printed)[-1] == ["moved", *before_table[-1][1:]]
     assert (output / "ko" / "metrics.json").read_text() == before
+
+
+def test_results_renamed_with_their_collection_are_reused(tiny_encoder, collections, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    options = {"m3_scores": True, "rerank_top": 5}
+    run(tiny_encoder, collections, output, **options)
+    collections = collections.rename(tmp_path / "moved")
+    for folder in (collections, output):
+        (folder / "ko").rename(folder / "kor")
+    monkeypatch.setattr(evaluate_module, "_evaluate_dense", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr(evaluate_module, "_evaluate_heads", lambda *a: pytest.fail("computed again"))
+    arguments = EvaluateArguments([str(tiny_encoder)], str(collections), ["kor"], str(output), **options)
+    found = evaluate(arguments, EncodingArguments(passage_max_len=100, dtype="float32")).results
+    names = ("model", "language", "split", "collection")
+    assert len(found) == 1 + len(M3_SCORES)
+    assert {tuple(r[name] for name in names) for r in found} == {(str(tiny_encoder), "kor", "dev", str(collections))}
+    assert {row["language"] for row in read_csv(output / "per_query.csv")} == {"kor"}
+
+
+def test_on_a_cpu_freed_memory_is_kept(tiny_encoder, monkeypatch):
+    calls = []
+    monkeypatch.setattr("clpl_moe.allocator.keep_freed_memory", lambda: calls.append(True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    open_encoder(str(tiny_encoder), EncodingArguments())
+    assert calls == [True]
 
 
 @pytest.mark.parametrize("what", ["model", "collection", "settings", "unreadable", "run only"])
@@ -377,12 +403,25 @@ def fake_environment(folder, activate):
 @pytest.mark.parametrize(
     ("arguments", "variables", "evaluated", "prepared"),
     [
-        (["BAAI/bge-m3"], {}, "BAAI/bge-m3 data/miracl ko fa hi results/miracl/bge-m3", "ko fa hi"),
-        (["mine", "ko", "--top_k", "9"], {}, "{here}/mine data/miracl ko results/miracl/mine --top_k 9", "ko"),
-        (["mine", "b/c", "--"], {}, "{here}/mine b/c data/miracl ko fa hi results/miracl", "ko fa hi"),
-        (["mine", "b/c", "--", "fa"], {"COLLECTION": "own"}, "{here}/mine b/c {here}/own fa results/own", ""),
+        (["BAAI/bge-m3"], {}, "BAAI/bge-m3 {root}/data/miracl ko fa hi {root}/results/miracl/bge-m3", "ko fa hi"),
+        (
+            ["mine", "ko", "--top_k", "9"],
+            {},
+            "{here}/mine {root}/data/miracl ko {root}/results/miracl/mine --top_k 9",
+            "ko",
+        ),
+        (["mine", "b/c", "--"], {}, "{here}/mine b/c {root}/data/miracl ko fa hi {root}/results/miracl", "ko fa hi"),
+        (["mine", "b/c", "--", "fa"], {"COLLECTION": "own"}, "{here}/mine b/c {here}/own fa {root}/results/own", ""),
         (["a"], {"COLLECTION": "/own", "OUTPUT": "out", "GPUS": "2"}, "torchrun a /own ko fa hi {here}/out", ""),
-        (["a", "hi"], {"MIRACL_SOURCE": "files"}, "a data/miracl hi results/miracl/a", "hi from {here}/files"),
+        (
+            ["a", "hi"],
+            {"MIRACL_SOURCE": "files"},
+            "a {root}/data/miracl hi {root}/results/miracl/a",
+            "hi from {here}/files",
+        ),
+        # A folder goes by its own name.
+        ([".", "hi"], {"COLLECTION": "."}, "{here} {here} hi {root}/results/{here.name}/{here.name}", ""),
+        (["mine/", "hi"], {"COLLECTION": "mine/."}, "{here}/mine {here}/mine hi {root}/results/mine/mine", ""),
     ],
 )
 def test_what_the_script_runs(tmp_path, arguments, variables, evaluated, prepared):
@@ -390,7 +429,7 @@ def test_what_the_script_runs(tmp_path, arguments, variables, evaluated, prepare
     venv = fake_environment(tmp_path / "venv", 'PATH="$VENV/fake:$PATH"\n')
     (venv / "fake").mkdir()
     for name in ("python", "torchrun"):  # exec takes no function
-        (venv / "fake" / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (venv / "fake" / name).write_text(f'#!/bin/sh\npwd >> "{tmp_path}/from"\necho {name} "$@"\n')
         (venv / "fake" / name).chmod(0o755)
     environment = {**os.environ, "VENV": str(venv), **variables}
     done = subprocess.run(
@@ -400,7 +439,8 @@ def test_what_the_script_runs(tmp_path, arguments, variables, evaluated, prepare
     *before, last = done.stdout.splitlines()
     known = ("python", "-m", "clpl_moe.evaluate", "--model", "--collection", "--languages", "--output")
     words = [word for word in last.split() if word not in (*known, "--standalone", "--nproc_per_node", "2")]
-    assert " ".join(words) == evaluated.format(here=tmp_path)
+    assert " ".join(words) == evaluated.format(here=tmp_path, root=SCRIPT.parents[1])
+    assert set((tmp_path / "from").read_text().split()) == {str(tmp_path)}  # where paths in options are the caller's
     sources = {line.split("--source ")[1] for line in before if "--source" in line}
     languages = [line.split()[4] for line in before]
     assert " ".join([*languages, *(f"from {source}" for source in sources)]) == prepared.format(here=tmp_path)

@@ -110,6 +110,21 @@ def test_faults_name_the_place_and_write_nothing(tmp_path, capsys, name):
     assert not list((tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else True
 
 
+def test_the_source_is_not_replaced_by_its_own_collection(tmp_path, capsys):
+    folder = beir(tmp_path / "ds" / "en")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    for source in (folder, link):
+        with pytest.raises(SystemExit) as stop:
+            prepare(source, tmp_path / "ds", "--overwrite", "true")
+        assert stop.value.code == 2
+        assert "the collection would replace" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    prepare(folder, folder)  # beside its files, nothing of them is replaced
+    assert (folder / "en" / "corpus.jsonl").is_file()
+
+
 def test_missing_folders_and_splits(tmp_path, capsys):
     folder = beir(tmp_path / "set")
     for words, argv in (

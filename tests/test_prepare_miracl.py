@@ -13,7 +13,7 @@ import pytest
 from clpl_moe.files import read_jsonl
 from clpl_moe.prepare import main
 from clpl_moe.retrieval.collection import Collection
-from clpl_moe.sources.stream import read_lines
+from clpl_moe.sources.stream import read_source_lines
 from miracl_files import passage, write_gz, write_miracl
 
 CORPUS = "miracl-corpus-v1.0-ko"
@@ -98,7 +98,7 @@ def test_memory_does_not_hold_the_passages(tmp_path):
 def test_the_bar_moves_with_the_bytes_of_a_file(tmp_path):
     path = write_gz(tmp_path / "docs-0.jsonl.gz", ({"text": os.urandom(40).hex()} for _ in range(5000)))
     moves = []
-    assert sum(1 for _ in read_lines(path, SimpleNamespace(update=moves.append))) == 5000
+    assert sum(1 for _ in read_source_lines(path, SimpleNamespace(update=moves.append))) == 5000
     assert sum(moves) == path.stat().st_size
     assert sum(move > 0 for move in moves) >= 3
 
@@ -112,6 +112,16 @@ def test_names_splits_and_titles(tmp_path):
     assert not (folder / "train_queries.jsonl").exists()
     assert len(lines(folder / "dev_queries.jsonl")) == 1
     assert {line["title"] for line in lines(folder / "corpus.jsonl")} == {""}
+
+
+def test_the_source_is_not_replaced_by_its_own_collection(tmp_path, capsys):
+    source = write_miracl(tmp_path / "out" / "ko")
+    (source / "corpus.jsonl").write_text("{}\n")  # so that it may be replaced
+    with pytest.raises(SystemExit) as stop:
+        prepare(source, tmp_path / "out", overwrite="true")
+    assert stop.value.code == 2
+    assert "the collection would replace" in capsys.readouterr().err
+    assert (source / DEV_QRELS).is_file()
 
 
 def test_what_a_reader_should_know_is_counted(tmp_path, capsys):

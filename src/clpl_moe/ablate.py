@@ -5,7 +5,7 @@
 3. Each row (a named set of options) is trained and evaluated per language and seed, every run in processes of its own.
 4. A table (Markdown and JSON) and a picture: mean and spread over the seeds, and the error relative to the first row.
 
-Each folder says all that decides what it holds (options with their defaults, the content of model and collection). A
+Each folder says all that decides what it holds (options with their defaults, the content of model and data). A
 finished run is not repeated while that is the same, whatever its row is called and however the configuration is arranged; an
 unfinished one goes on from its checkpoint.
 """
@@ -47,6 +47,11 @@ _PLACES = {
     "language",
     "overwrite",
 }
+# Paths (or hub names) among the options of training.
+_SOURCES = (
+    *("model_name_or_path", "tokenizer_name", "train_data"),
+    *("dev_collection", "ance_collection", "ance_positive_queries"),
+)
 _OPTIONS = "options.json"  # all that decides what the folder holds
 _DONE = "run.json"
 
@@ -276,7 +281,7 @@ def make_plan(arguments: AblateArguments) -> Plan:
                 of_mine |= data
                 folder = of_mine.find(root / "negatives", collection.language)
                 mined = minings.setdefault(of_mine.key, MineJob(collection, mine, of_mine, folder))
-                train, of_train = options.train(f"{place}: train", given["train"])
+                train, of_train = options.train(f"{place}: train", given["train"], collection.language)
                 model, seeds = train["model_name_or_path"], _seeds(place, spec.get("seeds"), arguments.seeds)
                 decisive = decisive | of_mine | of_train
             for seed in seeds:
@@ -366,7 +371,7 @@ class _Options:
         keep = {name: value for name, value in decisive.values.items() if name.removeprefix("evaluate.") in of_run}
         return given, Decisive(keep, decisive.defaults)
 
-    def train(self, place: str, values: dict[str, Any]) -> tuple[dict[str, Any], Decisive]:
+    def train(self, place: str, values: dict[str, Any], language: str) -> tuple[dict[str, Any], Decisive]:
         from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 
         for name in ("output_dir", "resume_from_checkpoint", "dry_run", "seed"):
@@ -379,7 +384,16 @@ class _Options:
         required = {"model_name_or_path": self.model, "train_data": "{train_data}", "output_dir": "-"}
         given = required | values
         decisive = self._resolve("train", types, place, given, required)
-        decisive.values["train.model_name_or_path"] = self.contents[given["model_name_or_path"]]
+
+        def content(value: Any) -> Any:
+            if isinstance(value, list):
+                return [content(v) for v in value]
+            # {collection} and {train_data} stay: what they stand for is known by what it is made from.
+            path = (value or "").replace("{language}", language)
+            return self.contents[path] if path and Path(path).exists() else value
+
+        for name in _SOURCES:
+            decisive.values[f"train.{name}"] = content(decisive.values[f"train.{name}"])
         return given, decisive
 
     def _resolve(
@@ -401,7 +415,7 @@ def _digest(value: Any) -> str:
 
 
 class _Contents(dict):
-    """Model name -> hash of its folder's content, or the name itself for a model of the hub."""
+    """Path -> hash of its content, or the name itself for a model of the hub."""
 
     def __missing__(self, name: str) -> str:
         self[name] = _content(Path(name)) if Path(name).exists() else name

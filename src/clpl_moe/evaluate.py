@@ -205,8 +205,8 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evalu
                 continue
             for score, path in runs.items():
                 metrics = found["metrics"] if score == DENSE else found["metrics"][score]
-                # The model may lie elsewhere now.
-                results.append({**found, "metrics": metrics, "model": task.name, "score": score})
+                # Model and collection may lie elsewhere now.
+                results.append({**found, **_names(task), "metrics": metrics, "score": score})
                 per_query.append(evaluate_run(task.collection.qrels, read_trec_run(path), arguments.metrics)[1])
     if process()[0] > 0:
         return Evaluation([], [])
@@ -362,13 +362,20 @@ def _evaluate_heads(
     return content
 
 
-def _describe(task: _Task, encoder: Encoder, key: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+def _names(task: _Task) -> dict[str, str]:
     collection = task.collection
     return {
         "model": task.name,
         "language": collection.language,
         "split": collection.split,
         "collection": str(collection.directory),
+    }
+
+
+def _describe(task: _Task, encoder: Encoder, key: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    collection = task.collection
+    return {
+        **_names(task),
         "passages": len(collection.passages),
         "queries": len(collection.queries),
         "judged_queries": len(collection.qrels),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from clpl_moe.cli import parse, print_counts
-from clpl_moe.errors import UserError, command
+from clpl_moe.errors import UserError, at, command
 from clpl_moe.files import refuse_existing
 from clpl_moe.retrieval.collection import check_language
 from clpl_moe.sources import beir, miracl
@@ -99,6 +99,16 @@ def prepare(arguments: PrepareArguments, folder: Path) -> Counter[str]:
     return write_streaming(folder, parts, miracl.ID_FIELD, splits, titles=arguments.titles)
 
 
+def refuse_own_source(arguments: PrepareArguments, folder: Path) -> None:
+    """Raise :class:`UserError` where a source lies in the folder that the collection would replace."""
+    for path in (*(arguments.squad or ()), arguments.beir, arguments.source):
+        if path is not None and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{at(path)}: the collection would replace {folder}, which holds this source; name another --output or"
+                " --language"
+            )
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
@@ -109,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv=argv,
     )
     folder = Path(arguments.output) / arguments.language
+    refuse_own_source(arguments, folder)
     refuse_existing(folder, arguments.overwrite, marker="corpus.jsonl")
     counts = prepare(arguments, folder)
     print_counts(counts)

@@ -35,7 +35,7 @@ class Split:
     judgements: dict[tuple[str, str], int]
 
 
-def read_lines(path: Path, bar: Any = None) -> Iterator[tuple[int, bytes]]:
+def read_source_lines(path: Path, bar: Any = None) -> Iterator[tuple[int, bytes]]:
     """Line number (from 1) and bytes of each line that is not blank, of a plain or a ``.gz`` file.
 
     Args:
@@ -78,7 +78,7 @@ def read_texts(path: Path, id_field: str, bar: Any = None) -> Iterator[tuple[int
     Raises:
         UserError: the file or a line is broken, or a field is missing or of another type.
     """
-    for number, raw in read_lines(path, bar):
+    for number, raw in read_source_lines(path, bar):
         record = parse_line(path, number, raw)
         for name in (id_field, "text", "title"):
             if name == "title" and record.get(name) is None:
@@ -94,9 +94,9 @@ def read_table(path: Path) -> Iterator[tuple[int, str]]:
     """Line number and text, without the line's end, of each line of a text file.
 
     Raises:
-        UserError: as :func:`read_lines`, or the file is not UTF-8.
+        UserError: as :func:`read_source_lines`, or the file is not UTF-8.
     """
-    for number, raw in read_lines(path):
+    for number, raw in read_source_lines(path):
         try:
             # The byte-order mark that some editors write is no part of the text.
             yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
@@ -152,9 +152,8 @@ def write_streaming(
     splits: Mapping[str, Split],
     *,
     titles: bool = True,
-    progress: bool = True,
 ) -> Counter[str]:
-    """Write a collection, whole or not at all, and return counts of what it holds.
+    """Write a collection, whole or not at all, and return counts of what it holds; a bar shows the bytes read.
 
     Args:
         folder: the collection's folder; one that is there is replaced.
@@ -162,7 +161,6 @@ def write_streaming(
         id_field: the field of the passage's id.
         splits: name -> queries and judgements.
         titles: whether to keep the titles.
-        progress: whether to show a bar, of the bytes of ``paths``.
 
     Raises:
         UserError: as :func:`read_texts`, or an id stands twice.
@@ -175,7 +173,7 @@ def write_streaming(
 
     def passages() -> Iterator[dict[str, Any]]:
         size = sum(path.stat().st_size for path in paths if path.is_file())
-        with tqdm(total=size, unit="B", unit_scale=True, desc="passages", disable=not progress) as bar:
+        with tqdm(total=size, unit="B", unit_scale=True, desc="passages") as bar:
             for path in paths:
                 for _, identifier, record in read_texts(path, id_field, bar):
                     hashes.append(hash(identifier))
