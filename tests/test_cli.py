@@ -57,6 +57,12 @@ def test_yaml_values_and_the_command_line_over_them(config):
     assert over == Options("한국어", 1e-5, 5, False, files=["c"], margin=-0.5)
 
 
+def test_null_is_no_value_of_an_option_that_has_a_default(config):
+    path = config("name: a\nrouter: null")
+    with pytest.raises(UserError, match=r"field 'router': found null, expected a value; without the line it is a"):
+        parse("--config", path)
+
+
 def test_values_that_begin_with_a_dash_or_hold_spaces(config):
     path = config("name: '--odd name'\nmargin: -1\nfiles: one file.jsonl")
     options = parse(f"--config={path}")

@@ -258,6 +258,15 @@ def test_normalised_embeddings_can_be_taken_as_they_are():
     assert CLPLLoss(normalize=False)(**inputs).loss != CLPLLoss()(**inputs).loss
 
 
+def test_the_cosine_penalty_does_not_grow_with_the_embeddings():
+    """Of embeddings that are not normalised, their product would: without bound, and against all other terms."""
+    inputs = make_batch()
+    found = CLPLLoss(normalize=False)(**inputs)
+    torch.testing.assert_close(found.penalty, CLPLLoss()(**inputs).penalty)
+    longer = inputs | {name: 5 * inputs[name] for name in ("passages", "negative_queries")}
+    torch.testing.assert_close(CLPLLoss(normalize=False)(**longer).penalty, found.penalty)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_is_computed_in_float32_under_autocast(dtype):
     inputs = make_batch(dtype=dtype)

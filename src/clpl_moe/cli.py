@@ -94,6 +94,10 @@ def _to_argv(path: Path, values: dict[str, Any], parser: argparse.ArgumentParser
         if key not in known:
             raise UserError(f"{at(path)}: unknown option '{key}'{_nearest(str(key), list(known))}")
         if value is None:
+            if known[key].default not in (None, [], argparse.SUPPRESS):
+                raise UserError(
+                    f"{at(path, field=key)}: found null, expected a value; without the line it is {known[key].default}"
+                )
             continue
         items = value if isinstance(value, list) else [value]
         if isinstance(value, list) and known[key].nargs not in ("+", "*"):

@@ -195,7 +195,11 @@ class CLPLLoss(nn.Module):
                 queries, answers = torch.cat([query, negative_queries]), torch.cat([positives, negative_index])
                 pair_similarity = (passages[negative_index] * negative_queries).sum(-1)  # (M,)
                 if self.penalty == "cosine":
-                    pair_penalty = 1 - pair_similarity
+                    pair_penalty = 1 - (
+                        pair_similarity
+                        if self.normalize
+                        else F.cosine_similarity(passages[negative_index], negative_queries)
+                    )
                 else:
                     pair_penalty = self._cross_entropy(negative_queries, negative_index, candidates)
                 owner = negative_index // group  # (M,) the query whose negative this is

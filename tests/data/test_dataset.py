@@ -167,6 +167,10 @@ def test_max_example_num_takes_the_same_ones_each_time(path, tmp_path):
     )]  # fmt: skip
     assert queries[0] == queries[1]
     assert len(set(queries[0])) == 5
+    moved = tmp_path / "elsewhere.jsonl"
+    moved.write_bytes(path.read_bytes())
+    dataset = make(moved, tmp_path, max_example_num_per_dataset=5)
+    assert [dataset[(0, i)].query for i in range(5)] == queries[0]
 
 
 def test_shuffled_words_stay_the_positives_characters(tmp_path):

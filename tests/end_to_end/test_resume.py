@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from clpl_moe.train import main
-from tiny_training import arguments, read_metrics, refused, train_until, write_triplets
+from clpl_moe.training.trainer import CLPLTrainer
+from tiny_training import arguments, make_collection, read_metrics, refused, train_until, write_triplets
 
 # FlagEmbedding's own resume ends in an AttributeError, and past that restores no weights (encoder keys without their
 # prefix) and starts same-dataset batches from the beginning: every test here fails on it.
@@ -158,6 +159,56 @@ def test_resume_from_a_named_checkpoint_of_another_folder(model, data, whole, tm
     assert all(found[name].equal(expected[name]) for name in expected)
 
 
+def test_a_checkpoint_does_not_go_into_another_run(model, data, whole, tmp_path, capsys):
+    other = shutil.copytree(whole, tmp_path / "other")
+    before = {path: path.stat().st_mtime_ns for path in other.rglob("*")}
+    argv = arguments(model, data, other, **options())
+    err = refused([*argv, "--resume_from_checkpoint", str(whole / "checkpoint-3")], capsys)
+    assert f"{other}: the folder is not empty, and not the run that {whole / 'checkpoint-3'} is of" in err
+    assert {path: path.stat().st_mtime_ns for path in other.rglob("*")} == before
+
+
+def test_without_an_optimizers_state_nothing_is_resumed(model, data, whole, tmp_path, capsys):
+    """transformers goes on with a new one."""
+    argv = arguments(model, data, tmp_path / "new", **options())
+    err = refused([*argv, "--resume_from_checkpoint", str(whole)], capsys)
+    assert f"{whole}: holds no state of an optimizer (a run's folder" in err
+    argv = arguments(model, data, tmp_path / "run", **options(save_only_model=True))
+    train_until(argv, 9)
+    err = refused([*argv, "--resume_from_checkpoint", "true"], capsys)
+    assert "checkpoint-3: holds no state of an optimizer" in err
+
+
+@pytest.mark.parametrize("call", [None, 3, 4])
+def test_early_stopping_is_that_of_the_uninterrupted_run(model, data, tmp_path, monkeypatch, call):
+    """transformers begins to wait anew, and evaluates once more where ``eval_on_start`` is set."""
+    more = {"gradient_accumulation_steps": 1, "max_steps": 20, "save_steps": 1, "early_stopping_patience": 3}
+    more |= {"eval_on_start": True, "dev_collection": make_collection(tmp_path / "dev"), "dev_language": "ko"}
+    argv = arguments(model, data, tmp_path / "run", **options(**more))
+    scores = {0: 0.5, 1: 0.9, 2: 0.6}
+    steps = []
+
+    def evaluate(self, encoder):
+        steps.append(self.state.global_step)
+        value = scores.get(steps[-1], 0.3)
+        return {"ndcg@5": value, "ndcg@10": value, "recall@100": value}
+
+    stock = CLPLTrainer.evaluate
+
+    def patched(self, *args, **kwargs):
+        self.evaluator = lambda encoder: evaluate(self, encoder)
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(CLPLTrainer, "evaluate", patched)
+    if call is None:
+        main(argv)
+    else:
+        train_until(argv, call)
+        main([*argv, "--resume_from_checkpoint", "true"])
+    assert steps == [0, 1, 2, 3, 4]
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if "eval_ndcg@10" in r] == steps
+
+
 def test_nothing_to_resume(model, data, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -181,6 +232,9 @@ def test_options_of_a_run_cannot_change_unnoticed(model, data, tmp_path, capsys,
         ({"num_experts": 3}, "num_experts is 3, but the run to resume has 2"),
         ({"trainable": "full"}, "trainable is full, but the run to resume has moe"),
         ({"optim": "sgd"}, "optim is sgd, but the run to resume has"),
+        # They would come back from the checkpoint.
+        ({"learning_rate": 1e-5}, "learning_rate is 1e-05, but the run to resume has 0.001"),
+        ({"weight_decay": 0.5}, "weight_decay is 0.5, but the run to resume has 0.0"),
     ):
         err = refused(arguments(model, data, folder, **options(**more), resume_from_checkpoint=True), capsys)
         assert message in err

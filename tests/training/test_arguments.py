@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -47,6 +49,9 @@ def training(**options):
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**32}, "seed is 4294967296"),
         ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1"),
+        ({"auto_find_batch_size": True}, "no effect in this training: lower per_device_train_batch_size"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, and has no effect"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is 5.0, and has no effect"),
     ],
 )
 def test_training_options_that_do_not_fit(options, message):
@@ -81,6 +86,8 @@ def test_model_options():
     assert (config.num_experts, config.top_k, config.layers) == (4, 2, "every:2")
     with pytest.raises(ValueError, match="top_k"):
         CLPLModelArguments(model_name_or_path="m", top_k=3)
+    with pytest.raises(ValueError, match="config_name has no effect"):
+        CLPLModelArguments(model_name_or_path="m", config_name="n")
 
 
 def test_evaluation_follows_saving():
@@ -88,6 +95,13 @@ def test_evaluation_follows_saving():
     assert (args.eval_strategy.value, args.eval_steps) == ("steps", 7)
     assert args.load_best_model_at_end
     assert args.greater_is_better
+
+
+def test_several_gpus_without_torchrun(monkeypatch, caplog):
+    """transformers' way of taking them all divides tensors by rows, which packed texts have none of."""
+    monkeypatch.setattr(CLPLTrainingArguments, "n_gpu", property(lambda self: self._n_gpu or 2))
+    assert training().n_gpu == 1
+    assert "one of 2 GPUs; on all of them: torchrun --nproc_per_node 2" in caplog.text
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -149,6 +163,19 @@ def test_prompts_and_pooling_come_from_the_base_folder_unless_given(tiny_encoder
     assert runner.settings == EmbeddingSettings("cls", True, "find: ", "passage: ")
     runner.run()
     assert read_settings(tmp_path / "b") == runner.settings
+    options = {
+        "query_instruction_format": "Task: {}Query: {}",
+        "query_max_len": 30,
+        "passage_max_len": 20,
+        "max_steps": 1,
+    }
+    runner = make_runner(arguments(model, data, tmp_path / "c", **options))
+    example = runner.train_dataset[(0, 0)]
+    assert example.query.startswith("Task: query: Query: ")
+    runner.run()
+    assert read_settings(tmp_path / "c").query_prompt == "Task: query: Query: "
+    # Of queries and passages the longer: sentence-transformers has one length for both.
+    assert json.loads((tmp_path / "c" / "sentence_bert_config.json").read_text())["max_seq_length"] == 30
 
 
 def test_heads_of_another_shape_are_refused(tiny_encoder, tmp_path):

@@ -43,7 +43,10 @@ def test_card_tells_what_was_trained_on_what_and_how_it_went(tiny_encoder, tmp_p
     assert header["library_name"] == "sentence-transformers"
     assert "moe" in header["tags"]
     evaluations = [record for record in read_metrics(tmp_path / "run") if "eval_ndcg@10" in record]
-    best = max(evaluations, key=lambda record: record["eval_ndcg@10"])
+    assert [record["step"] for record in evaluations] == [0, 1, 2]
+    # The saved model is the best that was trained, also where training made it worse.
+    best = max(evaluations[1:], key=lambda record: record["eval_ndcg@10"])
+    assert best["eval_ndcg@10"] < evaluations[0]["eval_ndcg@10"]
     dataset = {"type": "dev", "name": "dev (ko)", "config": "ko", "split": "dev"}
     assert results_of(header) == {
         "nDCG@5": (round(best["eval_ndcg@5"], 6), dataset),
@@ -67,6 +70,16 @@ def test_card_tells_what_was_trained_on_what_and_how_it_went(tiny_encoder, tmp_p
     assert ModelCard.load(tmp_path / "run" / "README.md").data.eval_results[0].metric_value == round(
         best["eval_ndcg@5"], 6
     )
+
+
+def test_without_best_checkpoint_the_card_is_of_the_last_weights(tiny_encoder, tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "dev_collection": make_collection(tmp_path / "dev")}
+    options |= {"max_steps": 3, "dev_language": "ko", "learning_rate": 0.3, "trainable": "full"}
+    main(arguments(tiny_encoder, write_triplets(tmp_path / "t.jsonl", 6), tmp_path / "run", **options))
+    found = [record["eval_ndcg@10"] for record in read_metrics(tmp_path / "run") if "eval_ndcg@10" in record]
+    assert found[-1] < max(found)
+    header, _ = split_card(tmp_path / "run")
+    assert results_of(header)["nDCG@10"][0] == round(found[-1], 6)
 
 
 def test_the_code_in_the_card_runs_and_its_ways_agree(tiny_encoder, tmp_path, monkeypatch):

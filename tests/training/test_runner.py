@@ -1,12 +1,15 @@
+import importlib.util
 import json
 import re
 
 import pytest
+from safetensors import SafetensorError
 
 from clpl_moe.errors import UserError
 from clpl_moe.train import main
-from clpl_moe.training.runner import check_same_data
-from tiny_training import arguments, refused, train_until, write_triplets
+from clpl_moe.training.arguments import CLPLDataArguments
+from clpl_moe.training.runner import check_gathering, check_same_data
+from tiny_training import arguments, make_runner, refused, train_until, write_triplets
 
 
 @pytest.fixture
@@ -58,6 +61,13 @@ def test_number_of_processes(tmp_path, caplog):
     assert "1 processes, but the run to resume had 2: the batches are the same" in caplog.text
 
 
+def test_on_a_cpu_freed_memory_is_kept(tiny_encoder, data, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("clpl_moe.training.runner.keep_freed_memory", lambda: calls.append(True))
+    make_runner(arguments(tiny_encoder, data, tmp_path / "run", use_cpu=True))
+    assert calls == [True]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -81,3 +91,44 @@ def test_push_to_hub_without_network(tiny_encoder, data, tmp_path, capsys):
     assert "error: push_to_hub: the hub does not open the repository" in err
     assert "hf auth login" in err
     assert not list((tmp_path / "run").glob("train_*"))
+
+
+def test_no_batches_no_training(tiny_encoder, data, tmp_path, capsys):
+    """transformers saves the base model as trained."""
+    argv = arguments(tiny_encoder, data, tmp_path / "run", per_device_train_batch_size=9, dataloader_drop_last=True)
+    for more in ([], ["--dry_run", "true"]):
+        assert "no file has the 9 examples of a batch" in refused([*argv, *more], capsys)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_processes_gather_all_or_none(tmp_path):
+    args = CLPLDataArguments(train_data=["t"])
+    check_gathering([True, False], args, world_size=1)
+    check_gathering([True, True], args, world_size=2)
+    with pytest.raises(UserError, match="set same_dataset_within_batch"):
+        check_gathering([True, False], args, world_size=2)
+    args.same_dataset_within_batch = True
+    check_gathering([True, False], args, world_size=2)
+
+
+def test_a_package_that_only_the_trainer_misses(tiny_encoder, data, tmp_path, capsys):
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    err = refused(arguments(tiny_encoder, data, tmp_path / "run", report_to="wandb"), capsys)
+    assert "pip install wandb" in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0"),
+    ],
+)
+def test_full_disk(tiny_encoder, data, tmp_path, capsys, monkeypatch, error):
+    def save(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("clpl_moe.training.trainer.save_encoder", save)
+    err = refused(arguments(tiny_encoder, data, tmp_path / "run", max_steps=1), capsys)
+    assert err.splitlines()[-1] == f"error: {tmp_path / 'run'}: No space left on device"

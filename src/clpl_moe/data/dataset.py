@@ -126,7 +126,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
             raise
         limit = self.args.max_example_num_per_dataset
         if len(dataset) > limit:
-            chosen = random.Random(f"{self.seed}-{file_path}").sample(range(len(dataset)), limit)
+            chosen = random.Random(f"{self.seed}-{hash_file(file_path)}").sample(range(len(dataset)), limit)
             dataset = dataset.select(sorted(chosen))
         return dataset
 

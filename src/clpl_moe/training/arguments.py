@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
@@ -19,6 +20,8 @@ from clpl_moe.training.compat import prefer_activation_checkpointing
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 
 def _as_in_mine(name: str, **metadata: Any) -> Any:
@@ -82,6 +85,8 @@ class CLPLModelArguments(EncoderOnlyEmbedderM3ModelArguments):
         )
 
     def __post_init__(self) -> None:
+        if self.config_name is not None:
+            raise ValueError("config_name has no effect: the base model's own config.json is read, remove it")
         self.moe_config()
 
 
@@ -283,7 +288,7 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     )
     save_total_limit: int | None = field(
         default=2,
-        metadata={"help": "Checkpoints kept, the best one among them where there is a dev_collection."},
+        metadata={"help": "Checkpoints kept, the best one among them where there is a dev_collection; 0: all."},
     )
     metric_for_best_model: str | None = field(
         default="ndcg@10",
@@ -330,9 +335,24 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
         if self.resume_from_checkpoint in ("false", "False", ""):
             self.resume_from_checkpoint = None
         super().__post_init__()
+        if self.n_gpu > 1:
+            # transformers would take torch's DataParallel, which cannot divide these batches.
+            logger.warning(
+                "training on one of %d GPUs; on all of them: torchrun --nproc_per_node %d -m clpl_moe.train ...",
+                self.n_gpu,
+                self.n_gpu,
+            )
+            self._n_gpu = 1
 
     def _check_run(self) -> None:
-        """What transformers and torch would stop at in the middle, or take for something else."""
+        """What transformers and torch would stop at in the middle, take for something else, or not look at."""
+        for name, instead in (
+            ("auto_find_batch_size", "lower per_device_train_batch_size, or set grad_cache_tokens"),
+            ("label_smoothing_factor", "remove it"),
+            ("neftune_noise_alpha", "remove it"),
+        ):
+            if getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, and has no effect in this training: {instead}")
         _check_numbers(
             self,
             per_device_train_batch_size=1,

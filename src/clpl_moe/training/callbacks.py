@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
+    EarlyStoppingCallback,
     ProgressCallback,
     TrainerCallback,
     TrainerControl,
@@ -87,6 +88,17 @@ def fold_expert_load(logs: dict[str, Any]) -> dict[str, Any]:
     if table:
         folded["expert_load"] = [table[layer] for layer in sorted(table)]
     return folded
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers', which forgets in a resumed run how long it has been waiting."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        before = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = before["attributes"]["early_stopping_patience_counter"]
 
 
 class ConsoleCallback(ProgressCallback):

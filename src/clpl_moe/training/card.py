@@ -20,6 +20,8 @@ from clpl_moe.reporting.sources import read_metrics
 from clpl_moe.training.callbacks import METRICS_FILE
 
 if TYPE_CHECKING:
+    from transformers import TrainerState
+
     from clpl_moe.training.runner import CLPLRunner
 
 CARD = "README.md"
@@ -67,7 +69,7 @@ def model_card(runner: CLPLRunner, evaluations: list[dict[str, float]]) -> str:
     encoder, state, settings = runner.model.model, runner.trainer.state, runner.settings
     base, experts = model_args.model_name_or_path, has_experts(encoder)
     name = Path(args.output_dir).resolve().name
-    results = _in_training(evaluations, args)
+    results = _in_training(evaluations, _saved_step(state, args), args)
     languages = list(dict.fromkeys(x for x in (args.dev_language, args.ance_language) if x is not None))
     header = ModelCardData(
         language=languages or None,
@@ -161,18 +163,24 @@ python -m clpl_moe.evaluate --model {name} --collection COLLECTIONS --languages 
 ```"""
 
 
-def _in_training(evaluations: list[dict[str, float]], args: Any) -> list[Evaluated]:
-    """The best evaluation of a run, and that before training."""
-    if not evaluations:
+def _saved_step(state: TrainerState, args: Any) -> int:
+    """The step after which the model was what the run's folder holds."""
+    best = state.best_model_checkpoint if args.load_best_model_at_end else None
+    return state.global_step if best is None else int(best.rpartition("-")[2])
+
+
+def _in_training(evaluations: list[dict[str, float]], step: int, args: Any) -> list[Evaluated]:
+    """The evaluation after ``step``, where there was one, and that before training."""
+    saved = [record for record in evaluations if record["step"] == step]
+    if not saved:
         return []
 
     def metrics(record: dict[str, float]) -> dict[str, float]:
         return {shown: record[f"eval_{name}"] for name, shown in _METRIC_NAMES.items()}
 
-    best = max(evaluations, key=lambda record: record[f"eval_{args.metric_for_best_model.removeprefix('eval_')}"])
-    before = metrics(evaluations[0]) if evaluations[0]["step"] == 0 else None
+    before = metrics(evaluations[0]) if evaluations[0]["step"] == 0 < step else None
     name = Path(args.dev_collection).resolve().name
-    return [Evaluated(name, args.dev_language, args.dev_split, metrics(best), before)]
+    return [Evaluated(name, args.dev_language, args.dev_split, metrics(saved[-1]), before)]
 
 
 def _eval_results(results: Sequence[Evaluated]) -> list[Any]:

@@ -17,7 +17,7 @@ from clpl_moe.moe.inject import has_experts, inject_moe
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.training.model import choose_trainable
-from clpl_moe.training.runner import check_lengths, check_optimizer, open_ance_index
+from clpl_moe.training.runner import check_batches, check_lengths, check_optimizer, open_ance_index
 
 # The shape of the base model of the published recipe, so that its configs can be checked where the hub is out of reach
 # (config.json of BAAI/bge-m3).
@@ -96,7 +96,8 @@ def make_plan(
         separate_parts=data_args.same_dataset_within_batch,
         drop_last=training_args.dataloader_drop_last,
     )
-    steps_per_epoch = max(1, math.ceil(len(batches) / accumulation))
+    check_batches(batches)
+    steps_per_epoch = math.ceil(len(batches) / accumulation)
     steps = (
         training_args.max_steps
         if training_args.max_steps > 0

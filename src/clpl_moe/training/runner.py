@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from clpl_moe.allocator import keep_freed_memory
 from clpl_moe.cli import load_yaml
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.dataset import CLPLTrainDataset
+from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.data.schema import data_files
 from clpl_moe.encoder.load import HEAD_FILES, find_heads, load_encoder
 from clpl_moe.encoder.packing import can_pack
@@ -44,21 +45,26 @@ DATA_FILE = "train_data.json"
 
 # What a checkpoint's weights and optimizer state are of; they do not fit a run that changes one of these.
 _FIXED_IN_A_RUN = (
-    "num_experts", "top_k", "moe_target", "moe_layers", "router", "trainable", "frozen_layers", "optim", "unified_finetuning",
+    "num_experts", "top_k", "moe_target", "moe_layers", "router", "trainable", "frozen_layers", "unified_finetuning",
     "colbert_dim", "fix_encoder", "fix_position_embedding",
+    # Part of the optimizer's and the schedule's state, which come back with their old values.
+    "optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
 
 
 def resolve_settings(
     model_args: CLPLModelArguments, data_args: CLPLDataArguments, training_args: CLPLTrainingArguments
 ) -> EmbeddingSettings:
-    """Pooling and prompts: as configured, and otherwise as the base model's folder says."""
+    """Pooling and prompts: as configured, and otherwise as the base model's folder says, whose prompts then stand in
+    ``data_args``."""
     base = read_settings(model_args.model_name_or_path, cache_dir=model_args.cache_dir, token=model_args.token)
-    prompts = {}
+    prompts = {"query": "", "passage": ""}
     for kind, default in (("query", base.query_prompt), ("passage", base.passage_prompt)):
-        instruction = getattr(data_args, f"{kind}_instruction_for_retrieval")
+        name = f"{kind}_instruction_for_retrieval"
+        given = getattr(data_args, name)
+        instruction = (default if given is None else given) or None
+        setattr(data_args, name, instruction)
         if instruction is None:
-            prompts[kind] = default
             continue
         form = getattr(data_args, f"{kind}_instruction_format")
         prompts[kind], _, after = form.format(instruction, "\0").partition("\0")
@@ -81,7 +87,7 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
     """Resolve ``resume_from_checkpoint: true`` and refuse a folder that holds something else than the run to resume.
 
     Raises:
-        UserError: the folder is not empty and no resume was asked for, or there is no such checkpoint.
+        UserError: the folder is not empty and holds no run that is to be resumed, or there is no such checkpoint.
     """
     output_dir = Path(args.output_dir)
     resume = args.resume_from_checkpoint
@@ -102,6 +108,17 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
         args.resume_from_checkpoint = None if newest is None else str(newest)
     elif not (Path(resume) / "trainer_state.json").is_file():
         raise UserError(f"{at(resume)}: not a checkpoint of a run (no trainer_state.json); --resume_from_checkpoint")
+    elif Path(resume).resolve().parent != output_dir.resolve() and output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(
+            f"{at(output_dir)}: the folder is not empty, and not the run that {resume} is of; name another --output_dir"
+        )
+    checkpoint = args.resume_from_checkpoint
+    # DeepSpeed and FSDP have names of their own.
+    if checkpoint is not None and not any(any(Path(checkpoint).glob(name)) for name in ("optimizer*", "global_step*")):
+        raise UserError(
+            f"{at(checkpoint)}: holds no state of an optimizer (a run's folder, or made with save_only_model), so that it"
+            f" cannot be resumed; begin a new run with its weights: --model_name_or_path {checkpoint}"
+        )
 
 
 def check_lengths(encoder: nn.Module, name: str, args: CLPLDataArguments) -> None:
@@ -147,7 +164,10 @@ def check_same_run(config: dict[str, object], checkpoint: str | Path) -> None:
     for name in _FIXED_IN_A_RUN:
         if name in changed:
             old, new = changed[name]
-            raise UserError(f"{name} is {new}, but the run to resume has {old} ({path}): resume it with that")
+            raise UserError(
+                f"{name} is {new}, but the run to resume has {old} ({path}): resume it with that, or begin a new run with"
+                f" its weights: --model_name_or_path {checkpoint} and another --output_dir"
+            )
     if changed:
         what = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
         logger.warning("resumed with other options than %s: %s", path, what)
@@ -197,6 +217,26 @@ def check_same_data(now: dict[str, Any], checkpoint: str | Path) -> None:
             " choose per_device_train_batch_size and gradient_accumulation_steps for the same number"
         )
     logger.warning("%s: the batches are the same, but dropout and other random draws are not", was)
+
+
+def check_batches(sampler: EpochBatchSampler) -> None:
+    """Raise :class:`UserError` where an epoch has no batch: a run would end without a step."""
+    if len(sampler) == 0:
+        size = sampler.batch_size * sampler.num_processes
+        raise UserError(
+            f"dataloader_drop_last leaves out everything: no file has the {size} examples of a batch; lower"
+            " per_device_train_batch_size or remove dataloader_drop_last"
+        )
+
+
+def check_gathering(in_batch_negatives: Sequence[bool], data_args: CLPLDataArguments, world_size: int) -> None:
+    """Raise :class:`UserError` where some processes of a step would gather negatives and others would not: they would wait
+    for each other forever."""
+    if world_size > 1 and not data_args.same_dataset_within_batch and len(set(in_batch_negatives)) > 1:
+        raise UserError(
+            "negatives_cross_device cannot mix files with in-batch negatives and files without (*no_in_batch_neg) in a"
+            " batch: set same_dataset_within_batch"
+        )
 
 
 def check_optimizer(args: CLPLTrainingArguments) -> None:
@@ -251,12 +291,6 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
         # Ours first, since the parent's logs every option at length.
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
         self.settings = resolve_settings(model_args, data_args, training_args)
-        data_args.query_instruction_for_retrieval = data_args.query_instruction_for_retrieval or (
-            self.settings.query_prompt or None
-        )
-        data_args.passage_instruction_for_retrieval = data_args.passage_instruction_for_retrieval or (
-            self.settings.passage_prompt or None
-        )
         self.evaluator = None
         if training_args.use_cpu:
             keep_freed_memory()
@@ -360,13 +394,13 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
                 data_collator=self.data_collator,
                 processing_class=self.tokenizer,
                 settings=self.settings,
-                max_length=self.data_args.passage_max_len,
+                max_length=max(self.data_args.query_max_len, self.data_args.passage_max_len),
                 base_heads=self.base_heads,
                 evaluator=evaluator,
                 same_dataset_within_batch=self.data_args.same_dataset_within_batch,
                 refresher=refresher,
             )
-        except (ValueError, ImportError) as error:  # transformers checks some options no sooner
+        except (ValueError, ImportError, RuntimeError) as error:  # transformers checks some options no sooner
             raise UserError(" ".join(str(error).split())) from error
         except Exception as error:  # of the network or the hub: there are many
             if not self.training_args.push_to_hub:
@@ -424,11 +458,15 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
     def run(self) -> None:
         """Train, from the beginning or from a checkpoint, and leave the model in the run folder."""
         output_dir = Path(self.training_args.output_dir)
+        check_batches(self.trainer.batch_sampler)
+        if self.training_args.negatives_cross_device:
+            check_gathering(self.train_dataset.in_batch_negatives, self.data_args, self.training_args.world_size)
         config = resolved_config(self.model_args, self.data_args, self.training_args)
         data = describe_data(self.data_args, self.training_args)
         if self.training_args.resume_from_checkpoint is not None:
             check_same_run(config, self.training_args.resume_from_checkpoint)
             check_same_data(data, self.training_args.resume_from_checkpoint)
+            self.training_args.eval_on_start = False  # it was done when the run began
             if self.trainer.refresher is not None:
                 self.trainer.refresher.load(Path(self.training_args.resume_from_checkpoint) / NEGATIVES_FILE)
         if self.trainer.is_world_process_zero():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -13,9 +16,10 @@ from typing import Any
 import torch
 from accelerate import skip_first_batches
 from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM3Trainer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback
 
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.encoder.load import HEAD_FILES, load_weights
@@ -26,7 +30,7 @@ from clpl_moe.errors import UserError
 from clpl_moe.retrieval.encode import compute_dtype
 from clpl_moe.retrieval.options import Encoder
 from clpl_moe.training.ance import NEGATIVES_FILE, NegativeRefresher
-from clpl_moe.training.callbacks import ConsoleCallback, EpochCallback, MetricsFileCallback
+from clpl_moe.training.callbacks import ConsoleCallback, EarlyStopping, EpochCallback, MetricsFileCallback
 from clpl_moe.training.model import CLPLModel
 
 
@@ -78,7 +82,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         self.add_callback(MetricsFileCallback())
         self.add_callback(ConsoleCallback())
         if self.args.early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+            self.add_callback(EarlyStopping(self.args.early_stopping_patience))
 
     def get_train_dataloader(self) -> DataLoader:
         workers = self.args.dataloader_num_workers
@@ -146,10 +150,10 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             raise self._diverged(f"the loss is {logs['loss']}")
 
     def _diverged(self, found: str) -> UserError:
-        clipping = "" if self.args.max_grad_norm else " and turn clipping on (max_grad_norm 1)"
+        clipping = "" if self.args.max_grad_norm else " and with clipping (max_grad_norm 1)"
         return UserError(
-            f"{found} at step {self.state.global_step}: training has diverged. Lower learning_rate"
-            f" (now {self.args.learning_rate:g}){clipping}; in {self.args.output_dir} nothing was saved since the last checkpoint"
+            f"{found} at step {self.state.global_step}: training has diverged. Begin again with a lower learning_rate (it was"
+            f" {self.args.learning_rate:g}){clipping}, from the base model or from a checkpoint in {self.args.output_dir}"
         )
 
     def _pop_terms(self) -> dict[str, float]:
@@ -191,6 +195,14 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with _full_disk_as_such(self.args.output_dir):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with _full_disk_as_such(self.args.output_dir):
+            super().save_model(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         model: CLPLModel = self.accelerator.unwrap_model(self.model)
@@ -230,6 +242,17 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # The stock estimate reads an input that these batches do not have.
         return 0
+
+
+@contextlib.contextmanager
+def _full_disk_as_such(folder: str) -> Iterator[None]:
+    """What safetensors and torch raise where a disk is full becomes the ``OSError`` that it is."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if "No space left" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder) from error
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
