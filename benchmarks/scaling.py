@@ -84,7 +84,7 @@ def draw(path: Path, curves: dict[str, dict]) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import FuncFormatter
 
     figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.4), layout="constrained", squeeze=False)
     for axis, (name, curve) in zip(axes[0], curves.items()):
@@ -95,9 +95,12 @@ def draw(path: Path, curves: dict[str, dict]) -> None:
         axis.set(xscale="log", yscale="log", xlabel=CURVES[name], ylabel="seconds a step")
         axis.set_xticks(curve["values"], map(str, curve["values"]))
         axis.set_xticks([], minor=True)
+        # At least a factor of four, or a small change looks like a cliff.
+        middle = (min(medians) * max(medians)) ** 0.5
+        axis.set_ylim(min(min(medians) * 0.9, middle / 2), max(max(medians) * 1.1, middle * 2))
         # Plain numbers, also between powers of ten where the axis is short.
-        axis.yaxis.set_major_formatter(LogFormatter())
-        axis.yaxis.set_minor_formatter(LogFormatter())
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_title(f"grows with exponent {curve['exponent']:.2f}", fontsize=10)
         axis.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=150)

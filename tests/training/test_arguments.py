@@ -112,6 +112,16 @@ def test_bf16_where_the_hardware_is_fast_at_it_unless_said_otherwise(monkeypatch
     assert training(use_cpu=True, fp16=True).bf16 is False
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_what_makes_training_slow_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(encode, "fast_bfloat16", lambda device: False)
+    training(use_cpu=True, bf16=False)
+    assert not caplog.text
+    training(bf16=True)
+    assert "no GPU was found: training on the CPU" in caplog.text
+    assert "bf16 is emulated on this cpu" in caplog.text
+
+
 def test_encoding_in_training_follows_its_precision(monkeypatch):
     monkeypatch.setattr(encode, "fast_bfloat16", lambda device: True)
     assert training(use_cpu=True, bf16=False).encode_dtype == torch.float32

@@ -53,13 +53,23 @@ def test_every_term_is_logged(run):
     assert records[0]["learning_rate"] > records[-1]["learning_rate"]
 
 
-def test_tensorboard_has_them_too(run):
+def read_tensorboard_tags(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (file,) = run.rglob("events.out.tfevents*")
     events = EventAccumulator(str(file.parent))
     events.Reload()
-    tags = set(events.Tags()["scalars"])
+    return set(events.Tags()["scalars"])
+
+
+def test_layers_go_by_their_own_numbers(tiny_encoder, data, tmp_path):
+    main(arguments(tiny_encoder, data, tmp_path / "run", moe_layers="1", max_steps=1, report_to="tensorboard"))
+    loads = {tag for tag in read_tensorboard_tags(tmp_path / "run") if "expert_load" in tag}
+    assert loads == {"train/expert_load/layer_1/expert_0", "train/expert_load/layer_1/expert_1"}
+
+
+def test_tensorboard_has_them_too(run):
+    tags = read_tensorboard_tags(run)
     names = ("loss", "contrastive", "penalty", "negative_query_similarity", "grad_norm", "expert_load/layer_0/expert_1")
     assert {f"train/{name}" for name in names} < tags
     assert {"eval/ndcg@5", "eval/ndcg@10", "eval/recall@100"} < tags

@@ -320,11 +320,16 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
         # Asked for before the parent looks at devices: without it, processes on a machine without accelerators do not
         # find each other.
         self.wants_cuda = self.fp16
-        if not torch.accelerator.is_available():
+        if not self.use_cpu and not torch.accelerator.is_available():
+            logger.warning("no GPU was found: training on the CPU, where BGE-M3 takes days (use_cpu true: meant so)")
             self.use_cpu = True
+        device = torch.device("cpu" if self.use_cpu else torch.accelerator.current_accelerator().type)
         if self.bf16 is None:
-            device = torch.device("cpu" if self.use_cpu else torch.accelerator.current_accelerator().type)
             self.bf16 = not self.fp16 and fast_bfloat16(device)
+        elif self.bf16 and not fast_bfloat16(device):
+            logger.warning(
+                "bf16 is emulated on this %s, and slow: --bf16 false, with --fp16 true on a GPU", device.type
+            )
         if self.fp16 and self.use_cpu:
             self.fp16 = False
         if self.dataloader_num_workers is None:

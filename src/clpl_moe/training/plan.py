@@ -128,6 +128,7 @@ def make_plan(
         f" optimizer {state_bytes / 2**30:.1f}, activations {activation_bytes / 2**30:.1f}",
         f"loss            temperature {training_args.temperature}, penalty weight {training_args.penalty_weight}"
         f" ({training_args.penalty}), in-batch negatives {'on' if training_args.in_batch_negatives else 'off'}",
+        f"device          {_device(training_args)}",
         f"output          {training_args.output_dir}",
     ]
     if training_args.dev_collection is not None:
@@ -149,6 +150,11 @@ def make_plan(
         len(dataset), steps_per_epoch, steps, tokens, tokenizer is not None, parameters, trained, state_bytes,
         activation_bytes, lines,
     )  # fmt: skip
+
+
+def _device(args: CLPLTrainingArguments) -> str:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() and not args.use_cpu else args.device.type
+    return f"{name}, {'bfloat16' if args.bf16 else 'float16' if args.fp16 else 'float32'}"
 
 
 def _meta_encoder(args: CLPLModelArguments):

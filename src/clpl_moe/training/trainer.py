@@ -27,6 +27,7 @@ from clpl_moe.encoder.packing import PackedTexts, send
 from clpl_moe.encoder.save import save_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings
 from clpl_moe.errors import UserError
+from clpl_moe.moe.install import layer_states
 from clpl_moe.retrieval.encode import compute_dtype
 from clpl_moe.retrieval.options import Encoder
 from clpl_moe.training.ance import NEGATIVES_FILE, NegativeRefresher
@@ -170,7 +171,8 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             if mean.ndim == 0:
                 means[name] = mean.item()
                 continue
-            for layer, load in enumerate(mean.tolist()):
+            layers = [layer for layer, *_ in layer_states(self.accelerator.unwrap_model(self.model).model)]
+            for layer, load in zip(layers, mean.tolist(), strict=True):
                 for expert, share in enumerate(load):
                     means[f"{name}/layer_{layer}/expert_{expert}"] = share
         self._terms.clear()
