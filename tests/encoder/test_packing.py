@@ -235,6 +235,27 @@ def test_other_encoders_are_padded():
         assert_same(encoder, make_sequences(), pooling)
 
 
+@pytest.mark.parametrize("place", ["forward", "embeddings"])
+def test_what_an_encoder_does_besides_its_layers_is_not_left_out(place):
+    class Encoder(packing.XLMRobertaModel):
+        def forward(self, **inputs):
+            output = super().forward(**inputs)
+            output.last_hidden_state = output.last_hidden_state * torch.linspace(0.1, 2, 32)
+            return output
+
+    class Embeddings(packing.XLMRobertaEmbeddings):
+        def forward(self, **inputs):
+            return super().forward(**inputs) * torch.linspace(0.1, 2, 32)
+
+    encoder = make_encoder()
+    if place == "forward":
+        encoder.__class__ = Encoder
+    else:
+        encoder.embeddings.__class__ = Embeddings
+    assert not can_pack(encoder)
+    assert_same(encoder, make_sequences(), "mean")
+
+
 class TestPackedTexts:
     def test_layout(self):
         texts = PackedTexts.from_sequences([[5, 6], [7], [8, 9, 10]])

@@ -256,3 +256,24 @@ def test_refuses_experts_in_a_class_that_could_not_be_loaded_again(tmp_path, tin
     with pytest.raises(ValueError, match=r"a CamembertModel with experts could not be loaded again: merge_experts"):
         save_encoder(model, tiny_tokenizer, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_an_encoder_that_was_loaded_before_the_package_is_refused(folders, tmp_path):
+    """Its experts are of classes that this package does not know."""
+    code = """
+import sys
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+from clpl_moe import merge_experts
+from clpl_moe.encoder.save import save_encoder
+from clpl_moe.moe.inject import expert_parameters
+for function in (merge_experts, expert_parameters, lambda model: save_encoder(model, None, sys.argv[1], None)):
+    try:
+        function(model)
+    except ValueError as error:
+        print(error)
+"""
+    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", code, str(folders["cls"])]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert run.stdout.count("loaded with the code in its folder: use clpl_moe.load_encoder") == 3, run.stderr[-2000:]

@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +38,25 @@ def test_a_loader_that_does_not_know_the_experts_fails(tmp_path, kind, target):
     make_moe(target, kind=kind, layers=[1]).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="size"):
         DENSE_CLASSES[kind][1].from_pretrained(tmp_path)
+
+
+def test_hidden_states_and_attentions_can_be_had(tmp_path):
+    """In a process of its own: transformers learns how when it makes a model of the class."""
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from clpl_moe import merge_experts
+from tiny import make_batch, make_moe
+encoder, batch = make_moe(kind="bert"), make_batch([5, 3])
+encoder.set_attn_implementation("eager")
+for _ in range(2):
+    output = encoder(**batch, output_hidden_states=True, output_attentions=True)
+    print(len(output.hidden_states), len(output.attentions))
+    merge_experts(encoder) if hasattr(encoder.config, "moe") else None
+"""
+    tests = str(Path(__file__).parents[1])
+    run = subprocess.run([sys.executable, "-c", code, tests], capture_output=True, text=True, check=False)
+    assert run.stdout.split() == ["3", "2", "3", "2"], run.stderr[-2000:]
 
 
 def test_code_travels_with_the_weights(tmp_path):

@@ -202,6 +202,35 @@ def test_teacher_scores(make_model, tiny_tokenizer, kind, unified, own):
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("pairs", [True, False])
+def test_distillation_takes_the_contrastive_terms_place(make_model, tiny_tokenizer, own, pairs):
+    """Where a query has a pair, (1 - λ) of its loss and λ the penalty; else all. The contrastive term has no part in it."""
+    loss = CLPLLoss(0.1, 0.3, symmetric_weight=0.5)
+    batch = make_batch(tiny_tokenizer, teacher_scores=[3.0, 1.0, 0.0, 2.0, 1.5, 0.0], no_in_batch_neg_flag=own)
+    batch["negative_queries"] = batch["negative_queries"] if pairs else None
+    # Of two queries the second has none.
+    kept = batch["negative_index"] < 3
+    batch["negative_index"] = batch["negative_index"][kept] if pairs else None
+    if pairs:
+        batch["negative_queries"] = {name: values[kept] for name, values in batch["negative_queries"].items()}
+    output = make_model(loss=loss, kd_loss_type="m3_kd_loss")(**batch)
+    terms, share = output.terms, 0.5 * 0.3 if pairs else 0.0
+    expected = (1 - share) * terms["distillation"] + share * terms.get("penalty", 0.0) + 0.5 * terms["symmetric"]
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_a_pass_that_failed_leaves_nothing_to_the_next(make_model, tiny_tokenizer, monkeypatch):
+    batch = make_batch(tiny_tokenizer)
+    expected = make_model(balance_loss_weight=0.5)(**batch).loss
+    model = make_model(balance_loss_weight=0.5)
+    with monkeypatch.context() as patched:
+        patched.setattr(model.dense_loss, "forward", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**batch)
+    assert model(**batch).loss == expected
+
+
 def test_distillation_of_own_groups_is_flagembeddings_of_each_query_alone():
     """Where the latter knows only the scores of in-batch negatives, and fails on groups of several queries."""
     from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM3Model

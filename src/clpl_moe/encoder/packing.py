@@ -28,14 +28,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertModel, PreTrainedModel, RobertaModel, XLMRobertaModel
-from transformers.models.bert.modeling_bert import BertLayer, BertOutput, BertSelfAttention, BertSelfOutput
+from transformers.models.bert.modeling_bert import (
+    BertEmbeddings,
+    BertLayer,
+    BertOutput,
+    BertSelfAttention,
+    BertSelfOutput,
+)
 from transformers.models.roberta.modeling_roberta import (
+    RobertaEmbeddings,
     RobertaLayer,
     RobertaOutput,
     RobertaSelfAttention,
     RobertaSelfOutput,
 )
 from transformers.models.xlm_roberta.modeling_xlm_roberta import (
+    XLMRobertaEmbeddings,
     XLMRobertaLayer,
     XLMRobertaOutput,
     XLMRobertaSelfAttention,
@@ -58,6 +66,7 @@ except ImportError:  # no Triton, as in torch's CPU builds
     add_norm = None
 
 _ENCODERS = (XLMRobertaModel, RobertaModel, BertModel)
+_EMBEDDINGS = (XLMRobertaEmbeddings, RobertaEmbeddings, BertEmbeddings)
 _LAYERS = (XLMRobertaLayer, RobertaLayer, BertLayer)
 _ATTENTIONS = (XLMRobertaSelfAttention, RobertaSelfAttention, BertSelfAttention)
 _OUTPUTS = (
@@ -134,9 +143,11 @@ def send(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 def can_pack(encoder: nn.Module) -> bool:
     """Whether :func:`embed_packed` runs ``encoder`` without padding: XLM-R, RoBERTa or BERT, also with experts."""
-    if not isinstance(encoder, _ENCODERS) or encoder.config.is_decoder:
+    # Exact classes: a subclass may compute something else. With experts, it is the stock classes' forward.
+    if getattr(type(encoder), "forward", None) not in [stock.forward for stock in _ENCODERS]:
         return False
-    # Exact classes: a subclass may compute something else.
+    if encoder.config.is_decoder or type(encoder.embeddings) not in _EMBEDDINGS:
+        return False
     return all(type(layer) in _LAYERS and type(layer.attention.self) in _ATTENTIONS for layer in encoder.encoder.layer)
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from clpl_moe.encoder.load import HEAD_FILES, find_heads
 from clpl_moe.encoder.settings import EmbeddingSettings, write_settings
+from clpl_moe.moe.inject import refuse_foreign_experts
 from clpl_moe.moe.install import has_experts
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 
@@ -43,9 +44,10 @@ def save_encoder(
         state_dict: weights to write instead of the model's own (gathered from several devices, for instance).
 
     Raises:
-        ValueError: the encoder has experts but is of a class that cannot be loaded again.
+        ValueError: the encoder has experts but is of a class that cannot be loaded again, or those of a folder's own code.
         UserError: it cannot be told whether ``heads_from`` has heads, since the hub is out of reach. Nothing is written.
     """
+    refuse_foreign_experts(model)
     if has_experts(model) and not isinstance(model, tuple(MOE_CLASSES.values())):
         names = ", ".join(c.__name__ for c in MOE_CLASSES)
         raise ValueError(

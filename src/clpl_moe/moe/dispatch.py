@@ -98,15 +98,16 @@ def mixes_all(num_experts: int, top_k: int) -> bool:
 def has_grouped_kernel(slots: Tensor, weight: Tensor) -> bool:
     """Whether one kernel computes all experts from sizes that stay on the device.
 
-    ``grouped_mm`` does so for bfloat16 from compute capability 9.0 on. Elsewhere it is a loop that copies the
-    sizes to the host, no better than our own.
+    ``grouped_mm`` does so for bfloat16 on compute capabilities 9 and 10 (H100 to B300). Elsewhere it is a loop that copies
+    the sizes to the host, no better than our own.
     """
     return (
         slots.is_cuda
         and linear_dtype(slots) == linear_dtype(weight) == torch.bfloat16
         and hasattr(F, "grouped_mm")
         and weight.shape[1] % 8 == weight.shape[2] % 8 == 0  # rows of whole 16 bytes
-        and torch.cuda.get_device_capability(slots.device) >= (9, 0)
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(slots.device)[0] in (9, 10)
     )
 
 

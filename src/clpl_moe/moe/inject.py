@@ -48,16 +48,28 @@ def merge_experts(model: nn.Module) -> nn.Module:
     The inverse of :func:`inject_moe`: right after injection it restores the dense encoder.
 
     Raises:
-        ValueError: the encoder has no experts.
+        ValueError: the encoder has no experts, or those of a folder's own code.
     """
     encoder = getattr(model, "base_model", model)
+    refuse_foreign_experts(encoder)
     remove_experts(encoder)
     become_dense(encoder)
     return model
 
 
+def refuse_foreign_experts(encoder: nn.Module) -> None:
+    """Raise :class:`ValueError` for an encoder whose experts are of the code in its folder, and not of this package."""
+    config = getattr(encoder, "config", None)
+    if isinstance(getattr(config, "moe", None), dict) and not has_experts(encoder):
+        raise ValueError(
+            "the encoder was loaded with the code in its folder: use clpl_moe.load_encoder, or import clpl_moe before"
+            " AutoModel loads it"
+        )
+
+
 def expert_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters of experts and routers; empty where the model has none."""
+    refuse_foreign_experts(getattr(model, "base_model", model))
     if not has_experts(model):
         return []
     prefixes = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, (Experts, Router)))

@@ -127,3 +127,5 @@ def _change_class(encoder: nn.Module, new: type[PreTrainedModel]) -> None:
         if getattr(module, "config", None) is old:
             module.config = config
     encoder.__class__ = new
+    # transformers learns how to return a class's hidden states and attentions when one is made; this makes no layers.
+    PreTrainedModel.__init__(new.__new__(new), copy.deepcopy(config))

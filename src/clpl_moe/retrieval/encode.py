@@ -53,7 +53,8 @@ def encode(
 ) -> Tensor:
     """Embed texts with an encoder, on the device where it lies.
 
-    The model's training mode is left as it was, and so is the global random state.
+    The model's training mode is left as it was, and so is the global random state. Threads may share a model that is in
+    evaluation mode.
 
     Args:
         model: the encoder; its output has ``last_hidden_state``.

@@ -120,6 +120,8 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         Raises:
             ValueError: a packed batch in unified fine-tuning, whose sparse and multi-vector losses need padded ones.
         """
+        if has_experts(self.model):
+            take_router_records(self.model)  # of a pass that failed
         if texts is not None:
             if self.unified_finetuning:
                 raise ValueError("unified_finetuning needs padded batches: set the collator's packing to False")
@@ -134,7 +136,8 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
             return CLPLModelOutput(q_reps=query_dense, p_reps=passage_dense)
 
         own_only = no_in_batch_neg_flag or not self.dense_loss.in_batch_negatives
-        dense = (self.own_negatives_loss if own_only else self.dense_loss)(
+        dense_loss = self.own_negatives_loss if own_only else self.dense_loss
+        dense = dense_loss(
             query_dense,
             passage_dense,
             negative_queries=negative_dense,
@@ -144,11 +147,14 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         loss, terms = dense.loss, _named_terms(dense)
         targets = self._teacher_targets(teacher_scores, query_dense)
         if targets is not None:
-            # The penalty's part stays, distillation takes the place of the contrastive part.
             _, distillation = self._stock_loss(own_only)(
                 query_dense, passage_dense, teacher_targets=targets, compute_score_func=self.compute_dense_score
             )
-            loss = distillation + dense.loss - dense.contrastive
+            # Distillation takes the place of the contrastive part: all of a query's loss where no negative has a query.
+            share = dense_loss.penalty_weight * _share_with_pairs(negative_index, query_dense, passage_dense)
+            loss = (1 - share) * distillation + share * dense.penalty
+            if dense.symmetric is not None:
+                loss = loss + dense_loss.symmetric_weight * dense.symmetric
             terms["distillation"] = distillation.detach()
         if self.unified_finetuning:
             mask = self._get_queries_attention_mask(queries)
@@ -268,6 +274,14 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
     def save(self, output_dir: str) -> None:
         """Not used: the trainer saves the encoder as a model folder."""
         raise NotImplementedError("use clpl_moe.encoder.save_encoder")
+
+
+def _share_with_pairs(negative_index: Tensor | None, queries: Tensor, passages: Tensor) -> Tensor:
+    """The share of the queries (B, D) of which a negative among their passages (B·G, D) has a query."""
+    has_pair = queries.new_zeros(len(queries), dtype=torch.float32)
+    if negative_index is not None:
+        has_pair[negative_index // (len(passages) // len(queries))] = 1
+    return has_pair.mean()
 
 
 def _named_terms(output: CLPLOutput) -> dict[str, Tensor]:
