@@ -507,6 +507,26 @@ def test_every_kind_of_model_through_the_script(tiny_encoder, tiny_tokenizer, co
         )
 
 
+def test_a_query_does_not_find_itself(tiny_encoder, tmp_path):
+    """As in BEIR; but where it is judged relevant, or the passage only has the same id."""
+    folder = tmp_path / "ko"
+    texts = {"a": "apple brick cloud", "b": "drum eagle flame", "c": "grape honey ivory", "d": "a b c"}
+    write_jsonl(folder / "corpus.jsonl", ({"id": k, "title": "title", "text": v} for k, v in texts.items()))
+    queries = {"a": texts["a"], "b": texts["b"], "d": "something else"}
+    write_jsonl(folder / "dev_queries.jsonl", ({"id": k, "text": v} for k, v in queries.items()))
+    qrels = [("a", "b"), ("b", "b"), ("d", "a")]
+    write_jsonl(folder / "dev_qrels.jsonl", ({"qid": q, "docid": p, "relevance": 1} for q, p in qrels))
+    collection = Collection.load(tmp_path, "ko", "dev")
+    assert collection.own_passages() == {"a": 0}
+    for top_k in (2, 10):
+        model, tokenizer = load_encoder(tiny_encoder)
+        found = evaluate_retrieval(
+            model, tokenizer, collection, settings=EmbeddingSettings(), passage_max_len=50, top_k=top_k
+        ).run
+        assert "a" not in found["a"]
+        assert [len(found[q]) for q in queries] == ([2, 2, 2] if top_k == 2 else [3, 4, 4])
+
+
 def test_labels():
     assert model_labels(["runs/a", "runs/b"]) == ["a", "b"]
     assert model_labels(["x/best", "y/best", "hub/other"]) == ["x_best", "y_best", "hub_other"]

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import re
 import shutil
@@ -54,6 +55,35 @@ def run(model, folder, **options):
     argv = ["--model", str(model), "--collection", str(folder), "--language", "ko", "--output", str(output)]
     main(argv + [f"--{key}={value}" for key, value in options.items()])
     return {record["query_id"]: record for _, record in read_jsonl(output)}
+
+
+def test_a_query_is_not_its_own_negative(tiny_encoder, tmp_path):
+    """Where queries are passages, too, as in some sets of BEIR."""
+    queries = {"x1": "about apple and brick", "x2": "about cloud"}
+    passages = PASSAGES | {"x1": "A title about apple and brick", "x2": "another text"}
+    folder = make_collection(tmp_path, passages, queries, {"x1": {"p0": 1}, "x2": {"p2": 1}})
+    lines = run(tiny_encoder, folder, rank_to=len(passages), negatives=len(passages))
+    assert "x1" not in lines["x1"]["neg_ids"]
+    assert {"x1", "x2"} <= set(lines["x2"]["neg_ids"])  # the id alone says nothing
+
+
+def test_each_process_has_its_gpu_before_a_model_is_loaded(tiny_encoder, tmp_path, monkeypatch):
+    """Else all would lie on the first one."""
+    order = []
+
+    @contextlib.contextmanager
+    def processes():
+        order.append("processes")
+        yield True
+
+    def opened(*arguments):
+        order.append("encoder")
+        return open_encoder(*arguments)
+
+    monkeypatch.setattr("clpl_moe.retrieval.store.processes", processes)
+    monkeypatch.setattr("clpl_moe.mine.open_encoder", opened)
+    run(tiny_encoder, make_collection(tmp_path))
+    assert order == ["processes", "encoder"]
 
 
 def rank_by_hand(model, query):

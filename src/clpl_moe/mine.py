@@ -98,13 +98,14 @@ def mine(
     counts["queries"] += len(collection.queries)
     counts["passages kept out: reserved to another split"] += index.reserved
     counts["passages kept out: empty or same text as another"] += index.repeated
+    own = index.places(set(collection.own_passages()))
     queries = []
     for query_id, text in zip(collection.query_ids, collection.queries):
         relevant = index.relevant(collection.qrels.get(query_id, {}))
         if not relevant:
             counts["queries dropped: no relevant passage in the corpus"] += 1
             continue
-        excluded = index.answering(text)
+        excluded = index.answering(text) | ({own[query_id]} if query_id in own else set())
         counts["passages left out: known to answer the query, besides its positives"] += len(excluded) - len(relevant)
         queries.append(MiningQuery(query_id, text, relevant, excluded))
     if not queries:

@@ -81,6 +81,17 @@ class Collection:
         _warn_of_gaps(qrels_path, qrels, query_ids, passage_ids)
         return cls(directory, language, split, passage_ids, passages, query_ids, queries, qrels, reserved)
 
+    def own_passages(self) -> dict[str, int]:
+        """Query id -> row of the passage that is the query itself: of the same id, its text within, and not judged relevant.
+
+        In some sets of BEIR (ArguAna, Quora) queries are passages, too; there a query must not find itself.
+        """
+        texts = dict(zip(self.query_ids, self.queries))
+        same = ((row, p) for row, p in enumerate(self.passage_ids) if p in texts)
+        return {
+            p: row for row, p in same if texts[p].strip() in self.passages[row] and self.qrels.get(p, {}).get(p, 0) <= 0
+        }
+
     def fingerprint(self) -> str:
         """Hash of the ids, texts and judgements: equal for equal content, wherever the files lie."""
         digest = hashlib.sha256()

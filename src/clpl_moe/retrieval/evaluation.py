@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,8 @@ def evaluate_retrieval(
 ) -> RetrievalResult:
     """Rank a collection's passages for each of its queries by similarity, exactly, and score the ranking.
 
+    As in BEIR, a query does not find itself (:meth:`~clpl_moe.retrieval.collection.Collection.own_passages`).
+
     Args:
         model: the encoder, on the device that is to compute.
         tokenizer: the encoder's.
@@ -91,12 +94,13 @@ def evaluate_retrieval(
     clock("encode_queries")
     passages = encode_passages(encoder, collection.passages, encoding, cache=cache, progress=progress)
     clock("encode_passages")
-    scores, indices = search(queries.to(model.device), passages, top_k)
+    own = collection.own_passages()
+    scores, indices = search(queries.to(model.device), passages, top_k + bool(own))
     ids = collection.passage_ids
-    run = {
-        query_id: {ids[i]: score for i, score in zip(row_indices, row_scores)}
-        for query_id, row_indices, row_scores in zip(collection.query_ids, indices.tolist(), scores.tolist())
-    }
+    run = {}
+    for query_id, row_indices, row_scores in zip(collection.query_ids, indices.tolist(), scores.tolist()):
+        found = ((ids[i], score) for i, score in zip(row_indices, row_scores) if i != own.get(query_id))
+        run[query_id] = dict(itertools.islice(found, top_k))
     clock("search")
     means, per_query = evaluate_run(collection.qrels, run, metrics)
     clock("score")
