@@ -59,16 +59,14 @@ class FeedForward(nn.Module):
         return self.output(self.intermediate(hidden), hidden)
 
 
-def feed_forward(
-    num_experts: int = 1, top_k: int = 1, *, style: str = "dense", hidden: int = 1024, ffn: int = 4096
-) -> FeedForward:
-    """The feed-forward part of an XLM-R layer without dropout: ``style`` dense, ours or loop."""
+def feed_forward(num_experts: int = 1, top_k: int = 1, *, style: str = "dense") -> FeedForward:
+    """The feed-forward part of a layer of XLM-R large without dropout: ``style`` dense, ours or loop."""
     torch.manual_seed(0)
     config = XLMRobertaConfig(
         vocab_size=10,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_attention_heads=hidden // 64,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_attention_heads=16,
         num_hidden_layers=1,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -87,36 +85,27 @@ def measure_feed_forward(
     dtype: torch.dtype,
     *,
     tokens: int = 4096,
-    hidden: int = 1024,
-    ffn: int = 4096,
     sizes: tuple[tuple[int, int], ...] = ((2, 1), (8, 1), (2, 2), (8, 2)),
-    styles: tuple[str, ...] = ("ours", "loop"),
     repeats: int = 7,
-    backward: bool = True,
 ) -> dict[str, dict[str, float]]:
-    """Times of forward (and backward) by the feed-forward part on ``tokens`` tokens; names such as ``ours N=2 k=1``."""
-    x = torch.randn(1, tokens, hidden, device=device, dtype=dtype).requires_grad_()
-    direction = torch.randn(1, tokens, hidden, device=device, dtype=dtype)
+    """Times of forward and backward by the feed-forward part on ``tokens`` tokens; names such as ``ours N=2 k=1``."""
+    x = torch.randn(1, tokens, 1024, device=device, dtype=dtype).requires_grad_()
+    direction = torch.randn_like(x)
 
     def call(module: FeedForward) -> Callable[[], None]:
         module.to(device=device, dtype=dtype).train()
 
         def run() -> None:
-            if not backward:
-                with torch.no_grad():
-                    module(x)
-                return
             module.zero_grad(set_to_none=True)
             x.grad = None
             module(x).backward(direction)
 
         return run
 
-    calls = {"dense": call(feed_forward(hidden=hidden, ffn=ffn))}
+    calls = {"dense": call(feed_forward())}
     for num_experts, top_k in sizes:
-        for style in styles:
-            module = feed_forward(num_experts, top_k, style=style, hidden=hidden, ffn=ffn)
-            calls[f"{style} N={num_experts} k={top_k}"] = call(module)
+        for style in ("ours", "loop"):
+            calls[f"{style} N={num_experts} k={top_k}"] = call(feed_forward(num_experts, top_k, style=style))
     return side_by_side(calls, device, repeats)
 
 

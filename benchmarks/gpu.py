@@ -115,8 +115,8 @@ def training_step(encoder: nn.Module, queries: int, group: int, texts: PackedTex
     return run
 
 
-def kernel_shares(call: Callable[[], None], device: torch.device, count: int = 15) -> dict[str, float]:
-    """The ``count`` kernels that a call spends most of the device's time in, with their shares; nothing on a CPU."""
+def kernel_shares(call: Callable[[], None], device: torch.device) -> dict[str, float]:
+    """The 15 kernels that a call spends most of the device's time in, with their shares; nothing on a CPU."""
     if device.type == "cpu":
         return {}
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -127,7 +127,7 @@ def kernel_shares(call: Callable[[], None], device: torch.device, count: int = 1
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             spent[event.name[:100]] += event.self_device_time_total
     total = sum(spent.values())
-    return {name: round(time / total, 3) for name, time in spent.most_common(count)}
+    return {name: round(time / total, 3) for name, time in spent.most_common(15)}
 
 
 @command
@@ -155,21 +155,19 @@ def main() -> None:
 
     def measure(name: str, make: Callable[..., Callable[[], None]], variant: tuple[int, bool], work: float) -> None:
         try:
-            measure_one(name, make, variant, work)
+            call = make(*variant)
+            call()
+            reset_peak_memory(device.type)
+            call()
+            memory = peak_memory(device.type)
+            waits = waits_for_device(call) if device.type == "cuda" else None
+            shares = kernel_shares(call, device)
+            # The dense encoder beside each, so that the ratio is of one time.
+            times = side_by_side({"dense": make(0), name: call}, device, repeats, warmup=2)
+            rates.append(matmul_rate(device, torch.bfloat16, matrix, repeats))
         except torch.OutOfMemoryError:
             print(f"{name}: does not fit in the device's memory, left out", flush=True)
-
-    def measure_one(name: str, make: Callable[..., Callable[[], None]], variant: tuple[int, bool], work: float) -> None:
-        call = make(*variant)
-        call()
-        reset_peak_memory(device.type)
-        call()
-        memory = peak_memory(device.type)
-        waits = waits_for_device(call) if device.type == "cuda" else None
-        shares = kernel_shares(call, device)
-        # The dense encoder beside each, so that the ratio is of one time.
-        times = side_by_side({"dense": make(0), name: call}, device, repeats, warmup=2)
-        rates.append(matmul_rate(device, torch.bfloat16, matrix, repeats))
+            return
         measurements[name] = times | {"kernels": shares, "operations": work}
         rows.append(
             {

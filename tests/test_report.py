@@ -9,7 +9,7 @@ import pytest
 from clpl_moe.files import write_json, write_jsonl
 from clpl_moe.report import cut, is_right_to_left, main
 from clpl_moe.reporting import charts
-from clpl_moe.reporting.sources import compare
+from clpl_moe.reporting.sources import compare_results
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.metrics import write_trec_run
 
@@ -145,7 +145,7 @@ def test_texts_keep_their_letters_language_and_direction(drawn):
 
 
 def test_gained_and_lost_queries_with_what_was_retrieved(data):
-    found = compare("run", data / "before", data / "after", "fa", "nDCG@5", depth=1)
+    found = compare_results("run", data / "before", data / "after", "fa", "nDCG@5", depth=1)
     assert [(q.id, round(q.before, 4), q.after) for q in found.gained] == [("q0", 0.6309, 1.0)]
     assert [(q.id, q.before, q.after) for q in found.lost] == [("q1", 1.0, 0.0)]
     (query,) = found.gained

@@ -673,7 +673,7 @@ def test_an_encoder_that_cannot_take_the_lengths_is_refused_before_anything_is_a
     server = llm()
     lengths = {"query_max_len": 20, "passage_max_len": 100} | {f"{kind}_max_len": 129}
     argv = arguments(server, train_file(tmp_path, 4), tmp_path, round_trip_model=tiny_encoder, **lengths)
-    assert f"a {kind} length of 129 tokens was asked for, the encoder takes 128 at most" in refused(capfd, argv)
+    assert f"{kind}_max_len is 129 tokens, the encoder takes 128 at most" in refused(capfd, argv)
     assert not server.log()
     main([*argv, f"--{kind}_max_len=128"])
     assert len(server.log()) == 4

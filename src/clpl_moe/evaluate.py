@@ -228,12 +228,10 @@ def _plan(
     encoding: EncodingArguments,
 ) -> list[_Task]:
     """What is to be done with one model; refuses where other results are in the way."""
-    from clpl_moe.retrieval.encode import max_positions, model_fingerprint
+    from clpl_moe.retrieval.encode import check_length, model_fingerprint
 
-    limit = max_positions(encoder.model)
-    for option in ("query_max_len", "passage_max_len"):
-        if limit is not None and getattr(encoding, option) > limit:
-            raise UserError(f"--{option}: found {getattr(encoding, option)}, {name} takes {limit} tokens at most")
+    check_length(encoder.model, "query", encoding.query_max_len, name)
+    check_length(encoder.model, "passage", encoding.passage_max_len, name)
     weights = model_fingerprint(encoder.model, encoder.tokenizer)
     heads = _heads(name, encoder) if arguments.m3_scores else None
     planned = []

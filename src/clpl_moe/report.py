@@ -20,7 +20,7 @@ from clpl_moe import __version__
 from clpl_moe.cli import parse
 from clpl_moe.errors import UserError, at, command
 from clpl_moe.files import atomic_dir, atomic_open, refuse_existing
-from clpl_moe.reporting.sources import Comparison, RunCourse, compare, languages_of
+from clpl_moe.reporting.sources import BeforeAfter, RunCourse, compare_results, languages_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,7 +156,7 @@ def _has_course(folder: Path) -> bool:
     return (_course_folder(folder) / "metrics.jsonl").is_file() or not (folder / "results").is_dir()
 
 
-def _comparisons(arguments: ReportArguments, folders: list[Path], names: dict[Path, str]) -> list[Comparison]:
+def _comparisons(arguments: ReportArguments, folders: list[Path], names: dict[Path, str]) -> list[BeforeAfter]:
     if arguments.before is None:
         return []
     befores = [_results_folder(Path(path)) for path in arguments.before]
@@ -172,7 +172,7 @@ def _comparisons(arguments: ReportArguments, folders: list[Path], names: dict[Pa
             )
         for language in languages:
             found.append(
-                compare(
+                compare_results(
                     names[folder],
                     before,
                     results,
@@ -186,7 +186,7 @@ def _comparisons(arguments: ReportArguments, folders: list[Path], names: dict[Pa
     return found
 
 
-def _page(arguments: ReportArguments, courses: list[RunCourse], comparisons: list[Comparison], folder: Path) -> str:
+def _page(arguments: ReportArguments, courses: list[RunCourse], comparisons: list[BeforeAfter], folder: Path) -> str:
     import jinja2
 
     from clpl_moe.reporting.charts import plot_before_after, plot_changes, plot_curves, plot_expert_load, save, svg
@@ -283,14 +283,14 @@ def _facts(courses: list[RunCourse]) -> list[tuple[str, list[str]]]:
     return [(name, values) for name, values in lines if any(value != "–" for value in values)]
 
 
-def _error_change(comparison: Comparison) -> str:
+def _error_change(comparison: BeforeAfter) -> str:
     error = 1 - comparison.mean("before")
     if error <= 0:
         return "–"
     return f"{100 * ((1 - comparison.mean('after')) / error - 1):+.1f}%".replace("-", "−")
 
 
-def _write_queries(path: Path, comparisons: list[Comparison]) -> None:
+def _write_queries(path: Path, comparisons: list[BeforeAfter]) -> None:
     with atomic_open(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         metric = comparisons[0].metric

@@ -281,7 +281,7 @@ def test_no_texts(encoder):
 def test_longer_than_the_encoder_takes(encoder):
     assert max_positions(encoder[0]) == 128  # 130 rows, two of them before the first position
     assert max_positions(make_encoder("bert")) == 40
-    with pytest.raises(UserError, match="129 tokens was asked for, the encoder takes 128 at most"):
+    with pytest.raises(UserError, match="passage_max_len is 129 tokens, the encoder takes 128 at most"):
         encode(*encoder, ["x"], settings=SETTINGS, kind="passage", max_length=129, progress=False)
     texts = ["x" * 500]
     assert encode(*encoder, texts, settings=SETTINGS, kind="passage", max_length=128, progress=False).isfinite().all()

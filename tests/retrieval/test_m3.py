@@ -177,11 +177,15 @@ def test_heads(tiny_encoder, tmp_path):
     assert heads.fingerprint() != load_heads(tiny_encoder, 32).fingerprint()
     with pytest.raises(UserError, match=r"sparse_linear\.pt: found a head for states of width 32, the model's are 64"):
         load_heads(folder, 64)
+    for content in ({"weight": torch.ones(32), "bias": torch.ones(32)}, {"weight": torch.ones(8, 32)}, [1]):
+        torch.save(content, folder / "colbert_linear.pt")
+        with pytest.raises(UserError, match=r"colbert_linear\.pt: not a head"):
+            load_heads(folder, 32)
     torch.save({"weight": torch.full((32, 32), torch.nan), "bias": torch.zeros(32)}, folder / "colbert_linear.pt")
     with pytest.raises(UserError, match=r"colbert_linear\.pt: holds NaN"):
         load_heads(folder, 32)
     (folder / "colbert_linear.pt").write_bytes(b"no weights")
-    with pytest.raises(UserError, match=r"colbert_linear\.pt: cannot be read"):
+    with pytest.raises(UserError, match=r"colbert_linear\.pt: the head cannot be read"):
         load_heads(folder, 32)
     (folder / "colbert_linear.pt").unlink()
     assert load_heads(folder, 32) is None

@@ -181,7 +181,7 @@ def test_texts_are_read_as_they_are_needed(encoder, tmp_path, monkeypatch):
 
 
 def test_what_can_be_refused(encoder, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="500 tokens was asked for, the encoder takes 128"):
+    with pytest.raises(UserError, match="passage_max_len is 500 tokens, the encoder takes 128 at most"):
         encode_passages(encoder, TEXTS, dataclasses.replace(ENCODING, passage_max_len=500), cache=tmp_path)
     usage = type(shutil.disk_usage("."))(10**12, 10**12, 100)
     with monkeypatch.context() as patch:

@@ -247,7 +247,7 @@ def test_lengths_beyond_the_positions_of_the_encoder(tiny_encoder, tmp_path, cap
     """The first text that is so long would end the run, in an IndexError."""
     data = write_triplets(tmp_path / "t.jsonl", 4)
     for options, message in (
-        ({"passage_max_len": 129}, f"passage_max_len is 129: {tiny_encoder} takes 128 tokens at most"),
+        ({"passage_max_len": 129}, f"passage_max_len is 129 tokens, {tiny_encoder} takes 128 at most"),
         ({"query_max_len": 512}, "query_max_len is 512"),
     ):
         assert message in refused(arguments(tiny_encoder, data, tmp_path / "a", dry_run=dry_run, **options), capsys)

@@ -202,6 +202,23 @@ def find_heads(path: str | Path, **hub: Any) -> dict[str, str]:
     return found
 
 
+def read_head(file: str) -> dict[str, Tensor]:
+    """A head's ``weight`` (C, D) and ``bias`` (C,) from one of the files that :func:`find_heads` finds; on the CPU.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    try:
+        head = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file brings about
+        raise UserError(f"{at(file)}: the head cannot be read ({type(error).__name__})") from None
+    weight, bias = (head.get("weight"), head.get("bias")) if isinstance(head, dict) else (None, None)
+    tensors = isinstance(weight, Tensor) and isinstance(bias, Tensor)
+    if not tensors or weight.dim() != 2 or bias.shape != weight.shape[:1]:
+        raise UserError(f"{at(file)}: not a head, expected the weight and the bias of a Linear layer")
+    return {"weight": weight, "bias": bias}
+
+
 def _weight_file(path: str, hub: dict[str, Any]) -> str:
     for name in _WEIGHT_FILES:
         if (file := find_file(path, name, hub)) is not None:

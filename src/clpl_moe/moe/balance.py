@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .install import layer_states
-from .layer import RouterRecord
+from .layer import Router, RouterRecord
 
 
 @dataclass
@@ -20,23 +21,21 @@ class RouterTerms:
         balance: scalar with a graph, mean over layers of the load-balancing loss; 1 where loads are even.
         z: scalar with a graph, mean over layers of the router z-loss.
         load: (L, N) share of the assignments that each expert got; rows sum to 1.
-        layers: the number of each of the L layers in the encoder.
     """
 
     balance: Tensor
     z: Tensor
     load: Tensor
-    layers: list[int]
 
 
-def track_routers(encoder: nn.Module, enabled: bool = True) -> None:
+def track_routers(encoder: nn.Module) -> None:
     """Let the encoder's routers record while it trains, until :func:`pop_router_terms` takes the records.
 
     Under gradient checkpointing the losses of the records have gradients only with ``use_reentrant=False``, the default
     of transformers: the other kind runs the forward pass without a graph.
     """
     for _, state, _ in layer_states(encoder):
-        state.tracking = enabled
+        state.tracking = True
         state.records.clear()
 
 
@@ -47,12 +46,7 @@ def take_router_records(encoder: nn.Module) -> tuple[Tensor, ...]:
         counts (1, L, N), probability sums (1, L, N) and z-sums (1, L) of L layers with experts, all float32 or wider, the
         latter two with their graph; or nothing where nothing was recorded. See :class:`RouterRecord`.
     """
-    layers = []
-    for _, state, _ in layer_states(encoder):
-        if state.records:
-            fields = zip(*((r.counts, r.probability_sums, r.z_sum) for r in state.records), strict=True)
-            layers.append([torch.stack(values).sum(0) for values in fields])
-            state.records.clear()
+    layers = [(r.counts, r.probability_sums, r.z_sum) for _, r in _take_sums(encoder)]
     return tuple(torch.stack(values).unsqueeze(0) for values in zip(*layers, strict=True))
 
 
@@ -73,13 +67,9 @@ def pop_router_terms(encoder: nn.Module) -> RouterTerms | None:
     (ST-MoE, arXiv:2202.08906, equation 5). With several processes, shares and numbers of tokens are those of all, so that
     gradients averaged over the processes equal those of one process on the joint batch.
     """
-    balances, zs, loads, layers = [], [], [], []
-    for index, state, router in layer_states(encoder):
-        if not state.records:
-            continue
-        counts = torch.stack([r.counts for r in state.records]).sum(0)
-        probabilities = torch.stack([r.probability_sums for r in state.records]).sum(0)
-        z_sum = torch.stack([r.z_sum for r in state.records]).sum()
+    balances, zs, loads = [], [], []
+    for router, record in _take_sums(encoder):
+        counts = record.counts
         processes = 1
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             processes = dist.get_world_size()
@@ -87,11 +77,18 @@ def pop_router_terms(encoder: nn.Module) -> RouterTerms | None:
         assignments = counts.sum().clamp(min=1)  # no token at all is no reason for NaN
         tokens = assignments / router.top_k
         # This process's part of a mean over all, times the processes, since gradients are averaged over them.
-        balances.append(counts.numel() * (counts / assignments * probabilities).sum() * processes / tokens)
-        zs.append(z_sum * processes / tokens)
+        balances.append(counts.numel() * (counts / assignments * record.probability_sums).sum() * processes / tokens)
+        zs.append(record.z_sum * processes / tokens)
         loads.append(counts / assignments)
-        layers.append(index)
-        state.records.clear()
-    if not layers:
+    if not loads:
         return None
-    return RouterTerms(torch.stack(balances).mean(), torch.stack(zs).mean(), torch.stack(loads), layers)
+    return RouterTerms(torch.stack(balances).mean(), torch.stack(zs).mean(), torch.stack(loads))
+
+
+def _take_sums(encoder: nn.Module) -> Iterator[tuple[Router, RouterRecord]]:
+    """Each router that recorded something, and the sum of its records, which its layer forgets."""
+    for _, state, router in layer_states(encoder):
+        if state.records:
+            fields = zip(*((r.counts, r.probability_sums, r.z_sum) for r in state.records), strict=True)
+            state.records.clear()
+            yield router, RouterRecord(*(torch.stack(values).sum(0) for values in fields))

@@ -117,7 +117,7 @@ class QueryChange:
 
 
 @dataclass
-class Comparison:
+class BeforeAfter:
     """A run's results on one language beside those of its base model.
 
     Attributes:
@@ -149,7 +149,7 @@ def languages_of(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in folder.glob("*/run.trec"))
 
 
-def compare(
+def compare_results(
     run: str,
     before: Path,
     after: Path,
@@ -159,7 +159,7 @@ def compare(
     collection: str | None = None,
     examples: int = 5,
     depth: int = 3,
-) -> Comparison:
+) -> BeforeAfter:
     """Compare what two models retrieved.
 
     Args:
@@ -193,7 +193,7 @@ def compare(
     lost = [query for query in ordered[:examples] if query.change < -1e-9]
     gained = [query for query in ordered[::-1][:examples] if query.change > 1e-9]
     _add_passages([*gained, *lost], loaded, runs, depth)
-    return Comparison(run, language, metric, queries, gained, lost, len(loaded.passages))
+    return BeforeAfter(run, language, metric, queries, gained, lost, len(loaded.passages))
 
 
 def read_result(path: Path) -> dict[str, Any]:

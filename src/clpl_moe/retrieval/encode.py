@@ -140,14 +140,9 @@ def embed(
     linear = onednn_linear(model, compute_dtype(model, dtype))
 
     def run(batch: list[int]) -> Tensor:
-        try:
-            with torch.inference_mode(), linear:
-                return _embed(model, [sequences[i] for i in batch], settings, dtype)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"{len(batch)} texts of up to {len(sequences[batch[0]])} tokens do not fit in the memory of"
-                f" {model.device}: lower the tokens a batch, now {batch_tokens}"
-            ) from None
+        own = [sequences[i] for i in batch]
+        with refuse_too_large(own, model.device, batch_tokens), torch.inference_mode(), linear:
+            return _embed(model, own, settings, dtype)
 
     outputs = _map_on_cores(run, todo, workers) if workers > 1 else (run(batch) for batch in todo)
     pending: Callable[[], None] | None = None
@@ -165,13 +160,16 @@ def embed(
     return embeddings[torch.from_numpy(texts.places)]
 
 
-def check_length(model: nn.Module, kind: str, max_length: int) -> None:
-    """Raise :class:`UserError` where an encoder has no positions for texts of so many tokens."""
+def check_length(
+    model: nn.Module, kind: Literal["query", "passage"], max_length: int, name: str = "the encoder"
+) -> None:
+    """Raise :class:`UserError` where an encoder, called ``name``, has no positions for texts of so many tokens: the first
+    text that is so long would end the run."""
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, found {max_length}")
     limit = max_positions(model)
     if limit is not None and max_length > limit:
-        raise UserError(f"a {kind} length of {max_length} tokens was asked for, the encoder takes {limit} at most")
+        raise UserError(f"{kind}_max_len is {max_length} tokens, {name} takes {limit} at most")
 
 
 def check_finite(embeddings: Tensor) -> None:
@@ -181,6 +179,25 @@ def check_finite(embeddings: Tensor) -> None:
             f"the encoder gives NaN or infinite embeddings ({broken} of {len(embeddings)} texts): its"
             " weights are broken, or the precision is too low for them (try float32)"
         )
+
+
+@contextlib.contextmanager
+def refuse_too_large(batch: Sequence[np.ndarray], device: torch.device, batch_tokens: int) -> Iterator[None]:
+    """Raise :class:`UserError` where a batch, its longest text first, does not fit in memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{len(batch)} texts of up to {len(batch[0])} tokens do not fit in the memory of {device}: lower the tokens"
+            f" a batch, now {batch_tokens}"
+        ) from None
+
+
+def autocast(model: PreTrainedModel, dtype: torch.dtype) -> torch.autocast:
+    """The context in which a model runs in ``dtype``, as :func:`compute_dtype` gives it."""
+    # Weights that are not float32 have their precision already.
+    half = dtype != torch.float32 and model.dtype == torch.float32
+    return torch.autocast(model.device.type, dtype if half else None, enabled=half)
 
 
 def default_batch_tokens(model: PreTrainedModel) -> int:
@@ -315,9 +332,7 @@ def _embed(
     from clpl_moe.encoder.packing import PackedTexts, embed_packed
 
     texts = PackedTexts.from_sequences(sequences).to(model.device)
-    dtype = compute_dtype(model, dtype)
-    half = dtype != torch.float32 and model.dtype == torch.float32
-    with torch.autocast(model.device.type, dtype if half else None, enabled=half):
+    with autocast(model, compute_dtype(model, dtype)):
         return embed_packed(model, texts, pooling=settings.pooling, normalize=settings.normalize).float()
 
 

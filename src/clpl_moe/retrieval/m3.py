@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from clpl_moe.encoder.load import HEAD_FILES, find_heads
+from clpl_moe.encoder.load import HEAD_FILES, find_heads, read_head
 from clpl_moe.encoder.onednn import onednn_linear
 from clpl_moe.encoder.settings import pool
 from clpl_moe.errors import UserError, at
-from clpl_moe.retrieval.encode import batches, default_batch_tokens, tokenize
+from clpl_moe.retrieval.encode import autocast, batches, default_batch_tokens, refuse_too_large, tokenize
 from clpl_moe.retrieval.metrics import M3_SCORES, M3_WEIGHTS
 
 if TYPE_CHECKING:
@@ -281,13 +281,9 @@ def _token_level(
         places[sequence].append(place)
     batch_tokens = encoding.batch_tokens or default_batch_tokens(encoder.model)
     for batch in batches(tokenized.sequences, batch_tokens, padded=True):
-        try:
-            tokens = _embed_tokens(encoder, heads, [tokenized.sequences[i] for i in batch])
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"{len(batch)} texts of up to {len(tokenized.sequences[batch[0]])} tokens do not fit in the memory of"
-                f" {encoder.model.device}: lower the tokens a batch, now {batch_tokens}"
-            ) from None
+        sequences = [tokenized.sequences[i] for i in batch]
+        with refuse_too_large(sequences, encoder.model.device, batch_tokens):
+            tokens = _embed_tokens(encoder, heads, sequences)
         yield [places[i] for i in batch], tokens
 
 
@@ -299,8 +295,7 @@ def _embed_tokens(encoder: Encoder, heads: M3Heads, sequences: list[np.ndarray])
     ids = torch.full(mask.shape, tokenizer.pad_token_id or 0)
     ids[mask] = torch.from_numpy(np.concatenate(sequences)).long()
     ids, mask = ids.to(model.device), mask.to(model.device)
-    half = encoder.dtype != torch.float32 and model.dtype == torch.float32
-    with torch.autocast(model.device.type, encoder.dtype if half else None, enabled=half):
+    with autocast(model, encoder.dtype):
         states = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
     states = states.float()  # (n, L, D)
     without = [tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id]
@@ -312,12 +307,8 @@ def _embed_tokens(encoder: Encoder, heads: M3Heads, sequences: list[np.ndarray])
 
 
 def _load_linear(file: str, hidden_size: int) -> nn.Linear:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        weight, bias = state["weight"].float(), state["bias"].float()
-        assert weight.dim() == 2
-    except Exception as error:  # whatever a damaged file brings about
-        raise UserError(f"{at(file)}: cannot be read as a Linear's weights ({type(error).__name__})") from None
+    head = read_head(file)
+    weight, bias = head["weight"].float(), head["bias"].float()
     if not (weight.isfinite().all() and bias.isfinite().all()):
         raise UserError(f"{at(file)}: holds NaN or infinite weights")
     if weight.shape[1] != hidden_size:

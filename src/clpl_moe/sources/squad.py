@@ -158,13 +158,52 @@ def make_collection(
     """
     counts: Counter[str] = Counter(articles=len(articles))
     titles = [normalize_text(article.title.replace("_", " ")) for article in articles]
+    corpus, asked = _merge_contexts(articles, titles if with_titles else [""] * len(articles), counts)
+    if not asked:
+        raise UserError("no question is left: all are impossible or empty")
+    is_dev = _choose_dev(_group(articles, titles), articles, titles, dev_share, seed)
+    for line in corpus:
+        line["split"] = "dev" if is_dev[int(line["id"].partition("#")[0])] else "train"
+    queries, relevant = _merge_questions(asked, is_dev, counts)
+    for split, share in (("train", 1 - dev_share), ("dev", dev_share)):
+        if share > 0 and not queries[split]:
+            raise UserError(f"no question is left for {split}: choose another --dev_share ({dev_share}) or --seed")
+        counts[f"{split} queries"] = len(queries[split])
+    positive: dict[str, list[str]] = {}
+    for query in queries["train"]:
+        for passage_id in relevant["train"][query["id"]]:
+            positive.setdefault(passage_id, []).append(query["text"])
+    counts["passages"] = len(corpus)
+    counts["passages with train queries"] = len(positive)
+    counts["passages with dev queries"] = len({p for passages in relevant["dev"].values() for p in passages})
+    counts["dev articles"] = sum(is_dev)
+    counts["train articles"] = len(articles) - sum(is_dev)
+    return Prepared(
+        corpus=corpus,
+        queries=queries,
+        qrels={
+            split: [
+                {"qid": query_id, "docid": passage_id, "relevance": 1}
+                for query_id, passages in by_query.items()
+                for passage_id in passages
+            ]
+            for split, by_query in relevant.items()
+        },
+        positive_queries=[{"docid": docid, "queries": texts} for docid, texts in positive.items()],
+        counts=counts,
+    )
+
+
+_Asked = tuple[int, str, Question]  # number of the article, passage id, question
+
+
+def _merge_contexts(
+    articles: Sequence[Article], titles: Sequence[str], counts: Counter[str]
+) -> tuple[list[dict[str, Any]], list[_Asked]]:
+    """The lines of the corpus, still without ``split``, and the questions that can be asked."""
     corpus: dict[str, dict[str, Any]] = {}  # normalised context -> its line
-    groups = _Groups(len(articles))
-    holder: dict[tuple[str, str], int] = {}  # a title or a context -> the first article that has it
-    asked: list[tuple[int, str, Question]] = []  # article, passage id, question
+    asked: list[_Asked] = []
     for number, article in enumerate(articles):
-        if titles[number]:
-            groups.join(number, holder.setdefault(("title", titles[number]), number))
         for index, (context, questions) in enumerate(article.paragraphs):
             counts["paragraphs"] += 1
             counts["questions"] += len(questions)
@@ -173,15 +212,10 @@ def make_collection(
                 counts["empty contexts skipped"] += 1
                 counts["questions on empty contexts skipped"] += len(questions)
                 continue
-            groups.join(number, holder.setdefault(("context", text), number))
             if text in corpus:
                 counts["equal contexts merged"] += 1
             else:
-                corpus[text] = {
-                    "id": f"{number}#{index}",
-                    "title": titles[number] if with_titles else "",
-                    "text": context.strip(),
-                }
+                corpus[text] = {"id": f"{number}#{index}", "title": titles[number], "text": context.strip()}
             for question in questions:
                 if question.impossible:
                     counts["impossible questions skipped"] += 1
@@ -189,18 +223,21 @@ def make_collection(
                     counts["empty questions skipped"] += 1
                 else:
                     asked.append((number, corpus[text]["id"], question))
-    if not asked:
-        raise UserError("no question is left: all are impossible or empty")
-    is_dev = _choose_dev(groups, articles, titles, dev_share, seed)
-    for line in corpus.values():
-        line["split"] = "dev" if is_dev[int(line["id"].partition("#")[0])] else "train"
-    queries: dict[str, dict[str, dict[str, Any]]] = {
-        "train": {},
-        "dev": {},
-    }  # split -> normalised text -> line
-    relevant: dict[str, dict[str, list[str]]] = {"train": {}, "dev": {}}  # split -> query id -> passage ids
+    return list(corpus.values()), asked
+
+
+def _merge_questions(
+    asked: Sequence[_Asked], is_dev: Sequence[bool], counts: Counter[str]
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, list[str]]]]:
+    """The lines of each split's queries, and for each split the passage ids of each query id.
+
+    Raises:
+        UserError: two different questions share an id.
+    """
+    queries: dict[str, dict[str, dict[str, Any]]] = {"train": {}, "dev": {}}  # split -> normalised text -> line
+    relevant: dict[str, dict[str, list[str]]] = {"train": {}, "dev": {}}
     owners: dict[str, str] = {}  # question id -> its normalised text
-    dev_texts = {normalize_text(q.text) for number, _, q in asked if is_dev[number]}
+    dev_texts = {normalize_text(question.text) for number, _, question in asked if is_dev[number]}
     for number, passage_id, question in asked:
         split = "dev" if is_dev[number] else "train"
         text = normalize_text(question.text)
@@ -218,33 +255,7 @@ def make_collection(
         passages = relevant[split].setdefault(queries[split][text]["id"], [])
         if passage_id not in passages:
             passages.append(passage_id)
-    for split, share in (("train", 1 - dev_share), ("dev", dev_share)):
-        if share > 0 and not queries[split]:
-            raise UserError(f"no question is left for {split}: choose another --dev_share ({dev_share}) or --seed")
-        counts[f"{split} queries"] = len(queries[split])
-    positive: dict[str, list[str]] = {}
-    for query in queries["train"].values():
-        for passage_id in relevant["train"][query["id"]]:
-            positive.setdefault(passage_id, []).append(query["text"])
-    counts["passages"] = len(corpus)
-    counts["passages with train queries"] = len(positive)
-    counts["passages with dev queries"] = len({p for passages in relevant["dev"].values() for p in passages})
-    counts["dev articles"] = sum(is_dev)
-    counts["train articles"] = len(articles) - sum(is_dev)
-    return Prepared(
-        corpus=list(corpus.values()),
-        queries={split: list(lines.values()) for split, lines in queries.items()},
-        qrels={
-            split: [
-                {"qid": query_id, "docid": passage_id, "relevance": 1}
-                for query_id, passages in by_query.items()
-                for passage_id in passages
-            ]
-            for split, by_query in relevant.items()
-        },
-        positive_queries=[{"docid": docid, "queries": texts} for docid, texts in positive.items()],
-        counts=counts,
-    )
+    return {split: list(lines.values()) for split, lines in queries.items()}, relevant
 
 
 class _Groups:
@@ -262,6 +273,18 @@ class _Groups:
     def join(self, a: int, b: int) -> None:
         a, b = sorted((self.find(a), self.find(b)))
         self.parents[b] = a
+
+
+def _group(articles: Sequence[Article], titles: Sequence[str]) -> _Groups:
+    """The articles that share a title or a context."""
+    groups = _Groups(len(articles))
+    holder: dict[tuple[str, str], int] = {}  # a title or a context -> the first article that has it
+    for number, article in enumerate(articles):
+        contexts = (("context", normalize_text(context)) for context, _ in article.paragraphs)
+        for key in (("title", titles[number]), *contexts):
+            if key[1]:
+                groups.join(number, holder.setdefault(key, number))
+    return groups
 
 
 def _choose_dev(

@@ -317,9 +317,9 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
         self._check_grad_cache()
         self._check_evaluation()
         self._check_ance()
+        self.fp16_asked = self.fp16
         # Asked for before the parent looks at devices: without it, processes on a machine without accelerators do not
         # find each other.
-        self.wants_cuda = self.fp16
         if not self.use_cpu and not torch.accelerator.is_available():
             logger.warning("no GPU was found: training on the CPU, where BGE-M3 takes days (use_cpu true: meant so)")
             self.use_cpu = True
@@ -470,7 +470,7 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
         where training is in float32, else None, what suits the hardware."""
         import torch
 
-        return None if self.bf16 or self.wants_cuda else torch.float32
+        return None if self.bf16 or self.fp16_asked else torch.float32
 
     def ance_selection(self) -> SelectionArguments:
         """What refreshes mine; raises ValueError where the options do not fit together."""

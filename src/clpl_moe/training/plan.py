@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.data.sampler import EpochBatchSampler
@@ -15,9 +16,11 @@ from clpl_moe.errors import UserError, at
 from clpl_moe.moe.config import MoEConfig
 from clpl_moe.moe.inject import has_experts, inject_moe
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
+from clpl_moe.retrieval.collection import Collection
+from clpl_moe.retrieval.encode import check_length
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.training.model import choose_trainable
-from clpl_moe.training.runner import check_batches, check_lengths, check_optimizer, open_ance_index
+from clpl_moe.training.runner import check_batches, check_optimizer, open_ance_index
 
 # The shape of the base model of the published recipe, so that its configs can be checked where the hub is out of reach
 # (config.json of BAAI/bge-m3).
@@ -37,21 +40,74 @@ _CHARACTERS_PER_TOKEN = 2.5  # of the XLM-R tokenizer on Korean, Persian and Hin
 
 @dataclass
 class Plan:
-    """Figures of a run. Memory in bytes; tokens without padding."""
+    """What a run is and what it takes; ``str`` is the text for people.
 
+    Attributes:
+        shape_source: where the encoder's shape comes from.
+        experts: what the experts are; None: there are none.
+        files: how many files the examples come from.
+        with_penalty: share of the negatives that have queries.
+        tokens_per_step: without padding; ``tokens_exact`` where a tokenizer counted them.
+        state_bytes: of weights, gradients and optimizer on one device; ``activation_bytes`` likewise.
+        dev: what training is evaluated on.
+        mined_passages: how many passages negatives are mined from in training.
+    """
+
+    model_args: CLPLModelArguments
+    data_args: CLPLDataArguments
+    training_args: CLPLTrainingArguments
+    shape_source: str
+    experts: dict[str, Any] | None
+    parameters: int
+    trained_parameters: int
     examples: int
+    files: int
+    with_penalty: float
     steps_per_epoch: int
     steps: int
     tokens_per_step: int
     tokens_exact: bool
-    parameters: int
-    trained_parameters: int
     state_bytes: int
     activation_bytes: int
-    lines: list[str]
+    dev: Collection | None
+    mined_passages: int | None
 
     def __str__(self) -> str:
-        return "\n".join(self.lines)
+        args = self.training_args
+        frozen = f", {args.frozen_layers} layers frozen" if args.frozen_layers else ""
+        guess = "" if self.tokens_exact else " (from the texts' characters: the tokenizer could not be fetched)"
+        state, activations = self.state_bytes / 2**30, self.activation_bytes / 2**30
+        lines = [
+            f"base model      {self.model_args.model_name_or_path} ({self.shape_source})",
+            f"experts         {self.experts or 'none'}",
+            f"parameters      {self.parameters:,}, trained {self.trained_parameters:,}"
+            f" ({self.trained_parameters / self.parameters:.1%}, trainable: {args.trainable}{frozen})",
+            f"examples        {self.examples:,} in {self.files} file(s);"
+            f" {self.with_penalty:.0%} of the looked-at negatives have queries",
+            f"batch           {args.per_device_train_batch_size} per device × {args.world_size} device(s) ×"
+            f" {args.gradient_accumulation_steps} accumulated, {self.data_args.train_group_size} passages a query",
+            f"steps           {self.steps:,} ({self.steps_per_epoch:,} an epoch)",
+            f"tokens a step   about {self.tokens_per_step:,}{guess}",
+            f"memory          about {state + activations:.1f} GiB a device: weights, gradients and optimizer {state:.1f},"
+            f" activations {activations:.1f}",
+            f"loss            temperature {args.temperature}, penalty weight {args.penalty_weight} ({args.penalty}),"
+            f" in-batch negatives {'on' if args.in_batch_negatives else 'off'}",
+            f"device          {_device(args)}",
+        ]
+        if self.dev is not None:
+            queries, passages = len(self.dev.queries), len(self.dev.passages)
+            lines.append(f"evaluation      {queries:,} queries, {passages:,} passages of {args.dev_collection}")
+        if self.mined_passages is not None:
+            every = "epoch" if args.ance_refresh == "epoch" else f"{args.ance_refresh} steps"
+            lines.append(
+                f"negatives       mined again each {every}, from {self.mined_passages:,} passages of {args.ance_collection}"
+            )
+        lines.append(f"output          {args.output_dir}")
+        if args.fp16_asked and not torch.accelerator.is_available():
+            lines.append(
+                "note            fp16 needs a CUDA device and this machine has none: the run itself would stop here"
+            )
+        return "\n".join(lines)
 
 
 def make_plan(
@@ -65,91 +121,80 @@ def make_plan(
     check_optimizer(training_args)
     dataset = CLPLTrainDataset(data_args, seed=training_args.seed)
     encoder, shape_source, reached = _meta_encoder(model_args)
-    check_lengths(encoder, model_args.model_name_or_path, data_args)
-    wrapper = torch.nn.Module()
-    wrapper.model = encoder
+    check_length(encoder, "query", data_args.query_max_len, model_args.model_name_or_path)
+    check_length(encoder, "passage", data_args.passage_max_len, model_args.model_name_or_path)
+    _choose_trainable(encoder, training_args)
+    dev = ance = None
+    if training_args.dev_collection is not None:
+        dev = Collection.load(training_args.dev_collection, training_args.dev_language, training_args.dev_split)
+    if training_args.ance_refresh is not None:
+        ance = open_ance_index(data_args, training_args)
+    steps_per_epoch, steps = _steps(dataset, data_args, training_args)
+    tokenizer = _tokenizer(model_args) if reached else None
+    example_tokens, longest, with_penalty = _lengths(dataset, data_args, tokenizer)
+    batch = training_args.per_device_train_batch_size
+    of_a_step = min(batch * training_args.world_size * training_args.gradient_accumulation_steps, len(dataset))
+    held_tokens = batch * longest
+    if training_args.grad_cache_tokens is not None:
+        held_tokens = min(held_tokens, training_args.grad_cache_tokens)
+    parameters = sum(p.numel() for p in encoder.parameters())
+    trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    return Plan(
+        model_args,
+        data_args,
+        training_args,
+        shape_source=shape_source,
+        experts=encoder.config.moe if has_experts(encoder) else None,
+        parameters=parameters,
+        trained_parameters=trained,
+        examples=len(dataset),
+        files=len(dataset.part_sizes),
+        with_penalty=with_penalty,
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        tokens_per_step=round(example_tokens * of_a_step),
+        tokens_exact=tokenizer is not None,
+        # Weights in float32, gradients and AdamW's two moments of what is trained.
+        state_bytes=4 * parameters + 12 * trained,
+        activation_bytes=_activations(encoder.config, held_tokens, training_args),
+        dev=dev,
+        mined_passages=None if ance is None else len(ance),
+    )
+
+
+def _choose_trainable(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> None:
+    model = torch.nn.Module()
+    model.model = encoder
     try:
         choose_trainable(
-            wrapper,
-            training_args.trainable,
-            fix_position_embedding=training_args.fix_position_embedding,
-            fix_encoder=training_args.fix_encoder and not training_args.unified_finetuning,
-            frozen_layers=training_args.frozen_layers,
+            model,
+            args.trainable,
+            fix_position_embedding=args.fix_position_embedding,
+            # Unified fine-tuning then trains its heads, which are not here.
+            fix_encoder=args.fix_encoder and not args.unified_finetuning,
+            frozen_layers=args.frozen_layers,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    parameters = sum(p.numel() for p in encoder.parameters())
-    trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
-    if training_args.dev_collection is not None:
-        from clpl_moe.retrieval.collection import Collection
 
-        dev = Collection.load(training_args.dev_collection, training_args.dev_language, training_args.dev_split)
-    ance = None if training_args.ance_refresh is None else open_ance_index(data_args, training_args)
 
-    world, accumulation = training_args.world_size, training_args.gradient_accumulation_steps
-    batch = training_args.per_device_train_batch_size
+def _steps(
+    dataset: CLPLTrainDataset, data_args: CLPLDataArguments, training_args: CLPLTrainingArguments
+) -> tuple[int, int]:
+    """Optimizer steps of an epoch, and of the run."""
     batches = EpochBatchSampler(
         dataset.part_sizes,
-        batch,
+        training_args.per_device_train_batch_size,
         training_args.seed,
-        num_processes=world,
+        num_processes=training_args.world_size,
         separate_parts=data_args.same_dataset_within_batch,
         drop_last=training_args.dataloader_drop_last,
     )
     check_batches(batches)
-    steps_per_epoch = math.ceil(len(batches) / accumulation)
-    steps = (
-        training_args.max_steps
-        if training_args.max_steps > 0
-        else math.ceil(steps_per_epoch * training_args.num_train_epochs)
-    )
-    tokenizer = _tokenizer(model_args) if reached else None
-    example_tokens, longest, with_penalty = _lengths(dataset, data_args, tokenizer)
-    tokens = round(example_tokens * min(batch * world * accumulation, len(dataset)))
-    # Weights in float32, gradients and AdamW's two moments of what is trained.
-    state_bytes = 4 * parameters + 12 * trained
-    held_tokens = batch * longest
-    if training_args.grad_cache_tokens is not None:
-        held_tokens = min(held_tokens, training_args.grad_cache_tokens)
-    activation_bytes = _activations(encoder.config, held_tokens, training_args)
-    of = f"{with_penalty:.0%} of the looked-at negatives have queries"
-    lines = [
-        f"base model      {model_args.model_name_or_path} ({shape_source})",
-        f"experts         {encoder.config.moe if has_experts(encoder) else 'none'}",
-        f"parameters      {parameters:,}, trained {trained:,} ({trained / parameters:.1%}, trainable: {training_args.trainable}"
-        + (f", {training_args.frozen_layers} layers frozen)" if training_args.frozen_layers else ")"),
-        f"examples        {len(dataset):,} in {len(dataset.part_sizes)} file(s); {of}",
-        f"batch           {batch} per device × {world} device(s) × {accumulation} accumulated,"
-        f" {data_args.train_group_size} passages a query",
-        f"steps           {steps:,} ({steps_per_epoch:,} an epoch)",
-        f"tokens a step   about {tokens:,}"
-        + ("" if tokenizer is not None else " (from the texts' characters: the tokenizer could not be fetched)"),
-        f"memory          about {(state_bytes + activation_bytes) / 2**30:.1f} GiB a device: weights, gradients and"
-        f" optimizer {state_bytes / 2**30:.1f}, activations {activation_bytes / 2**30:.1f}",
-        f"loss            temperature {training_args.temperature}, penalty weight {training_args.penalty_weight}"
-        f" ({training_args.penalty}), in-batch negatives {'on' if training_args.in_batch_negatives else 'off'}",
-        f"device          {_device(training_args)}",
-        f"output          {training_args.output_dir}",
-    ]
-    if training_args.dev_collection is not None:
-        lines.insert(
-            -1,
-            f"evaluation      {len(dev.queries):,} queries, {len(dev.passages):,} passages of {training_args.dev_collection}",
-        )
-    if ance is not None:
-        every = "epoch" if training_args.ance_refresh == "epoch" else f"{training_args.ance_refresh} steps"
-        lines.insert(
-            -1,
-            f"negatives       mined again each {every}, from {len(ance):,} passages of {training_args.ance_collection}",
-        )
-    if training_args.wants_cuda and not torch.accelerator.is_available():
-        lines.append(
-            "note            fp16 needs a CUDA device and this machine has none: the run itself would stop here"
-        )
-    return Plan(
-        len(dataset), steps_per_epoch, steps, tokens, tokenizer is not None, parameters, trained, state_bytes,
-        activation_bytes, lines,
-    )  # fmt: skip
+    per_epoch = math.ceil(len(batches) / training_args.gradient_accumulation_steps)
+    if training_args.max_steps > 0:
+        return per_epoch, training_args.max_steps
+    return per_epoch, math.ceil(per_epoch * training_args.num_train_epochs)
 
 
 def _device(args: CLPLTrainingArguments) -> str:
@@ -157,7 +202,7 @@ def _device(args: CLPLTrainingArguments) -> str:
     return f"{name}, {'bfloat16' if args.bf16 else 'float16' if args.fp16 else 'float32'}"
 
 
-def _meta_encoder(args: CLPLModelArguments):
+def _meta_encoder(args: CLPLModelArguments) -> tuple[PreTrainedModel, str, bool]:
     """The encoder with experts, shapes only; where its shape comes from; whether the model could be reached."""
     hub = {"cache_dir": args.cache_dir, "token": args.token}
     try:
@@ -229,7 +274,7 @@ def _activations(config, tokens: int, args: CLPLTrainingArguments) -> int:
     Per token and layer about 16 hidden-sized and 3 FFN-sized values (attention without its score matrix); gradient
     checkpointing keeps one hidden-sized value a layer and one whole layer.
     """
-    width = 2 if args.bf16 or args.wants_cuda else 4
+    width = 2 if args.bf16 or args.fp16_asked else 4
     layer = (16 * config.hidden_size + 3 * config.intermediate_size) * width
     layers = config.num_hidden_layers
     per_token = layers * config.hidden_size * width + layer if args.gradient_checkpointing else layers * layer

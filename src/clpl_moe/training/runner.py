@@ -21,7 +21,7 @@ from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.data.schema import data_files
-from clpl_moe.encoder.load import HEAD_FILES, find_heads, load_encoder
+from clpl_moe.encoder.load import HEAD_FILES, find_heads, load_encoder, read_head
 from clpl_moe.encoder.packing import can_pack
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
 from clpl_moe.errors import UserError, at
@@ -30,7 +30,7 @@ from clpl_moe.loss import CLPLLoss
 from clpl_moe.mining.index import PassageIndex
 from clpl_moe.moe.inject import has_experts, inject_moe
 from clpl_moe.retrieval.collection import Collection
-from clpl_moe.retrieval.encode import max_positions
+from clpl_moe.retrieval.encode import check_length
 from clpl_moe.retrieval.options import EncodingArguments
 from clpl_moe.training.ance import NEGATIVES_FILE, NegativeRefresher
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
@@ -119,15 +119,6 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
             f"{at(checkpoint)}: holds no state of an optimizer (a run's folder, or made with save_only_model), so that it"
             f" cannot be resumed; begin a new run with its weights: --model_name_or_path {checkpoint}"
         )
-
-
-def check_lengths(encoder: nn.Module, name: str, args: CLPLDataArguments) -> None:
-    """Raise :class:`UserError` where texts may become longer than the encoder has positions for: the first such text
-    would end the run."""
-    limit = max_positions(encoder)
-    for option in ("query_max_len", "passage_max_len"):
-        if limit is not None and getattr(args, option) > limit:
-            raise UserError(f"{option} is {getattr(args, option)}: {name} takes {limit} tokens at most")
 
 
 def resolved_config(*groups: object) -> dict[str, object]:
@@ -282,7 +273,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
         training_args: CLPLTrainingArguments,
     ) -> None:
         check_output_dir(training_args)
-        if training_args.wants_cuda and not torch.accelerator.is_available():
+        if training_args.fp16_asked and not torch.accelerator.is_available():
             raise UserError(
                 "fp16 needs a CUDA device and none was found: run on a machine with one, or train on the CPU with"
                 " --fp16 false (configs/quickstart.yaml is made for that)"
@@ -308,7 +299,8 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             token=args.token,
             tokenizer=args.tokenizer_name,
         )
-        check_lengths(encoder, args.model_name_or_path, self.data_args)
+        check_length(encoder, "query", self.data_args.query_max_len, args.model_name_or_path)
+        check_length(encoder, "passage", self.data_args.passage_max_len, args.model_name_or_path)
         config = args.moe_config()
         if has_experts(encoder):
             logger.warning("the base model has experts of its own, which are kept: %s", encoder.config.moe)
@@ -504,7 +496,7 @@ def read_heads(path: str, *, required: bool, **hub: str | None) -> dict[str, dic
         hub: ``cache_dir`` and ``token``.
 
     Raises:
-        UserError: a file cannot be read, or the hub gives no answer although ``required``; otherwise that is warned of.
+        UserError: a file is not a head, or the hub gives no answer although ``required``; otherwise that is warned of.
     """
     try:
         files = find_heads(path, **hub)
@@ -513,13 +505,7 @@ def read_heads(path: str, *, required: bool, **hub: str | None) -> dict[str, dic
             raise
         logger.warning("%s. The folders of this run will have none: only dense embeddings will be of use", error)
         return {}
-    heads = {}
-    for name, file in files.items():
-        try:
-            heads[name] = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged file brings about
-            raise UserError(f"{at(file)}: the head cannot be read: {error}") from None
-    return heads
+    return {name: read_head(file) for name, file in files.items()}
 
 
 def make_heads(
