@@ -594,7 +594,7 @@ def test_result_of_the_function(tiny_encoder, collections):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"passage_max_len": 300}, "--passage_max_len: found 300"),
+        ({"passage_max_len": 300}, "passage_max_len is 300 tokens"),
         ({"query_max_len": 2}, "--query_max_len: found 2, expected at least 3"),
         ({"batch_tokens": 0}, "--batch_tokens: found 0, expected at least 1"),
         ({"languages": ("../ko",)}, "expected the name of a folder"),

@@ -171,12 +171,25 @@ def test_a_checkpoint_does_not_go_into_another_run(model, data, whole, tmp_path,
 def test_without_an_optimizers_state_nothing_is_resumed(model, data, whole, tmp_path, capsys):
     """transformers goes on with a new one."""
     argv = arguments(model, data, tmp_path / "new", **options())
+    again = arguments(model, data, whole, **options())
+    assert "a run, and no checkpoint" in refused([*again, "--resume_from_checkpoint", str(whole)], capsys)
     err = refused([*argv, "--resume_from_checkpoint", str(whole)], capsys)
     assert f"{whole}: holds no state of an optimizer (a run's folder" in err
     argv = arguments(model, data, tmp_path / "run", **options(save_only_model=True))
     train_until(argv, 9)
     err = refused([*argv, "--resume_from_checkpoint", "true"], capsys)
     assert "checkpoint-3: holds no state of an optimizer" in err
+
+
+def test_a_run_that_is_over_stays_as_it_is(model, data, whole, tmp_path):
+    """transformers trains one more step."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    argv = arguments(model, data, run, **options(save_total_limit=10))
+    (run / "model.safetensors").unlink()
+    main([*argv, "--resume_from_checkpoint", "true"])
+    assert_same_run(run, whole)
+    assert not (run / "checkpoint-11").exists()
+    assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 10
 
 
 @pytest.mark.parametrize("call", [None, 3, 4])
@@ -206,6 +219,12 @@ def test_early_stopping_is_that_of_the_uninterrupted_run(model, data, tmp_path, 
         train_until(argv, call)
         main([*argv, "--resume_from_checkpoint", "true"])
     assert steps == [0, 1, 2, 3, 4]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "| after training | 0.9000 |" in card
+    (tmp_path / "run" / "README.md").unlink()
+    main([*argv, "--resume_from_checkpoint", "true"])  # it is over
+    assert steps == [0, 1, 2, 3, 4]
+    assert (tmp_path / "run" / "README.md").read_text() == card
     assert [r["step"] for r in read_metrics(tmp_path / "run") if "eval_ndcg@10" in r] == steps
 
 

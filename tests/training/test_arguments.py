@@ -122,6 +122,17 @@ def test_what_makes_training_slow_is_said(monkeypatch, caplog):
     assert "bf16 is emulated on this cpu" in caplog.text
 
 
+def test_losses_are_filtered_where_steps_are_skipped():
+    assert training(use_cpu=True).logging_nan_inf_filter is False
+    assert training(use_cpu=True, fp16=True).logging_nan_inf_filter is True
+    assert training(use_cpu=True, logging_nan_inf_filter=True).logging_nan_inf_filter is True
+
+
+def test_fsdp_on_a_cpu_is_none(caplog):
+    training(use_cpu=True, fsdp="full_shard")
+    assert "fsdp is for GPUs" in caplog.text
+
+
 def test_encoding_in_training_follows_its_precision(monkeypatch):
     monkeypatch.setattr(encode, "fast_bfloat16", lambda device: True)
     assert training(use_cpu=True, bf16=False).encode_dtype == torch.float32
@@ -168,6 +179,14 @@ def test_prompts_and_pooling_come_from_the_base_folder_unless_given(tiny_encoder
     example = runner.train_dataset[(0, 0)]
     assert example.query.startswith("query: ")
     assert all(text.startswith("passage: ") for text in example.passages)
+    none = {"query_instruction_for_retrieval": "", "passage_instruction_for_retrieval": "", "max_steps": 1}
+    runner = make_runner(arguments(model, data, tmp_path / "none", **none))
+    assert not runner.train_dataset[(0, 0)].query.startswith("query: ")
+    runner.run()
+    assert read_settings(tmp_path / "none").query_prompt == ""
+    # What the run was stands in its configuration.
+    again = ["--config", str(tmp_path / "none" / "train_config.yaml"), "--output_dir", str(tmp_path / "again")]
+    assert make_runner(again).settings == runner.settings
     options = {"query_instruction_for_retrieval": "find: ", "sentence_pooling_method": "cls", "max_steps": 1}
     runner = make_runner(arguments(model, data, tmp_path / "b", **options))
     assert runner.settings == EmbeddingSettings("cls", True, "find: ", "passage: ")

@@ -221,13 +221,14 @@ def test_distillation_takes_the_contrastive_terms_place(make_model, tiny_tokeniz
 
 
 def test_a_pass_that_failed_leaves_nothing_to_the_next(make_model, tiny_tokenizer, monkeypatch):
-    batch = make_batch(tiny_tokenizer)
+    batch, other = make_batch(tiny_tokenizer), make_batch(tiny_tokenizer)
+    other["queries"] = {name: values.flip(0)[:, :1] for name, values in other["queries"].items()}
     expected = make_model(balance_loss_weight=0.5)(**batch).loss
     model = make_model(balance_loss_weight=0.5)
     with monkeypatch.context() as patched:
         patched.setattr(model.dense_loss, "forward", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            model(**batch)
+            model(**other)
     assert model(**batch).loss == expected
 
 

@@ -111,6 +111,15 @@ def test_processes_gather_all_or_none(tmp_path):
     check_gathering([True, False], args, world_size=2)
 
 
+def test_a_run_that_would_wait_for_itself_is_refused(tiny_encoder, data, tmp_path, monkeypatch):
+    own = write_triplets(tmp_path / "own_no_in_batch_neg.jsonl", 8, seed=1)
+    runner = make_runner(arguments(tiny_encoder, [data, own], tmp_path / "run", negatives_cross_device=True))
+    monkeypatch.setattr(type(runner.training_args), "world_size", 2)
+    with pytest.raises(UserError, match="set same_dataset_within_batch"):
+        runner.run()
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_a_package_that_only_the_trainer_misses(tiny_encoder, data, tmp_path, capsys):
     if importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")
@@ -130,5 +139,6 @@ def test_full_disk(tiny_encoder, data, tmp_path, capsys, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("clpl_moe.training.trainer.save_encoder", save)
-    err = refused(arguments(tiny_encoder, data, tmp_path / "run", max_steps=1), capsys)
-    assert err.splitlines()[-1] == f"error: {tmp_path / 'run'}: No space left on device"
+    for more in ({}, {"save_strategy": "steps", "save_steps": 1}):
+        err = refused(arguments(tiny_encoder, data, tmp_path / f"run{len(more)}", max_steps=1, **more), capsys)
+        assert err.splitlines()[-1] == f"error: {tmp_path / f'run{len(more)}'}: No space left on device"

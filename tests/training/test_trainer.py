@@ -273,6 +273,25 @@ def test_diverged_training_stops_and_saves_nothing_broken(tiny_encoder, data, tm
     assert not metrics.exists() or "NaN" not in metrics.read_text()
 
 
+@pytest.mark.parametrize("filtered", [True, False])
+def test_what_a_scaler_skips_does_not_end_a_run(tiny_encoder, data, tmp_path, monkeypatch, filtered):
+    """As in fp16, where a step that overflows is left out; the filter keeps it out of the log as well."""
+    runner = make_runner(arguments(tiny_encoder, data, tmp_path / "run", logging_nan_inf_filter=filtered))
+    runner.trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    compute, calls = runner.trainer.compute_loss, []
+
+    def compute_loss(*args, **kwargs):
+        calls.append(1)
+        return compute(*args, **kwargs) * (math.inf if len(calls) == 2 else 1)
+
+    runner.trainer.compute_loss = compute_loss
+    runner.run()
+    losses = [record["loss"] for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert len(losses) == 4
+    assert (losses[1] is None) == (not filtered)
+    assert not filtered or all(map(math.isfinite, losses))
+
+
 class HostReads(TorchDispatchMode):
     """Counts what would wait for a device: numbers, and shapes that depend on values."""
 

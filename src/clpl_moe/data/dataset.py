@@ -166,13 +166,13 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         )
 
     def _as_query(self, text: str, prompt: str | None) -> str:
-        if self.args.query_instruction_for_retrieval is None:
+        if not self.args.query_instruction_for_retrieval:
             return text
         instruction = prompt if prompt is not None else self.args.query_instruction_for_retrieval
         return self.args.query_instruction_format.format(instruction, text)
 
     def _as_passage(self, text: str) -> str:
-        if self.args.passage_instruction_for_retrieval is None:
+        if not self.args.passage_instruction_for_retrieval:
             return text
         return self.args.passage_instruction_format.format(self.args.passage_instruction_for_retrieval, text)
 

@@ -145,7 +145,7 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     """The loss, what is trained, evaluation in training, and everything that transformers' Trainer offers.
 
     Changed defaults: ``logging_steps`` 10, ``report_to`` tensorboard, ``save_total_limit`` 2,
-    ``metric_for_best_model`` ndcg@10, ``logging_nan_inf_filter`` false, non-reentrant gradient checkpointing, ``use_cpu`` where there is no accelerator,
+    ``metric_for_best_model`` ndcg@10, ``logging_nan_inf_filter`` with ``fp16`` only, non-reentrant gradient checkpointing, ``use_cpu`` where there is no accelerator,
     ``dataloader_num_workers`` 2 where there is one, and ``bf16`` where the hardware is fast at it and ``fp16`` is not
     asked for. With ``dev_collection``, evaluation follows ``save_strategy`` unless it is set, and the best checkpoint is
     loaded at the end.
@@ -273,11 +273,11 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many steps, or share of all steps below 1."}
     )
-    logging_nan_inf_filter: bool = field(
-        default=False,
+    logging_nan_inf_filter: bool | None = field(
+        default=None,
         metadata={
-            "help": "Leave losses of nan or inf out of what is logged, which waits for the device in every step. Without it, and"
-            " without fp16, which skips such steps, training stops at the first log with one."
+            "help": "Leave losses of nan or inf out of what is logged, which waits for the device in every step; not given: with"
+            " fp16 only, which skips such steps. Otherwise training stops at the first log with one."
         },
     )
     dataloader_num_workers: int | None = field(
@@ -332,6 +332,10 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
             )
         if self.fp16 and self.use_cpu:
             self.fp16 = False
+        if self.logging_nan_inf_filter is None:
+            self.logging_nan_inf_filter = self.fp16_asked
+        if self.fsdp and self.use_cpu:
+            logger.warning("fsdp is for GPUs: these processes hold the whole model each")
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 0 if self.use_cpu else 2
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:

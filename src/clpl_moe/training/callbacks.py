@@ -97,8 +97,19 @@ class EarlyStopping(EarlyStoppingCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        before = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self.early_stopping_patience_counter = before["attributes"]["early_stopping_patience_counter"]
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = _waited(state)
+
+
+def _waited(state: TrainerState) -> int:
+    """For how many evaluations a run had not improved when its state was saved."""
+    callback = state.stateful_callbacks.get(EarlyStopping.__name__, {})
+    return callback.get("attributes", {}).get("early_stopping_patience_counter", 0)
+
+
+def waited_enough(state: TrainerState, args: TrainingArguments) -> bool:
+    """Whether early stopping had ended a run when its state was saved."""
+    return args.early_stopping_patience is not None and _waited(state) >= args.early_stopping_patience
 
 
 class ConsoleCallback(ProgressCallback):

@@ -62,9 +62,9 @@ def resolve_settings(
     for kind, default in (("query", base.query_prompt), ("passage", base.passage_prompt)):
         name = f"{kind}_instruction_for_retrieval"
         given = getattr(data_args, name)
-        instruction = (default if given is None else given) or None
-        setattr(data_args, name, instruction)
-        if instruction is None:
+        instruction = (default or None) if given is None else given
+        setattr(data_args, name, instruction)  # "" stays: no prompt, also where the base model has one
+        if not instruction:
             continue
         form = getattr(data_args, f"{kind}_instruction_format")
         prompts[kind], _, after = form.format(instruction, "\0").partition("\0")
@@ -108,6 +108,10 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
         args.resume_from_checkpoint = None if newest is None else str(newest)
     elif not (Path(resume) / "trainer_state.json").is_file():
         raise UserError(f"{at(resume)}: not a checkpoint of a run (no trainer_state.json); --resume_from_checkpoint")
+    elif Path(resume).resolve() == output_dir.resolve():
+        raise UserError(
+            f"{at(resume)}: a run, and no checkpoint; --resume_from_checkpoint true goes on with its newest"
+        )
     elif Path(resume).resolve().parent != output_dir.resolve() and output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(
             f"{at(output_dir)}: the folder is not empty, and not the run that {resume} is of; name another --output_dir"
@@ -465,7 +469,11 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             with atomic_open(output_dir / CONFIG_FILE) as file:
                 yaml.safe_dump(config, file, allow_unicode=True, sort_keys=False)
             write_json(output_dir / DATA_FILE, data)
-        self.trainer.train(resume_from_checkpoint=self.training_args.resume_from_checkpoint)
+        checkpoint = self.training_args.resume_from_checkpoint
+        if checkpoint is not None and self.trainer.is_over(checkpoint):
+            self.trainer.load_result(checkpoint)
+        else:
+            self.trainer.train(resume_from_checkpoint=checkpoint)
         self.trainer.save_model()
         self.trainer.save_state()
         if self.trainer.is_world_process_zero():

@@ -19,7 +19,7 @@ from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerState
 
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.encoder.load import HEAD_FILES, load_weights
@@ -31,7 +31,13 @@ from clpl_moe.moe.install import layer_states
 from clpl_moe.retrieval.encode import compute_dtype
 from clpl_moe.retrieval.options import Encoder
 from clpl_moe.training.ance import NEGATIVES_FILE, NegativeRefresher
-from clpl_moe.training.callbacks import ConsoleCallback, EarlyStopping, EpochCallback, MetricsFileCallback
+from clpl_moe.training.callbacks import (
+    ConsoleCallback,
+    EarlyStopping,
+    EpochCallback,
+    MetricsFileCallback,
+    waited_enough,
+)
 from clpl_moe.training.model import CLPLModel
 
 
@@ -99,6 +105,14 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             # A generator of its own: drawing from the global one would change dropout after a resume.
             generator=torch.Generator().manual_seed(self.args.seed),
         )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:  # so that a message begins on a line of its own
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ConsoleCallback) and callback.training_bar is not None:
+                    callback.training_bar.close()
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of one optimizer step; before it, negatives are mined again where that is due.
@@ -237,6 +251,24 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             for name in HEAD_FILES:
                 state = torch.load(Path(resume_from_checkpoint) / name, map_location="cpu", weights_only=True)
                 getattr(model, Path(name).stem).load_state_dict(state)
+
+    def is_over(self, checkpoint: str | Path) -> bool:
+        """Whether a run that resumes from a checkpoint has no step left: transformers would train one more."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # whose checkpoints only training loads
+            return False
+        state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        steps = self.args.max_steps
+        if steps <= 0:
+            per_epoch = math.ceil(len(self.batch_sampler) / self.args.gradient_accumulation_steps)
+            steps = math.ceil(per_epoch * self.args.num_train_epochs)
+        return state.global_step >= steps or waited_enough(state, self.args)
+
+    def load_result(self, checkpoint: str | Path) -> None:
+        """What training would end with after the last checkpoint of a run that :meth:`is_over`."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        # Where the run's folder is now.
+        self._load_from_checkpoint(str(checkpoint if best is None else Path(checkpoint).parent / Path(best).name))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
