@@ -138,7 +138,10 @@ def test_full_disk(tiny_encoder, data, tmp_path, capsys, monkeypatch, error):
     def save(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("clpl_moe.training.trainer.save_encoder", save)
-    for more in ({}, {"save_strategy": "steps", "save_steps": 1}):
-        err = refused(arguments(tiny_encoder, data, tmp_path / f"run{len(more)}", max_steps=1, **more), capsys)
-        assert err.splitlines()[-1] == f"error: {tmp_path / f'run{len(more)}'}: No space left on device"
+    # The model's weights at the end, and a checkpoint's optimizer.
+    for place, strategy in (("save_encoder", "no"), ("CLPLTrainer._save_optimizer_and_scheduler", "steps")):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"clpl_moe.training.trainer.{place}", save)
+            folder = tmp_path / strategy
+            argv = arguments(tiny_encoder, data, folder, max_steps=1, save_strategy=strategy, save_steps=1)
+            assert refused(argv, capsys).splitlines()[-1] == f"error: {folder}: No space left on device"
