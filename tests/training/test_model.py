@@ -205,7 +205,7 @@ def test_teacher_scores(make_model, tiny_tokenizer, kind, unified, own):
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("pairs", [True, False])
 def test_distillation_takes_the_contrastive_terms_place(make_model, tiny_tokenizer, own, pairs):
-    """Where a query has a pair, (1 - λ) of its loss and λ the penalty; else all. The contrastive term has no part in it."""
+    """The contrastive term has no part in the loss, not even a negative one; of the penalty, a query without pairs has none."""
     loss = CLPLLoss(0.1, 0.3, symmetric_weight=0.5)
     batch = make_batch(tiny_tokenizer, teacher_scores=[3.0, 1.0, 0.0, 2.0, 1.5, 0.0], no_in_batch_neg_flag=own)
     batch["negative_queries"] = batch["negative_queries"] if pairs else None
@@ -216,7 +216,7 @@ def test_distillation_takes_the_contrastive_terms_place(make_model, tiny_tokeniz
         batch["negative_queries"] = {name: values[kept] for name, values in batch["negative_queries"].items()}
     output = make_model(loss=loss, kd_loss_type="m3_kd_loss")(**batch)
     terms, share = output.terms, 0.5 * 0.3 if pairs else 0.0
-    expected = (1 - share) * terms["distillation"] + share * terms.get("penalty", 0.0) + 0.5 * terms["symmetric"]
+    expected = terms["distillation"] + share * terms.get("penalty", 0.0) + 0.5 * terms["symmetric"]
     torch.testing.assert_close(output.loss, expected)
 
 

@@ -150,9 +150,10 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
             _, distillation = self._stock_loss(own_only)(
                 query_dense, passage_dense, teacher_targets=targets, compute_score_func=self.compute_dense_score
             )
-            # Distillation takes the place of the contrastive part: all of a query's loss where no negative has a query.
-            share = dense_loss.penalty_weight * _share_with_pairs(negative_index, query_dense, passage_dense)
-            loss = (1 - share) * distillation + share * dense.penalty
+            # In place of the contrastive part; the others stay. (FlagEmbedding gives its mean over queries only: a weight for
+            # each query, as the contrastive part has, cannot be had, and one for all would differ between processes.)
+            share = _share_with_pairs(negative_index, query_dense, passage_dense)
+            loss = distillation + dense_loss.penalty_weight * share * dense.penalty
             if dense.symmetric is not None:
                 loss = loss + dense_loss.symmetric_weight * dense.symmetric
             terms["distillation"] = distillation.detach()
