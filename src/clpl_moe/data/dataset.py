@@ -105,6 +105,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
 
     def _load_dataset(self, file_path: str) -> datasets.Dataset:
         """Read, check and store one file; later runs take what was stored while the file is unchanged."""
+        digest = hash_file(file_path)
         try:
             dataset = datasets.Dataset.from_generator(
                 _read_for_arrow,
@@ -113,7 +114,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
                 gen_kwargs={
                     "path": str(Path(file_path).resolve()),
                     "shown": file_path,
-                    "version": f"{__version__}-{hash_file(file_path)}",
+                    "version": f"{__version__}-{digest}",
                     "with_scores": self.args.knowledge_distillation,
                 },
             )
@@ -126,7 +127,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
             raise
         limit = self.args.max_example_num_per_dataset
         if len(dataset) > limit:
-            chosen = random.Random(f"{self.seed}-{hash_file(file_path)}").sample(range(len(dataset)), limit)
+            chosen = random.Random(f"{self.seed}-{digest}").sample(range(len(dataset)), limit)
             dataset = dataset.select(sorted(chosen))
         return dataset
 

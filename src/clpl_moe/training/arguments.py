@@ -145,10 +145,10 @@ class CLPLTrainingArguments(EncoderOnlyEmbedderM3TrainingArguments):
     """The loss, what is trained, evaluation in training, and everything that transformers' Trainer offers.
 
     Changed defaults: ``logging_steps`` 10, ``report_to`` tensorboard, ``save_total_limit`` 2,
-    ``metric_for_best_model`` ndcg@10, ``logging_nan_inf_filter`` with ``fp16`` only, non-reentrant gradient checkpointing, ``use_cpu`` where there is no accelerator,
-    ``dataloader_num_workers`` 2 where there is one, and ``bf16`` where the hardware is fast at it and ``fp16`` is not
-    asked for. With ``dev_collection``, evaluation follows ``save_strategy`` unless it is set, and the best checkpoint is
-    loaded at the end.
+    ``metric_for_best_model`` ndcg@10, ``logging_nan_inf_filter`` with ``fp16`` only, non-reentrant gradient checkpointing,
+    ``use_cpu`` where there is no accelerator, ``dataloader_num_workers`` 2 where there is one, and ``bf16`` where the
+    hardware is fast at it and ``fp16`` is not asked for. With ``dev_collection``, evaluation follows ``save_strategy``
+    unless it is set, and the best checkpoint is loaded at the end.
     """
 
     output_dir: str | None = field(

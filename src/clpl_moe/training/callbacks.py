@@ -97,6 +97,7 @@ class EarlyStopping(EarlyStoppingCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
+        # transformers looks it up when it saves, and does not find it in a run that began without early stopping.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self.early_stopping_patience_counter = _waited(state)
 

@@ -121,7 +121,7 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
             ValueError: a packed batch in unified fine-tuning, whose sparse and multi-vector losses need padded ones.
         """
         if has_experts(self.model):
-            take_router_records(self.model)  # of a pass that failed
+            track_routers(self.model)  # forgets what a pass left that failed
         if texts is not None:
             if self.unified_finetuning:
                 raise ValueError("unified_finetuning needs padded batches: set the collator's packing to False")

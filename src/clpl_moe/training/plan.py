@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from clpl_moe.retrieval.encode import check_length
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.training.model import choose_trainable
 from clpl_moe.training.runner import check_batches, check_optimizer, open_ance_index
+from clpl_moe.training.trainer import count_steps
 
 # The shape of the base model of the published recipe, so that its configs can be checked where the hub is out of reach
 # (config.json of BAAI/bge-m3).
@@ -191,10 +191,7 @@ def _steps(
         drop_last=training_args.dataloader_drop_last,
     )
     check_batches(batches)
-    per_epoch = math.ceil(len(batches) / training_args.gradient_accumulation_steps)
-    if training_args.max_steps > 0:
-        return per_epoch, training_args.max_steps
-    return per_epoch, math.ceil(per_epoch * training_args.num_train_epochs)
+    return count_steps(batches, training_args)
 
 
 def _device(args: CLPLTrainingArguments) -> str:

@@ -31,6 +31,7 @@ from clpl_moe.moe.install import layer_states
 from clpl_moe.retrieval.encode import compute_dtype
 from clpl_moe.retrieval.options import Encoder
 from clpl_moe.training.ance import NEGATIVES_FILE, NegativeRefresher
+from clpl_moe.training.arguments import CLPLTrainingArguments
 from clpl_moe.training.callbacks import (
     ConsoleCallback,
     EarlyStopping,
@@ -121,7 +122,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         """
         if self.refresher is not None:
             accumulation, step = self.args.gradient_accumulation_steps, self.state.global_step
-            steps_per_epoch = max(1, math.ceil(len(self.batch_sampler) / accumulation))
+            steps_per_epoch = max(1, count_steps(self.batch_sampler, self.args)[0])
             if self.refresher.due(step, steps_per_epoch):
                 self._refresh_negatives(steps_per_epoch)
                 # Worker processes have made batches ahead, with the old negatives.
@@ -257,10 +258,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # whose checkpoints only training loads
             return False
         state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
-        steps = self.args.max_steps
-        if steps <= 0:
-            per_epoch = math.ceil(len(self.batch_sampler) / self.args.gradient_accumulation_steps)
-            steps = math.ceil(per_epoch * self.args.num_train_epochs)
+        _, steps = count_steps(self.batch_sampler, self.args)
         return state.global_step >= steps or waited_enough(state, self.args)
 
     def load_result(self, checkpoint: str | Path) -> None:
@@ -276,6 +274,12 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # The stock estimate reads an input that these batches do not have.
         return 0
+
+
+def count_steps(batches: EpochBatchSampler, args: CLPLTrainingArguments) -> tuple[int, int]:
+    """Optimizer steps of an epoch, and of the run."""
+    per_epoch = math.ceil(len(batches) / args.gradient_accumulation_steps)
+    return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
 
 
 @contextlib.contextmanager
