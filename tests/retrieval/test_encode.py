@@ -1,5 +1,6 @@
 import dataclasses
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -145,6 +146,7 @@ def test_what_a_core_meets_ends_the_encoding(encoder, monkeypatch, three_threads
 
     def full(sequences):
         calls.append(sequences)
+        time.sleep(0.01)  # without it all may be done before the main thread has its turn
         raise torch.OutOfMemoryError
 
     spy(monkeypatch, full)
