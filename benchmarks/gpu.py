@@ -119,8 +119,7 @@ def kernel_shares(call: Callable[[], None], device: torch.device) -> dict[str, f
     """The 15 kernels that a call spends most of the device's time in, with their shares; nothing on a CPU."""
     if device.type == "cpu":
         return {}
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         seconds(call, device)
     spent: Counter[str] = Counter()
     for event in profiler.events():
