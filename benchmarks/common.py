@@ -40,13 +40,18 @@ def benchmark_parser(description: str, output: str) -> argparse.ArgumentParser:
     return parser
 
 
-def alternate(functions: dict[Name, Callable[[], Result]], rounds: int) -> dict[Name, list[Result]]:
+def alternate(
+    functions: dict[Name, Callable[[], Result]],
+    rounds: int,
+    on_round: Callable[[dict[Name, list[Result]]], object] = lambda results: None,
+) -> dict[Name, list[Result]]:
     """Call every function once a round, in turn and every other round backwards, so that what slows a machine down for a
-    while slows all of them down."""
+    while slows all of them down; ``on_round`` is told the results so far after each."""
     results: dict[Name, list[Result]] = {name: [] for name in functions}
     for number in range(rounds):
         for name in list(functions)[:: -1 if number % 2 else 1]:
             results[name].append(functions[name]())
+        on_round(results)
     return results
 
 

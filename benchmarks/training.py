@@ -114,6 +114,8 @@ def common_arguments(job: dict[str, Any], output: str) -> dict[str, Any]:
         "max_steps": job["steps"],
         "learning_rate": 1e-5,
         "use_cpu": job["device"] == "cpu",
+        # Texts are tokenised beside the training; on a CPU that would take its cores.
+        "dataloader_num_workers": 0 if job["device"] == "cpu" else 4,
         "bf16": job["precision"] == "bf16",
         "fp16": job["precision"] == "fp16",
         "save_strategy": "no",
@@ -262,11 +264,21 @@ def main() -> None:
             print(f"{name}: {args.batch * args.steps / sum(result['seconds']):.2f} examples a second", flush=True)
             return result
 
-        results = alternate({name: (lambda name=name: run(name)) for name in args.only}, args.rounds)
+        def write(results: dict[str, list[dict[str, Any]]]) -> None:
+            settings = {k: v for k, v in job.items() if k != "data"}
+            settings |= {"model": Path(args.model).name, "data": args.data.name}
+            write_rates(args.output, settings, args.batch, results)
+
+        # After each round, so that one that takes too long leaves those before.
+        alternate({name: (lambda name=name: run(name)) for name in args.only}, args.rounds, write)
+
+
+def write_rates(output: Path, settings: dict[str, Any], batch: int, results: dict[str, list[dict[str, Any]]]) -> None:
+    """Write the result file of what :func:`work` returned for each contender in each round."""
     rows = []
     for name, of_rounds in results.items():
         # A round's figure, then over rounds.
-        rates = summary([args.batch * len(r["seconds"]) / sum(r["seconds"]) for r in of_rounds])
+        rates = summary([batch * len(r["seconds"]) / sum(r["seconds"]) for r in of_rounds])
         rows.append(
             {
                 "trainer": name,
@@ -276,14 +288,8 @@ def main() -> None:
                 "peak MiB": round(summary([r["peak_bytes"] for r in of_rounds])["median"] / 2**20),
             }
         )
-    write_result(
-        args.output,
-        "Examples a second in training, and the highest memory: medians over rounds.",
-        {k: v for k, v in job.items() if k != "data"}
-        | {"model": Path(args.model).name, "data": args.data.name, "rounds": args.rounds},
-        rows,
-        results,
-    )
+    question = "Examples a second in training, and the highest memory: medians over rounds."
+    write_result(output, question, settings | {"rounds": len(of_rounds)}, rows, results)
 
 
 if __name__ == "__main__":

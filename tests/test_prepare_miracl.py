@@ -96,9 +96,9 @@ def test_memory_does_not_hold_the_passages(tmp_path):
 
 
 def test_the_bar_moves_with_the_bytes_of_a_file(tmp_path):
-    path = write_gz(tmp_path / "docs-0.jsonl.gz", ({"text": os.urandom(40).hex()} for _ in range(5000)))
+    path = write_gz(tmp_path / "docs-0.jsonl.gz", ({"text": os.urandom(40).hex()} for _ in range(20_000)))
     moves = []
-    assert sum(1 for _ in read_source_lines(path, SimpleNamespace(update=moves.append))) == 5000
+    assert sum(1 for _ in read_source_lines(path, SimpleNamespace(update=moves.append))) == 20_000
     assert sum(moves) == path.stat().st_size
     assert sum(move > 0 for move in moves) >= 3
 

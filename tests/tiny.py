@@ -21,6 +21,13 @@ DENSE_CLASSES = {
 }
 
 
+def checkpoint_gradients(encoder: PreTrainedModel, reentrant: bool = False) -> None:
+    """Turn gradient checkpointing on, which transformers 5.20 renamed."""
+    name = "activation" if hasattr(encoder, "activation_checkpointing_enable") else "gradient"
+    options = {f"{name}_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    getattr(encoder, f"{name}_checkpointing_enable")(**options)
+
+
 def make_encoder(kind: str = "xlm-roberta", seed: int = 0, **overrides) -> PreTrainedModel:
     """A dense encoder of two layers in evaluation mode, without dropout; tokens differ in their outputs."""
     config_class, model_class = DENSE_CLASSES[kind]

@@ -8,7 +8,7 @@ from clpl_moe.encoder import packing
 from clpl_moe.encoder.packing import PackedTexts, can_pack, embed_packed
 from clpl_moe.encoder.settings import pool
 from clpl_moe.moe.balance import pop_router_terms, track_routers
-from tiny import DENSE_CLASSES, make_encoder, make_moe
+from tiny import DENSE_CLASSES, checkpoint_gradients, make_encoder, make_moe
 
 POOLINGS = ["cls", "mean", "last_token"]
 # Unsorted, with neighbours and strangers of equal length, and the longest that the tiny encoders take.
@@ -129,7 +129,7 @@ def test_gradient_checkpointing(pooling, reentrant):
     results = []
     for checkpointed in (False, True):
         if checkpointed:
-            encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+            checkpoint_gradients(encoder, reentrant)
         torch.manual_seed(3)
         embeddings = embed_packed(encoder, PackedTexts.from_sequences(make_sequences()), pooling=pooling)
         terms = pop_router_terms(encoder)
@@ -154,7 +154,7 @@ def test_frozen_layers_are_not_checkpointed(reentrant):
     encoder.encoder.layer[1].output.requires_grad_(True)
     texts = PackedTexts.from_sequences(make_sequences())
     expected = gradients(encoder, embed_packed(encoder, texts, pooling="cls"))
-    encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpoint_gradients(encoder, reentrant)
     for index, layer in enumerate(encoder.encoder.layer):
         layer.intermediate.register_forward_hook(lambda *_, i=index: calls.append(i))
     found = gradients(encoder, embed_packed(encoder, texts, pooling="cls"))

@@ -71,9 +71,9 @@ def test_scores_by_hand(tiny_encoder, encoding):
     heads = load_heads(tiny_encoder, 32)
     states = {}
     for text in ("aab", "ba c"):
-        batch = encoder.tokenizer([text], return_tensors="pt")
+        batch = encoder.tokenizer([text], return_tensors="pt").to(encoder.model.device)
         with torch.no_grad():
-            states[text] = (batch["input_ids"][0].tolist(), encoder.model(**batch).last_hidden_state[0])
+            states[text] = (batch["input_ids"][0].tolist(), encoder.model(**batch).last_hidden_state[0].cpu())
 
     def lexical(text):
         ids, hidden = states[text]

@@ -97,6 +97,7 @@ def test_evaluation_follows_saving():
     assert args.greater_is_better
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 def test_several_gpus_without_torchrun(monkeypatch, caplog):
     """transformers' way of taking them all divides tensors by rows, which packed texts have none of."""
     monkeypatch.setattr(CLPLTrainingArguments, "n_gpu", property(lambda self: self._n_gpu or 2))
@@ -147,6 +148,7 @@ def test_processes_that_tokenise():
     assert training(dataloader_num_workers=3).dataloader_num_workers == 3
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 class TestWithoutAccelerator:
     def test_cpu_is_used(self):
         """FlagEmbedding's processes do not find each other unless use_cpu is said."""

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from clpl_moe.card import main as card
 from clpl_moe.errors import UserError
 from clpl_moe.files import write_json
+from clpl_moe.machine import versions
 from clpl_moe.train import main
 from clpl_moe.training.card import Evaluated, add_results
 from tiny_training import arguments, make_collection, read_metrics, write_triplets
@@ -63,7 +64,7 @@ def test_card_tells_what_was_trained_on_what_and_how_it_went(tiny_encoder, tmp_p
         "`'query: '`",
         "trust_remote_code=True",
         "2412.17364",
-        f"torch {torch.__version__}",
+        f"torch {versions()['torch']}",
     ):
         assert piece in text
     assert str(tmp_path) not in text

@@ -19,7 +19,7 @@ from clpl_moe.moe.inject import inject_moe
 from clpl_moe.training import model as model_module
 from clpl_moe.training.grad_cache import cached_forward, chunks_by_tokens
 from clpl_moe.training.model import CLPLModel, choose_trainable
-from tiny import make_encoder, perturb_experts
+from tiny import checkpoint_gradients, make_encoder, perturb_experts
 from tiny_training import arguments, make_runner, make_triplets, read_metrics, refused, write_triplets
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
@@ -294,7 +294,7 @@ class TestCLPLModel:
         batch = make_batch(tiny_tokenizer)
         _, wanted = step(make_model(tiny_tokenizer), batch)
         model = make_model(tiny_tokenizer, grad_cache_tokens=64)
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        checkpoint_gradients(model.model, reentrant)
         found, got = step(model, batch)
         assert_close(got, wanted, 1e-10)
         assert found.terms["expert_load"].sum(1).tolist() == pytest.approx([1, 1])
