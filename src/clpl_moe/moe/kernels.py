@@ -333,19 +333,32 @@ class _RoutedGelu(torch.autograd.Function):
         tokens, width = x.shape
         num_experts, features, _ = weight.shape
         blocks = triton.cdiv(tokens, _TOKENS)
-        sizes = {"WIDTH": width, "TOKENS": _TOKENS, "COLUMNS": _COLUMNS, "EXPERTS": _padded(num_experts)}
+        sizes = {"WIDTH": width, "TOKENS": _TOKENS, "EXPERTS": _padded(num_experts)}
         logits = x.new_empty(tokens, num_experts, dtype=torch.float32)
         experts = x.new_empty(tokens, dtype=torch.int32)
         counts = x.new_empty(num_experts, blocks, dtype=torch.int32)
-        _route_kernel[(blocks,)](x, router_weight, logits, experts, counts, tokens, num_experts, **sizes)
+        _route_kernel[(blocks,)](
+            x, router_weight, logits, experts, counts, tokens, num_experts, **sizes, COLUMNS=_COLUMNS
+        )
 
         ends = counts.flatten().cumsum(0, dtype=torch.int32)  # of each expert's part of each block
         slots, rows = (x.new_empty(tokens, dtype=torch.int64) for _ in range(2))
         owners = torch.empty_like(experts)
         x_sorted = x.new_empty(tokens, width, dtype=weight.dtype)
-        sizes["COLUMNS"] = _COPIED
         _sort_kernel[(blocks,)](
-            x, experts, counts, ends, slots, rows, owners, x_sorted, tokens, num_experts, **sizes, num_warps=_COPY_WARPS
+            x,
+            experts,
+            counts,
+            ends,
+            slots,
+            rows,
+            owners,
+            x_sorted,
+            tokens,
+            num_experts,
+            **sizes,
+            COLUMNS=_COPIED,
+            num_warps=_COPY_WARPS,
         )
 
         ends = ends.view(num_experts, blocks)[:, -1].contiguous()
