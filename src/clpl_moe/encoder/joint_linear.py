@@ -29,7 +29,7 @@ def joint_linear(linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
         (..., width) for each, in the dtype that autocast gives Linear layers.
     """
     joins = x.device.type in _DEVICES and x.requires_grad and torch.is_grad_enabled()
-    if not joins or not all(map(_is_plain, linears)):
+    if not joins or torch.compiler.is_compiling() or not all(map(_is_plain, linears)):
         return tuple(linear(x) for linear in linears)
     parameters = (cast(parameter) for linear in linears for parameter in (linear.weight, linear.bias))
     return _JointLinear.apply(cast(x), *parameters)
