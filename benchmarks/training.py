@@ -15,6 +15,7 @@ import json
 import random
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -243,13 +244,13 @@ def main() -> None:
         return
     from clpl_moe.encoder.settings import read_settings
 
-    settings = read_settings(args.model)
+    base = read_settings(args.model)
     device = pick_device(args.device)
     job = {
         "model": str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model,
         "device": device,
         "precision": pick_precision(args.precision, device),
-        "prompts": [settings.query_prompt, settings.passage_prompt],
+        "prompts": [base.query_prompt, base.passage_prompt],
         "steps": args.warmup + args.steps,
     } | {
         name: getattr(args, name) for name in ("batch", "group", "query_max_len", "passage_max_len", "chunk", "warmup")
@@ -264,13 +265,10 @@ def main() -> None:
             print(f"{name}: {args.batch * args.steps / sum(result['seconds']):.2f} examples a second", flush=True)
             return result
 
-        def write(results: dict[str, list[dict[str, Any]]]) -> None:
-            settings = {k: v for k, v in job.items() if k != "data"}
-            settings |= {"model": Path(args.model).name, "data": args.data.name}
-            write_rates(args.output, settings, args.batch, results)
-
         # After each round, so that one that takes too long leaves those before.
-        alternate({name: (lambda name=name: run(name)) for name in args.only}, args.rounds, write)
+        settings = job | {"model": Path(args.model).name, "data": args.data.name}
+        write = partial(write_rates, args.output, settings, args.batch)
+        alternate({name: partial(run, name) for name in args.only}, args.rounds, write)
 
 
 def write_rates(output: Path, settings: dict[str, Any], batch: int, results: dict[str, list[dict[str, Any]]]) -> None:

@@ -228,10 +228,9 @@ def _plan(
     encoding: EncodingArguments,
 ) -> list[_Task]:
     """What is to be done with one model; refuses where other results are in the way."""
-    from clpl_moe.retrieval.encode import check_length, model_fingerprint
+    from clpl_moe.retrieval.encode import check_lengths, model_fingerprint
 
-    check_length(encoder.model, "query", encoding.query_max_len, name)
-    check_length(encoder.model, "passage", encoding.passage_max_len, name)
+    check_lengths(encoder.model, encoding.query_max_len, encoding.passage_max_len, name)
     weights = model_fingerprint(encoder.model, encoder.tokenizer)
     heads = _heads(name, encoder) if arguments.m3_scores else None
     planned = []

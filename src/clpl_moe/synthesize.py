@@ -323,11 +323,10 @@ def _open_backend(arguments: SynthesizeArguments, encoding: EncodingArguments) -
 
 
 def _open_encoder(arguments: SynthesizeArguments, encoding: EncodingArguments) -> Encoder:
-    from clpl_moe.retrieval.encode import check_length
+    from clpl_moe.retrieval.encode import check_lengths
 
     encoder = open_encoder(arguments.round_trip_model, encoding)
-    check_length(encoder.model, "query", encoding.query_max_len)
-    check_length(encoder.model, "passage", encoding.passage_max_len)
+    check_lengths(encoder.model, encoding.query_max_len, encoding.passage_max_len)
     return encoder
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from calls import Calls
 from clpl_moe.encoder import load_encoder, onednn
 from clpl_moe.encoder.onednn import onednn_linear
 from clpl_moe.encoder.settings import EmbeddingSettings
@@ -14,18 +14,7 @@ from clpl_moe.retrieval.encode import encode
 if not torch.backends.mkldnn.is_available():
     pytest.skip("torch has no oneDNN here", allow_module_level=True)
 
-
-class Calls(TorchDispatchMode):
-    """Counts what a block computes."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = self.packed = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.linear += func is torch.ops.mkldnn._linear_pointwise.default
-        self.packed += func is torch.ops.mkldnn._reorder_linear_weight.default
-        return func(*args, **(kwargs or {}))
+LINEAR, PACK = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._reorder_linear_weight.default
 
 
 @pytest.fixture(params=[True, False], ids=["AMD", "Intel"])
@@ -48,7 +37,7 @@ def test_computes_what_linear_does(amd, shape, bias):
             inputs = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
             expected = inputs.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
             torch.testing.assert_close(linear(inputs).double(), expected, atol=1e-5, rtol=1e-5)
-    assert (calls.linear, calls.packed) == (3, 1)
+    assert (calls.counts[LINEAR], calls.counts[PACK]) == (3, 1)
 
 
 def test_inputs_that_are_not_contiguous(amd):
@@ -76,7 +65,7 @@ def test_weights_that_are_made_on_the_way_are_not_kept(amd):
     with torch.inference_mode(), onednn_linear(layer, torch.float32), Calls() as calls:
         for factor in range(8):
             torch.testing.assert_close(F.linear(inputs, layer.weight * factor), inputs @ layer.weight.T * factor)
-    assert calls.linear == 0
+    assert calls.counts[LINEAR] == 0
 
 
 def test_other_precisions_and_empty_inputs_run_as_ever(amd):
@@ -89,7 +78,7 @@ def test_other_precisions_and_empty_inputs_run_as_ever(amd):
             assert single(torch.randn(3, 16)).dtype == torch.bfloat16
         with onednn_linear(single, torch.float32):
             assert single(torch.zeros(0, 16)).shape == (0, 16)
-    assert calls.linear == 0
+    assert calls.counts[LINEAR] == 0
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
@@ -100,6 +89,6 @@ def test_encode_on_either_processor(faster, pooling, tiny_encoder, monkeypatch):
     how["settings"] = EmbeddingSettings(pooling=pooling)
     with Calls() as calls:
         embeddings = encode(model, tokenizer, texts, **how)
-    assert (calls.linear > 0) == (calls.packed > 0) == faster
+    assert (calls.counts[LINEAR] > 0) == (calls.counts[PACK] > 0) == faster
     monkeypatch.setattr("clpl_moe.encoder.onednn.onednn_linear", lambda model, dtype: nullcontext())
     torch.testing.assert_close(embeddings, encode(model, tokenizer, texts, **how), atol=1e-5, rtol=0)

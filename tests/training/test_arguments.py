@@ -9,6 +9,8 @@ from clpl_moe.train import main
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from tiny_training import arguments, make_runner, refused, write_triplets
 
+without_accelerator = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+
 
 def training(**options):
     return CLPLTrainingArguments(output_dir="out", **options)
@@ -97,7 +99,7 @@ def test_evaluation_follows_saving():
     assert args.greater_is_better
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+@without_accelerator
 def test_several_gpus_without_torchrun(monkeypatch, caplog):
     """transformers' way of taking them all divides tensors by rows, which packed texts have none of."""
     monkeypatch.setattr(CLPLTrainingArguments, "n_gpu", property(lambda self: self._n_gpu or 2))
@@ -113,7 +115,7 @@ def test_bf16_where_the_hardware_is_fast_at_it_unless_said_otherwise(monkeypatch
     assert training(use_cpu=True, fp16=True).bf16 is False
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+@without_accelerator
 def test_what_makes_training_slow_is_said(monkeypatch, caplog):
     monkeypatch.setattr(encode, "fast_bfloat16", lambda device: False)
     training(use_cpu=True, bf16=False)
@@ -141,14 +143,14 @@ def test_encoding_in_training_follows_its_precision(monkeypatch):
     assert training(use_cpu=True, fp16=True).encode_dtype is None
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+@without_accelerator
 def test_processes_that_tokenise():
     """An accelerator is not to wait for the tokenizer; on a CPU, they would take it from the training."""
     assert training(use_cpu=True).dataloader_num_workers == 0
     assert training(dataloader_num_workers=3).dataloader_num_workers == 3
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+@without_accelerator
 class TestWithoutAccelerator:
     def test_cpu_is_used(self):
         """FlagEmbedding's processes do not find each other unless use_cpu is said."""

@@ -5,9 +5,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
+from calls import Calls
 from clpl_moe.encoder.load import load_encoder
 from clpl_moe.retrieval import evaluation
 from clpl_moe.train import main
@@ -292,18 +292,8 @@ def test_what_a_scaler_skips_does_not_end_a_run(tiny_encoder, data, tmp_path, mo
     assert not filtered or all(map(math.isfinite, losses))
 
 
-class HostReads(TorchDispatchMode):
-    """Counts what would wait for a device: numbers, and shapes that depend on values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        aten = torch.ops.aten
-        reads = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default)
-        self.count += function in reads
-        return function(*args, **(kwargs or {}))
+# What would wait for a device: numbers, and shapes that depend on values.
+READS = [getattr(torch.ops.aten, name).default for name in ("_local_scalar_dense", "nonzero", "masked_select")]
 
 
 @pytest.mark.parametrize(
@@ -322,9 +312,9 @@ def test_steps_read_nothing_from_the_device(tiny_encoder, tmp_path, options):
     for steps in (2, 4):
         # Batches are made in another process, where nothing is counted.
         more = {"max_steps": steps, "logging_steps": 100, "dataloader_num_workers": 1}
-        with HostReads() as mode:
+        with Calls() as calls:
             main(arguments(tiny_encoder, data, tmp_path / f"{steps}", **more, **options))
-        reads.append(mode.count)
+        reads.append(sum(calls.counts[function] for function in READS))
     assert 0 < reads[0] == reads[1]
 
 

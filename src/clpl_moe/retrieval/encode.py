@@ -172,6 +172,12 @@ def check_length(
         raise UserError(f"{kind}_max_len is {max_length} tokens, {name} takes {limit} at most")
 
 
+def check_lengths(model: nn.Module, query_max_len: int, passage_max_len: int, name: str = "the encoder") -> None:
+    """:func:`check_length` for both kinds of text."""
+    check_length(model, "query", query_max_len, name)
+    check_length(model, "passage", passage_max_len, name)
+
+
 def check_finite(embeddings: Tensor) -> None:
     """Raise :class:`UserError` where an encoder gave NaN or infinite values: a ranking by them is noise."""
     if broken := int((~torch.isfinite(embeddings).all(dim=1)).sum()):

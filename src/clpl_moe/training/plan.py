@@ -16,7 +16,7 @@ from clpl_moe.moe.config import MoEConfig
 from clpl_moe.moe.inject import has_experts, inject_moe
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from clpl_moe.retrieval.collection import Collection
-from clpl_moe.retrieval.encode import check_length
+from clpl_moe.retrieval.encode import check_lengths
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.training.model import choose_trainable
 from clpl_moe.training.runner import check_batches, check_optimizer, open_ance_index
@@ -121,8 +121,7 @@ def make_plan(
     check_optimizer(training_args)
     dataset = CLPLTrainDataset(data_args, seed=training_args.seed)
     encoder, shape_source, reached = _meta_encoder(model_args)
-    check_length(encoder, "query", data_args.query_max_len, model_args.model_name_or_path)
-    check_length(encoder, "passage", data_args.passage_max_len, model_args.model_name_or_path)
+    check_lengths(encoder, data_args.query_max_len, data_args.passage_max_len, model_args.model_name_or_path)
     _choose_trainable(encoder, training_args)
     dev = ance = None
     if training_args.dev_collection is not None:

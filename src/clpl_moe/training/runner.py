@@ -30,7 +30,7 @@ from clpl_moe.loss import CLPLLoss
 from clpl_moe.mining.index import PassageIndex
 from clpl_moe.moe.inject import has_experts, inject_moe
 from clpl_moe.retrieval.collection import Collection
-from clpl_moe.retrieval.encode import check_length
+from clpl_moe.retrieval.encode import check_lengths
 from clpl_moe.retrieval.options import EncodingArguments
 from clpl_moe.training.ance import NEGATIVES_FILE, NegativeRefresher
 from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
@@ -303,8 +303,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             token=args.token,
             tokenizer=args.tokenizer_name,
         )
-        check_length(encoder, "query", self.data_args.query_max_len, args.model_name_or_path)
-        check_length(encoder, "passage", self.data_args.passage_max_len, args.model_name_or_path)
+        check_lengths(encoder, self.data_args.query_max_len, self.data_args.passage_max_len, args.model_name_or_path)
         config = args.moe_config()
         if has_experts(encoder):
             logger.warning("the base model has experts of its own, which are kept: %s", encoder.config.moe)
