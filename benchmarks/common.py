@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from clpl_moe.files import write_json
-from clpl_moe.machine import machine, versions, without_folders
+from clpl_moe.common.files import write_json
+from clpl_moe.common.machine import machine, versions, without_folders
 from clpl_moe.retrieval.encode import fast_bfloat16
 
 RESULTS = Path(__file__).parent / "results"

@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
+from clpl_moe.common.files import write_jsonl
 from clpl_moe.encoder import save_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings
-from clpl_moe.files import write_jsonl
 from common import RESULTS, write_result
 
 LANGUAGE = "synthetic"

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clpl_moe.allocator import keep_freed_memory
+from clpl_moe.common.allocator import keep_freed_memory
 from clpl_moe.encoder import load_encoder, save_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
 from clpl_moe.retrieval.encode import encode

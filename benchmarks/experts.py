@@ -17,7 +17,7 @@ from transformers import XLMRobertaConfig, XLMRobertaModel
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer
 
 from clpl_moe import CLPLLoss, MoEConfig, inject_moe
-from clpl_moe.allocator import keep_freed_memory
+from clpl_moe.common.allocator import keep_freed_memory
 from clpl_moe.encoder.packing import PackedTexts, embed_packed
 from common import RESULTS, print_table, side_by_side, write_result
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from clpl_moe.mining.index import PassageIndex, comparable
-from clpl_moe.mining.select import MiningQuery, Ranking, SelectionArguments, rank_passages, take
-from clpl_moe.prepare import main as prepare
+from clpl_moe.mine.index import PassageIndex, comparable
+from clpl_moe.mine.select import MiningQuery, Ranking, SelectionArguments, rank_passages, take
+from clpl_moe.prepare.__main__ import main as prepare
 from clpl_moe.retrieval.collection import Collection, normalize_text
 from clpl_moe.retrieval.encode import model_fingerprint
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder

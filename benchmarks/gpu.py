@@ -28,8 +28,8 @@ from torch import nn
 from transformers import XLMRobertaConfig, XLMRobertaModel
 
 from clpl_moe import CLPLLoss, MoEConfig, inject_moe
+from clpl_moe.common.errors import UserError, command
 from clpl_moe.encoder.packing import PackedTexts, embed_packed
-from clpl_moe.errors import UserError, command
 from common import (
     RESULTS,
     encoder_flops,

@@ -128,8 +128,8 @@ def common_arguments(job: dict[str, Any], output: str) -> dict[str, Any]:
 
 def train_ours(job: dict[str, Any], folder: str, timer):
     """This package's trainer, returned when it has trained."""
-    from clpl_moe.training.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
-    from clpl_moe.training.runner import CLPLRunner
+    from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
+    from clpl_moe.train.runner import CLPLRunner
 
     options = dict(job["contender"])
     if options.get("grad_cache_tokens") == "chunk":

@@ -9,9 +9,9 @@ import argparse
 import json
 from pathlib import Path
 
-from clpl_moe.files import write_json
-from clpl_moe.machine import machine
-from clpl_moe.reporting.sources import read_metrics
+from clpl_moe.common.files import write_json
+from clpl_moe.common.machine import machine
+from clpl_moe.report.results import read_metrics
 
 
 def main() -> None:

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clpl_moe.errors import UserError, at, command
-from clpl_moe.files import refuse_existing
-from clpl_moe.reporting.charts import BLUE, GREEN, GREY, INK, PALE, PURPLE, VERMILLION, draw_curve, save, style
-from clpl_moe.reporting.sources import read_metrics, series
+from clpl_moe.common.errors import UserError, at, command
+from clpl_moe.common.files import refuse_existing
+from clpl_moe.report.charts import BLUE, GREEN, GREY, INK, PALE, PURPLE, VERMILLION, draw_curve, save, style
+from clpl_moe.report.results import read_metrics, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -28,7 +28,7 @@ def small_encoder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A tokenizer of characters (Latin, Hangul, Persian, Devanagari) with XLM-R's special tokens."""
-    from tiny import make_tokenizer
+    from helpers.tiny import make_tokenizer
 
     return make_tokenizer()
 
@@ -38,7 +38,7 @@ def tiny_encoder(tmp_path_factory, tiny_tokenizer):
     """Folder of a stock XLM-R (2 layers, width 32, random weights) with that tokenizer and BGE-M3's heads."""
     import torch
 
-    from tiny import make_encoder
+    from helpers.tiny import make_encoder
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     make_encoder(vocab_size=len(tiny_tokenizer), max_position_embeddings=130).save_pretrained(folder)

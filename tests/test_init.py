@@ -4,7 +4,7 @@ import sys
 import pytest
 
 import clpl_moe
-from tiny import make_moe
+from helpers.tiny import make_moe
 
 
 def start(script, *arguments):
@@ -22,7 +22,7 @@ def test_public_names_are_there():
     assert set(clpl_moe.__all__) == set(dir(clpl_moe)) == {"__version__", *clpl_moe._PUBLIC}
     for name in clpl_moe.__all__:
         assert getattr(clpl_moe, name) is not None
-    assert clpl_moe.CLPLLoss.__module__ == "clpl_moe.loss"
+    assert clpl_moe.CLPLLoss.__module__ == "clpl_moe.loss.clpl"
     with pytest.raises(AttributeError, match="module 'clpl_moe' has no attribute 'CLPLoss'"):
         clpl_moe.CLPLoss  # noqa: B018
 

@@ -12,13 +12,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CLPLLoss": "clpl_moe.loss",
     "CLPLOutput": "clpl_moe.loss",
-    "SentenceTransformerCLPLLoss": "clpl_moe.sentence_transformers_loss",
+    "SentenceTransformerCLPLLoss": "clpl_moe.loss.sentence_transformers",
     "MoEConfig": "clpl_moe.moe.config",
     "inject_moe": "clpl_moe.moe.inject",
     "merge_experts": "clpl_moe.moe.inject",
     "load_encoder": "clpl_moe.encoder",
     "save_encoder": "clpl_moe.encoder",
-    "UserError": "clpl_moe.errors",
+    "UserError": "clpl_moe.common.errors",
 }
 
 __all__ = [
@@ -35,12 +35,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from clpl_moe.common.errors import UserError
     from clpl_moe.encoder import load_encoder, save_encoder
-    from clpl_moe.errors import UserError
     from clpl_moe.loss import CLPLLoss, CLPLOutput
+    from clpl_moe.loss.sentence_transformers import SentenceTransformerCLPLLoss
     from clpl_moe.moe.config import MoEConfig
     from clpl_moe.moe.inject import inject_moe, merge_experts
-    from clpl_moe.sentence_transformers_loss import SentenceTransformerCLPLLoss
 
 
 def __getattr__(name: str):
@@ -54,7 +54,7 @@ def __dir__() -> list[str]:
 
 
 def _register_models() -> None:
-    from clpl_moe._register import register_models
+    from clpl_moe.moe.register import register_models
 
     register_models()
 

@@ -3,10 +3,10 @@ import re
 
 import pytest
 
+from clpl_moe.common.errors import UserError
 from clpl_moe.data.dataset import CLPLTrainDataset
-from clpl_moe.errors import UserError
-from clpl_moe.training.arguments import CLPLDataArguments
-from tiny_training import make_triplets, write_triplets
+from clpl_moe.train.arguments import CLPLDataArguments
+from helpers.tiny_training import make_triplets, write_triplets
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from clpl_moe.common.errors import UserError
 from clpl_moe.data.schema import data_files, find_faults, normalise, read_examples
-from clpl_moe.errors import UserError
-from tiny_training import arguments, make_triplets, refused
+from helpers.tiny_training import arguments, make_triplets, refused
 
 GOOD = {"query": "q", "pos": ["p"], "neg": ["n", "m"], "neg_q": ["a", None]}
 

@@ -11,8 +11,8 @@ from clpl_moe.encoder.add_norm import add_norm
 from clpl_moe.encoder.packing import PackedTexts, embed_packed
 from clpl_moe.moe import layer as layer_module
 from clpl_moe.moe.layer import RoutedTokens
-from kernel_devices import DEVICES
-from tiny import DENSE_CLASSES, make_encoder, make_moe
+from helpers.kernel_devices import DEVICES
+from helpers.tiny import DENSE_CLASSES, make_encoder, make_moe
 
 HALF, FULL = torch.bfloat16, torch.float32
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from calls import Calls
 from clpl_moe.encoder import joint_linear as module
 from clpl_moe.encoder.joint_linear import joint_linear
 from clpl_moe.encoder.packing import PackedTexts, embed_packed
-from tiny import make_encoder
+from helpers.calls import Calls
+from helpers.tiny import make_encoder
 
 ADDMM = torch.ops.aten.addmm_.default
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -11,8 +11,8 @@ from clpl_moe import CLPLLoss, MoEConfig, UserError, inject_moe, load_encoder
 from clpl_moe.encoder.load import is_2024_checkpoint, load_weights
 from clpl_moe.moe.install import has_experts
 from clpl_moe.moe.modeling_clpl_moe import MoEXLMRobertaModel
-from golden import GOLDEN, golden_case, golden_inputs, golden_state
-from tiny import make_batch, make_encoder, make_moe
+from helpers.golden import GOLDEN, golden_case, golden_inputs, golden_state
+from helpers.tiny import make_batch, make_encoder, make_moe
 
 
 def config_2024(moe, num_experts=2, top_k=1, **values):

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from calls import Calls
 from clpl_moe.encoder import load_encoder, onednn
 from clpl_moe.encoder.onednn import onednn_linear
 from clpl_moe.encoder.settings import EmbeddingSettings
 from clpl_moe.retrieval.encode import encode
+from helpers.calls import Calls
 
 if not torch.backends.mkldnn.is_available():
     pytest.skip("torch has no oneDNN here", allow_module_level=True)

@@ -8,7 +8,7 @@ from clpl_moe.encoder import packing
 from clpl_moe.encoder.packing import PackedTexts, can_pack, embed_packed
 from clpl_moe.encoder.settings import pool
 from clpl_moe.moe.balance import pop_router_terms, track_routers
-from tiny import DENSE_CLASSES, checkpoint_gradients, make_encoder, make_moe
+from helpers.tiny import DENSE_CLASSES, checkpoint_gradients, make_encoder, make_moe
 
 POOLINGS = ["cls", "mean", "last_token"]
 # Unsorted, with neighbours and strangers of equal length, and the longest that the tiny encoders take.

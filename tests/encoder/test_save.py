@@ -10,9 +10,9 @@ import transformers
 from safetensors.torch import load_file
 
 from clpl_moe import MoEConfig, inject_moe, load_encoder, merge_experts, save_encoder
+from clpl_moe.common.errors import UserError
 from clpl_moe.encoder.settings import EmbeddingSettings, pool, read_settings
-from clpl_moe.errors import UserError
-from tiny import make_encoder, perturb_experts
+from helpers.tiny import make_encoder, perturb_experts
 
 TEXTS = [
     "한글은 세종대왕이 만들었다",

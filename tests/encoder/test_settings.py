@@ -7,9 +7,9 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
+from clpl_moe.common.errors import UserError
 from clpl_moe.encoder import settings as settings_module
 from clpl_moe.encoder.settings import EmbeddingSettings, pool, read_settings, write_settings
-from clpl_moe.errors import UserError
 
 E5 = EmbeddingSettings(pooling="mean", normalize=True, query_prompt="query: ", passage_prompt="passage: ")
 

@@ -8,10 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_training import arguments, read_metrics, write_triplets
-
-sys.path.insert(0, str(Path(__file__).parent))
-from distributed_work import train_keeping_gradients
+from helpers.distributed_work import train_keeping_gradients
+from helpers.tiny_training import arguments, read_metrics, write_triplets
 
 # FlagEmbedding's gradients under negatives_cross_device are 1 / processes of one process's; and on a machine without
 # accelerators its processes do not find each other, each trains alone.
@@ -42,7 +40,7 @@ def test_two_processes_do_what_one_does_with_their_joint_batch(tiny_encoder, tmp
     }
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    script = Path(__file__).parent / "distributed_work.py"
+    script = Path(__file__).parents[1] / "helpers" / "distributed_work.py"
     done = subprocess.run(
         [
             sys.executable,

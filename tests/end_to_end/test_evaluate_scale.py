@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clpl_moe.files import write_jsonl
+from clpl_moe.common.files import write_jsonl
 from clpl_moe.retrieval.store import SHARD_TEXTS
 
 SHARDS = 8

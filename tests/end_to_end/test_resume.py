@@ -8,16 +8,16 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from clpl_moe.train import main
-from clpl_moe.training.trainer import CLPLTrainer
-from tiny_training import arguments, make_collection, read_metrics, refused, train_until, write_triplets
+from clpl_moe.train.__main__ import main
+from clpl_moe.train.trainer import CLPLTrainer
+from helpers.tiny_training import arguments, make_collection, read_metrics, refused, train_until, write_triplets
 
 # FlagEmbedding's own resume ends in an AttributeError, and past that restores no weights (encoder keys without their
 # prefix) and starts same-dataset batches from the beginning: every test here fails on it.
 
 KILLED = """
 import os, signal, sys
-from clpl_moe.training.trainer import CLPLTrainer
+from clpl_moe.train.trainer import CLPLTrainer
 
 stock, calls = CLPLTrainer.training_step, 0
 
@@ -29,7 +29,7 @@ def training_step(self, *args, **kwargs):
     return stock(self, *args, **kwargs)
 
 CLPLTrainer.training_step = training_step
-from clpl_moe.train import main
+from clpl_moe.train.__main__ import main
 main(sys.argv[2:])
 """
 

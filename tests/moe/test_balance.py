@@ -3,8 +3,8 @@ import torch
 
 from clpl_moe.moe.balance import pop_router_terms, track_routers
 from clpl_moe.moe.install import layer_states
-from processes import run_in_processes
-from tiny import make_batch, make_encoder, make_moe
+from helpers.processes import run_in_processes
+from helpers.tiny import make_batch, make_encoder, make_moe
 
 
 def terms_of(encoder, *batches):

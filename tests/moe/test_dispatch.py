@@ -9,7 +9,7 @@ from clpl_moe.moe import dispatch
 from clpl_moe.moe.balance import track_routers
 from clpl_moe.moe.dispatch import Assignment, assign, expert_linear, gather, pick, restore, scores
 from clpl_moe.moe.layer import LayerState, Router
-from tiny import make_encoder, make_moe
+from helpers.tiny import make_encoder, make_moe
 
 IN, OUT = 16, 24
 # Experts of each token (T, k), out of how many. The grouped kernel needs rows of whole 16 bytes, hence 16 and 24.

@@ -14,7 +14,7 @@ from clpl_moe.moe.inject import expert_parameters, ffn_parameters, stack_2024_ex
 from clpl_moe.moe.install import _DenseOutput, has_experts, layer_states
 from clpl_moe.moe.layer import RoutedOutput
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
-from tiny import DENSE_CLASSES, make_batch, make_encoder, make_moe
+from helpers.tiny import DENSE_CLASSES, make_batch, make_encoder, make_moe
 
 TARGETS = ["intermediate", "output", "ffn"]
 ROUTERS = ["straight_through", "softmax_topk", "topk_softmax"]

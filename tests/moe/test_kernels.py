@@ -9,8 +9,8 @@ pytest.importorskip("triton")
 from clpl_moe.moe import layer as layer_module
 from clpl_moe.moe.balance import pop_router_terms, track_routers
 from clpl_moe.moe.kernels import routed_gelu
-from kernel_devices import DEVICES
-from tiny import make_moe
+from helpers.kernel_devices import DEVICES
+from helpers.tiny import make_moe
 
 # Tokens, width, experts, features; blocks of 64 tokens and 64 slots, so that one, some and broken ones occur.
 SIZES = {

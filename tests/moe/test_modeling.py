@@ -10,7 +10,7 @@ import transformers
 from clpl_moe import MoEConfig, inject_moe
 from clpl_moe.moe.install import has_experts
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
-from tiny import DENSE_CLASSES, make_batch, make_encoder, make_moe
+from helpers.tiny import DENSE_CLASSES, make_batch, make_encoder, make_moe
 
 
 @pytest.mark.parametrize("target", ["intermediate", "output", "ffn"])
@@ -46,7 +46,7 @@ def test_hidden_states_and_attentions_can_be_had(tmp_path):
 import sys
 sys.path.insert(0, sys.argv[1])
 from clpl_moe import merge_experts
-from tiny import make_batch, make_moe
+from helpers.tiny import make_batch, make_moe
 encoder, batch = make_moe(kind="bert"), make_batch([5, 3])
 encoder.set_attn_implementation("eager")
 for _ in range(2):

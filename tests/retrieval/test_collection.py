@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clpl_moe.errors import UserError
+from clpl_moe.common.errors import UserError
 from clpl_moe.retrieval.collection import Collection, normalize_text, read_positive_queries
 
 OPEN_FILES = Path("/proc/self/fd")

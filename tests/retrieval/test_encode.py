@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from clpl_moe.common.errors import UserError
 from clpl_moe.encoder import load_encoder, packing
 from clpl_moe.encoder.settings import EmbeddingSettings, pool
-from clpl_moe.errors import UserError
 from clpl_moe.retrieval import encode as encode_module
 from clpl_moe.retrieval.encode import compute_dtype, encode, max_positions, model_fingerprint
-from tiny import make_encoder
+from helpers.tiny import make_encoder
 
 TEXTS = ["한국어 문장", "a", "متن فارسی", "हिन्दी", "a longer sentence than the others " * 2, "", "a", "bc"]
 SETTINGS = EmbeddingSettings(pooling="mean", query_prompt="query: ", passage_prompt="passage: ")

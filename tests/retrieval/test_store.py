@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from clpl_moe.errors import UserError
+from clpl_moe.common.errors import UserError
 from clpl_moe.retrieval import encode as encode_module
 from clpl_moe.retrieval import store
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
 from clpl_moe.retrieval.search import search
 from clpl_moe.retrieval.store import EmbeddingShards, cache_folder, encode_passages
-from processes import run_in_processes
+from helpers.processes import run_in_processes
 
 TEXTS = [f"{a}{b} {'x' * (a * 7 % 11)}" for a in range(5) for b in range(5)] + ["", "한국어", "", "متن"]
 ENCODING = EncodingArguments(passage_max_len=20, dtype="float32")

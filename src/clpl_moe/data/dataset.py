@@ -11,12 +11,12 @@ import datasets
 from FlagEmbedding.abc.finetune.embedder import AbsEmbedderTrainDataset
 
 from clpl_moe import __version__
+from clpl_moe.common.errors import UserError
+from clpl_moe.common.files import hash_file
 from clpl_moe.data.schema import data_files, read_examples
-from clpl_moe.errors import UserError
-from clpl_moe.files import hash_file
 
 if TYPE_CHECKING:
-    from clpl_moe.training.ance import MinedNegatives
+    from clpl_moe.train.ance import MinedNegatives
 
 # A draw: the epoch and the number of the example. The epoch travels with the number, so that what is drawn for an
 # example depends on nothing else; worker processes and resumed runs draw the same.

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clpl_moe.errors import UserError, at
-from clpl_moe.files import inspect_line, read_lines
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import inspect_line, read_lines
 
 SUFFIXES = (".jsonl", ".json")
 

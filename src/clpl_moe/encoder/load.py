@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from clpl_moe.errors import UserError, at
+from clpl_moe.common.errors import UserError, at
 from clpl_moe.moe.config import MoEConfig
 from clpl_moe.moe.inject import stack_2024_experts
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES

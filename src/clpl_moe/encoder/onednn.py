@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from clpl_moe.machine import cpu_field
+from clpl_moe.common.machine import cpu_field
 
 
 def onednn_linear(model: nn.Module, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:

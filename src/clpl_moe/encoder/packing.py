@@ -62,7 +62,7 @@ except ImportError:  # before torch 2.11
     varlen_attn = None
 try:
     from clpl_moe.encoder.add_norm import add_norm
-    from clpl_moe.triton_support import can_compile
+    from clpl_moe.moe.triton_support import can_compile
 except ImportError:  # no Triton, as in torch's CPU builds
     add_norm = None
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clpl_moe.errors import UserError, at
-from clpl_moe.files import write_json
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import write_json
 
 if TYPE_CHECKING:
     import torch

@@ -31,7 +31,7 @@ from transformers.activations import GELUActivation
 try:
     # By their full names: they stay behind when this file travels with a model's weights.
     from clpl_moe.moe.kernels import routed_gelu
-    from clpl_moe.triton_support import can_compile
+    from clpl_moe.moe.triton_support import can_compile
 except ImportError:  # no Triton, as in torch's CPU builds
     routed_gelu = None
 

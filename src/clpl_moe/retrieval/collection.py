@@ -25,8 +25,8 @@ from typing import Any, overload
 
 import numpy as np
 
-from clpl_moe.errors import UserError, at, type_name
-from clpl_moe.files import read_jsonl, read_jsonl_places
+from clpl_moe.common.errors import UserError, at, type_name
+from clpl_moe.common.files import read_jsonl, read_jsonl_places
 
 _MOST_RELEVANT = 1000  # trec_eval's arithmetic overflows far above it, without a word
 

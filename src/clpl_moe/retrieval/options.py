@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from clpl_moe.errors import UserError
-from clpl_moe.files import refuse_unwritable
+from clpl_moe.common.errors import UserError
+from clpl_moe.common.files import refuse_unwritable
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,7 @@ def open_encoder(name: str, arguments: EncodingArguments) -> Encoder:
     """
     import torch
 
-    from clpl_moe.allocator import keep_freed_memory
+    from clpl_moe.common.allocator import keep_freed_memory
     from clpl_moe.encoder import load_encoder
     from clpl_moe.encoder.settings import read_settings
     from clpl_moe.retrieval.encode import compute_dtype

@@ -30,8 +30,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clpl_moe.errors import UserError, at
-from clpl_moe.files import atomic_open, refuse_unwritable, write_json
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import atomic_open, refuse_unwritable, write_json
 from clpl_moe.retrieval.collection import hash_texts
 from clpl_moe.retrieval.encode import check_finite, check_length, embed, encode, model_fingerprint, tokenize
 

@@ -1,0 +1,1 @@
+"""What every room needs: options, errors, files, the machine."""

@@ -1,0 +1,252 @@
+"""One configuration mechanism for every command: dataclasses, a YAML file, command-line overrides.
+
+Values of the YAML file are put in front of the command line's own, so that one parser checks both: the same types, the
+same messages, and the command line wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clpl_moe.common.errors import UserError, at
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every option once (the dashed spelling and ``--no_x`` work but are not listed), each with its default."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default is argparse.SUPPRESS or "%(default)" in text or not action.option_strings:
+            return text
+        if action.required:
+            return f"{text} (required)".strip()
+        return f"{text} (default: %(default)s)".strip()
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = [n for n in action.option_strings if "-" not in n.lstrip("-")] or action.option_strings
+        default = action.dest.upper()
+        value = "" if action.nargs == 0 else " " + self._format_args(action, default)
+        return ", ".join(names) + value
+
+
+def make_parser(dataclass_types: Sequence[type], prog: str, description: str, positional: str | None = None):
+    """The argument parser of one command; each dataclass field is an option of the same name.
+
+    A dataclass with a field ``config`` reads that file itself. ``positional`` names a field that may also be written as
+    bare words.
+    """
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        tuple(dataclass_types),
+        prog=f"python -m {prog}",
+        description=description,
+        formatter_class=_HelpFormatter,
+        usage=f"python -m {prog}{f' [{positional.upper()} ...]' if positional else ''} [--config FILE.yaml] [--option value ...]",
+        allow_abbrev=False,
+    )
+    if not _reads_config(dataclass_types):
+        parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line overrides it")
+    if positional is not None:
+        parser.add_argument(_WORDS, metavar=positional.upper(), nargs="*", help=f"the same as --{positional}")
+    for action in parser._actions:
+        # `--no_x` beside a true-by-default `--x`: works, but the option is already listed once.
+        if action.option_strings and action.option_strings[0].startswith("--no_") and action.nargs == 0:
+            action.help = argparse.SUPPRESS
+        # A per cent sign in a dependency's help text would be taken for a format; some have doubled theirs already.
+        elif action.help:
+            action.help = action.help.replace("%%", "%").replace("%", "%%")
+    return parser
+
+
+_WORDS = "positional words"  # no field has such a name
+
+
+def _reads_config(dataclass_types: Sequence[type]) -> bool:
+    return any(f.name == "config" for cls in dataclass_types for f in dataclasses.fields(cls))
+
+
+def _option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config")}
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else "; --help lists the options"
+
+
+def _to_argv(path: Path, values: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+    known = _option_names(parser)
+    argv: list[str] = []
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{at(path)}: unknown option '{key}'{_nearest(str(key), list(known))}")
+        if value is None:
+            if known[key].default not in (None, [], argparse.SUPPRESS):
+                raise UserError(
+                    f"{at(path, field=key)}: found null, expected a value; without the line it is {known[key].default}"
+                )
+            continue
+        items = value if isinstance(value, list) else [value]
+        if isinstance(value, list) and known[key].nargs not in ("+", "*"):
+            raise UserError(f"{at(path, field=key)}: a list was found, one value is expected")
+        if not items:
+            raise UserError(f"{at(path, field=key)}: an empty list was found, at least one value is expected")
+        words = [json.dumps(v, default=str) if isinstance(v, dict) else str(v) for v in items]
+        # `=` keeps a value that begins with a dash from being taken for an option.
+        spelled = [f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words]
+        if len(words) == 1:
+            _check_value(path, key, value, known[key], words[0])
+        argv += spelled
+    return argv
+
+
+def _check_value(path: Path, key: str, value: Any, action: argparse.Action, word: str) -> None:
+    """Refuse an ill-typed value here, where the file's name is known."""
+    if value == "" or action.type is None:
+        return
+    try:
+        converted = action.type(word)
+    except (argparse.ArgumentTypeError, TypeError, ValueError):
+        expected = getattr(action.type, "__name__", str(action.type))
+        expected = {"string_to_bool": "true or false"}.get(expected, expected)
+        raise UserError(f"{at(path, field=key)}: found {value!r}, expected {expected}") from None
+    if action.choices is not None and converted not in action.choices:
+        choices = ", ".join(map(str, action.choices))
+        raise UserError(f"{at(path, field=key)}: found {value!r}, expected one of {choices}")
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file as a dictionary; raises :class:`UserError` with file and line where it is not one."""
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{at(path)}: no such config file")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_yaml_loader())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{at(path)}: not UTF-8 text ({error.reason})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else None
+        raise UserError(f"{at(path, line)}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{at(path)}: found a {type(values).__name__}, expected 'option: value' lines")
+    return values
+
+
+def _yaml_loader() -> type:
+    """YAML 1.1 reads ``1e-5`` as a string and takes the last of two equal keys; both surprise in a config."""
+    import re
+
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor):
+            node = super().compose_mapping_node(anchor)
+            keys = [(key.tag, str(key.value)) for key, _ in node.value]
+            for index, key in enumerate(keys):
+                if key in keys[:index]:
+                    mark = node.value[index][0].start_mark
+                    raise yaml.composer.ComposerError(None, None, f"'{key[1]}' stands twice", mark)
+            return node
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
+    return Loader
+
+
+def parse(
+    dataclass_types: Sequence[type],
+    prog: str,
+    description: str,
+    argv: Sequence[str] | None = None,
+    positional: str | None = None,
+) -> list[Any]:
+    """Read ``--config FILE`` and the command line into one instance of each dataclass (see :func:`make_parser`).
+
+    Raises:
+        UserError: unknown or ill-typed options (with the nearest known name), missing required ones.
+    """
+    typed = argv = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser(dataclass_types, prog, description, positional)
+
+    def fail(message: str) -> None:
+        raise UserError(f"{message}; --help lists the options")
+
+    if "-h" not in argv and "--help" not in argv:
+        parser.error = fail  # type: ignore[method-assign]
+        before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        before.add_argument("--config")
+        before.error = fail  # type: ignore[method-assign]
+        if not _reads_config(dataclass_types):
+            config, rest = before.parse_known_args(argv)
+            if config.config is not None:
+                path = Path(config.config)
+                rest = _to_argv(path, load_yaml(path), parser) + rest
+            argv = rest
+        for word in argv:
+            name = word.split("=")[0]
+            if name.startswith("--") and name not in parser._option_string_actions:
+                known = list(_option_names(parser))
+                raise UserError(f"unknown option '{name}'{_nearest(name[2:].replace('-', '_'), known)}")
+    # Words may stand between options, which only the second one reads.
+    namespace, unknown = (parser.parse_known_intermixed_args if positional else parser.parse_known_args)(argv)
+    if positional is not None and getattr(namespace, _WORDS, None):
+        option = _option_names(parser)[positional].option_strings  # with dashes, too
+        if any(word.split("=")[0] in option for word in typed):
+            raise UserError(f"--{positional}: given as an option and as words without one; give all in one way")
+        setattr(namespace, positional, getattr(namespace, _WORDS))
+    if unknown:
+        raise UserError(f"cannot read {' '.join(unknown)!r}: options are written --name value")
+    outputs = []
+    for cls in dataclass_types:
+        keys = {f.name for f in dataclasses.fields(cls) if f.init}
+        try:
+            outputs.append(cls(**{k: v for k, v in vars(namespace).items() if k in keys}))
+        except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+            raise UserError(" ".join(str(error).split())) from None  # transformers breaks lines
+    return outputs
+
+
+def parse_values(dataclass_types: Sequence[type], prog: str, place: str, values: dict[str, Any]) -> list[Any]:
+    """As :func:`parse`, from a dictionary of options that is part of another command's configuration.
+
+    Args:
+        dataclass_types: what the options are of.
+        prog: the command that they are for.
+        place: where they stand, for messages.
+        values: option -> value, as YAML has them.
+
+    Raises:
+        UserError: as :func:`parse`; the message begins with ``place``.
+    """
+    argv = _to_argv(Path(place), values, make_parser(dataclass_types, prog, ""))
+    try:
+        return parse(dataclass_types, prog, "", argv)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def print_counts(counts: Mapping[str, int]) -> None:
+    """What a command read, left out and made, a line each."""
+    width = max(map(len, counts))
+    for name, count in counts.items():
+        print(f"{name:<{width}}  {count:>10,}")
+    sys.stdout.flush()  # bars on stderr may follow

@@ -1,0 +1,231 @@
+"""Reading JSONL with the place of each fault, and writing so that nothing is half-written or overwritten unasked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from clpl_moe.common.errors import UserError, at
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number (from 1) and object of each line that is not blank.
+
+    Raises:
+        UserError: the file is missing, empty or unreadable, a line is not UTF-8, not JSON or not an object.
+    """
+    for number, _, raw in read_lines(path):
+        yield number, parse_line(path, number, raw)
+
+
+def read_jsonl_places(path: str | Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Like :func:`read_jsonl`: line number, the byte where the line begins, and object."""
+    for number, start, raw in read_lines(path):
+        yield number, start, parse_line(path, number, raw)
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
+    """Line number (from 1), the byte where it begins, and bytes of each line that is not blank.
+
+    Raises:
+        UserError: the file is missing, empty or unreadable.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{at(path)}: no such file" if not path.exists() else f"{at(path)}: not a file")
+    empty, start = True, 0
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{at(path)}: cannot be read ({error.strerror})") from None
+    with file:
+        for number, raw in enumerate(file, 1):
+            if raw.strip():
+                empty = False
+                yield number, start, raw
+            start += len(raw)
+    if empty:
+        raise UserError(f"{at(path)}: the file is empty, expected one JSON object a line")
+
+
+def parse_line(path: str | Path, number: int, raw: bytes) -> dict[str, Any]:
+    """One line of a JSONL file as an object; raises :class:`UserError` with file and line otherwise."""
+    record, faults = inspect_line(number, raw)
+    if faults:
+        raise UserError(f"{at(path, number)}: {faults[0]}")
+    return record
+
+
+def inspect_line(number: int, raw: bytes) -> tuple[dict[str, Any] | None, list[str]]:
+    """One line of a JSONL file as an object, as far as it can be read, and all that is wrong with it as JSON."""
+    twice: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # JSON takes the last of two equal keys, and so would drop data without a word.
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice.extend(name for name in record if names.count(name) > 1)
+        return record
+
+    try:
+        # The byte-order mark that some editors write is no part of the text.
+        record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=unique)
+    except UnicodeDecodeError as error:
+        return None, [f"not UTF-8 text ({error.reason})"]
+    except (ValueError, RecursionError) as error:
+        return None, [f"not JSON ({json_fault(error)}), expected one object a line"]
+    if raw.count(b"[") + raw.count(b"{") > _DEEPEST and _nested_too_deeply(record):
+        return None, [f"not JSON ({json_fault(RecursionError())}), expected one object a line"]
+    if not isinstance(record, dict):
+        return None, [f"found {type(record).__name__}, expected a JSON object"]
+    faults = [f"not JSON ({name!r} stands twice), expected one object a line" for name in twice]
+    if _has_lone_surrogates(record, raw):
+        faults.append(_LONE_SURROGATE)
+    return record, faults
+
+
+def json_fault(error: ValueError | RecursionError) -> str:
+    """In a few words, why ``json.loads`` took a text not for JSON."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "a number of thousands of digits" if "digits" in str(error) else str(error)
+
+
+# Without a limit of our own, what can be read would depend on how deep in the program it is read.
+_DEEPEST = 100
+
+
+def _nested_too_deeply(value: Any) -> bool:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(_DEEPEST):
+        inner = [i for v in level for i in (v.values() if isinstance(v, dict) else v)]
+        level = [i for i in inner if isinstance(i, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+_LONE_SURROGATE = "holds half of a surrogate pair (an escape \\ud800 to \\udfff)"
+
+
+def _has_lone_surrogates(value: Any, raw: bytes) -> bool:
+    if b"\\ud" not in raw and b"\\uD" not in raw:  # they come in as escapes only
+        return False
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def refuse_lone_surrogates(value: Any, raw: bytes, place: str) -> None:
+    """Raise :class:`UserError` where JSON holds half a surrogate pair: no tokenizer or file takes such a text."""
+    if _has_lone_surrogates(value, raw):
+        raise UserError(f"{place}: {_LONE_SURROGATE}")
+
+
+def refuse_existing(path: str | Path, overwrite: bool = False, *, marker: str | None = None) -> None:
+    """Raise :class:`UserError` if an output is in the way or could not be written.
+
+    Args:
+        path: the output.
+        overwrite: whether it may be replaced.
+        marker: where the output is a folder, a file that each such folder has: another folder is not replaced, even if
+            asked (a slip of the pen would delete anything). None: the output is a file.
+    """
+    path = Path(path)
+    refuse_unwritable(path)
+    if not path.exists() or (marker is not None and path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        kind = "folder is not empty" if path.is_dir() else "file exists"
+        raise UserError(f"{at(path)}: the output {kind}; name another, or pass --overwrite true to replace it")
+    if path.is_dir() and (marker is None or not (path / marker).is_file()):
+        expected = "a file" if marker is None else f"a folder with {marker}"
+        raise UserError(f"{at(path)}: found a folder with other things, expected {expected} to replace; name another")
+
+
+def refuse_unwritable(path: str | Path) -> None:
+    """Raise :class:`UserError` where nothing can be written at ``path``: said before the work, not after it."""
+    path = Path(path).absolute()
+    there = next(parent for parent in path.parents if os.path.lexists(parent))
+    if not there.is_dir():
+        raise UserError(f"{at(path)}: cannot be written, {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{at(path)}: cannot be written, the folder {there} is read-only")
+
+
+@contextlib.contextmanager
+def atomic_open(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
+    """A file that gets its name only when the block ends well; until then ``path`` is untouched. Text is UTF-8."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, mode, encoding="utf-8" if mode == "w" else None) as file:
+            yield file
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | Path) -> Iterator[Path]:
+    """A folder that is filled under a temporary name and takes the place of ``path`` when the block ends well."""
+    path = Path(path).absolute()  # of "." and of "" there is no parent
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.exists() or path.is_symlink():
+            path.unlink()
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write one object a line, UTF-8, whole or not at all."""
+    with atomic_open(path) as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write indented JSON, whole or not at all."""
+    with atomic_open(path) as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits; raises :class:`UserError` where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with Path(path).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{at(path)}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()

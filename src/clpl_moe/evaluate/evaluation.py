@@ -1,0 +1,108 @@
+"""Evaluate an encoder on a collection: encode, search, score. The command and training share it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from clpl_moe.evaluate.metrics import DEFAULT_METRICS, check_metrics, evaluate_run
+from clpl_moe.retrieval.collection import Collection
+from clpl_moe.retrieval.encode import compute_dtype
+from clpl_moe.retrieval.options import Encoder, EncodingArguments
+from clpl_moe.retrieval.search import search
+from clpl_moe.retrieval.store import EmbeddingShards, encode_passages, encode_queries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from clpl_moe.encoder.settings import EmbeddingSettings
+
+
+@dataclass
+class RetrievalResult:
+    """What an encoder retrieved from a collection, and how good it is.
+
+    Attributes:
+        metrics: metric -> mean over the judged queries.
+        per_query: query id -> metric -> value, for each judged query.
+        run: query id -> passage id -> score, best first, for each query of the collection.
+        seconds: time spent, by step: ``encode_passages``, ``encode_queries``, ``search``, ``score``.
+        encoded: how many passages were encoded by this process; others were found on disk or are another's.
+    """
+
+    metrics: dict[str, float]
+    per_query: dict[str, dict[str, float]] = field(repr=False)
+    run: dict[str, dict[str, float]] = field(repr=False)
+    seconds: dict[str, float] = field(default_factory=dict, repr=False)
+    encoded: int = 0
+
+
+def evaluate_retrieval(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    collection: Collection,
+    *,
+    settings: EmbeddingSettings,
+    query_max_len: int = 128,
+    passage_max_len: int = 512,
+    top_k: int = 1000,
+    batch_tokens: int | None = None,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    dtype: torch.dtype | None = None,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> RetrievalResult:
+    """Rank a collection's passages for each of its queries by similarity, exactly, and score the ranking.
+
+    As in BEIR, a query does not find itself (:meth:`~clpl_moe.retrieval.collection.Collection.own_passages`).
+
+    Args:
+        model: the encoder, on the device that is to compute.
+        tokenizer: the encoder's.
+        collection: passages, queries and judgements.
+        settings: pooling, normalisation and prompts.
+        query_max_len: longest query in tokens.
+        passage_max_len: longest passage in tokens.
+        top_k: passages kept for each query (all, where the corpus has fewer).
+        batch_tokens: tokens a batch, None for what suits the device.
+        metrics: names in the spelling of ``ir_measures``.
+        dtype: precision of the encoder, as :func:`clpl_moe.retrieval.encode.encode` takes it.
+        cache: folder for the passages' embeddings, as :func:`clpl_moe.retrieval.store.encode_passages` takes it.
+        progress: whether to show bars.
+
+    Raises:
+        UserError: an unknown metric, a length that the encoder cannot take, embeddings that are not finite.
+    """
+    check_metrics(metrics)  # an unknown metric shows before the corpus is encoded
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+
+    def clock(step: str) -> None:
+        nonlocal started
+        now = time.perf_counter()
+        seconds[step], started = now - started, now
+
+    encoder = Encoder(model, tokenizer, settings, compute_dtype(model, dtype))
+    encoding = EncodingArguments(query_max_len, passage_max_len, batch_tokens)
+    queries = encode_queries(encoder, collection.queries, encoding, progress=progress)
+    clock("encode_queries")
+    passages = encode_passages(encoder, collection.passages, encoding, cache=cache, progress=progress)
+    clock("encode_passages")
+    own = collection.own_passages()
+    scores, indices = search(queries.to(model.device), passages, top_k + bool(own))
+    ids = collection.passage_ids
+    run = {}
+    for query_id, row_indices, row_scores in zip(collection.query_ids, indices.tolist(), scores.tolist()):
+        found = ((ids[i], score) for i, score in zip(row_indices, row_scores) if i != own.get(query_id))
+        run[query_id] = dict(itertools.islice(found, top_k))
+    clock("search")
+    means, per_query = evaluate_run(collection.qrels, run, metrics)
+    clock("score")
+    encoded = passages.encoded if isinstance(passages, EmbeddingShards) else len(passages)
+    return RetrievalResult(means, per_query, run, seconds, encoded)

@@ -1,0 +1,137 @@
+"""Retrieval metrics through ``ir_measures`` (trec_eval's numbers), and run files in the format of TREC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import atomic_open
+
+Run = Mapping[str, Mapping[str, float]]
+
+DEFAULT_METRICS = ("nDCG@5", "nDCG@10", "R@100")
+
+# Of the evaluation command: those above and what the literature on MIRACL reports besides (RR@10 is MRR@10, AP is MAP).
+EVALUATION_METRICS = ("nDCG@5", "nDCG@10", "nDCG@20", "R@100", "R@1000", "RR@10", "AP")
+
+# The kinds of score that passages are ranked by, each with its own run file: the embeddings' similarity, and those of BGE-M3's
+# heads and their sums (clpl_moe.evaluate.m3).
+DENSE = "dense"
+M3_SCORES = ("sparse", "multi-vec", "dense+sparse", "all")
+# Of dense, sparse and multi-vec in the sums: the M3 report's on MIRACL.
+M3_WEIGHTS = (1.0, 0.3, 1.0)
+
+
+def run_file(score: str) -> str:
+    """Name of the run file of a kind of score."""
+    return "run.trec" if score == DENSE else f"run.{score}.trec"
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raise :class:`UserError` if ``ir_measures`` does not know one of the names."""
+    _parse(metrics)
+
+
+def evaluate_run(
+    qrels: Mapping[str, Mapping[str, int]], run: Run, metrics: Sequence[str] = DEFAULT_METRICS
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Score a run as trec_eval does (with its option ``-c``).
+
+    The means are over all queries of ``qrels``: one that the run lacks, or that has no relevant passage, scores 0; one of
+    the run that ``qrels`` lack does not count. A relevant passage that is nowhere in the run counts as never found. Passages
+    of equal score (as 32-bit floats) are ranked by descending id. trec_eval has no reciprocal rank with a cut-off: RR@10 is
+    by ``ir_measures`` that of MS MARCO's script, which ranks equal scores by ascending id.
+
+    Args:
+        qrels: query id -> passage id -> relevance.
+        run: query id -> passage id -> score.
+        metrics: names in the spelling of ``ir_measures``, such as ``nDCG@10``, ``R@100``, ``RR@10``, ``AP``.
+
+    Returns:
+        metric -> mean, and query id -> metric -> value.
+
+    Raises:
+        UserError: ``ir_measures`` does not know a metric.
+    """
+    import ir_measures
+
+    measures = _parse(metrics)
+    # In the order and precision of a run file, so that both score the same.
+    ranked = {query_id: dict(_ranked(scores)) for query_id, scores in run.items()}
+    result = ir_measures.calc(list(measures.values()), qrels, ranked)
+    per_query: dict[str, dict[str, float]] = {query_id: {} for query_id in qrels}
+    for value in result.per_query:
+        # MRR and RR, say, are names of one measure.
+        names = [name for name, measure in measures.items() if measure == value.measure]
+        per_query[value.query_id].update(dict.fromkeys(names, float(value.value)))
+    means = {name: float(result.aggregated[measure]) for name, measure in measures.items()}
+    return means, per_query
+
+
+def write_trec_run(path: str | Path, run: Run, tag: str) -> None:
+    """Write a run file: ``query-id Q0 passage-id rank score tag`` a line, whole or not at all.
+
+    Ranks are trec_eval's (descending score, then descending id) and scores are written so that the same
+    32-bit float is read back: metrics of the file are metrics of ``run``.
+    """
+    tag = "_".join(tag.split()) or "run"
+    with atomic_open(path) as file:
+        for query_id, scores in run.items():
+            for rank, (passage_id, score) in enumerate(_ranked(scores), 1):
+                file.write(f"{query_id} Q0 {passage_id} {rank} {score:.9g} {tag}\n")
+
+
+def read_trec_run(path: str | Path) -> dict[str, dict[str, float]]:
+    """Read a run file: query id -> passage id -> score, in the order of the file.
+
+    Raises:
+        UserError: a line that is none of a run file; with file and line.
+    """
+    run: dict[str, dict[str, float]] = {}
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                query_id, _, passage_id, _, score, _ = line.split()
+                run.setdefault(query_id, {})[passage_id] = float(score)
+            except ValueError:
+                raise UserError(
+                    f"{at(path, number)}: found {line.strip()!r}, expected 'query-id Q0 passage-id rank score tag'"
+                ) from None
+    return run
+
+
+def write_trec_qrels(path: str | Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
+    """Write judgements: ``query-id 0 passage-id relevance`` a line, whole or not at all."""
+    with atomic_open(path) as file:
+        for query_id, judged in qrels.items():
+            for passage_id, relevance in judged.items():
+                file.write(f"{query_id} 0 {passage_id} {relevance}\n")
+
+
+def _ranked(scores: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Passages with their 32-bit scores in trec_eval's order: descending score, then descending id."""
+    import numpy as np
+
+    ranked = sorted(((float(np.float32(score)), passage_id) for passage_id, score in scores.items()), reverse=True)
+    return [(passage_id, score) for score, passage_id in ranked]
+
+
+def _parse(metrics: Sequence[str]) -> dict:
+    import ir_measures
+
+    measures = {}
+    for name in metrics:
+        try:
+            measure = ir_measures.parse_measure(name)
+            cutoff = measure.params.get("cutoff", 1)
+            if not isinstance(cutoff, int) or cutoff < 1:
+                raise ValueError  # trec_eval would crash
+            # A name may parse but lack its cutoff, or be of a program that does not run here.
+            ir_measures.calc([measure], {"q": {"p": 1}}, {"q": {"p": 1.0}})
+        except Exception:
+            raise UserError(
+                f"metric '{name}' is unknown to ir_measures, or cannot be computed here; expected names such as nDCG@10, R@100, RR@10, AP"
+            ) from None
+        measures[name] = measure
+    return measures

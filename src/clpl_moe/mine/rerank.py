@@ -1,0 +1,83 @@
+"""Scores of a query and a passage read together: better than cosines, and too slow for more than a window."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from clpl_moe.common.errors import UserError
+from clpl_moe.common.files import atomic_open
+from clpl_moe.retrieval.collection import hash_texts
+from clpl_moe.retrieval.encode import max_positions, model_fingerprint
+
+
+class Reranker:
+    """A cross encoder with one output, such as BAAI/bge-reranker-v2-m3, through sentence-transformers.
+
+    Args:
+        name: folder or hub name.
+        max_length: longest pair in tokens; the rest is cut off.
+        batch_size: pairs at once.
+        trust_remote_code: whether to run code of the model's folder.
+
+    Raises:
+        UserError: there is no such model, it was not trained to score pairs, it gives several scores, or ``max_length`` is
+            beyond its positions.
+    """
+
+    def __init__(
+        self, name: str, *, max_length: int = 512, batch_size: int = 32, trust_remote_code: bool = False
+    ) -> None:
+        from sentence_transformers import CrossEncoder
+
+        try:
+            self._model = CrossEncoder(name, max_length=max_length, trust_remote_code=trust_remote_code)
+        except Exception as error:  # whatever a damaged or foreign folder brings about
+            raise UserError(f"--reranker {name}: cannot be loaded: {' '.join(str(error).split())}") from None
+        model = self._model.model
+        # The library gives an encoder a new head: its scores would be noise.
+        if (kind := (model.config.architectures or [""])[0]).endswith(("Model", "ForMaskedLM")):
+            raise UserError(f"--reranker {name}: found an encoder ({kind}), expected a cross encoder")
+        if (limit := max_positions(model.base_model)) is not None and max_length > limit:
+            raise UserError(f"--reranker_max_len: found {max_length}, {name} takes {limit} tokens at most")
+        if self._model.num_labels != 1:
+            raise UserError(
+                f"--reranker {name}: gives {self._model.num_labels} scores a pair, expected a model that gives one"
+            )
+        self._batch_size, self._max_length = batch_size, max_length
+
+    def scores(self, pairs: Sequence[tuple[str, str]], cache: Path | None = None) -> list[float]:
+        """A score for each (query, passage): from 0 to 1, unless the model's own configuration has another function.
+
+        Args:
+            pairs: texts of query and passage.
+            cache: folder where the scores of these pairs are kept, and taken from where they are there already.
+
+        Raises:
+            UserError: a score is NaN or infinite.
+        """
+        file = None
+        if cache is not None:
+            content = hash_texts(text for pair in pairs for text in pair)[:32]
+            file = cache / f"reranker-{self._fingerprint}" / f"{content}.npy"
+            with contextlib.suppress(OSError, ValueError, EOFError):
+                found = np.load(file)
+                if found.shape == (len(pairs),):
+                    return found.tolist()
+        scores = self._model.predict(list(pairs), batch_size=self._batch_size, show_progress_bar=False)
+        if not np.isfinite(scores).all():
+            raise UserError("the reranker gives NaN or infinite scores: its weights are broken")
+        if file is not None:
+            with atomic_open(file, "wb") as opened:
+                np.save(opened, scores)
+        return scores.tolist()
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of all that scores depend on but the pairs."""
+        model = model_fingerprint(self._model.model, self._model.tokenizer)
+        return hash_texts([model, str(self._max_length)])[:32]

@@ -1,0 +1,164 @@
+"""MIRACL (Zhang et al. 2023, https://doi.org/10.1162/tacl_a_00595): passages of Wikipedia, queries and judgements by
+native speakers, in 18 languages.
+
+Its files are read as they are: the data sets' loading scripts no longer run in ``datasets``. They come from the hub
+or from a folder that holds them, in the repositories' own folders or all in one:
+
+- ``miracl-corpus-v1.0-ko/docs-0.jsonl.gz`` and so on: ``docid``, ``title``, ``text``;
+- ``miracl-v1.0-ko/topics/topics.miracl-v1.0-ko-dev.tsv``: query id, text;
+- ``miracl-v1.0-ko/qrels/qrels.miracl-v1.0-ko-dev.tsv``: query id, Q0, passage id, relevance (1, or 0: judged and found
+  not relevant).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.prepare.sources.stream import Split, read_qrels, read_table
+from clpl_moe.retrieval.collection import check_id
+
+ID_FIELD = "docid"
+# Language -> number of the corpus's files on the hub.
+PARTS = {
+    **{"ar": 5, "bn": 1, "de": 32, "en": 66, "es": 21, "fa": 5, "fi": 4, "fr": 30, "hi": 2},
+    **{"id": 3, "ja": 14, "ko": 3, "ru": 20, "sw": 1, "te": 2, "th": 2, "yo": 1, "zh": 10},
+}
+WITHOUT_TRAIN = ("de", "yo")
+CORPUS, QUERIES = "miracl/miracl-corpus", "miracl/miracl"  # repositories on the hub
+_PAGE = "https://huggingface.co/datasets/"
+
+
+def check_options(language: str, splits: Sequence[str]) -> None:
+    """Raise :class:`UserError` for a language that MIRACL lacks, or a split that has no public judgements."""
+    if language not in PARTS:
+        raise UserError(f"--miracl: found {language!r}, expected one of {', '.join(sorted(PARTS))}")
+    for split in splits:
+        if split not in ("train", "dev"):
+            raise UserError(f"--splits: found {split!r}, expected train or dev: judgements of others are not public")
+        if split == "train" and language in WITHOUT_TRAIN:
+            raise UserError(f"--splits: MIRACL has no train queries in {language}; pass --splits dev")
+
+
+def _names(language: str, split: str) -> tuple[str, str]:
+    """Paths of the topics and of the qrels in their repository."""
+    base = f"miracl-v1.0-{language}"
+    return f"{base}/topics/topics.{base}-{split}.tsv", f"{base}/qrels/qrels.{base}-{split}.tsv"
+
+
+def _corpus_folder(language: str) -> str:
+    return f"miracl-corpus-v1.0-{language}"
+
+
+def placement(language: str, splits: Sequence[str], folder: str | Path = "DIR") -> str:
+    """For messages: which files go where in a local folder, and which repositories have them."""
+    files = [
+        (f"{_corpus_folder(language)}/docs-0.jsonl.gz", CORPUS),
+        *((f"{_corpus_folder(language)}/docs-{PARTS[language] - 1}.jsonl.gz", CORPUS),) * (PARTS[language] > 1),
+        *((name, QUERIES) for split in splits for name in _names(language, split)),
+    ]
+    width = max(len(name) for name, _ in files)
+    lines = [f"  {folder}/{name:<{width}}  from {_PAGE}{repo}" for name, repo in files]
+    if PARTS[language] > 2:
+        lines.insert(1, "  ... and all between")
+    return "\n".join([*lines, f"or all of them in {folder} itself."])
+
+
+def find_files(
+    corpus: Path, queries: Path, language: str, splits: Sequence[str]
+) -> tuple[list[Path], dict[str, tuple[Path, Path]]]:
+    """The corpus's files in order, and for each split its topics and its qrels.
+
+    Args:
+        corpus: folder that holds the passages.
+        queries: folder that holds topics and qrels; may be the same.
+        language: such as ``ko``.
+        splits: ``train``, ``dev`` or both.
+
+    Raises:
+        UserError: a file is missing; the message says which files go where.
+    """
+    for folder in (corpus, queries):
+        if not folder.is_dir():
+            raise UserError(f"{at(folder)}: no such folder; expected one with\n{placement(language, splits, folder)}")
+    missing, found = [], {}
+    for split in splits:
+        pair = []
+        for name in _names(language, split):
+            candidates = (queries / name, queries / Path(name).name)
+            pair.append(next((path for path in candidates if path.is_file()), candidates[0]))
+            if not pair[-1].is_file():
+                missing.append(Path(name).name)
+        found[split] = (pair[0], pair[1])
+    pattern = "docs-*.jsonl.gz"
+    numbers: dict[int, Path] = {}
+    for path in list((corpus / _corpus_folder(language)).glob(pattern)) or corpus.glob(pattern):
+        if match := re.fullmatch(r"docs-(\d+)\.jsonl\.gz", path.name):
+            numbers[int(match[1])] = path
+    missing += [f"docs-{n}.jsonl.gz" for n in range(max(numbers, default=0) + 1) if n not in numbers]
+    if missing:
+        raise UserError(
+            f"{at(queries if queries == corpus else corpus)}: {', '.join(missing)} not found; expected\n"
+            f"{placement(language, splits, corpus)}"
+        )
+    return [numbers[n] for n in sorted(numbers)], found
+
+
+def read_split(topics: Path, qrels: Path) -> Split:
+    """Queries and judgements of one split.
+
+    Raises:
+        UserError: a line is broken, an id stands twice, a judgement names an unknown query.
+    """
+    queries: dict[str, str] = {}
+    lines: dict[str, int] = {}
+    for number, line in read_table(topics):
+        identifier, tab, text = line.partition("\t")
+        if not tab or not text.strip():
+            raise UserError(f"{at(topics, number)}: found {line!r:.80}, expected a query's id, a tab and its text")
+        check_id(identifier, topics, number, "query id")
+        if identifier in lines:
+            raise UserError(f"{at(topics, number)}: '{identifier}' stands on line {lines[identifier]} already")
+        lines[identifier], queries[identifier] = number, text.strip()
+    return Split(queries, read_qrels(qrels, ("query id", "Q0", "passage id", "relevance"), queries, topics))
+
+
+def download(language: str, splits: Sequence[str]) -> tuple[Path, Path]:
+    """Fetch the files through the hub's cache, and return the folders of the corpus and of the queries.
+
+    What is there already is not fetched again; an interrupted download goes on when run again. The hub's own settings
+    hold: ``HF_TOKEN`` or ``hf auth login``, ``HF_HOME``, ``HF_ENDPOINT``.
+
+    Raises:
+        UserError: the terms are not accepted, the token is missing or wrong, or the hub is not reached; the message
+            says what to do.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    by_hand = f"Or place the files by hand and pass --source DIR:\n{placement(language, splits)}"
+    try:
+        # The small files first: a missing token shows before hundreds of megabytes have come.
+        for split in splits:
+            for name in _names(language, split):
+                queries = Path(hf_hub_download(QUERIES, name, repo_type="dataset")).parents[2]
+        pattern = f"{_corpus_folder(language)}/*.jsonl.gz"
+        corpus = Path(snapshot_download(CORPUS, repo_type="dataset", allow_patterns=pattern))
+    except Exception as error:  # beside the hub's own there are those of its HTTP library, which depends on its version
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # a full disk, say
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status in (401, 403):
+            raise UserError(
+                f"the hub refused {QUERIES} ({status}). Accept its terms on {_PAGE}{QUERIES} (logged in), then run"
+                f" `hf auth login`, or set HF_TOKEN to a token that may read gated repositories. {by_hand}"
+            ) from None
+        if isinstance(error, LocalEntryNotFoundError) or status is None:
+            reason = f"{type(error.__cause__ or error).__name__}"
+            raise UserError(
+                f"the hub could not be reached ({reason}). With a network, run again: what has come is kept. {by_hand}"
+            ) from None
+        raise UserError(f"the hub answered with an error ({status}); run again later. {by_hand}") from None
+    return corpus, queries

@@ -1,0 +1,225 @@
+"""Collections larger than memory: passages go from the source's files to ``corpus.jsonl`` line by line.
+
+Queries and judgements, which are few beside the passages, are read and checked first, so that their faults show at once.
+Of the passages only a hash of each id stays, 8 bytes, by which an id that stands twice is found in the end.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import atomic_dir, parse_line, write_jsonl
+from clpl_moe.retrieval.collection import check_id, normalize_text
+
+_GIT_LFS = b"version https://git-lfs"  # what stands in place of a large file that was not fetched
+
+
+@dataclass
+class Split:
+    """Queries and judgements of one split.
+
+    Attributes:
+        queries: id -> text.
+        judgements: (query id, passage id) -> relevance; 0 is an explicit negative.
+    """
+
+    queries: dict[str, str]
+    judgements: dict[tuple[str, str], int]
+
+
+def read_source_lines(path: Path, bar: Any = None) -> Iterator[tuple[int, bytes]]:
+    """Line number (from 1) and bytes of each line that is not blank, of a plain or a ``.gz`` file.
+
+    Args:
+        path: the file.
+        bar: a tqdm bar that is moved by the bytes of the file on disk.
+
+    Raises:
+        UserError: the file is missing, empty, not gzip, cut short, or not fetched by Git LFS.
+    """
+    if not path.is_file():
+        raise UserError(f"{at(path)}: no such file")
+    number, done, empty = 0, 0, True
+    again = "fetch this file again"
+    with path.open("rb") as raw:
+        if raw.read(len(_GIT_LFS)) == _GIT_LFS:
+            raise UserError(f"{at(path)}: found Git LFS's pointer to the file, not the file; run `git lfs pull` there")
+        raw.seek(0)
+        try:
+            for number, line in enumerate(gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw, 1):
+                if bar is not None and number % 1000 == 0:
+                    bar.update(raw.tell() - done)
+                    done = raw.tell()
+                if line.strip():
+                    empty = False
+                    yield number, line
+        except EOFError:
+            raise UserError(f"{at(path, number + 1)}: the file ends too early, it was cut short; {again}") from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{at(path, number + 1)}: broken gzip ({error}); {again}") from None
+        if bar is not None:
+            bar.update(raw.tell() - done)
+    if empty:
+        raise UserError(f"{at(path)}: the file is empty; {again}")
+
+
+def read_texts(path: Path, id_field: str, bar: Any = None) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Line number, id and object of each line of a JSONL file; the object's ``title`` (may be missing) and ``text``
+    are strings.
+
+    Raises:
+        UserError: the file or a line is broken, or a field is missing or of another type.
+    """
+    for number, raw in read_source_lines(path, bar):
+        record = parse_line(path, number, raw)
+        for name in (id_field, "text", "title"):
+            if name == "title" and record.get(name) is None:
+                record[name] = ""
+            elif not isinstance(record.get(name), str):
+                found = f"{record[name]!r:.50}" if name in record else f"only {', '.join(record) or '{}'}"
+                raise UserError(f"{at(path, number, name)}: found {found}, expected a string")
+        check_id(record[id_field], path, number, id_field)
+        yield number, record[id_field], record
+
+
+def read_table(path: Path) -> Iterator[tuple[int, str]]:
+    """Line number and text, without the line's end, of each line of a text file.
+
+    Raises:
+        UserError: as :func:`read_source_lines`, or the file is not UTF-8.
+    """
+    for number, raw in read_source_lines(path):
+        try:
+            # The byte-order mark that some editors write is no part of the text.
+            yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{at(path, number)}: not UTF-8 text ({error.reason})") from None
+
+
+def read_qrels(
+    path: Path, fields: Sequence[str], queries: Mapping[str, str], queries_path: Path, *, header: bool = False
+) -> dict[tuple[str, str], int]:
+    """The judgements of a file with one a line, as :class:`Split` holds them.
+
+    Args:
+        path: the file.
+        fields: names of a line's fields, separated by white space; the first is the query's id, the last two are the
+            passage's id and the relevance.
+        queries: id -> text of the queries that may be judged.
+        queries_path: where these stand, for the message.
+        header: whether the first line may hold names of fields. It counts as such where its last is no number: some
+            files in BEIR's shape come without.
+
+    Raises:
+        UserError: a line has other fields, its query is unknown, or a passage is judged twice and differently.
+    """
+    judgements: dict[tuple[str, str], int] = {}
+    for number, line in read_table(path):
+        words = line.split()
+        if len(words) != len(fields):
+            raise UserError(
+                f"{at(path, number)}: found {len(words)} fields, expected {len(fields)}: {', '.join(fields)}"
+            )
+        query_id, passage_id, relevance = words[0], words[-2], words[-1]
+        try:
+            grade = int(relevance)
+        except ValueError:
+            if header and number == 1:
+                continue
+            raise UserError(f"{at(path, number, fields[-1])}: found {relevance!r}, expected an integer") from None
+        if query_id not in queries:
+            raise UserError(f"{at(path, number, fields[0])}: '{query_id}' is not an id of {queries_path}")
+        if judgements.setdefault((query_id, passage_id), grade) != grade:
+            raise UserError(
+                f"{at(path, number, fields[-1])}: found {grade}, but an earlier line judges '{passage_id}' for query"
+                f" '{query_id}' as {judgements[query_id, passage_id]}"
+            )
+    return judgements
+
+
+def write_streaming(
+    folder: str | Path,
+    paths: Sequence[Path],
+    id_field: str,
+    splits: Mapping[str, Split],
+    *,
+    titles: bool = True,
+) -> Counter[str]:
+    """Write a collection, whole or not at all, and return counts of what it holds; a bar shows the bytes read.
+
+    Args:
+        folder: the collection's folder; one that is there is replaced.
+        paths: JSONL files of passages (``text``, perhaps ``title``), plain or gzip.
+        id_field: the field of the passage's id.
+        splits: name -> queries and judgements.
+        titles: whether to keep the titles.
+
+    Raises:
+        UserError: as :func:`read_texts`, or an id stands twice.
+    """
+    from tqdm import tqdm
+
+    relevant = {p for split in splits.values() for (_, p), grade in split.judgements.items() if grade > 0}
+    counts: Counter[str] = Counter()
+    hashes = array("q")  # 8 bytes a passage: Python's own strings in a set take 100 and more
+
+    def passages() -> Iterator[dict[str, Any]]:
+        size = sum(path.stat().st_size for path in paths if path.is_file())
+        with tqdm(total=size, unit="B", unit_scale=True, desc="passages") as bar:
+            for path in paths:
+                for _, identifier, record in read_texts(path, id_field, bar):
+                    hashes.append(hash(identifier))
+                    relevant.discard(identifier)
+                    title = record["title"] if titles else ""
+                    counts["passages without text"] += not record["text"].strip()
+                    # No `split`: which split a passage belongs to is not said. In MIRACL and BEIR all splits search
+                    # one corpus, and a passage judged for a dev query is a fair negative for a train query.
+                    yield {"id": identifier, "title": title, "text": record["text"]}
+                bar.set_postfix_str(f"{len(hashes):,} passages")
+
+    with atomic_dir(folder) as temporary:
+        write_jsonl(temporary / "corpus.jsonl", passages())
+        _refuse_repeated_ids(hashes, paths, id_field)
+        counts["passages"] = len(hashes)
+        for name, split in splits.items():
+            write_jsonl(temporary / f"{name}_queries.jsonl", ({"id": i, "text": t} for i, t in split.queries.items()))
+            write_jsonl(
+                temporary / f"{name}_qrels.jsonl",
+                ({"qid": q, "docid": p, "relevance": grade} for (q, p), grade in split.judgements.items()),
+            )
+            counts[f"{name} queries"] = len(split.queries)
+            counts[f"{name} queries without judgement"] = len(split.queries.keys() - {q for q, _ in split.judgements})
+            counts[f"{name} judgements: relevant"] = sum(grade > 0 for grade in split.judgements.values())
+            counts[f"{name} judgements: not relevant"] = sum(grade <= 0 for grade in split.judgements.values())
+    counts["relevant passages that the corpus lacks"] = len(relevant)
+    if "train" in splits:
+        others = {normalize_text(text) for name in splits.keys() - {"train"} for text in splits[name].queries.values()}
+        trained = map(normalize_text, splits["train"].queries.values())
+        counts["train queries that equal a query of another split (kept)"] = sum(text in others for text in trained)
+    return +counts
+
+
+def _refuse_repeated_ids(hashes: array, paths: Sequence[Path], id_field: str) -> None:
+    import numpy as np
+
+    ordered = np.sort(np.frombuffer(hashes, dtype=np.int64))
+    repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if not repeated:
+        return
+    places: dict[str, str] = {}  # a second reading says where; two ids of one hash are no fault
+    for path in paths:
+        for number, identifier, _ in read_texts(path, id_field):
+            if hash(identifier) in repeated:
+                if identifier in places:
+                    raise UserError(
+                        f"{at(path, number, id_field)}: '{identifier}' stands at {places[identifier]} already"
+                    )
+                places[identifier] = at(path, number)

@@ -1,0 +1,286 @@
+"""Pictures of runs and comparisons, drawn with matplotlib (the extra ``figures``)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clpl_moe.common.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, told apart with any colour vision.
+BLUE, GREEN, VERMILLION, PURPLE, ORANGE, SKY = "#0072B2", "#009E73", "#D55E00", "#A65187", "#E69F00", "#56B4E9"
+INK, GREY, PALE = "#1a1a1a", "#6b6b6b", "#e6e6e6"
+PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+
+
+@contextlib.contextmanager
+def style(mathtext: str = "dejavusans") -> Iterator[None]:
+    """One look for all figures, whatever matplotlibrc the user has; only fonts that come with matplotlib.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError('matplotlib is not installed: pip install "clpl-moe[figures]"') from None
+    ours = {
+        "font.family": "DejaVu Sans",
+        "font.size": 10,
+        "mathtext.fontset": mathtext,
+        "text.color": INK,
+        "axes.edgecolor": GREY,
+        "axes.labelcolor": INK,
+        "axes.titlesize": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": PALE,
+        "xtick.color": GREY,
+        "ytick.color": GREY,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "lines.linewidth": 1.8,
+        "figure.dpi": 150,
+        # Opaque, so that the ink is readable on a dark page too.
+        "figure.facecolor": "white",
+    }
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(ours)
+        yield
+
+
+def save(figure: Figure, output: Path) -> Path:
+    """Write a PNG; nothing is written where drawing fails."""
+    from PIL import Image  # matplotlib depends on it
+
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    # A palette is enough for text and lines and halves the file; dithering would speckle the white.
+    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(buffer.getvalue())
+    return output
+
+
+def plot_comparison(summary: Sequence[dict[str, Any]], metric: str, output: Path) -> Path:
+    """Rows of an ablation, a panel for each language and for their average: mean, spread, and each seed's value.
+
+    Args:
+        summary: as :func:`clpl_moe.ablate.summarize` returns it.
+        metric: its name, for the axis.
+        output: the PNG to write.
+    """
+    with style():
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        names = list(summary[0]["languages"])
+        panels = [(name, [row["languages"][name] for row in summary]) for name in names]
+        if len(names) > 1:
+            panels.append(("average", [row["average"] for row in summary]))
+        figure = Figure(figsize=(2.2 + 2.6 * len(panels), 1.1 + 0.38 * len(summary)), layout="constrained")
+        all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (title, cells) in zip(all_axes, panels, strict=True):
+            for place, cell in enumerate(cells):
+                if cell["mean"] is None:
+                    continue
+                color = GREY if place == 0 else BLUE
+                axes.errorbar(
+                    cell["mean"], place, xerr=cell["spread"], fmt="o", color=color, markersize=6, capsize=3, zorder=3
+                )
+                if len(cell["values"]) > 1:
+                    axes.plot(cell["values"], [place] * len(cell["values"]), "|", color=color, alpha=0.5, markersize=9)
+            if cells[0]["mean"] is not None:
+                axes.axvline(cells[0]["mean"], color=GREY, linewidth=1, linestyle=(0, (3, 3)), zorder=1)
+            axes.set_title(title, weight="bold")
+            axes.set_xlabel(metric)
+            axes.xaxis.set_major_locator(MaxNLocator(3, prune="both"))
+            axes.margins(x=0.12)
+            axes.grid(axis="y", visible=False)
+        all_axes[0].set_yticks(range(len(summary)), [row["label"] for row in summary])
+        all_axes[0].set_ylim(len(summary) - 0.5, -0.5)
+        all_axes[0].tick_params(axis="y", labelcolor=INK, length=0)
+        return save(figure, output)
+
+
+Series = Sequence[tuple[float, float]]
+
+
+def plot_curves(curves: Sequence[tuple[str, Series]], title: str, unit: str) -> Figure:
+    """One value over the optimizer steps, a line for each run.
+
+    Args:
+        curves: a run's name and its points, each a step and a value; long ones are drawn as moving means over faint lines.
+        title: what the value is; stands above.
+        unit: of the vertical axis.
+    """
+    with style(), _small():
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        figure = Figure(figsize=_SMALL, layout="constrained")
+        axes = figure.subplots()
+        for (name, points), color in zip(curves, _colors(len(curves)), strict=True):
+            draw_curve(axes, points, name, color)
+        axes.set_title(title, loc="left", weight="bold")
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        if len(curves) > 1:
+            figure.legend(loc="outside lower left", ncols=1)
+        return figure
+
+
+def draw_curve(axes: Axes, points: Series, label: str, color: str) -> None:
+    """A curve of steps and values; a long one, noisy as batches are, as its moving mean over a faint one."""
+    import numpy as np
+
+    values = np.array(points, dtype=float)
+    window = len(values) // 20
+    if window < 3:
+        axes.plot(*values.T, color=color, label=label, marker="o", markersize=3)
+        return
+    axes.plot(*values.T, color=color, alpha=0.25, linewidth=0.8)
+    mean = np.stack([np.convolve(column, np.ones(window) / window, mode="valid") for column in values.T])
+    axes.plot(*mean, color=color, label=label)
+
+
+def plot_expert_load(
+    steps: Sequence[float], loads: Sequence[Sequence[Sequence[float]]], layers: Sequence[int]
+) -> Figure:
+    """Shares of the tokens that go to each expert, stacked, over the optimizer steps: a panel for each layer.
+
+    Args:
+        steps: (S,)
+        loads: (S, L, N) shares, of which the N of a layer sum to 1.
+        layers: (L,) numbers of the layers.
+    """
+    with style(), _small():
+        import numpy as np
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        shares = np.array(loads, dtype=float)
+        places = np.array(steps, dtype=float)
+        if len(places) == 1:  # an area needs two
+            places, shares = np.concatenate([places, places + 1]), np.concatenate([shares, shares])
+        columns = min(3, len(layers))
+        rows = -(-len(layers) // columns)
+        figure = Figure(figsize=(_SMALL[0], 0.75 + 0.85 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        experts = shares.shape[2]
+        for number, axes in enumerate(panels.flat):
+            if number >= len(layers):
+                axes.set_visible(False)
+                continue
+            axes.stackplot(places, shares[:, number].T, colors=_colors(experts), alpha=0.85, linewidth=0)
+            axes.axhline(0.5, color="white", linewidth=0.6, linestyle=(0, (2, 2)))
+            axes.set_title(f"layer {layers[number]}", fontsize=8, pad=2)
+            axes.set(xlim=(places[0], places[-1]), ylim=(0, 1), yticks=[0, 0.5, 1])
+            axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+            axes.tick_params(labelsize=7)
+            axes.grid(visible=False)
+        figure.supxlabel("optimizer step", fontsize=9)
+        figure.supylabel("share of tokens", fontsize=9)
+        handles = [_patch(color) for color in _colors(experts)]
+        names = [f"expert {number}" for number in range(experts)]
+        figure.legend(handles, names, loc="outside upper left", ncols=min(experts, 4), handlelength=1)
+        return figure
+
+
+def plot_changes(changes: Sequence[float], metric: str) -> Figure:
+    """How much each query gained or lost, as bars from the best gain to the worst loss."""
+    with style(), _small():
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        figure = Figure(figsize=_SMALL, layout="constrained")
+        axes = figure.subplots()
+        ordered = sorted(changes, reverse=True)
+        axes.bar(range(1, len(ordered) + 1), ordered, width=1, color=[GREEN if c > 0 else VERMILLION for c in ordered])
+        axes.axhline(0, color=GREY, linewidth=0.8)
+        axes.set_title("Change of each query", loc="left", weight="bold")
+        axes.set_xlabel("queries, from the greatest gain to the greatest loss")
+        axes.set_ylabel(f"{metric} after − before")
+        axes.set_xlim(0.5, len(ordered) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        return figure
+
+
+def plot_before_after(before: Sequence[float], after: Sequence[float], metric: str) -> Figure:
+    """Each query before and after training; queries at the same place make one larger point."""
+    with style(), _small():
+        from collections import Counter
+
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=_SMALL, layout="constrained")
+        axes = figure.subplots()
+        places = Counter((round(x, 3), round(y, 3)) for x, y in zip(before, after, strict=True))
+        colors = [GREEN if y > x else VERMILLION if y < x else GREY for x, y in places]
+        most = max(places.values())
+        # The area says how many; the greatest has a diameter of some 16 points.
+        sizes = [12 + 200 * count / most for count in places.values()]
+        axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
+        axes.scatter(*zip(*places, strict=True), s=sizes, c=colors, alpha=0.6, linewidths=0, zorder=2)
+        axes.set_title("Before and after", loc="left", weight="bold")
+        axes.set(xlim=(-0.08, 1.08), ylim=(-0.08, 1.08), xlabel=f"{metric} before", ylabel=f"{metric} after")
+        axes.set_aspect("equal", adjustable="box")
+        return figure
+
+
+_SMALL = (3.75, 2.55)  # inches: 360 pixels wide on a page, so that its text is as large as the page's on a phone, too
+
+
+@contextlib.contextmanager
+def _small() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "lines.linewidth": 1.5}):
+        yield
+
+
+def _colors(count: int) -> list[str]:
+    return [PALETTE[number % len(PALETTE)] for number in range(count)]
+
+
+def _patch(color: str) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(color=color, alpha=0.85)
+
+
+def svg(figure: Figure, label: str) -> str:
+    """A figure as an ``<svg>`` element for a page: no background, lines and text in the page's own colour and font."""
+    import html
+    import re
+
+    import matplotlib
+
+    drawn = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = drawn.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    # Names that nothing refers to, which every figure has again.
+    referred = set(re.findall(r"#([\w.-]+)", text))
+    text = re.sub(r' id="([\w.-]+)"', lambda m: m[0] if m[1] in referred else "", text)
+    for color in (INK, GREY):
+        text = re.sub(color, "currentColor", text, flags=re.IGNORECASE)
+    text = re.sub(PALE, "var(--rule)", text, flags=re.IGNORECASE)
+    text = text.replace("'DejaVu Sans'", "system-ui")
+    width, height = (72 * size for size in figure.get_size_inches())
+    head = f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 {width:g} {height:g}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    return head + text[text.index(">") + 1 :]

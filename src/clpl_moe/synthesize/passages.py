@@ -1,0 +1,136 @@
+"""The distinct passages of training files, these with a corpus to search, and the files again with queries put in."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import read_jsonl
+from clpl_moe.data.schema import find_faults
+from clpl_moe.retrieval.collection import normalize_text
+
+
+@dataclass
+class Passage:
+    """A distinct passage of the training files.
+
+    Attributes:
+        text: as it first occurs.
+        ids: its ids, where the files have them.
+        negative: whether it occurs as a negative.
+        bare: whether it does so without a query.
+        known: the queries that the files have for it, by normalised text.
+    """
+
+    text: str
+    ids: list[str] = field(default_factory=list)
+    negative: bool = False
+    bare: bool = False
+    known: dict[str, str] = field(default_factory=dict)
+
+
+def passage_key(text: str) -> str:
+    """The same for texts that count as equal."""
+    return hashlib.sha256(normalize_text(text).encode()).hexdigest()[:32]
+
+
+def _read_lines(files: Sequence[Path]) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    for path in files:
+        for number, record in read_jsonl(path):
+            yield path, number, record
+
+
+def _queries(entry: str | list[str] | None) -> list[str]:
+    """An entry of ``neg_q`` as a list."""
+    return [entry] if isinstance(entry, str) else entry or []
+
+
+def read_passages(files: Sequence[Path]) -> dict[str, Passage]:
+    """The distinct passages of training files, positives included, by :func:`passage_key`.
+
+    Raises:
+        UserError: a file cannot be read or a line is faulty, or an id belongs to two texts.
+    """
+    passages: dict[str, Passage] = {}
+    owner: dict[str, str] = {}
+
+    def add(text: str, ids: Any, index: int, place: str, field_name: str) -> Passage:
+        key = passage_key(text)
+        passage = passages.setdefault(key, Passage(text))
+        if ids is not None:
+            identifier = ids[index] if isinstance(ids, list) and index < len(ids) else None
+            if not isinstance(identifier, str):
+                raise UserError(f"{place}: field '{field_name}': expected a list of strings, one for each passage")
+            if owner.setdefault(identifier, key) != key:
+                raise UserError(f"{place}: field '{field_name}': '{identifier}' had another text before")
+            if identifier not in passage.ids:
+                passage.ids.append(identifier)
+        return passage
+
+    for path, number, record in _read_lines(files):
+        for fault in find_faults(record):
+            raise UserError(f"{at(path, number)}: {fault}")
+        place = at(path, number)
+        for index, text in enumerate(record["pos"]):
+            passage = add(text, record.get("pos_ids"), index, place, "pos_ids")
+            passage.known.setdefault(normalize_text(record["query"]), record["query"])
+        neg_q = record.get("neg_q") or [None] * len(record["neg"])
+        for index, (text, entry) in enumerate(zip(record["neg"], neg_q)):
+            passage = add(text, record.get("neg_ids"), index, place, "neg_ids")
+            passage.negative = True
+            passage.bare |= not _queries(entry)
+            for query in _queries(entry):
+                passage.known.setdefault(normalize_text(query), query)
+    return passages
+
+
+class SearchedPassages(Sequence[str]):
+    """The passages of training files, in their order, and after them the other texts of a corpus.
+
+    Of equal texts there is one. Those of the corpus are read when they are asked for: 8 bytes are kept of each.
+
+    Args:
+        own: as :func:`read_passages` gives them.
+        corpus: any texts.
+    """
+
+    def __init__(self, own: Mapping[str, Passage], corpus: Sequence[str] = ()) -> None:
+        self._own = [passage.text for passage in own.values()]
+        self._corpus = corpus
+        keys = itertools.chain(own, map(passage_key, corpus))
+        hashes = np.fromiter((int(key[:16], 16) for key in keys), np.uint64, len(own) + len(corpus))
+        self._rows = np.sort(np.unique(hashes, return_index=True)[1])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        row = int(self._rows[index])
+        return self._own[row] if row < len(self._own) else self._corpus[row - len(self._own)]
+
+
+def fill_lines(files: Sequence[Path], queries: Mapping[str, Sequence[str]], most: int) -> Iterator[dict[str, Any]]:
+    """The lines of training files, ``neg_q`` filled where it had no query.
+
+    Args:
+        files: as :func:`read_passages` read them.
+        queries: of each passage, by its key. A line's own query is never given to a negative of that line.
+        most: queries put in for a negative, at most.
+    """
+    for _, _, record in _read_lines(files):
+        own = normalize_text(record["query"])
+        neg_q = []
+        for text, entry in zip(record["neg"], record.get("neg_q") or [None] * len(record["neg"])):
+            if not _queries(entry):
+                entry = [q for q in queries.get(passage_key(text), ()) if normalize_text(q) != own][:most] or None
+            neg_q.append(entry)
+        yield {**record, "neg_q": neg_q}

@@ -1,0 +1,219 @@
+"""Asking an OpenAI-compatible server: OpenAI's own, Gemini's endpoint, vLLM, Ollama and others.
+
+Requests go through the ``openai`` package, which retries rate limits, server errors, time-outs and cut connections with
+back-off, and waits as long as ``Retry-After`` says (up to two minutes; what is to wait longer fails).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+from urllib.parse import urlsplit
+
+from clpl_moe.common.errors import UserError
+from clpl_moe.synthesize.journal import Answer, Question
+
+_NO_KEY = "none"  # what is sent to a server that needs no key: the package insists on one
+_DEFAULT_KEY = "OPENAI_API_KEY"
+
+
+class Server:
+    """A server and how it is asked.
+
+    Args:
+        model: name of the model there.
+        base_url: such as ``http://localhost:8000/v1``; None: OpenAI's, or what ``OPENAI_BASE_URL`` says.
+        api_key_env: the environment variable that holds the key; None: ``OPENAI_API_KEY``, which may be missing
+            where ``base_url`` is given.
+        options: further fields of each request, such as ``temperature``.
+        concurrency: requests at once.
+        timeout: seconds to wait for an answer.
+        max_retries: how often one question is sent again after errors that may pass.
+
+    Attributes:
+        requests: how many were sent, retries included.
+
+    Raises:
+        UserError: the package or the key is missing, or the address is none.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        api_key_env: str | None = None,
+        options: dict[str, Any] | None = None,
+        concurrency: int = 8,
+        timeout: float = 120.0,
+        max_retries: int = 8,
+    ) -> None:
+        try:
+            import openai  # noqa: F401
+        except ImportError:
+            raise UserError(
+                'asking a server needs the openai package: pip install "clpl-moe[synthesize]"'
+                " (or --backend transformers for a local model)"
+            ) from None
+        self._model, self._options = model, options or {}
+        self._base_url = _check_url(base_url)
+        self._key = _read_key(api_key_env, needed=base_url is None and "OPENAI_BASE_URL" not in os.environ)
+        self._concurrency, self._timeout, self._max_retries = concurrency, timeout, max_retries
+        self.requests = 0
+        self._reached = False  # whether it has answered anything at all
+        self._well = False  # whether it has given an answer
+        self._failed_in_a_row = 0
+
+    def ask(self, questions: Iterable[Question], done: Callable[[Question, Answer | str], None]) -> None:
+        """Ask everything, ``concurrency`` at once, and hand over each answer as it comes.
+
+        Args:
+            questions: in the order of asking.
+            done: called with each question and its answer, or why there is none.
+
+        Raises:
+            UserError: nothing more will come: wrong key, no such model, no server, or nothing but errors.
+        """
+        asyncio.run(self._ask(questions, done))
+
+    async def _ask(self, questions: Iterable[Question], done: Callable[[Question, Answer | str], None]) -> None:
+        import openai
+
+        server = self
+
+        class Connection(openai.DefaultAsyncHttpxClient):
+            async def send(self, *args, **kwargs):
+                server.requests += 1
+                try:
+                    response = await super().send(*args, **kwargs)
+                except Exception as error:
+                    if type(error).__name__ == "ConnectError" and not server._reached:
+                        # Not as an error that the package would retry for a minute: nobody is there.
+                        raise openai.OpenAIError(f"no server at {server._base_url or 'that address'}") from None
+                    raise
+                server._reached = True
+                return response
+
+        remaining = iter(questions)
+
+        async def work() -> None:
+            for question in remaining:
+                done(question, await self._ask_one(client, question))
+
+        async with openai.AsyncOpenAI(
+            base_url=self._base_url,
+            api_key=self._key,
+            timeout=self._timeout,
+            max_retries=self._max_retries,
+            http_client=Connection(),
+        ) as client:
+            tasks = [asyncio.create_task(work()) for _ in range(self._concurrency)]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _ask_one(self, client: Any, question: Question) -> Answer | str:
+        import openai
+
+        messages = [{"role": "user", "content": question.prompt}]
+        try:
+            # The raw reply: whatever is in it, it has been paid for.
+            reply = await client.chat.completions.with_raw_response.create(
+                model=self._model, messages=messages, extra_body=self._options
+            )
+        except openai.APIStatusError as error:
+            status = error.status_code
+            said = f"HTTP {status}: {_short(error, self._hide)}"
+            if status in (401, 402, 404) or (status == 403 and not self._well):
+                raise UserError(f"the server refuses the requests: {said}") from None
+            # Others may concern one passage: too long, or not to the taste of a filter.
+            return self._failed(said, alone=self._well and status < 500 and status not in (408, 409, 429))
+        except openai.APITimeoutError:
+            return self._failed(f"no answer within {self._timeout:g} s")
+        except openai.APIConnectionError as error:
+            return self._failed(f"the connection broke ({type(error.__cause__).__name__})")
+        except openai.OpenAIError as error:
+            raise UserError(_short(error, self._hide)) from None
+        answer = _read_reply(reply.text, self._hide)
+        if answer.text is None:
+            # Kept as an answer, since it may have been paid for; but a row of them means a wrong address.
+            self._failed("the replies are no chat completions")
+        else:
+            self._well, self._failed_in_a_row = True, 0
+        return answer
+
+    def _failed(self, reason: str, alone: bool = False) -> str:
+        """Count a failure; ``alone``: it says nothing about other questions."""
+        self._failed_in_a_row += not alone
+        limit = 2 * max(self._concurrency, 8)
+        if self._failed_in_a_row >= limit:
+            raise UserError(f"the server has not given an answer {limit} times in a row, lastly: {reason}")
+        return reason
+
+    def _hide(self, text: str) -> str:
+        """Text of the server's without the key, which some send back."""
+        return text if self._key == _NO_KEY else text.replace(self._key, "[key]")
+
+
+def _check_url(base_url: str | None) -> str | None:
+    if base_url is None:
+        return None
+    try:
+        parts = urlsplit(base_url)
+        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise UserError("--base_url: expected an address such as http://localhost:8000/v1")
+    if parts.username or parts.password or parts.query:
+        raise UserError("--base_url: holds a user name, password or query; the key belongs in the environment")
+    return base_url
+
+
+def _read_key(name: str | None, needed: bool) -> str:
+    # The messages do not repeat the name: it may be the key itself, by mistake.
+    key = os.environ.get(name or _DEFAULT_KEY, "").strip()
+    if not key:
+        if name is not None:
+            raise UserError("--api_key_env: the environment has no variable of this name, or an empty one")
+        if needed:
+            raise UserError(f"no key in the environment: export {_DEFAULT_KEY}=…, or name its variable: --api_key_env")
+        return _NO_KEY
+    if not re.fullmatch(r"[\x21-\x7e]+", key):
+        raise UserError("the key in the environment holds white space or letters that no key has")
+    return key
+
+
+def _short(error: Exception, hide: Callable[[str], str]) -> str:
+    body = getattr(error, "body", None)
+    message = body.get("message") if isinstance(body, dict) else None
+    text = hide(" ".join(str(message or error).split()))  # before it is cut: of a key, half is too much
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _read_reply(reply: str, hide: Callable[[str], str]) -> Answer:
+    """A chat completion as an :class:`Answer`, its text None where the reply is something else."""
+    try:
+        record = json.loads(reply)
+        choice = record["choices"][0]
+        text = choice["message"].get("content") or ""
+        # Half a surrogate pair fits into no file.
+        text = hide(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        cut = choice.get("finish_reason") == "length"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return Answer(None)
+    usage = record.get("usage")
+    prompt_tokens, answer_tokens = (_count(usage, name) for name in ("prompt_tokens", "completion_tokens"))
+    return Answer(text, cut, prompt_tokens, answer_tokens)
+
+
+def _count(usage: Any, name: str) -> int:
+    value = usage.get(name) if isinstance(usage, dict) else None
+    return value if isinstance(value, int) else 0

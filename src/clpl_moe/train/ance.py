@@ -1,0 +1,190 @@
+"""Negatives mined again while training goes on, as ANCE does (arXiv:2007.00808).
+
+When a refresh is due:
+
+1. The current weights encode the corpus; processes share this.
+2. Negatives of every example are selected as ``mine`` selects them. What a query is known not to want as one: the positives
+   of its line, by text, and the passages that the collection knows to answer it.
+3. The training set goes on with them. A negative brings the queries that the collection's judgements and the store of
+   positive queries have for it; one without any only lacks the penalty. Where nothing is left for an example, its last
+   negatives stay.
+
+Checkpoints hold the ids of the negatives in use, so that a resumed run goes on with the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import read_jsonl, write_jsonl
+from clpl_moe.data.dataset import CLPLTrainDataset
+from clpl_moe.mine.index import PassageIndex
+from clpl_moe.mine.select import MiningQuery, SelectionArguments, mine_negatives
+from clpl_moe.retrieval.options import Encoder, EncodingArguments
+
+NEGATIVES_FILE = "negatives.jsonl"
+
+
+class MinedNegatives:
+    """The negatives of a refresh, with which a :class:`CLPLTrainDataset` goes on.
+
+    Args:
+        index: of the corpus.
+        places: number of the example -> places of its negatives in the index.
+    """
+
+    def __init__(self, index: PassageIndex, places: dict[int, list[int]]) -> None:
+        self._index = index
+        self.places = places
+
+    def get(self, example: int) -> tuple[list[str], list[list[str]]] | None:
+        """An example's negatives, and the queries that each of them answers; None where its line's own stay."""
+        places = self.places.get(example)
+        if places is None:
+            return None
+        return [self._index.texts[p] for p in places], [list(self._index.known.get(p, {}).values()) for p in places]
+
+
+class NegativeRefresher:
+    """Mines negatives for a training set, and gives them to it.
+
+    Args:
+        dataset: the training set.
+        index: of the corpus, and of what its passages are known to answer.
+        selection: which passages to take.
+        encoding: lengths and batch size.
+        every: ``"epoch"``, or a number of optimizer steps.
+        seed: of all draws, together with the step.
+        folder: where the corpus's embeddings are for the time of a refresh.
+
+    Raises:
+        UserError: no example takes passages of a corpus.
+    """
+
+    def __init__(
+        self,
+        dataset: CLPLTrainDataset,
+        index: PassageIndex,
+        selection: SelectionArguments,
+        encoding: EncodingArguments,
+        *,
+        every: str | int,
+        seed: int,
+        folder: Path,
+    ) -> None:
+        self.dataset, self.index, self.selection, self.encoding = dataset, index, selection, encoding
+        self.every, self.seed, self.folder = every, seed, folder
+        self._last_step = 0
+        self._numbers: list[int] = []
+        self._queries: list[MiningQuery] = []
+        for number, record in enumerate(dataset.dataset):
+            if (record["type"] or "").startswith("symmetric"):  # its "passages" are queries
+                continue
+            found = [index.find(text) for text in record["pos"]]
+            positives = list(dict.fromkeys(place for place in found if place is not None))
+            others = [text for text, place in zip(record["pos"], found) if place is None]
+            excluded = index.answering(record["query"]) | set(positives)
+            self._numbers.append(number)
+            self._queries.append(MiningQuery(str(number), record["query"], positives, excluded, others))
+        if not self._queries:
+            raise UserError(
+                "ance_refresh: all examples are of a symmetric type, for which no passages are mined; unset it"
+            )
+
+    def due(self, step: int, steps_per_epoch: int) -> bool:
+        """Whether negatives are to be mined before the step that follows ``step``: not before the first one, whose
+        negatives are those of the files."""
+        return step > self._last_step and step % self._every(steps_per_epoch) == 0
+
+    def _every(self, steps_per_epoch: int) -> int:
+        return steps_per_epoch if self.every == "epoch" else int(self.every)
+
+    def refresh(
+        self, encoder: Encoder, step: int, steps_per_epoch: int, gather: Callable[[Any], list[Any]], first: bool
+    ) -> dict[str, float]:
+        """Mine with the encoder's current weights; all processes have to call this.
+
+        Args:
+            encoder: the encoder that is trained.
+            step: optimizer steps done.
+            steps_per_epoch: optimizer steps of an epoch.
+            gather: gives all processes the values that all give it, in their order.
+            first: whether this process is the first one.
+
+        Returns:
+            Figures for the log.
+        """
+        start = time.perf_counter()
+        found = mine_negatives(
+            self._queries,
+            self.index,
+            self.selection,
+            encoder=encoder,
+            encoding=self.encoding,
+            seed=f"{self.seed}-{step}",
+            counts=Counter(),
+            cache=self.folder,
+            progress=False,
+        )
+        places = {number: mined.places for number, mined in zip(self._numbers, found, strict=True) if mined.places}
+        # The first one's for all: devices may round differently.
+        places = gather(places if first else None)[0]
+        if first:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        total = sum(map(len, places.values()))
+        changed = sum(len(set(new) - self._before(number)) for number, new in places.items())
+        self._use((self._places() or {}) | places, step)
+        return {
+            "ance_refresh": step // self._every(steps_per_epoch),
+            "ance_negatives": total,
+            "ance_changed": changed,
+            "ance_kept_examples": len(self.dataset) - len(places),
+            "ance_seconds": round(time.perf_counter() - start, 2),
+        }
+
+    def _places(self) -> dict[int, list[int]] | None:
+        return None if self.dataset.mined is None else self.dataset.mined.places
+
+    def _before(self, number: int) -> set[int | None]:
+        """Places of an example's negatives up to now; None for those that are not in the corpus."""
+        places = (self._places() or {}).get(number)
+        if places is not None:
+            return set(places)
+        return {self.index.find(text) for text in self.dataset.dataset[number]["neg"]}
+
+    def _use(self, places: dict[int, list[int]], step: int) -> None:
+        self.dataset.mined = MinedNegatives(self.index, places)
+        self._last_step = step
+
+    def save(self, path: Path) -> None:
+        """Write the ids of the negatives in use; nothing where those are the files' own."""
+        if (places := self._places()) is None:
+            return
+        lines = ({"example": n, "neg_ids": [self.index.passage_id(p) for p in found]} for n, found in places.items())
+        write_jsonl(path, itertools.chain([{"step": self._last_step}], lines))
+
+    def load(self, path: Path) -> None:
+        """Go on with what :meth:`save` wrote, if it wrote anything.
+
+        Raises:
+            UserError: the file is of another collection.
+        """
+        if not path.exists():
+            return
+        records = [record for _, record in read_jsonl(path)]
+        places = self.index.places({p for record in records[1:] for p in record["neg_ids"]})
+        try:
+            found = {record["example"]: [places[p] for p in record["neg_ids"]] for record in records[1:]}
+        except KeyError as error:
+            raise UserError(
+                f"{at(path)}: passage {error} is not in {self.index.source}; resume with the ance_collection that the run"
+                " began with"
+            ) from None
+        self._use(found, records[0]["step"])

@@ -1,0 +1,341 @@
+"""The model that training optimises: an encoder, FlagEmbedding's heads, CLPL, and the routers' losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from FlagEmbedding.abc.finetune.embedder import EmbedderOutput
+from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM3Model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clpl_moe.encoder.packing import PackedTexts, embed_packed, send
+from clpl_moe.encoder.settings import EmbeddingSettings, pool
+from clpl_moe.loss import CLPLLoss, CLPLOutput, gather_rows
+from clpl_moe.moe.balance import pop_router_terms, put_router_records, take_router_records, track_routers
+from clpl_moe.moe.inject import expert_parameters, ffn_parameters, has_experts
+from clpl_moe.moe.install import find_layers
+from clpl_moe.train.grad_cache import cached_forward, chunks_by_tokens
+
+Features = dict[str, Tensor] | list[dict[str, Tensor]]
+
+
+@dataclass
+class CLPLModelOutput(EmbedderOutput):
+    """``loss`` with a graph, and the terms by name, detached scalars (``expert_load``: (L, N))."""
+
+    terms: dict[str, Tensor] | None = None
+
+
+@dataclass
+class _UnifiedBatch:
+    """What the unified loss needs of a batch.
+
+    Attributes:
+        query: dense (B, D), sparse and multi-vector embeddings of the queries.
+        passage: those of the passages, dense (B·G, D).
+        query_mask: (B, L), 1 where a query's token is no padding.
+        targets: (B, G) from teacher scores, or None.
+        own_only: whether each query has its own negatives only.
+    """
+
+    query: tuple[Tensor, Tensor, Tensor]
+    passage: tuple[Tensor, Tensor, Tensor]
+    query_mask: Tensor
+    targets: Tensor | None
+    own_only: bool
+
+
+class CLPLModel(EncoderOnlyEmbedderM3Model):
+    """FlagEmbedding's M3 model with CLPL as its dense loss.
+
+    Unified fine-tuning, self-distillation and teacher scores work as in FlagEmbedding; the penalty concerns the dense
+    embeddings. With teacher scores, FlagEmbedding's distillation takes the place of the contrastive term.
+
+    Args:
+        base_model: ``model``, ``colbert_linear`` and ``sparse_linear``, as FlagEmbedding's ``get_model`` returns them.
+        loss: CLPL's settings for batches with in-batch negatives as configured.
+        settings: pooling and normalisation.
+        mask_duplicates: whether negatives with the positive's text are left out.
+        balance_loss_weight, z_loss_weight: of the routers' losses.
+        grad_cache_tokens: in training, embed the texts in chunks of so many tokens with gradient caching; None: all at
+            once. Not together with unified fine-tuning or ``sub_batch_size``.
+        kwargs: further arguments of FlagEmbedding's model.
+    """
+
+    def __init__(
+        self,
+        base_model: dict[str, nn.Module],
+        *,
+        loss: CLPLLoss,
+        settings: EmbeddingSettings,
+        mask_duplicates: bool = True,
+        balance_loss_weight: float = 0.0,
+        z_loss_weight: float = 0.0,
+        grad_cache_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            base_model,
+            temperature=loss.temperature,
+            sentence_pooling_method=settings.pooling,
+            normalize_embeddings=settings.normalize,
+            **kwargs,
+        )
+        self.dense_loss = loss
+        self.own_negatives_loss = CLPLLoss(
+            loss.temperature,
+            loss.penalty_weight,
+            in_batch_negatives=False,
+            false_negative_margin=loss.false_negative_margin,
+            normalize=loss.normalize,
+            penalty=loss.penalty,
+            symmetric_weight=loss.symmetric_weight,
+        )
+        self.mask_duplicates = mask_duplicates
+        self.balance_loss_weight = balance_loss_weight
+        self.z_loss_weight = z_loss_weight
+        self.grad_cache_tokens = grad_cache_tokens
+        if has_experts(self.model):
+            track_routers(self.model)
+
+    def forward(
+        self,
+        queries: Features | None = None,
+        passages: Features | None = None,
+        teacher_scores: list[float] | None = None,
+        no_in_batch_neg_flag: bool = False,
+        negative_queries: Features | None = None,
+        negative_index: Tensor | None = None,
+        passage_ids: Tensor | None = None,
+        texts: PackedTexts | None = None,
+        query_rows: Tensor | None = None,
+        passage_rows: Tensor | None = None,
+        negative_query_rows: Tensor | None = None,
+    ) -> CLPLModelOutput:
+        """Loss and terms of one batch as :class:`clpl_moe.data.collator.CLPLCollator` makes it, padded or packed.
+
+        Raises:
+            ValueError: a packed batch in unified fine-tuning, whose sparse and multi-vector losses need padded ones.
+        """
+        if has_experts(self.model):
+            track_routers(self.model)  # forgets what a pass left that failed
+        if texts is not None:
+            if self.unified_finetuning:
+                raise ValueError("unified_finetuning needs padded batches: set the collator's packing to False")
+            embeddings = self._embed(texts)
+            query, passage = (embeddings[query_rows],), (embeddings[passage_rows],)
+            negative_dense = None if negative_query_rows is None else embeddings[negative_query_rows]
+        else:
+            query, passage = self.encode(queries), self.encode(passages)
+            negative_dense = None if negative_queries is None else self.encode(negative_queries)[0]
+        query_dense, passage_dense = query[0], passage[0]
+        if not self.training:
+            return CLPLModelOutput(q_reps=query_dense, p_reps=passage_dense)
+
+        own_only = no_in_batch_neg_flag or not self.dense_loss.in_batch_negatives
+        dense_loss = self.own_negatives_loss if own_only else self.dense_loss
+        dense = dense_loss(
+            query_dense,
+            passage_dense,
+            negative_queries=negative_dense,
+            negative_index=negative_index,
+            passage_ids=passage_ids if self.mask_duplicates else None,
+        )
+        loss, terms = dense.loss, _named_terms(dense)
+        targets = self._teacher_targets(teacher_scores, query_dense)
+        if targets is not None:
+            _, distillation = self._stock_loss(own_only)(
+                query_dense, passage_dense, teacher_targets=targets, compute_score_func=self.compute_dense_score
+            )
+            # In place of the contrastive part; the others stay. (FlagEmbedding gives its mean over queries only: a weight for
+            # each query, as the contrastive part has, cannot be had, and one for all would differ between processes.)
+            share = _share_with_pairs(negative_index, query_dense, passage_dense)
+            loss = distillation + dense_loss.penalty_weight * share * dense.penalty
+            if dense.symmetric is not None:
+                loss = loss + dense_loss.symmetric_weight * dense.symmetric
+            terms["distillation"] = distillation.detach()
+        if self.unified_finetuning:
+            mask = self._get_queries_attention_mask(queries)
+            loss, unified_terms = self._unified_loss(loss, _UnifiedBatch(query, passage, mask, targets, own_only))
+            terms |= unified_terms
+        router = pop_router_terms(self.model) if has_experts(self.model) else None
+        if router is not None:
+            loss = loss + self.balance_loss_weight * router.balance + self.z_loss_weight * router.z
+            terms |= {"balance": router.balance.detach(), "z": router.z.detach(), "expert_load": router.load}
+        return CLPLModelOutput(loss=loss, terms=terms)
+
+    def _embed(self, texts: PackedTexts) -> Tensor:
+        """Dense embeddings (n, D) of packed texts; in training with gradient caching, where it is on."""
+
+        def embed(part: PackedTexts) -> Tensor:
+            return embed_packed(
+                self.model, part, pooling=self.sentence_pooling_method, normalize=self.normalize_embeddings
+            )
+
+        if self.grad_cache_tokens is None or not self.training:
+            return embed(texts)
+
+        def embed_chunk(rows: list[int]) -> tuple[Tensor, ...]:
+            return embed(texts.select(rows)), *(take_router_records(self.model) if has_experts(self.model) else ())
+
+        chunks = chunks_by_tokens(texts.lengths.tolist(), self.grad_cache_tokens)
+        embeddings, *records = cached_forward(self.model, embed_chunk, chunks)
+        if records:
+            put_router_records(self.model, *records)
+        order = torch.tensor([row for rows in chunks for row in rows]).argsort()
+        return embeddings[send(order, embeddings.device)]
+
+    def _stock_loss(self, own_only: bool):
+        if own_only:
+            return self._compute_no_in_batch_neg_loss
+        return self._compute_cross_device_neg_loss if self.negatives_cross_device else self._compute_in_batch_neg_loss
+
+    def _teacher_targets(self, teacher_scores: list[float] | None, like: Tensor) -> Tensor | None:
+        if teacher_scores is None:
+            return None
+        scores = send(torch.tensor(teacher_scores, dtype=torch.float32), like.device)
+        return F.softmax(scores.view(like.shape[0], -1), dim=-1)  # (B, G)
+
+    def _unified_loss(self, dense_loss: Tensor, batch: _UnifiedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """FlagEmbedding's joint loss of dense, sparse, multi-vector and summed scores; all but ``dense_loss`` see this
+        process's passages only."""
+        own_only, targets = batch.own_only, batch.targets
+        compute = self._compute_no_in_batch_neg_loss if own_only else self._compute_in_batch_neg_loss
+        query_dense, query_sparse, query_colbert = batch.query
+        passage_dense, passage_sparse, passage_colbert = batch.passage
+        sparse_scores, sparse_loss = compute(
+            query_sparse, passage_sparse, teacher_targets=targets, compute_score_func=self.compute_sparse_score
+        )
+        colbert_scores, colbert_loss = compute(
+            query_colbert,
+            passage_colbert,
+            teacher_targets=targets,
+            compute_score_func=self.compute_colbert_score,
+            q_mask=batch.query_mask,
+        )
+        dense_scores = self.compute_dense_score(query_dense, passage_dense)  # (B, B·G)
+        if own_only:
+            dense_scores = self.get_local_score(query_dense, passage_dense, dense_scores)  # (B, G)
+        summed = self.ensemble_score(None, None, dense_scores, sparse_scores, colbert_scores)
+        if own_only:
+            # FlagEmbedding's helper would look for the groups' scores among all; these are the groups' already.
+            summed_loss = self._group_loss(summed, targets)
+        else:
+            _, summed_loss = compute(
+                query_dense, passage_dense, teacher_targets=targets, compute_score_func=lambda q, p: summed
+            )
+        loss = (dense_loss + summed_loss + 0.1 * sparse_loss + colbert_loss) / 4
+        if self.use_self_distill and self.step > self.self_distill_start_step:
+            teacher = summed.detach().softmax(-1)
+            distilled = (
+                self.distill_loss("kl_div", teacher, dense_scores)
+                + 0.1 * self.distill_loss("kl_div", teacher, sparse_scores)
+                + self.distill_loss("kl_div", teacher, colbert_scores)
+            ) / 3
+            loss = (loss + distilled) / 2
+        return loss, {
+            "sparse": sparse_loss.detach(),
+            "colbert": colbert_loss.detach(),
+            "summed": summed_loss.detach(),
+        }
+
+    @staticmethod
+    def distill_loss(
+        kd_loss_type: str, teacher_targets: Tensor, student_scores: Tensor, group_size: int | None = None
+    ) -> Tensor:
+        """FlagEmbedding's distillation loss, whose ``m3_kd_loss`` fails on scores (B, G) of each query's own group."""
+        if kd_loss_type != "m3_kd_loss" or student_scores.shape[1] != group_size:
+            return EncoderOnlyEmbedderM3Model.distill_loss(kd_loss_type, teacher_targets, student_scores, group_size)
+        # Each passage against those after it, weighted by its target.
+        terms = [student_scores[:, i:].log_softmax(-1)[:, 0] * teacher_targets[:, i] for i in range(group_size)]
+        return -torch.stack(terms).sum(0).mean()
+
+    def _group_loss(self, scores: Tensor, targets: Tensor | None) -> Tensor:
+        """Loss of scores (B, G) of each query's own group, the positive first, with or without teacher targets."""
+        positive = torch.zeros(scores.shape[0], dtype=torch.long, device=scores.device)
+        if targets is None:
+            return self.compute_loss(scores, positive)
+        loss = self.distill_loss(self.kd_loss_type, targets, scores, group_size=scores.shape[1])
+        return loss + self.compute_loss(scores, positive) if self.kd_loss_type == "kl_div" else loss
+
+    def _dense_embedding(self, last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
+        return pool(last_hidden_state, attention_mask, self.sentence_pooling_method)
+
+    def _dist_gather_tensor(self, t: Tensor | None) -> Tensor | None:
+        # The stock version lets no gradient back to the other processes, and so trains at 1 / processes of the rate.
+        return None if t is None else gather_rows(t)[0]
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """The name by which transformers 5.20 and later asks for gradient checkpointing."""
+        self.model.activation_checkpointing_enable(**kwargs)
+
+    def save(self, output_dir: str) -> None:
+        """Not used: the trainer saves the encoder as a model folder."""
+        raise NotImplementedError("use clpl_moe.encoder.save_encoder")
+
+
+def _share_with_pairs(negative_index: Tensor | None, queries: Tensor, passages: Tensor) -> Tensor:
+    """The share of the queries (B, D) of which a negative among their passages (B·G, D) has a query."""
+    has_pair = queries.new_zeros(len(queries), dtype=torch.float32)
+    if negative_index is not None:
+        has_pair[negative_index // (len(passages) // len(queries))] = 1
+    return has_pair.mean()
+
+
+def _named_terms(output: CLPLOutput) -> dict[str, Tensor]:
+    terms = {
+        "contrastive": output.contrastive,
+        "penalty": output.penalty,
+        "positive_similarity": output.positive_similarity,
+        "negative_similarity": output.negative_similarity,
+        "negative_query_similarity": output.negative_query_similarity,
+        "symmetric": output.symmetric,
+    }
+    if output.negative_query_similarity is None:
+        del terms["penalty"]  # absent rather than 0: a mean over steps is then one over the steps that have one
+    return {name: value.detach() for name, value in terms.items() if value is not None}
+
+
+def choose_trainable(
+    model: CLPLModel, trainable: str, *, fix_position_embedding: bool, fix_encoder: bool, frozen_layers: int = 0
+) -> None:
+    """Leave gradients only where they are wanted.
+
+    Args:
+        model: changed in place.
+        trainable: ``moe`` (experts and routers), ``ffn`` (all FFN Linear layers, experts and routers) or ``full``.
+        fix_position_embedding: FlagEmbedding's option, freezes these too.
+        fix_encoder: FlagEmbedding's option, leaves only its heads to train.
+        frozen_layers: so many of the lowest layers stay as they are, and where it is above 0, the embeddings.
+
+    Raises:
+        ValueError: ``moe`` for a model without experts, ``frozen_layers`` that the encoder does not have, or nothing would
+            be trained.
+    """
+    encoder = model.model
+    if trainable == "moe" and not has_experts(encoder):
+        raise ValueError(
+            "trainable is moe but the model has no experts: set num_experts to 2 or more, or trainable to full"
+        )
+    if trainable != "full":
+        chosen = expert_parameters(encoder) if trainable == "moe" else ffn_parameters(encoder)
+        encoder.requires_grad_(False)
+        for _, parameter in chosen:
+            parameter.requires_grad_(True)
+    for name, parameter in encoder.named_parameters():
+        # Nothing that is trained uses the pooling layer.
+        if fix_encoder or name.startswith("pooler.") or (fix_position_embedding and "position_embeddings" in name):
+            parameter.requires_grad_(False)
+    if frozen_layers:
+        layers = find_layers(encoder)
+        if frozen_layers > len(layers):
+            raise ValueError(f"frozen_layers is {frozen_layers}: found {len(layers)} layers in the encoder")
+        for part in (encoder.embeddings, *layers[:frozen_layers]):
+            part.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "nothing would be trained: fix_encoder without unified_finetuning, or frozen_layers, leaves no parameters"
+        )

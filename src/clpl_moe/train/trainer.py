@@ -1,0 +1,308 @@
+"""The trainer: batches that resume exactly, losses by name, evaluation by retrieval, model folders as checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import skip_first_batches
+from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM3Trainer
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback, TrainerState
+
+from clpl_moe.common.errors import UserError
+from clpl_moe.data.sampler import EpochBatchSampler
+from clpl_moe.encoder.load import HEAD_FILES, load_weights
+from clpl_moe.encoder.packing import PackedTexts, send
+from clpl_moe.encoder.save import save_encoder
+from clpl_moe.encoder.settings import EmbeddingSettings
+from clpl_moe.moe.install import layer_states
+from clpl_moe.retrieval.encode import compute_dtype
+from clpl_moe.retrieval.options import Encoder
+from clpl_moe.train.ance import NEGATIVES_FILE, NegativeRefresher
+from clpl_moe.train.arguments import CLPLTrainingArguments
+from clpl_moe.train.callbacks import (
+    ConsoleCallback,
+    EarlyStopping,
+    EpochCallback,
+    MetricsFileCallback,
+    waited_enough,
+)
+from clpl_moe.train.model import CLPLModel
+
+
+class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
+    """FlagEmbedding's trainer with what it lacks.
+
+    Args:
+        settings: pooling and prompts, saved with every checkpoint.
+        max_length: longest input in tokens, as saved for sentence-transformers.
+        base_heads: the base model's sparse and multi-vector heads by file name, saved along unless they are trained.
+        evaluator: computes metrics of the current encoder on the dev collection; None without one.
+        same_dataset_within_batch: whether each batch takes examples of one file only.
+        refresher: mines negatives again as training goes on; None: the files' own are used throughout.
+        kwargs: arguments of transformers' Trainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: EmbeddingSettings,
+        max_length: int,
+        base_heads: dict[str, dict[str, Tensor]],
+        evaluator: Callable[[nn.Module], dict[str, float]] | None,
+        same_dataset_within_batch: bool,
+        refresher: NegativeRefresher | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # transformers wants to see a dataset where there is evaluation; ours is the evaluator's.
+        super().__init__(eval_dataset=[] if evaluator is not None else None, **kwargs)
+        self.settings = settings
+        self.max_length = max_length
+        self.base_heads = base_heads
+        self.evaluator = evaluator
+        self.refresher = refresher
+        self._fresh: tuple[Any, Any] | None = None  # an epoch's batches, and those that took their place
+        self.batch_sampler = EpochBatchSampler(
+            self.train_dataset.part_sizes,
+            self.args.per_device_train_batch_size,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            process_index=self.args.process_index,
+            num_processes=self.args.world_size,
+            separate_parts=same_dataset_within_batch,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        self._terms: dict[str, list[Tensor]] = defaultdict(list)
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(EpochCallback(self.batch_sampler))
+        self.add_callback(MetricsFileCallback())
+        self.add_callback(ConsoleCallback())
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(self.args.early_stopping_patience))
+
+    def get_train_dataloader(self) -> DataLoader:
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            # Workers hold the negatives that the training set had when they were started.
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0 and self.refresher is None,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers > 0 else None,
+            # A generator of its own: drawing from the global one would change dropout after a resume.
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:  # so that a message begins on a line of its own
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ConsoleCallback) and callback.training_bar is not None:
+                    callback.training_bar.close()
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of one optimizer step; before it, negatives are mined again where that is due.
+
+        A checkpoint of the step before has been written then: a run that resumes from it mines the same here.
+        """
+        if self.refresher is not None:
+            accumulation, step = self.args.gradient_accumulation_steps, self.state.global_step
+            steps_per_epoch = max(1, count_steps(self.batch_sampler, self.args)[0])
+            if self.refresher.due(step, steps_per_epoch):
+                self._refresh_negatives(steps_per_epoch)
+                # Worker processes have made batches ahead, with the old negatives.
+                done = step % steps_per_epoch * accumulation
+                self._fresh = epoch_iterator, iter(skip_first_batches(self.get_train_dataloader(), done))
+            if self._fresh is not None and self._fresh[0] is epoch_iterator:
+                epoch_iterator = self._fresh[1]
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _refresh_negatives(self, steps_per_epoch: int) -> None:
+        model = self.accelerator.unwrap_model(self.model).model
+        encoder = Encoder(model, self.processing_class, self.settings, compute_dtype(model, self.args.encode_dtype))
+        first = self.is_world_process_zero()
+        self.log(self.refresher.refresh(encoder, self.state.global_step, steps_per_epoch, self._gather_objects, first))
+
+    def _prepare_input(self, data: Any) -> Any:
+        # The stock version waits until the device is done with all before it.
+        if isinstance(data, PackedTexts):
+            return data.to(self.args.device)
+        if isinstance(data, Tensor) and not data.is_floating_point():
+            return send(data, self.args.device)
+        return super()._prepare_input(data)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
+        self.accelerator.unwrap_model(model).step = self.state.global_step
+        outputs = model(**inputs)
+        for name, value in (outputs.terms or {}).items():
+            self._terms[name].append(value)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of each loss term, similarity and expert load since the last log, over all processes.
+
+        Raises:
+            UserError: the loss is nan or inf, and steps with such losses are not skipped.
+        """
+        if "loss" in logs:
+            logs = {**logs, **self._pop_terms()}
+        super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0)) and self.accelerator.scaler is None:
+            raise self._diverged(f"the loss is {logs['loss']}")
+
+    def _diverged(self, found: str) -> UserError:
+        clipping = "" if self.args.max_grad_norm else " and with clipping (max_grad_norm 1)"
+        return UserError(
+            f"{found} at step {self.state.global_step}: training has diverged. Begin again with a lower learning_rate (it was"
+            f" {self.args.learning_rate:g}){clipping}, from the base model or from a checkpoint in {self.args.output_dir}"
+        )
+
+    def _pop_terms(self) -> dict[str, float]:
+        means: dict[str, float] = {}
+        # Processes may have seen different terms (a batch without any negative's query has no penalty), but all take
+        # part in every sum.
+        names = sorted(set().union(*self._gather_objects(sorted(self._terms))))
+        for name in names:
+            values = self._terms.get(name, [])
+            total = torch.stack(values).double().sum(0).tolist() if values else None
+            parts = [p for p in self._gather_objects((total, len(values))) if p[1]]
+            count = sum(p[1] for p in parts)
+            mean = torch.tensor([p[0] for p in parts], dtype=torch.float64).sum(0) / count
+            if mean.ndim == 0:
+                means[name] = mean.item()
+                continue
+            layers = [layer for layer, *_ in layer_states(self.accelerator.unwrap_model(self.model).model)]
+            for layer, load in zip(layers, mean.tolist(), strict=True):
+                for expert, share in enumerate(load):
+                    means[f"{name}/layer_{layer}/expert_{expert}"] = share
+        self._terms.clear()
+        return means
+
+    def _gather_objects(self, value: Any) -> list[Any]:
+        if self.args.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """nDCG@5, nDCG@10 and recall@100 of the current encoder on the dev collection."""
+        if self.evaluator is None:
+            raise ValueError("there is no dev collection to evaluate on: set dev_collection")
+        start = time.perf_counter()
+        encoder = self.accelerator.unwrap_model(self.model).model
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator(encoder).items()}
+        metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - start, 2)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with _full_disk_as_such(self.args.output_dir):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with _full_disk_as_such(self.args.output_dir):
+            super().save_model(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        model: CLPLModel = self.accelerator.unwrap_model(self.model)
+        # A state_dict is given where the model holds no whole weights (FSDP).
+        weights = state_dict.values() if state_dict is not None else (p for p in model.parameters() if p.requires_grad)
+        if not all(tensor.isfinite().all() for tensor in weights):
+            raise self._diverged("weights are nan or inf")
+        heads, encoder_state = self.base_heads, None
+        if model.unified_finetuning:
+            heads = {name: getattr(model, Path(name).stem).state_dict() for name in HEAD_FILES}
+        if state_dict is not None:
+            encoder_state = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+        save_encoder(
+            model.model,
+            self.processing_class,
+            folder,
+            self.settings,
+            max_length=self.max_length,
+            heads=heads,
+            state_dict=encoder_state,
+        )
+        torch.save(self.args, folder / "training_args.bin")
+        if self.refresher is not None:
+            self.refresher.save(folder / NEGATIVES_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        load_weights(model.model, resume_from_checkpoint)
+        if model.unified_finetuning:
+            for name in HEAD_FILES:
+                state = torch.load(Path(resume_from_checkpoint) / name, map_location="cpu", weights_only=True)
+                getattr(model, Path(name).stem).load_state_dict(state)
+
+    def is_over(self, checkpoint: str | Path) -> bool:
+        """Whether a run that resumes from a checkpoint has no step left: transformers would train one more."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # whose checkpoints only training loads
+            return False
+        state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        _, steps = count_steps(self.batch_sampler, self.args)
+        return state.global_step >= steps or waited_enough(state, self.args)
+
+    def load_result(self, checkpoint: str | Path) -> None:
+        """What training would end with after the last checkpoint of a run that :meth:`is_over`."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        # Where the run's folder is now.
+        self._load_from_checkpoint(str(checkpoint if best is None else Path(checkpoint).parent / Path(best).name))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # The stock estimate reads an input that these batches do not have.
+        return 0
+
+
+def count_steps(batches: EpochBatchSampler, args: CLPLTrainingArguments) -> tuple[int, int]:
+    """Optimizer steps of an epoch, and of the run."""
+    per_epoch = math.ceil(len(batches) / args.gradient_accumulation_steps)
+    return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+
+
+@contextlib.contextmanager
+def _full_disk_as_such(folder: str) -> Iterator[None]:
+    """What safetensors and torch raise where a disk is full becomes the ``OSError`` that it is."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if "No space left" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder) from error
+
+
+def newest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end; a killed run may leave one that was not."""
+    found = []
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        number = folder.name.removeprefix("checkpoint-")
+        try:
+            # Written last, so that what comes before it is whole where this can be read.
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if number.isdigit():
+            found.append((int(number), folder))
+    return max(found)[1] if found else None

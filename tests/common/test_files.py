@@ -1,0 +1,114 @@
+import errno
+from pathlib import Path
+
+import pytest
+
+from clpl_moe.common.errors import UserError, command
+from clpl_moe.common.files import atomic_dir, atomic_open, read_jsonl, refuse_existing, refuse_unwritable
+from clpl_moe.prepare import read_squad
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"id": ' + b"9" * 5000 + b"}", "a number of thousands of digits"),
+        (b'{"id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"id": 1, "text": 2, "id": 3}', "'id' stands twice"),
+        (b'{"id": "\x00"}', "Invalid control character"),
+    ],
+    ids=["digits", "deep", "twice", "control"],
+)
+def test_json_that_python_or_we_do_not_take(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"{}\n" + line)
+    with pytest.raises(UserError, match=message) as error:
+        list(read_jsonl(path))
+    assert str(error.value).startswith(f"{path}:2: not JSON")
+
+
+def test_squad_with_a_number_of_thousands_of_digits(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"version": ' + "9" * 5000 + ', "data": []}')
+    with pytest.raises(UserError, match=r"a.json: not JSON \(a number of thousands of digits\)"):
+        read_squad(path)
+
+
+@pytest.mark.parametrize("text", [b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}\r\n', b'\n{"a": 1}\n{"a": 2}'])
+def test_what_editors_add(tmp_path, text):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(text)
+    assert [record["a"] for _, record in read_jsonl(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("content", ['{"a": "ᄒ"}'.encode("utf-16"), b"\x1f\x8b\x08\x00"], ids=["utf-16", "gzip"])
+def test_other_encodings(tmp_path, content):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a.jsonl:1: not UTF-8 text"):
+        list(read_jsonl(path))
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"a.jsonl: cannot be read \(Permission denied\)"):
+        list(read_jsonl(path))
+
+
+def test_outputs_that_cannot_be_written_are_refused_beforehand(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written, .*file is not a folder"):
+        refuse_unwritable(tmp_path / "file" / "a" / "b.jsonl")
+    refuse_unwritable(tmp_path / "new" / "folders" / "b.jsonl")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match="cannot be written, the folder .* is read-only"):
+        refuse_existing(tmp_path / "b.jsonl")
+
+
+def test_overwrite_replaces_outputs_of_its_kind_only(tmp_path):
+    """With --output ~ --overwrite true nobody means to delete it."""
+    (tmp_path / "thesis.tex").write_text("")
+    for marker in ("corpus.jsonl", None):
+        with pytest.raises(UserError, match="found a folder with other things"):
+            refuse_existing(tmp_path, True, marker=marker)
+    (tmp_path / "corpus.jsonl").write_text("")
+    refuse_existing(tmp_path, True, marker="corpus.jsonl")
+    (tmp_path / "empty").mkdir()
+    refuse_existing(tmp_path / "empty", marker="corpus.jsonl")
+
+
+def test_what_the_machine_refuses_is_one_line(capsys):
+    @command
+    def main(error):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        main(OSError(errno.ENOSPC, "No space left on device", "x.jsonl"))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: x.jsonl: No space left on device\n"
+    with pytest.raises(OSError, match="odd"):  # a fault of ours keeps its traceback
+        main(OSError(errno.EINVAL, "odd"))
+
+
+@pytest.mark.parametrize("make", [atomic_open, atomic_dir])
+def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path, make):
+    path = tmp_path / "output"
+    path.write_text("before")
+
+    def fail():
+        with make(path) as output:
+            if make is atomic_dir:
+                (output / "a").write_text("half")
+            else:
+                output.write("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert [p.name for p in tmp_path.iterdir()] == ["output"]
+    assert path.read_text() == "before"

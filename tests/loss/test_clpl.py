@@ -1,0 +1,402 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.parallel import DistributedDataParallel
+
+from clpl_moe import CLPLLoss
+from helpers.golden import GOLDEN, golden_case
+from helpers.processes import run_in_processes
+
+
+def make_batch(batch=3, group=3, negative_index=(1, 1, 5, 8), dim=8, dtype=torch.float32, seed=0):
+    """Keyword arguments of a loss: embeddings that need a gradient, of any length."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(count):
+        return torch.randn(count, dim, generator=generator, dtype=dtype).requires_grad_()
+
+    return {
+        "query": rows(batch),
+        "passages": rows(batch * group),
+        "negative_queries": rows(len(negative_index)),
+        "negative_index": torch.tensor(negative_index, dtype=torch.int64),
+    }
+
+
+def formula(
+    query,
+    passages,
+    negative_queries,
+    negative_index,
+    passage_ids=None,
+    *,
+    temperature,
+    penalty_weight,
+    in_batch_negatives,
+    false_negative_margin,
+    penalty="cosine",
+    symmetric_weight=0.0,
+):
+    """The definition of the loss, one query and one pair at a time; returns its terms."""
+    group = len(passages) // len(query)
+
+    def sim(a, b):
+        return a.dot(b) / (a.norm() * b.norm())
+
+    def cross_entropy(q, target):
+        """Of a query to find the passage of row ``target``."""
+        first = target // group * group
+        candidates = range(len(passages)) if in_batch_negatives else range(first, first + group)
+        numerator = torch.exp(sim(q, passages[target]) / temperature)
+        denominator = numerator
+        for row in candidates:
+            if row == target:
+                continue
+            if passage_ids is not None and passage_ids[row] == passage_ids[target]:
+                continue
+            similarity = sim(q, passages[row])
+            limit = math.inf if false_negative_margin is None else false_negative_margin
+            if similarity > sim(q, passages[target]) + limit:
+                continue
+            denominator = denominator + torch.exp(similarity / temperature)
+        return -torch.log(numerator / denominator)
+
+    losses, contrastives, penalties, symmetrics = [], [], [], []
+    answers = [(i * group, q) for i, q in enumerate(query)] + list(zip(negative_index.tolist(), negative_queries))
+    for i, q in enumerate(query):
+        positive = i * group
+        contrastive = cross_entropy(q, positive)
+        pairs = [
+            1 - sim(passages[row], own) if penalty == "cosine" else cross_entropy(own, row)
+            for row, own in zip(negative_index.tolist(), negative_queries)
+            if row // group == i
+        ]
+        contrastives.append(contrastive)
+        if pairs:
+            penalties.append(sum(pairs) / len(pairs))
+            losses.append((1 - penalty_weight) * contrastive + penalty_weight * penalties[-1])
+        else:
+            losses.append(contrastive)
+        numerator = torch.exp(sim(q, passages[positive]) / temperature)
+        others = [
+            torch.exp(sim(other, passages[positive]) / temperature)
+            for row, other in answers
+            if row != positive and (passage_ids is None or passage_ids[row] != passage_ids[positive])
+        ]
+        symmetrics.append(-torch.log(numerator / (numerator + sum(others))))
+    mean_penalty = sum(penalties) / len(penalties) if penalties else torch.zeros(())
+    loss = sum(losses) / len(losses) + symmetric_weight * sum(symmetrics) / len(symmetrics)
+    return loss, sum(contrastives) / len(contrastives), mean_penalty
+
+
+@pytest.mark.parametrize("moe", [None, "intermediate", "output"])
+def test_golden_numbers_of_the_2024_code(moe):
+    """Embeddings with the cosines of the 2024 code: all that its loss depends on."""
+    case = golden_case(moe)
+    axes = torch.eye(10)
+    query = axes[:1]
+    cosines = torch.tensor(case["passage_dot_query"]).unsqueeze(1)
+    passages = cosines * query + (1 - cosines**2).sqrt() * axes[1:6]
+    cosines = torch.tensor(case["negq_dot_neg"]).unsqueeze(1)
+    negative_queries = cosines * passages[1:] + (1 - cosines**2).sqrt() * axes[6:]
+    terms = CLPLLoss(case["temperature"], case["lambda_"])(
+        query, passages, negative_queries, torch.tensor([1, 2, 3, 4])
+    )
+    plain = CLPLLoss(case["temperature"], case["lambda_"])(query, passages)
+    assert len(GOLDEN["cases"]) == 3
+    assert terms.loss.item() == pytest.approx(case["loss_clpl"], rel=1e-4)
+    assert terms.contrastive.item() == pytest.approx(case["loss_contrastive"], rel=1e-4)
+    assert plain.loss.item() == pytest.approx(case["loss_contrastive"], rel=1e-4)
+    assert terms.penalty.item() == pytest.approx(1 - cosines.mean().item(), rel=1e-4)
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_equals_the_formula_on_ragged_batches(data):
+    batch, group = data.draw(st.integers(1, 4), "batch"), data.draw(st.integers(1, 4), "group")
+    rows = st.integers(0, batch * group - 1)
+    negative_index = data.draw(st.lists(rows, max_size=8), "negative_index")
+    inputs = make_batch(batch, group, negative_index, 5, torch.float64, data.draw(st.integers(0, 1000), "seed"))
+    if data.draw(st.booleans(), "ids"):
+        inputs["passage_ids"] = torch.tensor([data.draw(st.integers(0, 3)) for _ in range(batch * group)])
+    options = {
+        "temperature": data.draw(st.sampled_from([0.02, 0.1, 1.0]), "temperature"),
+        "penalty_weight": data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]), "penalty_weight"),
+        "in_batch_negatives": data.draw(st.booleans(), "in_batch_negatives"),
+        "false_negative_margin": data.draw(st.sampled_from([None, -0.1, 0.0, 0.3]), "margin"),
+        "penalty": data.draw(st.sampled_from(["cosine", "contrastive"]), "penalty"),
+        "symmetric_weight": data.draw(st.sampled_from([0.0, 0.5]), "symmetric_weight"),
+    }
+    terms = CLPLLoss(**options)(**inputs)
+    expected = formula(**inputs, **options)
+    for found, value in zip((terms.loss, terms.contrastive, terms.penalty), expected):
+        torch.testing.assert_close(found, value.to(found.dtype), rtol=1e-9, atol=1e-12)
+    embeddings = [inputs[name] for name in ("query", "passages", "negative_queries")]
+    found = torch.autograd.grad(terms.loss, embeddings, allow_unused=True, materialize_grads=True)
+    wanted = torch.autograd.grad(expected[0], embeddings, allow_unused=True, materialize_grads=True)
+    for gradient, value in zip(found, wanted):
+        torch.testing.assert_close(gradient, value, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("in_batch_negatives", [True, False])
+@pytest.mark.parametrize("false_negative_margin", [None, 0.1])
+@pytest.mark.parametrize("extra", [{}, {"penalty": "contrastive", "symmetric_weight": 0.5}])
+def test_gradients_are_the_derivatives(in_batch_negatives, false_negative_margin, extra):
+    loss = CLPLLoss(
+        0.5, 0.3, in_batch_negatives=in_batch_negatives, false_negative_margin=false_negative_margin, **extra
+    )
+    inputs = make_batch(2, 3, (1, 1, 4), 3, torch.float64)
+    index, ids = inputs.pop("negative_index"), torch.tensor([0, 1, 2, 3, 0, 4])
+
+    def scalar(query, passages, negative_queries):
+        return loss(query, passages, negative_queries, index, ids).loss
+
+    assert torch.autograd.gradcheck(scalar, tuple(inputs.values()))
+
+
+def test_one_number_by_hand():
+    """Query at 90° to its negative, 0° to its positive; the negative at 60° to the query that it answers."""
+    query = torch.tensor([[2.0, 0.0]])
+    passages = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    negative_query = torch.tensor([[math.sin(math.pi / 3), math.cos(math.pi / 3)]])
+    terms = CLPLLoss(1.0, 0.25)(query, passages, negative_query, torch.tensor([1]))
+    contrastive = math.log(1 + math.exp(-1))
+    assert terms.contrastive.item() == pytest.approx(contrastive)
+    assert terms.penalty.item() == pytest.approx(0.5)
+    assert terms.loss.item() == pytest.approx(0.75 * contrastive + 0.25 * 0.5)
+    assert terms.positive_similarity.item() == pytest.approx(1.0)
+    assert terms.negative_similarity.item() == pytest.approx(0.0, abs=1e-7)
+    assert terms.negative_query_similarity.item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("empty", [None, 0])
+def test_without_pairs_it_is_the_plain_contrastive_loss(empty):
+    inputs = make_batch(negative_index=())
+    if empty is None:
+        inputs["negative_queries"] = inputs["negative_index"] = None
+    terms = CLPLLoss(penalty_weight=0.9)(**inputs)
+    similarities = F.normalize(inputs["query"], dim=1) @ F.normalize(inputs["passages"], dim=1).T
+    expected = F.cross_entropy(similarities / 0.02, torch.tensor([0, 3, 6]))
+    torch.testing.assert_close(terms.loss, expected)
+    assert terms.penalty.item() == 0
+    assert terms.negative_query_similarity is None
+    terms.loss.backward()
+    assert inputs["query"].grad.isfinite().all()
+
+
+def test_one_passage_each_has_no_negatives_of_its_own():
+    query, passages = make_batch(group=1, negative_index=())["query"], make_batch(group=1)["passages"]
+    assert CLPLLoss()(query, passages).negative_similarity is None
+    alone = CLPLLoss(in_batch_negatives=False)(query, passages)
+    assert alone.loss.item() == 0
+
+
+def test_penalty_moves_negatives_and_their_queries_only():
+    inputs = make_batch(negative_index=(1, 5))
+    CLPLLoss(penalty_weight=1.0)(**inputs).penalty.backward()
+    moved = inputs["passages"].grad.abs().sum(1) > 0
+    assert moved.nonzero().squeeze(1).tolist() == [1, 5]
+    assert (inputs["negative_queries"].grad.abs().sum(1) > 0).all()
+    assert inputs["query"].grad is None or not inputs["query"].grad.any()
+
+
+def test_reported_similarities_are_means_without_a_graph():
+    inputs = make_batch()
+    terms = CLPLLoss()(**inputs)
+    query = F.normalize(inputs["query"], dim=1)
+    passages = F.normalize(inputs["passages"], dim=1)
+    own = (query.unsqueeze(1) * passages.view(3, 3, -1)).sum(-1)
+    pairs = (passages[inputs["negative_index"]] * F.normalize(inputs["negative_queries"], dim=1)).sum(1)
+    for found, expected in (
+        (terms.positive_similarity, own[:, 0].mean()),
+        (terms.negative_similarity, own[:, 1:].mean()),
+        (terms.negative_query_similarity, pairs.mean()),
+    ):
+        torch.testing.assert_close(found, expected.detach())
+        assert not found.requires_grad
+
+
+def test_passages_equal_to_the_positive_are_no_negatives():
+    inputs = make_batch(batch=2, group=2, negative_index=())
+    with torch.no_grad():
+        inputs["passages"][2] = inputs["passages"][0]  # the other query's positive is the same text
+    ids = torch.tensor([7, 1, 7, 3])
+    terms = CLPLLoss()(inputs["query"], inputs["passages"], passage_ids=ids)
+    query, passages = F.normalize(inputs["query"], dim=1), F.normalize(inputs["passages"], dim=1)
+    logits = query @ passages.T / 0.02
+    first = -F.log_softmax(logits[0, [0, 1, 3]], dim=0)[0]
+    second = -F.log_softmax(logits[1, [2, 1, 3]], dim=0)[0]
+    torch.testing.assert_close(terms.loss, (first + second) / 2)
+
+
+def test_masking_every_negative_leaves_no_loss_and_no_nan():
+    inputs = make_batch(batch=2, group=2, negative_index=())
+    terms = CLPLLoss()(inputs["query"], inputs["passages"], passage_ids=torch.zeros(4, dtype=torch.int64))
+    terms.loss.backward()
+    assert terms.loss.item() == 0
+    assert not inputs["query"].grad.any()
+    assert not inputs["passages"].grad.any()
+
+
+def test_margin_leaves_out_what_is_far_above_the_positive():
+    query = torch.tensor([[1.0, 0.0]])
+    passages = torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.8, 0.6]])  # similarities 0.6, 1.0, 0.8
+    terms = CLPLLoss(1.0, false_negative_margin=0.3)(query, passages)
+    assert terms.loss.item() == pytest.approx(math.log(1 + math.exp(0.2)))
+
+
+def test_normalised_embeddings_can_be_taken_as_they_are():
+    inputs = make_batch()
+    for name in ("query", "passages", "negative_queries"):
+        inputs[name] = F.normalize(inputs[name].detach(), dim=1)
+    torch.testing.assert_close(CLPLLoss(normalize=False)(**inputs).loss, CLPLLoss()(**inputs).loss)
+    inputs["query"] = inputs["query"] / 2
+    assert CLPLLoss(normalize=False)(**inputs).loss != CLPLLoss()(**inputs).loss
+
+
+def test_the_cosine_penalty_does_not_grow_with_the_embeddings():
+    """Of embeddings that are not normalised, their product would: without bound, and against all other terms."""
+    inputs = make_batch()
+    found = CLPLLoss(normalize=False)(**inputs)
+    torch.testing.assert_close(found.penalty, CLPLLoss()(**inputs).penalty)
+    longer = inputs | {name: 5 * inputs[name] for name in ("passages", "negative_queries")}
+    torch.testing.assert_close(CLPLLoss(normalize=False)(**longer).penalty, found.penalty)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_is_computed_in_float32_under_autocast(dtype):
+    inputs = make_batch(dtype=dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        terms = CLPLLoss()(**inputs)
+    wide = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+    expected = CLPLLoss()(**wide)
+    assert terms.loss.dtype == torch.float32
+    assert torch.equal(terms.loss, expected.loss)
+    assert torch.equal(terms.penalty, expected.penalty)
+    terms.loss.backward()
+    assert inputs["passages"].grad.dtype == dtype
+
+
+def test_float64_stays_float64_under_autocast():
+    inputs = make_batch(dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = CLPLLoss()(**inputs)
+    assert terms.loss.dtype == torch.float64
+    assert torch.equal(terms.loss, CLPLLoss()(**inputs).loss)
+
+
+def test_penalty_weight_can_be_scheduled():
+    loss, inputs = CLPLLoss(penalty_weight=0.0), make_batch()
+    assert loss(**inputs).loss == loss(**inputs).contrastive
+    loss.penalty_weight = 1.0
+    assert loss(**inputs).loss != loss(**inputs).contrastive
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0}, "temperature is 0"),
+        ({"temperature": -0.02}, "choose a number above 0"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"temperature": "0.02"}, "temperature is 0.02"),
+        ({"penalty_weight": -0.1}, "penalty_weight is -0.1"),
+        ({"penalty_weight": 1.1}, "choose a number from 0 to 1"),
+        ({"penalty_weight": math.nan}, "penalty_weight is nan"),
+        ({"false_negative_margin": math.nan}, "false_negative_margin is nan"),
+        ({"penalty": "cos"}, "choose one of cosine, contrastive"),
+        ({"symmetric_weight": -1}, "symmetric_weight is -1"),
+        ({"symmetric_weight": math.inf}, "symmetric_weight is inf"),
+        ({"gather_across_devices": True, "in_batch_negatives": False}, "set in_batch_negatives=True"),
+    ],
+)
+def test_constructor_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        CLPLLoss(**options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": torch.ones(8)}, "expected .B, D."),
+        ({"query": torch.ones(3, 7)}, "expected .B, D."),
+        ({"query": torch.ones(2, 8)}, "9 passages for 2 queries"),
+        ({"query": torch.ones(0, 8)}, "9 passages for 0 queries"),
+        ({"passages": torch.ones(0, 8)}, "0 passages for 3 queries"),
+        ({"negative_index": None}, "give both, or neither"),
+        ({"negative_queries": None}, "give both, or neither"),
+        ({"negative_queries": torch.ones(4, 7)}, r"expected \(M, 8\)"),
+        ({"negative_index": torch.tensor([1, 2])}, r"expected int64 \(4,\)"),
+        ({"negative_index": torch.ones(4)}, "expected int64"),
+        ({"negative_index": torch.ones(4, dtype=torch.bool)}, "expected int64"),
+        ({"passage_ids": torch.zeros(3, dtype=torch.int64)}, r"expected \(9,\)"),
+    ],
+)
+def test_forward_refuses_what_does_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        CLPLLoss()(**(make_batch() | changes))
+
+
+# Two processes with different numbers of pairs, and with ids that are equal across them.
+BATCH, GROUP = 3, 2
+PAIRS = [(1, 1, 5), (3,)]
+OPTIONS = [
+    {"temperature": 0.1, "penalty_weight": 0.3, "false_negative_margin": 0.2, "penalty": penalty}
+    for penalty in ("cosine", "contrastive")
+]
+
+
+class Projection(torch.nn.Module):
+    """A model to train: embeds everything by one matrix."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(6, 4, dtype=torch.float64)
+
+    def forward(self, *inputs):
+        return [self.linear(rows) for rows in inputs]
+
+
+def part_of(rank):
+    inputs = make_batch(BATCH, GROUP, PAIRS[rank], 6, torch.float64, seed=rank)
+    embeddings = [inputs[name].detach() for name in ("query", "passages", "negative_queries")]
+    return embeddings, inputs["negative_index"], torch.tensor([rank, 10, 11, 12 + rank, 1, 14])
+
+
+def gradients_of_one_process(rank):
+    model = Projection()
+    embeddings, index, ids = part_of(rank)
+    parallel = DistributedDataParallel(model)
+    query, passages, negative_queries = parallel(*embeddings)
+    losses = [CLPLLoss(**options, gather_across_devices=True) for options in OPTIONS]
+    sum(loss(query, passages, negative_queries, index, ids).loss for loss in losses).backward()
+    with torch.no_grad():  # as in evaluation: nothing needs a gradient
+        query, passages, _ = model(*embeddings)
+        without = CLPLLoss(gather_across_devices=True)(query, passages).loss
+    return {name: p.grad for name, p in model.named_parameters()}, without
+
+
+def test_gradients_of_two_processes_are_those_of_the_joint_batch(tmp_path):
+    results = run_in_processes(gradients_of_one_process, tmp_path)
+    parts = [part_of(rank) for rank in range(2)]
+    joint = [torch.cat(tensors) for tensors in zip(*(embeddings for embeddings, _, _ in parts))]
+    index = torch.cat([parts[0][1], parts[1][1] + BATCH * GROUP])
+    model = Projection()
+    query, passages, negative_queries = model(*joint)
+    ids = torch.cat([parts[0][2], parts[1][2]])
+    sum(CLPLLoss(**options)(query, passages, negative_queries, index, ids).loss for options in OPTIONS).backward()
+    for gradients, _ in results:
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad)
+    expected = CLPLLoss()(query, passages).loss
+    torch.testing.assert_close((results[0][1] + results[1][1]) / 2, expected.detach())
+
+
+def test_gathering_with_one_process_changes_nothing():
+    inputs = make_batch()
+    assert torch.equal(CLPLLoss(gather_across_devices=True)(**inputs).loss, CLPLLoss()(**inputs).loss)

@@ -1,0 +1,428 @@
+import contextlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from clpl_moe.common.files import read_jsonl
+from clpl_moe.data.schema import find_faults
+from clpl_moe.encoder import load_encoder
+from clpl_moe.encoder.settings import EmbeddingSettings
+from clpl_moe.mine import MineArguments, mine
+from clpl_moe.mine.__main__ import main
+from clpl_moe.mine.index import PassageIndex
+from clpl_moe.mine.select import SelectionArguments
+from clpl_moe.retrieval.collection import Collection
+from clpl_moe.retrieval.encode import encode
+from clpl_moe.retrieval.options import EncodingArguments, open_encoder
+from helpers.mining import PASSAGES, QUERIES, make_collection
+
+
+def run(model, folder, **options):
+    options = {
+        "rank_from": 1,
+        "rank_to": 8,
+        "negatives": 4,
+        "max_positive_ratio": 0,
+        "max_overlap": 1,
+        "passage_max_len": 100,
+        "dtype": "float32",
+    } | options
+    output = folder / "train.jsonl"
+    argv = ["--model", str(model), "--collection", str(folder), "--language", "ko", "--output", str(output)]
+    main(argv + [f"--{key}={value}" for key, value in options.items()])
+    return {record["query_id"]: record for _, record in read_jsonl(output)}
+
+
+def test_a_query_is_not_its_own_negative(tiny_encoder, tmp_path):
+    """Where queries are passages, too, as in some sets of BEIR."""
+    queries = {"x1": "about apple and brick", "x2": "about cloud"}
+    passages = PASSAGES | {"x1": "A title about apple and brick", "x2": "another text"}
+    folder = make_collection(tmp_path, passages, queries, {"x1": {"p0": 1}, "x2": {"p2": 1}})
+    lines = run(tiny_encoder, folder, rank_to=len(passages), negatives=len(passages))
+    assert "x1" not in lines["x1"]["neg_ids"]
+    assert {"x1", "x2"} <= set(lines["x2"]["neg_ids"])  # the id alone says nothing
+
+
+def test_each_process_has_its_gpu_before_a_model_is_loaded(tiny_encoder, tmp_path, monkeypatch):
+    """Else all would lie on the first one."""
+    order = []
+
+    @contextlib.contextmanager
+    def processes():
+        order.append("processes")
+        yield True
+
+    def opened(*arguments):
+        order.append("encoder")
+        return open_encoder(*arguments)
+
+    monkeypatch.setattr("clpl_moe.retrieval.store.processes", processes)
+    monkeypatch.setattr("clpl_moe.mine.__main__.open_encoder", opened)
+    run(tiny_encoder, make_collection(tmp_path))
+    assert order == ["processes", "encoder"]
+
+
+def rank_by_hand(model, query):
+    """Passage ids and cosines, best first."""
+    encoder = load_encoder(model)
+    options = {"settings": EmbeddingSettings(), "max_length": 100, "progress": False}
+    scores = (
+        encode(*encoder, [query], kind="query", **options)
+        @ encode(*encoder, list(PASSAGES.values()), kind="passage", **options).T
+    )
+    return sorted(zip(scores[0].tolist(), PASSAGES), reverse=True)
+
+
+def test_lines_hold_the_most_similar_passages_that_are_not_positives(tiny_encoder, tmp_path):
+    records = run(tiny_encoder, make_collection(tmp_path))
+    assert list(records) == list(QUERIES)
+    for query_id, record in records.items():
+        assert not list(find_faults(record, scores_required=True))
+        ranked = rank_by_hand(tiny_encoder, QUERIES[query_id])
+        (positive,) = record["pos_ids"]
+        assert positive == f"p{query_id[1:]}"
+        others = [(score, passage) for score, passage in ranked if passage != positive]
+        # Embeddings are kept in 16 bits: passages that are nearly equally similar may change places.
+        assert record["neg_scores"] == pytest.approx([score for score, _ in others[:4]], abs=2e-3)
+        score_of = {passage: score for score, passage in others}
+        assert record["neg_scores"] == pytest.approx([score_of[p] for p in record["neg_ids"]], abs=2e-3)
+        assert record["pos_scores"] == pytest.approx([s for s, p in ranked if p == positive], abs=2e-3)
+        assert record["query"] == QUERIES[query_id]
+        assert record["pos"] == [PASSAGES[positive]]
+        assert record["neg"] == [PASSAGES[p] for p in record["neg_ids"]]
+        known = {f"p{i}": [QUERIES[f"q{i}"]] for i in range(6)}
+        assert record["neg_q"] == [known.get(p) for p in record["neg_ids"]]
+    assert any(q for record in records.values() for q in record["neg_q"])
+
+
+def test_window_counts_without_positives(tiny_encoder, tmp_path):
+    folder = make_collection(tmp_path)
+    everything = run(tiny_encoder, folder, rank_to=15, negatives=15)
+    window = run(tiny_encoder, folder, rank_from=3, rank_to=9, negatives=2, overwrite="true")
+    for query_id, record in window.items():
+        assert len(everything[query_id]["neg_ids"]) == 15
+        assert record["neg_ids"] == everything[query_id]["neg_ids"][2:4]
+
+
+def test_random_negatives_come_from_the_window_and_the_seed(tiny_encoder, tmp_path):
+    folder = make_collection(tmp_path)
+    ranked = run(tiny_encoder, folder, rank_to=15, negatives=15)
+    options = {"rank_from": 2, "rank_to": 12, "negatives": 4, "sampling": "random", "overwrite": "true"}
+    first, again, other = (run(tiny_encoder, folder, seed=seed, **options) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    drawn = set()
+    for query_id, record in first.items():
+        ranks = [ranked[query_id]["neg_ids"].index(passage) + 1 for passage in record["neg_ids"]]
+        assert ranks == sorted(set(ranks))
+        assert all(2 <= rank <= 12 for rank in ranks)
+        drawn.update(ranks)
+    assert max(drawn) > 5
+
+
+def test_equal_texts_are_one_passage_and_never_a_negative_of_their_own(tiny_encoder, tmp_path):
+    passages = {**PASSAGES, "twin0": "apple  brick 0", "twin9": PASSAGES["p9"], "blank": " "}
+    records = run(
+        tiny_encoder,
+        make_collection(tmp_path, passages=passages),
+        rank_to=40,
+        negatives=40,
+        max_positive_queries=9,
+    )
+    assert set(records["q0"]["neg_ids"]) == set(PASSAGES) - {"p0"}
+    assert set(records["q1"]["neg_ids"]) == set(PASSAGES) - {"p1"}
+
+
+def test_passages_of_another_split_are_no_negatives(tiny_encoder, tmp_path, capsys):
+    splits = {"p9": "dev", "p10": "dev", "p11": "train"}
+    records = run(tiny_encoder, make_collection(tmp_path, splits=splits), rank_to=40, negatives=40)
+    for query_id, record in records.items():
+        assert set(record["neg_ids"]) == set(PASSAGES) - {"p9", "p10", f"p{query_id[1:]}"}
+    assert re.search(r"reserved to another split +2\n", capsys.readouterr().out)
+
+
+def test_known_queries(tiny_encoder, tmp_path, capsys):
+    positive_queries = {
+        "p0": ["extra one", "extra two", QUERIES["q0"] + " "],
+        "p9": ["about nine", " what  about brick"],
+        "p10": [f"ten {i}" for i in range(7)],
+        "gone": ["nobody"],
+    }
+    folder = make_collection(tmp_path, positive_queries=positive_queries)
+    records = run(tiny_encoder, folder, rank_to=15, negatives=15, max_positive_queries=3)
+    known = dict(zip(records["q1"]["neg_ids"], records["q1"]["neg_q"]))
+    # p9 is known to answer the text of q1: no negative of it, though not judged.
+    assert "p9" not in known
+    assert known["p0"] == [QUERIES["q0"], "extra one", "extra two"]
+    assert known["p11"] is None
+    seen = [q for r in records.values() for p, queries in zip(r["neg_ids"], r["neg_q"]) if p == "p10" for q in queries]
+    assert len(seen) == 3 * len(records)
+    assert len(set(seen)) > 3  # drawn, not always the first ones
+    assert "p9" in records["q0"]["neg_ids"]
+    for record in records.values():
+        assert all(record["query"] not in (queries or ()) for queries in record["neg_q"])
+    output = capsys.readouterr().out
+    assert re.search(r"positive_queries.jsonl left out: passage not in the corpus +1\n", output)
+    assert re.search(r"known to answer the query, besides its positives +1\n", output)
+    none = run(tiny_encoder, folder, max_positive_queries=0, overwrite="true")
+    assert {q for record in none.values() for q in record["neg_q"]} == {None}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_dropped_queries_are_counted(tiny_encoder, tmp_path, capsys):
+    passages = {key: PASSAGES[key] for key in ("p0", "p1", "p2")}
+    qrels = {
+        "q0": {"p0": 1},
+        "q1": {"p1": 1, "gone": 1},
+        "q2": {"gone": 1},
+        "q3": {"p2": 0},
+        "q4": dict.fromkeys(passages, 1),
+    }
+    records = run(tiny_encoder, make_collection(tmp_path, passages=passages, qrels=qrels))
+    assert list(records) == ["q0", "q1"]
+    assert records["q1"]["pos_ids"] == ["p1"]
+    assert len(records["q0"]["neg"]) == 2
+    output = capsys.readouterr().out
+    assert re.search(r"no relevant passage in the corpus +3\n", output)
+    assert re.search(r"no passage was left +1\n", output)
+    assert re.search(r"fewer negatives than asked for +2\n", output)
+
+
+def test_negatives_nearly_as_similar_as_the_positive_are_left_out(tiny_encoder, tmp_path, capsys):
+    folder = make_collection(tmp_path)
+    everything = run(tiny_encoder, folder, rank_to=15, negatives=15)
+    limited = run(tiny_encoder, folder, rank_to=15, negatives=15, max_positive_ratio=0.95, overwrite="true")
+    left_out = 0
+    for query_id, record in everything.items():
+        (positive,) = record["pos_scores"]
+        scores = dict(zip(record["neg_ids"], record["neg_scores"]))
+        expected = [p for p, score in scores.items() if score <= positive - 0.05 * abs(positive)]
+        left_out += len(scores) - len(expected)
+        assert (limited[query_id]["neg_ids"] if query_id in limited else []) == expected
+    assert 0 < left_out < 15 * len(everything)
+    output = capsys.readouterr().out
+    assert re.search(rf"nearly as similar as a positive +{left_out}\n", output)
+
+
+def test_any_passage_of_the_corpus_without_an_encoder(tmp_path):
+    records = run(tmp_path / "no model", make_collection(tmp_path), sampling="corpus", negatives=5)
+    assert list(records) == list(QUERIES)
+    for query_id, record in records.items():
+        assert not list(find_faults(record))
+        assert len(set(record["neg_ids"]) - {f"p{query_id[1:]}"}) == 5
+        assert not {"pos_scores", "neg_scores"} & set(record)
+    assert len({p for r in records.values() for p in r["neg_ids"]}) > 10
+
+
+@pytest.fixture(scope="module")
+def reranker(tiny_tokenizer, tmp_path_factory):
+    """Folder of a cross encoder with random weights."""
+    import torch
+    from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("models") / "reranker"
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config |= {"max_position_embeddings": 130, "type_vocab_size": 1, "pad_token_id": 1, "initializer_range": 0.5}
+    torch.manual_seed(0)
+    config = XLMRobertaConfig(vocab_size=len(tiny_tokenizer), num_labels=1, **config)
+    XLMRobertaForSequenceClassification(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_reranker_scores_and_orders_the_window(tiny_encoder, reranker, tmp_path):
+    from sentence_transformers import CrossEncoder
+
+    folder = make_collection(tmp_path)
+    ranked = run(tiny_encoder, folder)
+    options = {"reranker": reranker, "reranker_max_len": 100, "overwrite": "true"}
+    records = run(tiny_encoder, folder, rank_to=6, **options)
+    model = CrossEncoder(str(reranker), max_length=100)
+    moved = 0
+    for query_id, record in records.items():
+        pairs = [(record["query"], text) for text in record["neg"] + record["pos"]]
+        assert record["neg_scores"] + record["pos_scores"] == pytest.approx(model.predict(pairs).tolist(), abs=1e-4)
+        assert record["neg_scores"] == sorted(record["neg_scores"], reverse=True)
+        moved += record["neg_ids"] != ranked[query_id]["neg_ids"]
+    assert moved
+
+
+def test_reranker_stopped_midway_scores_no_pair_twice(tiny_encoder, reranker, tmp_path, monkeypatch):
+    from sentence_transformers import CrossEncoder
+
+    folder = make_collection(tmp_path)
+    options = {"reranker": reranker, "reranker_max_len": 100, "overwrite": "true"}
+    monkeypatch.setattr("clpl_moe.mine.select._QUERIES_AT_ONCE", 2)
+    whole = run(tiny_encoder, folder, **options)
+    asked, predict = [], CrossEncoder.predict
+
+    def predict_one_block(self, pairs, **arguments):
+        if asked and asked[-1] is None:
+            raise KeyboardInterrupt
+        asked.extend([*pairs, None])
+        return predict(self, pairs, **arguments)
+
+    def predict_all(self, pairs, **arguments):
+        asked.extend(pairs)
+        return predict(self, pairs, **arguments)
+
+    monkeypatch.setattr(CrossEncoder, "predict", predict_one_block)
+    with pytest.raises(SystemExit) as exit:
+        run(tiny_encoder, folder, **options)
+    assert exit.value.code == 130
+    monkeypatch.setattr(CrossEncoder, "predict", predict_all)
+    assert run(tiny_encoder, folder, **options) == whole
+    pairs = [pair for pair in asked if pair is not None]
+    assert len(set(pairs)) == len(pairs) == 9 * len(QUERIES)  # eight candidates and the positive
+    assert not list(folder.glob("*.embeddings"))
+    # Another length gives other scores.
+    kept = {"cache_dir": tmp_path / "cache"}
+    assert run(tiny_encoder, folder, **options | kept) == whole
+    shorter = run(tiny_encoder, folder, **options | kept | {"reranker_max_len": 8})
+    assert shorter != whole
+    asked.clear()
+    assert run(tiny_encoder, folder, **options | kept) == whole
+    assert asked == []
+
+
+def test_reranker_that_cannot_score_is_refused(tiny_encoder, reranker, tmp_path, capsys):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    cut, broken = (shutil.copytree(reranker, tmp_path / name) for name in ("cut", "broken"))
+    (cut / "model.safetensors").write_bytes((reranker / "model.safetensors").read_bytes()[:-9])
+    weights = load_file(reranker / "model.safetensors")
+    weights["classifier.out_proj.bias"] = torch.tensor([float("nan")])
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    folder = make_collection(tmp_path)
+    for model, length, words in (
+        (tiny_encoder, 100, "found an encoder (XLMRobertaModel), expected a cross encoder"),
+        (reranker, 129, "--reranker_max_len: found 129"),
+        (cut, 100, "cannot be loaded"),
+        (broken, 100, "NaN or infinite scores"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            run(tiny_encoder, folder, reranker=model, reranker_max_len=length)
+        assert exit.value.code == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+        assert not (folder / "train.jsonl").exists()
+
+
+def test_prompts_are_used_but_not_written(tiny_encoder, tmp_path):
+    folder = make_collection(tmp_path)
+    plain = run(tiny_encoder, folder)
+    prompted = run(tiny_encoder, folder, query_prompt="zzzz zzzz: ", overwrite="true")
+    assert plain != prompted
+    assert [r["query"] for r in prompted.values()] == list(QUERIES.values())
+    assert {r["pos"][0] for r in prompted.values()} <= set(PASSAGES.values())
+
+
+def test_scores_are_cosines_though_the_settings_do_not_normalize(tiny_encoder, tmp_path):
+    collection = Collection.load(make_collection(tmp_path), "ko", "train")
+    encoding = EncodingArguments(passage_max_len=100)
+    encoder = open_encoder(str(tiny_encoder), encoding)
+    encoder.settings = EmbeddingSettings(normalize=False)
+    arguments, selection, counts = (
+        MineArguments("", "", "", ""),
+        SelectionArguments(negatives=3, max_positive_ratio=0),
+        Counter(),
+    )
+    index = PassageIndex(collection)
+    records = list(mine(encoder, collection, index, arguments, selection, encoding, counts, progress=False))
+    scores = [s for r in records for s in r["pos_scores"] + r["neg_scores"]]
+    assert len(scores) == counts["negatives"] + len(records) == 24
+    assert max(map(abs, scores)) <= 1.001
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank_from": 0}, "expected 1 <= rank_from <= rank_to"),
+        ({"rank_from": 9}, "expected 1 <= rank_from <= rank_to"),
+        ({"negatives": 9}, "the window from rank 1 to 8 holds 8"),
+        ({"negatives": 0}, "--negatives: found 0"),
+        ({"max_positive_queries": -1}, "--max_positive_queries"),
+        ({"sampling": "best"}, "sampling"),
+        ({"passage_max_len": 300}, "the encoder takes 128 at most"),
+        ({"language": "fa"}, "holds ko"),
+        ({"split": "dev"}, "the splits here are train"),
+        ({"negative": 3}, "did you mean 'negatives'?"),
+        ({"max_overlap": 2}, "--max_overlap: found 2"),
+        ({"reranker_batch_size": 0}, "--reranker_batch_size: found 0"),
+        ({"reranker": "x", "sampling": "corpus"}, "--sampling corpus ranks nothing"),
+        ({"reranker": "/nowhere/reranker"}, "--reranker /nowhere/reranker: cannot be loaded"),
+    ],
+)
+def test_mistakes_end_in_a_message(tiny_encoder, tmp_path, capsys, options, words):
+    folder = make_collection(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        run(tiny_encoder, folder, **options)
+    assert exit.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert not (folder / "train.jsonl").exists()
+
+
+def test_existing_output_is_not_overwritten_unasked(tiny_encoder, tmp_path, capsys):
+    folder = make_collection(tmp_path)
+    (folder / "train.jsonl").write_text(json.dumps({"query_id": "mine"}))
+    with pytest.raises(SystemExit) as exit:
+        run(tiny_encoder, folder)
+    assert exit.value.code == 2
+    assert "--overwrite true" in capsys.readouterr().err
+    assert json.loads((folder / "train.jsonl").read_text()) == {"query_id": "mine"}
+
+
+def test_broken_positive_queries_name_the_line(tiny_encoder, tmp_path, capsys):
+    folder = make_collection(tmp_path)
+    (folder / "ko" / "positive_queries.jsonl").write_text('{"docid": "p1", "queries": ["x"]}\n{"docid": "p2"}\n')
+    with pytest.raises(SystemExit) as exit:
+        run(tiny_encoder, folder)
+    assert exit.value.code == 2
+    assert "positive_queries.jsonl:2: field 'queries': missing" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from clpl_moe.retrieval import store
+
+store.SHARD_TEXTS, written, left = 4, store.EmbeddingShards.write, int(sys.argv[1])
+
+def write(self, number, embeddings):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    written(self, number, embeddings)
+    print("wrote shard", number, flush=True)
+
+store.EmbeddingShards.write = write
+from clpl_moe.mine.__main__ import main
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_encoding_goes_on_where_it_was(tiny_encoder, tmp_path):
+    folder = make_collection(tmp_path)
+
+    def work(output, left):
+        argv = ["--model", str(tiny_encoder), "--collection", str(folder), "--language", "ko", "--output", str(output)]
+        argv += ["--rank_from=1", "--rank_to=8", "--negatives=4", "--max_positive_ratio=0", "--passage_max_len=100"]
+        done = subprocess.run([sys.executable, "-c", KILLED, str(left), *argv], capture_output=True, text=True)
+        assert done.returncode == (0 if left == 9 else -signal.SIGKILL), done.stderr
+        return re.findall(r"wrote shard (\d)", done.stdout)
+
+    shards = []
+    for left in (1, 2, 9):
+        assert not (tmp_path / "killed.jsonl").exists()
+        shards += work(tmp_path / "killed.jsonl", left)
+    assert sorted(shards) == ["0", "1", "2", "3"]  # none of them twice
+    work(tmp_path / "whole.jsonl", 9)
+    assert (tmp_path / "killed.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.jsonl", "ko", "whole.jsonl"]

@@ -1,0 +1,323 @@
+import pytest
+import torch
+
+from clpl_moe import CLPLLoss
+from clpl_moe.data.collator import CLPLCollator
+from clpl_moe.encoder.load import load_encoder
+from clpl_moe.encoder.settings import EmbeddingSettings, pool
+from clpl_moe.moe.config import MoEConfig
+from clpl_moe.moe.inject import expert_parameters, inject_moe
+from clpl_moe.train.model import CLPLModel, choose_trainable
+from helpers.tiny import checkpoint_gradients, perturb_experts
+
+SETTINGS = EmbeddingSettings(pooling="mean")
+
+
+@pytest.fixture
+def make_model(tiny_encoder):
+    """Builds the same model each time; its experts differ."""
+
+    def make(num_experts=2, loss=None, settings=SETTINGS, **options):
+        torch.manual_seed(1)
+        encoder, tokenizer = load_encoder(tiny_encoder)
+        if num_experts:
+            perturb_experts(inject_moe(encoder, MoEConfig(num_experts, 1)))
+        heads = {"colbert_linear": None, "sparse_linear": None}
+        options = {"unified_finetuning": False, "use_self_distill": False} | options
+        if options["unified_finetuning"]:
+            heads = {"colbert_linear": torch.nn.Linear(32, 32), "sparse_linear": torch.nn.Linear(32, 1)}
+        loss = loss or CLPLLoss(0.1, 0.3)
+        model = CLPLModel({"model": encoder, **heads}, loss=loss, settings=settings, tokenizer=tokenizer, **options)
+        return model.train()
+
+    return make
+
+
+def make_batch(tokenizer, *, sub_batch_size=-1, examples=None, packing=False, **changes):
+    from clpl_moe.data.dataset import Example
+
+    examples = examples or [
+        Example("what is a", ["aa bb cc", "bb dd", "cc ee ff"], [["which b", "bb"], []], None, True),
+        Example("and c", ["cc cc", "aa bb cc", "x y z z y"], [[], ["xyz"]], None, True),
+    ]
+    collator = CLPLCollator(
+        tokenizer=tokenizer,
+        query_max_len=16,
+        passage_max_len=24,
+        sub_batch_size=sub_batch_size,
+        padding=True,
+        return_tensors="pt",
+        packing=packing,
+    )
+    return collator(examples) | changes
+
+
+def gradients(model, batch):
+    output = model(**batch)
+    output.loss.backward()
+    return output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected, **tolerances):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], **tolerances, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+@pytest.mark.parametrize("own", [False, True])
+def test_loss_is_that_of_the_encoders_embeddings(make_model, tiny_tokenizer, pooling, own):
+    settings = EmbeddingSettings(pooling=pooling)
+    batch = make_batch(tiny_tokenizer, no_in_batch_neg_flag=own)
+    output, found = gradients(make_model(settings=settings), batch)
+    encoder = make_model(settings=settings).model
+
+    def embed(features):
+        return pool(encoder(**features).last_hidden_state, features["attention_mask"], pooling)
+
+    expected = CLPLLoss(0.1, 0.3, in_batch_negatives=not own)(
+        embed(batch["queries"]),
+        embed(batch["passages"]),
+        negative_queries=embed(batch["negative_queries"]),
+        negative_index=batch["negative_index"],
+        passage_ids=batch["passage_ids"],
+    )
+    torch.testing.assert_close(output.loss, expected.loss)
+    for name in ("contrastive", "penalty", "positive_similarity", "negative_similarity", "negative_query_similarity"):
+        torch.testing.assert_close(output.terms[name], getattr(expected, name).detach())
+        assert not output.terms[name].requires_grad
+    assert output.terms["penalty"] > 0.001
+    expected.loss.backward()
+    assert_same(found, {f"model.{n}": p.grad for n, p in encoder.named_parameters() if p.grad is not None})
+    assert any("router" in name and gradient.abs().max() > 0 for name, gradient in found.items())
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("scores", [None, [3.0, 1.0, 0.0, 2.0, 1.5, 0.0]])
+@pytest.mark.parametrize("num_experts", [0, 2])
+def test_packed_batches_give_the_same_losses_and_gradients(
+    make_model, tiny_tokenizer, pooling, own, scores, num_experts
+):
+    changes = {"no_in_batch_neg_flag": own, "teacher_scores": scores}
+    # The routers of the last layer see one token a text, and equal texts once: the balance is another one.
+    options = {"settings": EmbeddingSettings(pooling=pooling), "num_experts": num_experts}
+    batches = [make_batch(tiny_tokenizer, packing=packing, **changes) for packing in (False, True)]
+    assert len(batches[1]["texts"]) == 10  # of 11, one is there twice
+    padded, packed = (gradients(make_model(**options), batch) for batch in batches)
+    torch.testing.assert_close(packed[0].loss, padded[0].loss, atol=1e-5, rtol=1e-5)
+    for name in padded[0].terms.keys() - {"balance", "z", "expert_load"}:
+        torch.testing.assert_close(packed[0].terms[name], padded[0].terms[name], atol=1e-5, rtol=1e-5)
+    assert packed[0].terms.keys() == padded[0].terms.keys()
+    assert_same(packed[1], padded[1], atol=1e-5, rtol=1e-3)
+
+
+def test_packed_batch_goes_through_the_encoder_once(make_model, tiny_tokenizer):
+    model, calls = make_model(), []
+    model.model.embeddings.register_forward_hook(lambda *_: calls.append(1))
+    model(**make_batch(tiny_tokenizer, packing=True))
+    assert len(calls) == 1
+
+
+def test_packed_batches_are_refused_in_unified_finetuning(make_model, tiny_tokenizer):
+    with pytest.raises(ValueError, match="unified_finetuning needs padded batches"):
+        make_model(unified_finetuning=True)(**make_batch(tiny_tokenizer, packing=True))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_unified_finetuning_computes_the_dense_loss_once(make_model, tiny_tokenizer, own, monkeypatch):
+    model, calls = make_model(unified_finetuning=True), []
+    stock = model.compute_loss
+    monkeypatch.setattr(model, "compute_loss", lambda scores, target: calls.append(1) or stock(scores, target))
+    model(**make_batch(tiny_tokenizer, no_in_batch_neg_flag=own))
+    assert len(calls) == 3  # sparse, multi-vector, summed
+
+
+def test_duplicates_of_the_positive_are_left_out(make_model, tiny_tokenizer):
+    """The second query's negative is the first one's positive, word for word."""
+    batch = make_batch(tiny_tokenizer)
+    masked, counted = (make_model(mask_duplicates=value)(**batch).loss for value in (True, False))
+    assert masked < counted
+
+
+def test_without_queries_of_negatives_the_loss_is_the_contrastive_one(make_model, tiny_tokenizer):
+    batch = make_batch(tiny_tokenizer, negative_queries=None, negative_index=None)
+    output = make_model()(**batch)
+    assert output.loss.item() == output.terms["contrastive"].item()
+    assert "penalty" not in output.terms
+    assert output.loss.item() == make_model(loss=CLPLLoss(0.1, 0.0))(**batch).loss.item()
+
+
+def test_routers_losses_are_added_and_logged(make_model, tiny_tokenizer):
+    batch = make_batch(tiny_tokenizer)
+    plain, weighted = (make_model(**w)(**batch) for w in ({}, {"balance_loss_weight": 0.5, "z_loss_weight": 0.25}))
+    added = 0.5 * plain.terms["balance"] + 0.25 * plain.terms["z"]
+    assert added > 0.1
+    torch.testing.assert_close(weighted.loss, plain.loss + added)
+    assert plain.terms["expert_load"].shape == (2, 2)
+    torch.testing.assert_close(plain.terms["expert_load"].sum(1), torch.ones(2))
+    assert "expert_load" not in make_model(num_experts=0)(**batch).terms
+
+
+def test_sub_batches_give_the_same_gradients(make_model, tiny_tokenizer):
+    whole = gradients(make_model(unified_finetuning=True), make_batch(tiny_tokenizer))
+    parts = gradients(
+        make_model(unified_finetuning=True, sub_batch_size=2), make_batch(tiny_tokenizer, sub_batch_size=2)
+    )
+    torch.testing.assert_close(parts[0].loss, whole[0].loss)
+    assert_same(parts[1], whole[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_unified_finetuning_and_self_distillation(make_model, tiny_tokenizer, own):
+    batch = make_batch(tiny_tokenizer, no_in_batch_neg_flag=own)
+    output, found = gradients(make_model(unified_finetuning=True), batch)
+    terms = output.terms
+    dense = make_model()(**batch).loss.detach()
+    expected = (dense + terms["summed"] + 0.1 * terms["sparse"] + terms["colbert"]) / 4
+    torch.testing.assert_close(output.loss.detach(), expected)
+    assert {"colbert_linear.weight", "sparse_linear.weight"} < found.keys()
+    distilling = make_model(unified_finetuning=True, use_self_distill=True, self_distill_start_step=3)
+    distilling.step = 3
+    assert distilling(**batch).loss == output.loss
+    distilling.step = 4
+    assert distilling(**batch).loss != output.loss
+
+
+@pytest.mark.parametrize("kind", ["kl_div", "m3_kd_loss"])
+@pytest.mark.parametrize("unified", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_teacher_scores(make_model, tiny_tokenizer, kind, unified, own):
+    """Distillation takes the contrastive term's place, the penalty's part stays."""
+    options = {"kd_loss_type": kind, "unified_finetuning": unified}
+    scores = [3.0, 1.0, 0.0, 2.0, 1.5, 0.0]
+    batch = make_batch(tiny_tokenizer, teacher_scores=scores, no_in_batch_neg_flag=own)
+    output, found = gradients(make_model(**options), batch)
+    assert torch.isfinite(output.loss)
+    assert output.terms["distillation"] != output.terms["contrastive"]
+    other = make_model(**options)(**batch | {"teacher_scores": scores[::-1]})
+    assert other.terms["distillation"] != output.terms["distillation"]
+    heavier = make_model(loss=CLPLLoss(0.1, 0.9), **options)(**batch)
+    assert heavier.loss != output.loss
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("pairs", [True, False])
+def test_distillation_takes_the_contrastive_terms_place(make_model, tiny_tokenizer, own, pairs):
+    """The contrastive term has no part in the loss, not even a negative one; of the penalty, a query without pairs has none."""
+    loss = CLPLLoss(0.1, 0.3, symmetric_weight=0.5)
+    batch = make_batch(tiny_tokenizer, teacher_scores=[3.0, 1.0, 0.0, 2.0, 1.5, 0.0], no_in_batch_neg_flag=own)
+    batch["negative_queries"] = batch["negative_queries"] if pairs else None
+    # Of two queries the second has none.
+    kept = batch["negative_index"] < 3
+    batch["negative_index"] = batch["negative_index"][kept] if pairs else None
+    if pairs:
+        batch["negative_queries"] = {name: values[kept] for name, values in batch["negative_queries"].items()}
+    output = make_model(loss=loss, kd_loss_type="m3_kd_loss")(**batch)
+    terms, share = output.terms, 0.5 * 0.3 if pairs else 0.0
+    expected = terms["distillation"] + share * terms.get("penalty", 0.0) + 0.5 * terms["symmetric"]
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_a_pass_that_failed_leaves_nothing_to_the_next(make_model, tiny_tokenizer, monkeypatch):
+    batch, other = make_batch(tiny_tokenizer), make_batch(tiny_tokenizer)
+    other["queries"] = {name: values.flip(0)[:, :1] for name, values in other["queries"].items()}
+    expected = make_model(balance_loss_weight=0.5)(**batch).loss
+    model = make_model(balance_loss_weight=0.5)
+    with monkeypatch.context() as patched:
+        patched.setattr(model.dense_loss, "forward", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**other)
+    assert model(**batch).loss == expected
+
+
+def test_distillation_of_own_groups_is_flagembeddings_of_each_query_alone():
+    """Where the latter knows only the scores of in-batch negatives, and fails on groups of several queries."""
+    from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM3Model
+
+    torch.manual_seed(0)
+    targets, scores = torch.rand(3, 4).softmax(1), torch.randn(3, 4)
+    stock = EncoderOnlyEmbedderM3Model.distill_loss
+    rows = [stock("m3_kd_loss", targets[i : i + 1], scores[i : i + 1], 4) for i in range(3)]
+    torch.testing.assert_close(CLPLModel.distill_loss("m3_kd_loss", targets, scores, 4), torch.stack(rows).mean())
+    with pytest.raises(IndexError):
+        stock("m3_kd_loss", targets, scores, 4)
+
+
+def test_in_evaluation_mode_there_are_embeddings_and_no_loss(make_model, tiny_tokenizer):
+    output = make_model().eval()(**make_batch(tiny_tokenizer))
+    assert output.loss is None
+    assert (output.q_reps.shape, output.p_reps.shape) == ((2, 32), (6, 32))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(make_model, tiny_tokenizer, packing):
+    batch = make_batch(tiny_tokenizer, packing=packing)
+    plain = make_model(balance_loss_weight=0.1)
+    checkpointed = make_model(balance_loss_weight=0.1)
+    checkpoint_gradients(checkpointed.model)
+    first, second = gradients(plain, batch), gradients(checkpointed, batch)
+    assert first[0].loss.item() == second[0].loss.item()
+    assert_same(second[1], first[1], rtol=0, atol=0)
+    assert second[0].terms["expert_load"].equal(first[0].terms["expert_load"])
+
+
+class TestTrainable:
+    def trained(self, model, trainable, **options):
+        options = {"fix_position_embedding": False, "fix_encoder": False} | options
+        choose_trainable(model, trainable, **options)
+        return {name.removeprefix("model.") for name, p in model.named_parameters() if p.requires_grad}
+
+    def test_moe_is_experts_and_routers(self, make_model):
+        model = make_model()
+        found = self.trained(model, "moe")
+        assert found == {name for name, _ in expert_parameters(model.model)}
+        assert all(".intermediate." in name for name in found)
+        assert len([name for name in found if "router" in name]) == 2
+
+    def test_ffn_is_all_linear_layers_of_the_ffn(self, make_model):
+        found = self.trained(make_model(num_experts=0), "ffn")
+        layers = [f"encoder.layer.{i}.{part}.dense" for i in (0, 1) for part in ("intermediate", "output")]
+        assert found == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+        assert self.trained(make_model(), "moe") < self.trained(make_model(), "ffn")
+
+    def test_full_is_all_but_the_pooler(self, make_model):
+        model = make_model()
+        every = {name.removeprefix("model.") for name, _ in model.named_parameters()}
+        assert self.trained(model, "full") == {name for name in every if not name.startswith("pooler.")}
+        left = every - self.trained(make_model(), "full", fix_position_embedding=True)
+        assert {name for name in left if not name.startswith("pooler.")} == {"embeddings.position_embeddings.weight"}
+
+    @pytest.mark.parametrize("trainable", ["moe", "ffn", "full"])
+    def test_frozen_layers_and_what_is_below_are_left_out(self, make_model, trainable):
+        model = make_model()
+        without = self.trained(make_model(), trainable)
+        found = self.trained(model, trainable, frozen_layers=1)
+        assert found == {name for name in without if name.startswith("encoder.layer.1.")}
+        assert found
+
+    def test_frozen_layers_leave_the_gradients_of_the_others_as_they_are(self, make_model, tiny_tokenizer):
+        batch = make_batch(tiny_tokenizer, packing=True)
+        whole, upper = make_model(), make_model()
+        self.trained(whole, "full")
+        names = self.trained(upper, "full", frozen_layers=1)
+        expected, found = gradients(whole, batch)[1], gradients(upper, batch)[1]
+        assert {name.removeprefix("model.") for name in found} == names
+        assert_same(found, {name: expected[name] for name in found}, rtol=1e-5, atol=1e-7)
+
+    def test_fixed_encoder_leaves_the_heads(self, make_model):
+        found = self.trained(make_model(unified_finetuning=True), "moe", fix_encoder=True)
+        assert found == {
+            f"{head}.{kind}" for head in ("colbert_linear", "sparse_linear") for kind in ("weight", "bias")
+        }
+
+    def test_mistakes(self, make_model):
+        with pytest.raises(ValueError, match="trainable is moe but the model has no experts"):
+            self.trained(make_model(num_experts=0), "moe")
+        with pytest.raises(ValueError, match="nothing would be trained"):
+            self.trained(make_model(), "full", fix_encoder=True)
+        with pytest.raises(ValueError, match="nothing would be trained"):
+            self.trained(make_model(), "full", frozen_layers=2)
+        with pytest.raises(ValueError, match="frozen_layers is 3: found 2 layers"):
+            self.trained(make_model(), "full", frozen_layers=3)

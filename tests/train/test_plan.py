@@ -1,0 +1,128 @@
+import pytest
+import torch
+
+from clpl_moe.common.cli import parse
+from clpl_moe.train.__main__ import main
+from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
+from clpl_moe.train.plan import make_plan
+from helpers.tiny_training import arguments, make_collection, make_runner, write_triplets
+
+
+def plan(argv):
+    return make_plan(*parse([CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments], "", "", argv))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_triplets(tmp_path_factory.mktemp("data") / "train.jsonl", 11)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2},
+        {"max_steps": -1, "num_train_epochs": 3, "dataloader_drop_last": True},
+        {"num_experts": 3, "top_k": 2, "moe_target": "ffn", "trainable": "ffn"},
+        {"num_experts": 0, "trainable": "full"},
+        {"frozen_layers": 1},
+        {
+            "max_steps": -1,
+            "num_train_epochs": 1,
+            "same_dataset_within_batch": True,
+            "small_threshold": 0,
+            "per_device_train_batch_size": 5,
+        },
+    ],
+)
+def test_figures_are_those_of_the_run(tiny_encoder, data, tmp_path, options):
+    files = [data, write_triplets(tmp_path / "b.jsonl", 4)]
+    argv = arguments(tiny_encoder, files, tmp_path / "run", **options)
+    planned, runner = plan(argv), make_runner(argv)
+    assert planned.examples == 15
+    parameters = [p for name, p in runner.model.model.named_parameters() if "pooler" not in name]
+    assert planned.parameters == sum(p.numel() for p in parameters)
+    assert planned.trained_parameters == sum(p.numel() for p in parameters if p.requires_grad)
+    runner.run()
+    assert planned.steps == runner.trainer.state.global_step
+
+
+def test_tokens(tiny_encoder, tiny_tokenizer, data, tmp_path):
+    argv = arguments(tiny_encoder, data, tmp_path / "run", queries_per_negative=0, gradient_accumulation_steps=3)
+    runner, tokens = make_runner(argv), 0
+    for index in range(11):
+        batch = runner.data_collator([runner.train_dataset[(0, index)]])
+        tokens += len(batch["texts"].input_ids)
+    assert plan(argv).tokens_per_step == pytest.approx(tokens / 11 * 6, abs=1)
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tiny_encoder, data, tmp_path, capsys, monkeypatch):
+    """And loads no weights: the folder's may as well not be there."""
+    import shutil
+
+    model = shutil.copytree(tiny_encoder, tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    dev = make_collection(tmp_path / "dev")
+    argv = arguments(model, data, tmp_path / "run", dev_collection=dev, dev_language="ko")
+    main([*argv, "--dry_run", "true"])
+    out = capsys.readouterr().out
+    for line in (
+        "examples        11 in 1 file(s)",
+        "steps           4",
+        "experts ",
+        "12 queries, 12 passages",
+        "memory ",
+    ):
+        assert line in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_stops_where_the_run_would(tiny_encoder, data, tmp_path, capsys):
+    (tmp_path / "untyped").mkdir()
+    (tmp_path / "untyped" / "config.json").write_text("{}")
+    for options, message in [
+        ({"dev_collection": tmp_path / "nowhere", "dev_language": "ko"}, "nowhere"),
+        ({"num_experts": 0}, "trainable is moe but the model has no experts"),
+        ({"moe_layers": "7"}, "7"),
+        ({"frozen_layers": 2}, "frozen_layers, leaves no parameters"),
+        ({"model_name_or_path": tmp_path / "nomodel"}, "nomodel"),
+        ({"model_name_or_path": tmp_path / "untyped"}, "untyped"),
+    ]:
+        for dry_run in (True, False):
+            argv = arguments(tiny_encoder, data, tmp_path / "run", dry_run=dry_run, **options)
+            with pytest.raises(SystemExit) as stop:
+                main(argv)
+            assert stop.value.code == 2, (options, dry_run)
+            assert message in capsys.readouterr().err
+            assert not (tmp_path / "run").exists()
+
+
+def test_published_base_model_out_of_reach(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    planned = plan(arguments("BAAI/bge-m3", data, tmp_path / "run", bf16=True))
+    with torch.device("meta"):
+        from transformers import XLMRobertaConfig, XLMRobertaModel
+
+        config = XLMRobertaConfig(
+            vocab_size=250002, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+            max_position_embeddings=8194, type_vocab_size=1,
+        )  # fmt: skip
+        dense = sum(p.numel() for p in XLMRobertaModel(config, add_pooling_layer=False).parameters())
+    expert = 1024 * 4096 + 4096
+    assert planned.parameters == dense + 24 * (expert + 2 * 1024)
+    assert planned.trained_parameters == 24 * (2 * expert + 2 * 1024)
+    # Weights in float32, and gradients and two moments of what is trained.
+    assert planned.state_bytes == 4 * planned.parameters + 12 * planned.trained_parameters
+
+
+def test_checkpointing_lowers_the_memory(tiny_encoder, data, tmp_path):
+    argv = arguments(tiny_encoder, data, tmp_path / "run")
+    bytes_ = [plan([*argv, "--gradient_checkpointing", value]).activation_bytes for value in ("false", "true")]
+    assert bytes_[1] < bytes_[0]
+
+
+def test_gradient_caching_lowers_the_memory_of_a_large_batch_to_that_of_a_chunk(tiny_encoder, data, tmp_path):
+    argv = [*arguments(tiny_encoder, data, tmp_path / "run"), "--grad_cache_tokens", "50"]
+    batches = [plan([*argv, "--per_device_train_batch_size", size]).activation_bytes for size in ("2", "200")]
+    assert batches[0] == batches[1]
+    assert plan(arguments(tiny_encoder, data, tmp_path / "run")).activation_bytes > 2 * batches[0]
