@@ -85,7 +85,11 @@ def test_on_a_gpu():
 
 def test_all_works_without_triton():
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
+        [sys.executable, "-c", WITHOUT_TRITON],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "[2, 32]" in done.stdout

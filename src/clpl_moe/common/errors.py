@@ -16,6 +16,20 @@ class UserError(Exception):
     """
 
 
+class OptionError(UserError):
+    """A wrong value of an option; in Python, of the argument of that name.
+
+    Args:
+        option: its name, without dashes.
+        fault: what was found and what was expected.
+    """
+
+    def __init__(self, option: str, fault: str) -> None:
+        super().__init__(f"{option}: {fault}")
+        self.option = option
+        self.fault = fault
+
+
 def at(path: str | Path, line: int | None = None, field: str | None = None) -> str:
     """The place of a fault, as every message begins with it: ``file:line: field 'x'``."""
     place = str(path) if line is None else f"{path}:{line}"
@@ -43,7 +57,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            dashes = "--" if isinstance(error, OptionError) else ""
+            print(f"error: {dashes}{error}", file=sys.stderr)
             sys.exit(2)
         except OSError as error:
             if error.errno not in _OF_THE_MACHINE:
