@@ -65,6 +65,8 @@ def write_data(source: Path, folder: Path, model: str, count: int, negatives: in
     are cut to length, since sentence-transformers knows one length for all texts."""
     from transformers import AutoTokenizer
 
+    from clpl_moe.data.schema import negative_queries
+
     tokenizer = AutoTokenizer.from_pretrained(model)
     lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
     lines = [line for line in lines if len(line["neg"]) >= negatives]
@@ -77,12 +79,11 @@ def write_data(source: Path, folder: Path, model: str, count: int, negatives: in
             line = lines[number % len(lines)]
             # Room for the two special tokens and the prompt.
             ids = tokenizer(line["query"], add_special_tokens=False)["input_ids"][: query_max_len - 8]
-            answered = (line.get("neg_q") or [None] * negatives)[:negatives]
             record = {
                 "query": tokenizer.decode(ids),
                 "pos": line["pos"][:1],
                 "neg": line["neg"][:negatives],
-                "neg_q": [q[:1] if isinstance(q, list) else [q] if q else [] for q in answered],
+                "neg_q": [queries[:1] for queries in negative_queries(line)[:negatives]],
             }
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     return path

@@ -104,10 +104,10 @@ def test_scores_are_required_for_distillation_only(tmp_path):
 def test_all_spellings_of_neg_q_become_lists_of_lists():
     record = GOOD | {"neg": list("abcd"), "neg_q": ["x", ["y", "z"], [], None]}
     assert not list(find_faults(record))
-    assert normalise(record)["neg_q"] == [["x"], ["y", "z"], [], []]
+    assert normalise(record)["negative_queries"] == [["x"], ["y", "z"], [], []]
     for absent in ({**GOOD, "neg_q": None}, {k: v for k, v in GOOD.items() if k != "neg_q"}):
         assert not list(find_faults(absent))
-        assert normalise(absent)["neg_q"] == [[], []]
+        assert normalise(absent)["negative_queries"] == [[], []]
 
 
 def test_unknown_fields_are_allowed():

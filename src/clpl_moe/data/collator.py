@@ -1,4 +1,4 @@
-"""From examples to tokens: queries, passages, and the queries that negatives answer."""
+"""From examples to tokens: queries, passages and negative queries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clpl_moe.encoder.packing import PackedTexts
 
 @dataclass
 class CLPLCollator(AbsEmbedderCollator):
-    """Tokenises a batch; the queries of negatives are treated as queries (their length, not the passages').
+    """Tokenises a batch; negative queries get the length of queries.
 
     Args:
         packing: give all texts of the step as one :class:`PackedTexts`, equal ones (after prompts and truncation) once.
@@ -27,15 +27,15 @@ class CLPLCollator(AbsEmbedderCollator):
     packing: bool = False
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
-        """Batch B examples of group size G with M queries of negatives.
+        """Batch B examples of group size G with M negative queries.
 
         Returns:
-            ``negative_index``: (M,) int64, the row of passages that each negative's query answers, or None;
+            ``negative_index``: (M,) int64, for each negative query the row of the passage that answers it, or None;
             ``passage_ids``: (B·G,) int64, equal for equal texts, in every process; ``teacher_scores``: B·G numbers, or
             None; ``no_in_batch_neg_flag``: as in FlagEmbedding. Besides, padded: ``queries`` and ``passages``, token
             tensors (B, L) and (B·G, L'), or lists of them with ``sub_batch_size``; ``negative_queries``, (M, L'')
             likewise, or None. Packed: ``texts``, with neighbours of equal length, and for each query, passage and
-            negative's query its number there, int64: ``query_rows`` (B,), ``passage_rows`` (B·G,),
+            negative query its number there, int64: ``query_rows`` (B,), ``passage_rows`` (B·G,),
             ``negative_query_rows`` (M,) or None.
         """
         passages = [text for example in examples for text in example.passages]
@@ -64,12 +64,12 @@ class CLPLCollator(AbsEmbedderCollator):
         unique = sorted(set(sequences), key=lambda ids: (len(ids), ids))
         number = {ids: row for row, ids in enumerate(unique)}
         rows = torch.tensor([number[ids] for ids in sequences])
-        query_rows, negative_rows, passage_rows = rows.split([len(queries), len(negative_queries), len(passages)])
+        query_rows, negative_query_rows, passage_rows = rows.split([len(queries), len(negative_queries), len(passages)])
         return {
             "texts": PackedTexts.from_sequences(unique),
             "query_rows": query_rows,
             "passage_rows": passage_rows,
-            "negative_query_rows": negative_rows if negative_queries else None,
+            "negative_query_rows": negative_query_rows if negative_queries else None,
         }
 
     def _token_ids(self, texts: list[str], max_length: int) -> list[tuple[int, ...]]:

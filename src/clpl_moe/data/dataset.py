@@ -1,11 +1,11 @@
-"""The training set: triplets, with the positive queries of each negative."""
+"""The training set: triplets, with the queries that each negative answers."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import datasets
 from FlagEmbedding.abc.finetune.embedder import AbsEmbedderTrainDataset
@@ -14,9 +14,6 @@ from clpl_moe import __version__
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import hash_file
 from clpl_moe.data.schema import data_files, read_examples
-
-if TYPE_CHECKING:
-    from clpl_moe.train.ance import MinedNegatives
 
 # A draw: the epoch and the number of the example. The epoch travels with the number, so that what is drawn for an
 # example depends on nothing else; worker processes and resumed runs draw the same.
@@ -27,7 +24,7 @@ _FEATURES = datasets.Features(
         "query": datasets.Value("string"),
         "pos": datasets.List(datasets.Value("string")),
         "neg": datasets.List(datasets.Value("string")),
-        "neg_q": datasets.List(datasets.List(datasets.Value("string"))),
+        "negative_queries": datasets.List(datasets.List(datasets.Value("string"))),
         "pos_scores": datasets.List(datasets.Value("float64")),
         "neg_scores": datasets.List(datasets.Value("float64")),
         "prompt": datasets.Value("string"),
@@ -55,11 +52,18 @@ class Example:
     in_batch_negatives: bool
 
 
+class Negatives(Protocol):
+    """Negatives that take the place of those in the files."""
+
+    def get(self, example: int) -> tuple[list[str], list[list[str]]] | None:
+        """An example's negatives, and for each of them the queries that it answers; None: the file's negatives stay."""
+
+
 class CLPLTrainDataset(AbsEmbedderTrainDataset):
     """Examples of all files of ``--train_data``, checked line by line as they are read.
 
     Indexed by :data:`Draw`. Which positive, which negatives and which of their queries are drawn is a function of the
-    seed, the epoch and the number of the example. Once ``mined`` is set, it has the negatives.
+    seed, the epoch and the number of the example. Once ``mined`` is set, negatives come from it.
 
     As in FlagEmbedding, a file or folder whose name ends in ``no_in_batch_neg`` does without in-batch negatives, and
     with ``same_dataset_within_batch`` files below ``small_threshold`` examples are joined (within a folder) or left out,
@@ -88,7 +92,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
                 " --train_data has that many examples"
             )
         self.dataset = datasets.concatenate_datasets(parts)
-        self.mined: MinedNegatives | None = None
+        self.mined: Negatives | None = None
         self._part_of = [part for part, size in enumerate(self.part_sizes) for _ in range(size)]
 
     def _load_path(self, path: str) -> list[datasets.Dataset]:
@@ -146,22 +150,22 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         rng = random.Random(f"{self.seed}-{epoch}-{index}")
         positive = rng.randrange(len(record["pos"]))
         wanted = (self.group_size(part) if self.args.same_dataset_within_batch else self.args.train_group_size) - 1
-        neg, known = record["neg"], record["neg_q"]
-        if self.mined is not None and (again := self.mined.get(index)) is not None:
-            neg, known = again
-        negatives = _sample(rng, len(neg), wanted)
-        texts = [self._shuffle_words(rng, record["pos"][positive]), *(neg[i] for i in negatives)]
+        negatives, negative_queries = record["neg"], record["negative_queries"]
+        if self.mined is not None and (mined := self.mined.get(index)) is not None:
+            negatives, negative_queries = mined
+        drawn = _sample(rng, len(negatives), wanted)
+        texts = [self._shuffle_words(rng, record["pos"][positive]), *(negatives[i] for i in drawn)]
         limit = self.args.queries_per_negative
-        neg_q = [[q for q in known[i] if q != record["query"]] for i in negatives]
-        neg_q = [queries if len(queries) <= limit else rng.sample(queries, limit) for queries in neg_q]
+        negative_queries = [[q for q in negative_queries[i] if q != record["query"]] for i in drawn]
+        negative_queries = [qs if len(qs) <= limit else rng.sample(qs, limit) for qs in negative_queries]
         scores = None
         if self.args.knowledge_distillation:
-            scores = [record["pos_scores"][positive], *(record["neg_scores"][i] for i in negatives)]
+            scores = [record["pos_scores"][positive], *(record["neg_scores"][i] for i in drawn)]
         symmetric = record["type"] in ("symmetric_sts", "symmetric_clustering")
         return Example(
             query=self._as_query(record["query"], record["prompt"]),
             passages=[self._as_query(t, record["prompt"]) if symmetric else self._as_passage(t) for t in texts],
-            negative_queries=[[self._as_query(q, record["prompt"]) for q in queries] for queries in neg_q],
+            negative_queries=[[self._as_query(q, record["prompt"]) for q in qs] for qs in negative_queries],
             teacher_scores=scores,
             in_batch_negatives=self.in_batch_negatives[part],
         )

@@ -1,9 +1,10 @@
 """The format of training data, and what is wrong with a line that does not follow it.
 
-One JSON object a line, FlagEmbedding's format with the positive queries of negatives added:
+One JSON object a line: FlagEmbedding's format, and the negative queries, which are the queries that a hard negative
+answers:
 
 - ``query`` (string), ``pos`` (list of strings, at least one), ``neg`` (list of strings, at least one);
-- ``neg_q``, optional: a list as long as ``neg``, each entry a string, a list of strings or null;
+- ``neg_q``, optional: the negative queries, a list as long as ``neg``, each entry a string, a list of strings or null;
 - ``pos_scores`` and ``neg_scores``, optional: numbers, as many as ``pos`` and ``neg``;
 - ``prompt`` and ``type``, optional strings, as in FlagEmbedding.
 
@@ -50,19 +51,24 @@ def find_faults(record: dict[str, Any], *, scores_required: bool = False) -> Ite
         yield from _strings(record, field)
     for field in ("prompt", "type"):
         yield from _string(record, field, required=False)
-    yield from _positive_queries(record)
+    yield from _negative_queries(record)
     for field, texts in (("pos_scores", "pos"), ("neg_scores", "neg")):
         yield from _scores(record, field, texts, scores_required)
 
 
+def negative_queries(record: dict[str, Any]) -> list[list[str]]:
+    """For each negative of a line without faults the queries that it answers, possibly none."""
+    entries = record.get("neg_q") or [None] * len(record["neg"])
+    return [[entry] if isinstance(entry, str) else list(entry or ()) for entry in entries]
+
+
 def normalise(record: dict[str, Any], *, keep_scores: bool = False) -> dict[str, Any]:
-    """A line without faults as the dataset stores it: ``neg_q`` a list of lists, absent fields None."""
-    neg_q = record.get("neg_q") or [None] * len(record["neg"])
+    """A line without faults as the dataset stores it; absent fields are None."""
     return {
         "query": record["query"],
         "pos": record["pos"],
         "neg": record["neg"],
-        "neg_q": [[] if q is None else [q] if isinstance(q, str) else q for q in neg_q],
+        "negative_queries": negative_queries(record),
         "pos_scores": [float(s) for s in record["pos_scores"]] if keep_scores else None,
         "neg_scores": [float(s) for s in record["neg_scores"]] if keep_scores else None,
         "prompt": record.get("prompt"),
@@ -169,7 +175,7 @@ def _texts(field: str, values: list[Any]) -> Iterator[Fault]:
             yield Fault(f"{field}[{index}]", "found an empty string, expected text")
 
 
-def _positive_queries(record: dict[str, Any]) -> Iterator[Fault]:
+def _negative_queries(record: dict[str, Any]) -> Iterator[Fault]:
     value = record.get("neg_q")
     if value is None:
         return

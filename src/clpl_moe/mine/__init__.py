@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +124,9 @@ def mine(
             counts["queries dropped: no passage was left"] += 1
             continue
         draw = random.Random(f"{arguments.seed} {query.key} queries")
-        neg_q = [_draw_queries(index.known.get(p, {}), arguments.max_positive_queries, draw) for p in mined.places]
+        negative_queries = [
+            _draw_queries(index.negative_queries(place), arguments.max_positive_queries, draw) for place in mined.places
+        ]
         scores = {}
         if mined.scores is not None:
             scores = {"pos_scores": mined.positive_scores, "neg_scores": mined.scores}
@@ -133,14 +135,14 @@ def mine(
             )
         counts["lines"] += 1
         counts["negatives"] += len(mined.places)
-        counts["negatives with known queries"] += sum(q is not None for q in neg_q)
-        counts["known queries of negatives"] += sum(len(q or ()) for q in neg_q)
+        counts["negatives with known queries"] += sum(map(bool, negative_queries))
+        counts["known queries of negatives"] += sum(map(len, negative_queries))
         counts["queries with fewer negatives than asked for"] += len(mined.places) < selection.negatives
         yield {
             "query": query.text,
             "pos": [index.texts[place] for place in query.positives],
             "neg": [index.texts[place] for place in mined.places],
-            "neg_q": neg_q,
+            "neg_q": [queries or None for queries in negative_queries],
             **{name: [round(score, 6) for score in values] for name, values in scores.items()},
             "query_id": query.key,
             "pos_ids": [index.passage_id(place) for place in query.positives],
@@ -148,9 +150,8 @@ def mine(
         }
 
 
-def _draw_queries(known: Mapping[str, str], most: int, draw: random.Random) -> list[str] | None:
-    """Up to ``most`` of the queries, in their order; None where there is none."""
-    queries = list(known.values())
-    if len(queries) > most:
-        queries = [queries[i] for i in sorted(draw.sample(range(len(queries)), most))]
-    return queries or None
+def _draw_queries(queries: list[str], most: int, draw: random.Random) -> list[str]:
+    """Up to ``most`` of the queries, in their order."""
+    if len(queries) <= most:
+        return queries
+    return [queries[i] for i in sorted(draw.sample(range(len(queries)), most))]

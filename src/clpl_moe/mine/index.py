@@ -28,8 +28,6 @@ class PassageIndex:
         source: the collection's folder.
         rows: for each distinct passage (its *place*), the first row of the corpus that holds it.
         texts: the text at each place, read when asked for.
-        known: place -> its known queries, by normalised text.
-        answers: normalised query -> places of the passages known to answer it.
         unknown: how many entries of ``positive_queries`` name no passage of the corpus.
         reserved: how many passages belong to another split.
         repeated: how many passages are empty or equal to an earlier one.
@@ -65,8 +63,9 @@ class PassageIndex:
         self.repeated = len(hashes) - self.reserved - len(self.rows)
         self.texts: Sequence[str] = _Rows(collection.passages, self.rows)
         self._number = {p: int(place_of_row[row]) for p, row in row_of.items() if place_of_row[row] >= 0}
-        self.known: dict[int, dict[str, str]] = {}
-        self.answers: dict[str, set[int]] = {}
+        # Place -> the queries that its passage answers, by normalised text; and the other way round.
+        self._queries: dict[int, dict[str, str]] = {}
+        self._answering: dict[str, set[int]] = {}
         self.unknown = 0
         for passage_id, query_id in judged:
             self._add(passage_id, queries[query_id])
@@ -95,17 +94,21 @@ class PassageIndex:
     def _add(self, passage_id: str, query: str) -> None:
         if (place := self._number.get(passage_id)) is not None:
             normalized = normalize_text(query)
-            self.known.setdefault(place, {}).setdefault(normalized, query)
-            self.answers.setdefault(normalized, set()).add(place)
+            self._queries.setdefault(place, {}).setdefault(normalized, query)
+            self._answering.setdefault(normalized, set()).add(place)
 
     def relevant(self, judged: Mapping[str, int]) -> list[int]:
         """Places of the relevant passages that the corpus has, each once."""
         found = (self._number[p] for p, relevance in judged.items() if relevance > 0 and p in self._number)
         return list(dict.fromkeys(found))
 
+    def negative_queries(self, place: int) -> list[str]:
+        """The queries that the passage at a place is known to answer: as a negative it brings them along."""
+        return list(self._queries.get(place, {}).values())
+
     def answering(self, query: str) -> set[int]:
         """Places of the passages that are known to answer a query."""
-        return self.answers.get(normalize_text(query), set())
+        return self._answering.get(normalize_text(query), set())
 
     def find(self, text: str) -> int | None:
         """The place of a text; None where the corpus does not hold it, or reserves it to another split."""

@@ -184,9 +184,9 @@ class _Job:
         self.passages = read_passages(self.files)
         if not arguments.known_queries:
             for passage in self.passages.values():
-                passage.known.clear()
+                passage.negative_queries.clear()
         # Those without a query anywhere.
-        self.wanted = {key: p for key, p in self.passages.items() if p.bare and not p.known}
+        self.wanted = {key: p for key, p in self.passages.items() if p.bare and not p.negative_queries}
         self.no_answer: dict[str, str] = {}
 
     def question(self, key: str) -> Question:
@@ -281,7 +281,7 @@ class _Job:
 
     def write(self, result: _Outcome) -> list[Path]:
         """Write the lines, the store and the failures; their paths."""
-        known = {key: list(p.known.values()) for key, p in self.passages.items() if p.bare and p.known}
+        found = {key: list(p.negative_queries.values()) for key, p in self.passages.items() if p.bare}
         output, store, failures = _outputs(self.arguments)
         by_id = [(i, queries) for key, queries in result.queries.items() for i in self.passages[key].ids]
         write_jsonl(store, ({"docid": identifier, "queries": queries} for identifier, queries in by_id))
@@ -290,7 +290,7 @@ class _Job:
             for key, reason in result.failures.items()
         )
         write_jsonl(failures, reasons)
-        write_jsonl(output, fill_lines(self.files, known | result.queries, self.arguments.queries_per_passage))
+        write_jsonl(output, fill_lines(self.files, found | result.queries, self.arguments.queries_per_passage))
         return [output, store, failures]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import read_jsonl
-from clpl_moe.data.schema import find_faults
+from clpl_moe.data.schema import find_faults, negative_queries
 from clpl_moe.retrieval.collection import normalize_text
 
 
@@ -26,14 +26,14 @@ class Passage:
         ids: its ids, where the files have them.
         negative: whether it occurs as a negative.
         bare: whether it does so without a query.
-        known: the queries that the files have for it, by normalised text.
+        negative_queries: those that it answers according to the files, by normalised text.
     """
 
     text: str
     ids: list[str] = field(default_factory=list)
     negative: bool = False
     bare: bool = False
-    known: dict[str, str] = field(default_factory=dict)
+    negative_queries: dict[str, str] = field(default_factory=dict)
 
 
 def passage_key(text: str) -> str:
@@ -45,11 +45,6 @@ def _read_lines(files: Sequence[Path]) -> Iterator[tuple[Path, int, dict[str, An
     for path in files:
         for number, record in read_jsonl(path):
             yield path, number, record
-
-
-def _queries(entry: str | list[str] | None) -> list[str]:
-    """An entry of ``neg_q`` as a list."""
-    return [entry] if isinstance(entry, str) else entry or []
 
 
 def read_passages(files: Sequence[Path]) -> dict[str, Passage]:
@@ -80,14 +75,13 @@ def read_passages(files: Sequence[Path]) -> dict[str, Passage]:
         place = at(path, number)
         for index, text in enumerate(record["pos"]):
             passage = add(text, record.get("pos_ids"), index, place, "pos_ids")
-            passage.known.setdefault(normalize_text(record["query"]), record["query"])
-        neg_q = record.get("neg_q") or [None] * len(record["neg"])
-        for index, (text, entry) in enumerate(zip(record["neg"], neg_q)):
+            passage.negative_queries.setdefault(normalize_text(record["query"]), record["query"])
+        for index, (text, queries) in enumerate(zip(record["neg"], negative_queries(record))):
             passage = add(text, record.get("neg_ids"), index, place, "neg_ids")
             passage.negative = True
-            passage.bare |= not _queries(entry)
-            for query in _queries(entry):
-                passage.known.setdefault(normalize_text(query), query)
+            passage.bare |= not queries
+            for query in queries:
+                passage.negative_queries.setdefault(normalize_text(query), query)
     return passages
 
 
@@ -128,9 +122,10 @@ def fill_lines(files: Sequence[Path], queries: Mapping[str, Sequence[str]], most
     """
     for _, _, record in _read_lines(files):
         own = normalize_text(record["query"])
-        neg_q = []
-        for text, entry in zip(record["neg"], record.get("neg_q") or [None] * len(record["neg"])):
-            if not _queries(entry):
-                entry = [q for q in queries.get(passage_key(text), ()) if normalize_text(q) != own][:most] or None
-            neg_q.append(entry)
-        yield {**record, "neg_q": neg_q}
+        given = negative_queries(record)
+        entries = list(record.get("neg_q") or given)  # as the file spells them
+        for index, text in enumerate(record["neg"]):
+            if not given[index]:
+                fitting = (q for q in queries.get(passage_key(text), ()) if normalize_text(q) != own)
+                entries[index] = list(fitting)[:most] or None
+        yield {**record, "neg_q": entries}

@@ -33,7 +33,7 @@ NEGATIVES_FILE = "negatives.jsonl"
 
 
 class MinedNegatives:
-    """The negatives of a refresh, with which a :class:`CLPLTrainDataset` goes on.
+    """The negatives of a refresh, as the training set takes them (:class:`clpl_moe.data.dataset.Negatives`).
 
     Args:
         index: of the corpus.
@@ -45,11 +45,11 @@ class MinedNegatives:
         self.places = places
 
     def get(self, example: int) -> tuple[list[str], list[list[str]]] | None:
-        """An example's negatives, and the queries that each of them answers; None where its line's own stay."""
+        """An example's negatives, and for each of them the queries that it answers; None: the file's negatives stay."""
         places = self.places.get(example)
         if places is None:
             return None
-        return [self._index.texts[p] for p in places], [list(self._index.known.get(p, {}).values()) for p in places]
+        return [self._index.texts[p] for p in places], [self._index.negative_queries(p) for p in places]
 
 
 class NegativeRefresher:
@@ -81,6 +81,7 @@ class NegativeRefresher:
     ) -> None:
         self.dataset, self.index, self.selection, self.encoding = dataset, index, selection, encoding
         self.every, self.seed, self.folder = every, seed, folder
+        self._mined: MinedNegatives | None = None
         self._last_step = 0
         self._numbers: list[int] = []
         self._queries: list[MiningQuery] = []
@@ -150,7 +151,7 @@ class NegativeRefresher:
         }
 
     def _places(self) -> dict[int, list[int]] | None:
-        return None if self.dataset.mined is None else self.dataset.mined.places
+        return None if self._mined is None else self._mined.places
 
     def _before(self, number: int) -> set[int | None]:
         """Places of an example's negatives up to now; None for those that are not in the corpus."""
@@ -160,7 +161,7 @@ class NegativeRefresher:
         return {self.index.find(text) for text in self.dataset.dataset[number]["neg"]}
 
     def _use(self, places: dict[int, list[int]], step: int) -> None:
-        self.dataset.mined = MinedNegatives(self.index, places)
+        self.dataset.mined = self._mined = MinedNegatives(self.index, places)
         self._last_step = step
 
     def save(self, path: Path) -> None:

@@ -127,10 +127,10 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
                 raise ValueError("unified_finetuning needs padded batches: set the collator's packing to False")
             embeddings = self._embed(texts)
             query, passage = (embeddings[query_rows],), (embeddings[passage_rows],)
-            negative_dense = None if negative_query_rows is None else embeddings[negative_query_rows]
+            negative_query_dense = None if negative_query_rows is None else embeddings[negative_query_rows]
         else:
             query, passage = self.encode(queries), self.encode(passages)
-            negative_dense = None if negative_queries is None else self.encode(negative_queries)[0]
+            negative_query_dense = None if negative_queries is None else self.encode(negative_queries)[0]
         query_dense, passage_dense = query[0], passage[0]
         if not self.training:
             return CLPLModelOutput(q_reps=query_dense, p_reps=passage_dense)
@@ -140,7 +140,7 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
         dense = dense_loss(
             query_dense,
             passage_dense,
-            negative_queries=negative_dense,
+            negative_queries=negative_query_dense,
             negative_index=negative_index,
             passage_ids=passage_ids if self.mask_duplicates else None,
         )

@@ -129,18 +129,19 @@ class FileReport:
             "query": [example["query"]],
             "pos": example["pos"],
             "neg": example["neg"],
-            "neg_q": [query for queries in example["neg_q"] for query in queries],
+            "neg_q": [query for queries in example["negative_queries"] for query in queries],
         }
         for kind, some in texts.items():
             self._texts[kind] += some
             self._waiting += sum(map(len, some))
         for kind, counts in self.per_query.items():
             counts.append(len(texts[kind]))
-        self.answered += sum(map(bool, example["neg_q"]))
+        self.answered += sum(map(bool, example["negative_queries"]))
         positives = frozenset(map(normalize_text, example["pos"]))
         own = sum(normalize_text(text) in positives for text in example["neg"])
         self._repeats("negatives that equal a positive", number, own)
-        line = hash((*map(tuple, (*texts.values(), map(tuple, example["neg_q"]))), example["prompt"], example["type"]))
+        answered = map(tuple, example["negative_queries"])
+        line = hash((*map(tuple, (*texts.values(), answered)), example["prompt"], example["type"]))
         self._repeats("equal lines", number, line in self._lines)
         self._lines.add(line)
         answers = hash(positives)
