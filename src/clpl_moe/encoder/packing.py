@@ -50,7 +50,6 @@ from transformers.models.xlm_roberta.modeling_xlm_roberta import (
     XLMRobertaSelfOutput,
 )
 
-from clpl_moe.encoder.joint_linear import joint_linear
 from clpl_moe.encoder.settings import check_pooling, pool
 from clpl_moe.moe.dispatch import cast, linear_dtype
 from clpl_moe.moe.install import has_experts, layer_states
@@ -280,10 +279,7 @@ def _layer(layer: nn.Module, hidden: tuple[Tensor, ...], stream: _Stream, rows: 
     attention = layer.attention.self
     shape = (-1, attention.num_attention_heads, attention.attention_head_size)
     kept = hidden if rows is None else tuple(states[:, rows] for states in hidden)
-    if rows is None:
-        states = joint_linear((attention.query, attention.key, attention.value), hidden[-1])
-    else:
-        states = attention.query(kept[-1]), *joint_linear((attention.key, attention.value), hidden[-1])
+    states = attention.query(kept[-1]), attention.key(hidden[-1]), attention.value(hidden[-1])
     query, key, value = (each.view(shape) for each in states)  # (T or n, heads, d), (T, heads, d)
     dropout = attention.dropout.p if attention.training else 0.0
     attend = _flash_attention if stream.flash else _grouped_attention
