@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "inject_moe",
     "load_encoder",
     "merge_experts",
+    "register",
     "save_encoder",
 ]
 
@@ -53,10 +55,24 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def _register_models() -> None:
-    from clpl_moe.moe.register import register_models
+def register() -> None:
+    """Let ``AutoConfig`` and ``AutoModel`` load folders with experts without ``trust_remote_code``; imports transformers.
 
-    register_models()
+    ``import clpl_moe`` does this where ``AutoModel`` has been imported before, and so does the first use of
+    ``inject_moe`` or ``load_encoder``. Calling it again changes nothing.
+    """
+    from clpl_moe.moe.modeling_clpl_moe import register_classes
+
+    register_classes()
 
 
-_register_models()
+def _auto_model_is_loaded() -> bool:
+    """Whether ``AutoModel`` has been imported, and no module of transformers is in the middle of its own import."""
+    if "transformers.models.auto.modeling_auto" not in sys.modules:
+        return False
+    loaded = [module for name, module in sys.modules.copy().items() if name.startswith("transformers.")]
+    return not any(getattr(getattr(module, "__spec__", None), "_initializing", False) for module in loaded)
+
+
+if _auto_model_is_loaded():
+    register()

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from .config import MoEConfig
 from .install import has_experts, install_experts, remove_experts
 from .layer import Experts, Router
-from .modeling_clpl_moe import become_dense, become_moe
+from .modeling_clpl_moe import become_dense, become_moe, register_classes
+
+# Whoever injects or loads experts with this package may load the saved folder with AutoModel afterwards.
+register_classes()
 
 
 def inject_moe(model: nn.Module, config: MoEConfig) -> nn.Module:
@@ -62,8 +65,8 @@ def refuse_foreign_experts(encoder: nn.Module) -> None:
     config = getattr(encoder, "config", None)
     if isinstance(getattr(config, "moe", None), dict) and not has_experts(encoder):
         raise ValueError(
-            "the encoder was loaded with the code in its folder: use clpl_moe.load_encoder, or import clpl_moe before"
-            " AutoModel loads it"
+            "the encoder was loaded with the code in its folder: use clpl_moe.load_encoder, or call clpl_moe.register()"
+            " before AutoModel loads it"
         )
 
 

@@ -12,6 +12,8 @@ import copy
 
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     BertConfig,
     BertModel,
     PretrainedConfig,
@@ -95,6 +97,13 @@ MOE_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     RobertaModel: MoERobertaModel,
     BertModel: MoEBertModel,
 }
+
+
+def register_classes() -> None:
+    """Let ``AutoConfig`` and ``AutoModel`` find the classes with experts by their ``model_type``."""
+    for model_class in MOE_CLASSES.values():
+        AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
+        AutoModel.register(model_class.config_class, model_class, exist_ok=True)
 
 
 def become_moe(encoder: nn.Module, config: MoEConfig) -> None:
