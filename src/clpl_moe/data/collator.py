@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from FlagEmbedding.abc.finetune.embedder import AbsEmbedderCollator
 
 from clpl_moe.data.dataset import Example
+from clpl_moe.data.flag_embedding import AbsEmbedderCollator
 from clpl_moe.encoder.packing import PackedTexts
 
 

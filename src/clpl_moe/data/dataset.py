@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Protocol
 
 import datasets
-from FlagEmbedding.abc.finetune.embedder import AbsEmbedderTrainDataset
 
 from clpl_moe import __version__
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import hash_file
+from clpl_moe.data.flag_embedding import AbsEmbedderTrainDataset
 from clpl_moe.data.schema import data_files, read_examples
 
 # A draw: the epoch and the number of the example. The epoch travels with the number, so that what is drawn for an

@@ -7,13 +7,12 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
-from FlagEmbedding.abc.finetune.embedder import AbsEmbedderDataArguments
-from FlagEmbedding.finetune.embedder.encoder_only.m3 import (
+from clpl_moe.common.errors import UserError
+from clpl_moe.data.flag_embedding import (
+    AbsEmbedderDataArguments,
     EncoderOnlyEmbedderM3ModelArguments,
     EncoderOnlyEmbedderM3TrainingArguments,
 )
-
-from clpl_moe.common.errors import UserError
 from clpl_moe.mine.select import Sampling, SelectionArguments
 from clpl_moe.moe.config import ROUTERS, TARGETS, MoEConfig
 from clpl_moe.train.compat import prefer_activation_checkpointing

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from FlagEmbedding.abc.finetune.embedder import EmbedderOutput
-from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM3Model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clpl_moe.data.flag_embedding import EmbedderOutput, EncoderOnlyEmbedderM3Model
 from clpl_moe.encoder.packing import PackedTexts, embed_packed, send
 from clpl_moe.encoder.settings import EmbeddingSettings, pool
 from clpl_moe.loss import CLPLLoss, CLPLOutput, gather_rows

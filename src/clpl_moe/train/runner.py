@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import yaml
-from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM3Runner
 from torch import nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
@@ -21,6 +20,7 @@ from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open, hash_file, refuse_unwritable, write_json
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.dataset import CLPLTrainDataset
+from clpl_moe.data.flag_embedding import EncoderOnlyEmbedderM3Runner
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.data.schema import data_files
 from clpl_moe.encoder.load import HEAD_FILES, find_heads, load_encoder, read_head

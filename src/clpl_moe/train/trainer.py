@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from accelerate import skip_first_batches
-from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM3Trainer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerState
 
 from clpl_moe.common.errors import UserError
+from clpl_moe.data.flag_embedding import EncoderOnlyEmbedderM3Trainer
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.encoder.load import HEAD_FILES, load_weights
 from clpl_moe.encoder.packing import PackedTexts, send
