@@ -16,6 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.resources import find_config, with_packaged_samples
+
+_called_as: str | None = None
+
+
+def called_as(program: str | None) -> None:
+    """Say how the user calls commands: ``clpl-moe`` before the verb; None: ``python -m`` before the module."""
+    global _called_as
+    _called_as = program
+
+
+def command_name(module: str) -> str:
+    """How the user calls the command of a module: ``python -m clpl_moe.mine`` or ``clpl-moe mine``."""
+    if _called_as is None:
+        return f"python -m {module}"
+    return f"{_called_as} {module.removeprefix('clpl_moe.')}"
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -49,16 +65,21 @@ def make_parser(dataclass_types: Sequence[type], prog: str, description: str, po
     """
     from transformers import HfArgumentParser
 
+    words = f" [{positional.upper()} ...]" if positional else ""
     parser = HfArgumentParser(
         tuple(dataclass_types),
-        prog=f"python -m {prog}",
+        prog=command_name(prog),
         description=description,
         formatter_class=_HelpFormatter,
-        usage=f"python -m {prog}{f' [{positional.upper()} ...]' if positional else ''} [--config FILE.yaml] [--option value ...]",
+        usage=f"{command_name(prog)}{words} [--config FILE.yaml] [--option value ...]",
         allow_abbrev=False,
     )
     if not _reads_config(dataclass_types):
-        parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line overrides it")
+        parser.add_argument(
+            "--config",
+            metavar="FILE",
+            help="YAML file of options, or the name of a packaged one such as ko; the command line overrides it",
+        )
     if positional is not None:
         parser.add_argument(_WORDS, metavar=positional.upper(), nargs="*", help=f"the same as --{positional}")
     for action in parser._actions:
@@ -150,6 +171,12 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def read_config(name: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file that ``--config NAME`` means (:func:`clpl_moe.common.resources.find_config`), and its options."""
+    path = find_config(name)
+    return path, with_packaged_samples(path, load_yaml(path))
+
+
 def _yaml_loader() -> type:
     """YAML 1.1 reads ``1e-5`` as a string and takes the last of two equal keys; both surprise in a config."""
     import re
@@ -198,8 +225,7 @@ def parse(
         if not _reads_config(dataclass_types):
             config, rest = before.parse_known_args(argv)
             if config.config is not None:
-                path = Path(config.config)
-                rest = _to_argv(path, load_yaml(path), parser) + rest
+                rest = _to_argv(*read_config(config.config), parser) + rest
             argv = rest
         for word in argv:
             name = word.split("=")[0]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clpl_moe.common.cli import command_name
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import inspect_line, read_lines
 
@@ -108,7 +109,7 @@ def read_examples(path: str | Path, *, with_scores: bool = False) -> Iterator[di
         elif not count:
             yield normalise(record, keep_scores=with_scores)
     if count > 1:
-        first += f" (the first of {count:,} faults; python -m clpl_moe.validate {path} lists them)"
+        first += f" (the first of {count:,} faults; {command_name('clpl_moe.validate')} {path} lists them)"
     if count:
         raise UserError(first)
 

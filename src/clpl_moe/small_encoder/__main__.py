@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clpl_moe.common.cli import parse
+from clpl_moe.common.cli import command_name, parse
 from clpl_moe.common.errors import command
 from clpl_moe.small_encoder import SmallEncoderArguments, build_small_encoder
 
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     size = sum(path.stat().st_size for path in files) / 1e6
     print(f"Wrote {folder} ({size:.0f} MB): {', '.join(str(path.relative_to(folder)) for path in files)}")
-    print(f"Next: python -m clpl_moe.train --config configs/quickstart.yaml --model_name_or_path {folder}")
+    print(f"Next: {command_name('clpl_moe.train')} --config quickstart --model_name_or_path {folder}")
 
 
 if __name__ == "__main__":

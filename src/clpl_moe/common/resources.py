@@ -1,0 +1,58 @@
+"""Files that come with the package: configs and samples of data.
+
+In a wheel they lie in ``clpl_moe/resources``. A clone, or an editable install of one, uses its own ``configs`` and
+``data/samples``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clpl_moe.common.errors import UserError, at
+
+_PACKAGED = Path(__file__).parents[1] / "resources"
+ROOT = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3]
+_CONFIGS = ROOT / "configs"
+_SAMPLES = "data/samples"
+
+
+def packaged_configs() -> list[str]:
+    """Names that :func:`find_config` knows, such as ``ko`` and ``paper/ko``."""
+    return sorted(path.relative_to(_CONFIGS).with_suffix("").as_posix() for path in _CONFIGS.rglob("*.yaml"))
+
+
+def find_config(name: str | Path) -> Path:
+    """The file that ``--config NAME`` means.
+
+    That is the file of this path; else ``NAME.yaml`` in the current folder; else the packaged config of this name.
+
+    Raises:
+        UserError: there is none; the message lists the packaged names.
+    """
+    path = Path(name)
+    beside = Path(f"{name}.yaml")
+    for found in (path, beside):
+        if found.is_file():
+            return found
+    if path.as_posix() in packaged_configs():
+        return _CONFIGS / beside
+    raise UserError(f"{at(path)}: no such config file; packaged ones are {', '.join(packaged_configs())}")
+
+
+def with_packaged_samples(config: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The options of a packaged config, with paths to samples that are not in the current folder.
+
+    Other configs come back as they are: their paths are relative to the current folder.
+    """
+    if _CONFIGS not in config.resolve().parents:
+        return values
+    return {key: _with_packaged_samples(value) for key, value in values.items()}
+
+
+def _with_packaged_samples(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_packaged_samples(item) for item in value]
+    if isinstance(value, str) and f"{value}/".startswith(f"{_SAMPLES}/") and not Path(value).exists():
+        return str(ROOT / value)
+    return value
