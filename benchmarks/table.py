@@ -1,4 +1,4 @@
-"""A Markdown table of each result in ``benchmarks/results/``, for docs/RESULTS.md.
+"""A Markdown table of each result in ``benchmarks/results/``, for docs/results.md and docs/speed.md.
 
 ``python benchmarks/table.py [benchmarks/results/training.json …]``
 """
