@@ -374,7 +374,7 @@ def test_existing_output_is_not_overwritten_unasked(tiny_encoder, tmp_path, caps
     with pytest.raises(SystemExit) as exit:
         run(tiny_encoder, folder)
     assert exit.value.code == 2
-    assert "--overwrite true" in capsys.readouterr().err
+    assert "set overwrite" in capsys.readouterr().err
     assert json.loads((folder / "train.jsonl").read_text()) == {"query_id": "mine"}
 
 

@@ -252,7 +252,7 @@ def test_existing_collection_stays_unless_asked_and_when_the_source_is_broken(tm
     write_gz(source / CORPUS / "docs-3.jsonl.gz", [passage(12)])
     with pytest.raises(SystemExit):
         prepare(source, tmp_path / "out")
-    assert "--overwrite true" in capsys.readouterr().err
+    assert "set overwrite" in capsys.readouterr().err
     content = (source / CORPUS / "docs-3.jsonl.gz").read_bytes()
     cut(source / CORPUS / "docs-3.jsonl.gz")
     with pytest.raises(SystemExit):

@@ -264,7 +264,7 @@ def test_existing_collection_is_not_overwritten_unasked(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         prepare(file, output=tmp_path / "out", dev_share=0.6)
     assert exit.value.code == 2
-    assert "--overwrite true" in capsys.readouterr().err
+    assert "set overwrite" in capsys.readouterr().err
     assert (tmp_path / "out" / "ko" / "dev_queries.jsonl").read_text() == before
     prepare(file, output=tmp_path / "out", dev_share=0.6, overwrite="true")
     assert (tmp_path / "out" / "ko" / "dev_queries.jsonl").read_text() != before

@@ -245,7 +245,7 @@ def test_a_report_is_replaced_when_asked_and_other_folders_never(data, no_drawin
     run_main(data)
     with pytest.raises(SystemExit):
         run_main(data)
-    assert "pass --overwrite true" in capsys.readouterr().err
+    assert "set overwrite" in capsys.readouterr().err
     run_main(data, "--overwrite", "true")
     (data / "report" / "report.html").rename(data / "report" / "other.html")
     with pytest.raises(SystemExit):

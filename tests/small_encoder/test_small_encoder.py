@@ -172,7 +172,7 @@ def test_existing_output_is_kept_unless_asked(hub_only, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["--output", str(folder)])
     assert exit_info.value.code == 2
-    assert "--overwrite true" in capsys.readouterr().err
+    assert "set overwrite" in capsys.readouterr().err
     with pytest.raises(SystemExit):  # what is no model folder is never replaced
         main(["--output", str(folder), "--overwrite", "true"])
     assert "found a folder with other things" in capsys.readouterr().err

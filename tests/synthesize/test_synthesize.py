@@ -331,7 +331,7 @@ def test_a_finished_job_writes_the_same_again_without_a_request(llm, tmp_path, c
     argv = arguments(server, train_file(tmp_path, 6), tmp_path)
     main(argv)
     before = results(tmp_path)
-    assert "--overwrite true" in refused(capfd, argv)
+    assert "set overwrite" in refused(capfd, argv)
     server.process.kill()
     main([*argv, "--overwrite=true"])
     assert results(tmp_path) == before

@@ -149,7 +149,7 @@ def refuse_existing(path: str | Path, overwrite: bool = False, *, marker: str | 
         return
     if not overwrite:
         kind = "folder is not empty" if path.is_dir() else "file exists"
-        raise UserError(f"{at(path)}: the output {kind}; name another, or pass --overwrite true to replace it")
+        raise UserError(f"{at(path)}: the output {kind}; name another, or set overwrite to replace it")
     if path.is_dir() and (marker is None or not (path / marker).is_file()):
         expected = "a file" if marker is None else f"a folder with {marker}"
         raise UserError(f"{at(path)}: found a folder with other things, expected {expected} to replace; name another")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open
@@ -65,8 +66,8 @@ def evaluate_run(
         # MRR and RR, say, are names of one measure.
         names = [name for name, measure in measures.items() if measure == value.measure]
         per_query[value.query_id].update(dict.fromkeys(names, float(value.value)))
-    means = {name: float(result.aggregated[measure]) for name, measure in measures.items()}
-    return means, per_query
+    means = cast("dict[Any, float]", result.aggregated)  # a number for one measure, a dictionary for a list of them
+    return {name: float(means[measure]) for name, measure in measures.items()}, per_query
 
 
 def write_trec_run(path: str | Path, run: Run, tag: str) -> None:

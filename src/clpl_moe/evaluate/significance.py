@@ -2,21 +2,30 @@
 
 1. For each pair, the differences of a metric, query by query.
 2. Their paired two-sided randomisation test (Fisher's; recommended for retrieval by Smucker, Allan and Carterette, CIKM 2007,
-   doi:10.1145/1321440.1321528): if neither is better, each difference might as well have the other sign. p is the share of
-   sign patterns whose mean difference lies at least as far out: of all 2^n patterns where they are at most ``resamples``, else
-   of so many random ones and the one observed.
+   doi:10.1145/1321440.1321528). If neither is better, each difference is as likely with the other sign. p is the share of
+   sign patterns whose mean difference is at least as large: among all 2^n patterns where these are at most ``resamples``,
+   otherwise among that many random patterns and the observed one.
 3. Holm's step-down correction (1979) over the pairs, so that the chance of any false alarm among them stays below the level.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from clpl_moe.evaluate.results import Result
+
 RESAMPLES = 9_999
+TEST = (
+    f"two-sided paired randomisation test over the queries ({RESAMPLES:,} random sign patterns, or all where they are no"
+    " more), p_holm: Holm's correction over the pairs of a language, score and metric"
+)
 _VALUES_AT_ONCE = 2**22
 
 
@@ -110,3 +119,16 @@ def holm(p: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, p[index] * (len(p) - rank)))
         corrected[index] = highest
     return corrected
+
+
+def compare_results(results: Sequence[Result], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Compare every pair of models by each metric, in each language and kind of score that both have."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.language, result.score), []).append(result)
+    return [
+        {"language": language, "score": score, "metric": metric, **dataclasses.asdict(comparison)}
+        for (language, score), own in groups.items()
+        for metric in metrics
+        for comparison in compare({r.label: {q: v[metric] for q, v in r.per_query.items()} for r in own})
+    ]

@@ -116,7 +116,7 @@ def report(arguments: ReportArguments) -> Path:
     Raises:
         UserError: a run or results are missing or broken, matplotlib is not installed, an output is in the way.
     """
-    from clpl_moe.evaluate import model_labels
+    from clpl_moe.evaluate.labels import model_labels
     from clpl_moe.evaluate.metrics import check_metrics
 
     output = Path(arguments.output)

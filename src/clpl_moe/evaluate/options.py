@@ -1,0 +1,76 @@
+"""The options of ``clpl_moe.evaluate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from clpl_moe.common.errors import OptionError
+from clpl_moe.evaluate.metrics import EVALUATION_METRICS, M3_WEIGHTS
+
+_MAIN_METRIC = "nDCG@10"  # of MIRACL
+
+
+@dataclass
+class EvaluateArguments:
+    """Which models to evaluate on which collections."""
+
+    model: list[str] = field(metadata={"help": "model folders or hub names; several give one table"})
+    collection: str = field(metadata={"help": "folder that holds a collection per language"})
+    languages: list[str] = field(metadata={"help": "languages: the folders in it"})
+    output: str = field(
+        metadata={
+            "help": "folder for results. A folder per language (of several models: per model and language) holds run.trec"
+            " (retrieved passages), qrels.trec (judgements) and metrics.json (metrics, and hashes of model and data); with"
+            " m3_scores also run.KIND.trec for each kind of score and metrics.m3.json. Beside them stand per_query.csv"
+            " (language, query id, text and each model's metrics of each query) and, for several models,"
+            " significance.json (each pair compared)"
+        }
+    )
+    split: str = field(default="dev", metadata={"help": "which queries and judgements"})
+    metrics: list[str] = field(
+        default_factory=lambda: list(EVALUATION_METRICS),
+        metadata={"help": "metrics, in the spelling of ir_measures; RR is the reciprocal rank (MRR), AP is MAP"},
+    )
+    top_k: int = field(default=1000, metadata={"help": "passages retrieved for each query"})
+    compare_metric: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "metrics by which each pair of models is compared: a two-sided paired randomisation test over the"
+            " queries of each language, with Holm's correction for the number of pairs; not given: nDCG@10, or the"
+            " first of metrics where that lacks it"
+        },
+    )
+    m3_scores: bool = field(
+        default=False,
+        metadata={
+            "help": "also rank the first passages of the dense run by the scores of BGE-M3's heads: sparse, multi-vec,"
+            " dense+sparse and all (weighted means); a model without sparse_linear.pt and colbert_linear.pt gets dense results only"
+        },
+    )
+    rerank_top: int = field(default=200, metadata={"help": "with m3_scores: how many passages of the dense run"})
+    m3_weights: list[float] = field(
+        default_factory=lambda: list(M3_WEIGHTS),
+        metadata={"help": "with m3_scores: weights of the dense, sparse and multi-vec score in the sums"},
+    )
+    overwrite: bool = field(default=False, metadata={"help": "replace results of another model, data or settings"})
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "rerank_top"):
+            if getattr(self, name) < 1:
+                raise OptionError(name, f"found {getattr(self, name)}, expected at least 1")
+        weights = self.m3_weights
+        if len(weights) != 3 or not all(0 <= weight < float("inf") for weight in weights) or sum(weights[:2]) == 0:
+            found = " ".join(map(str, weights))
+            raise OptionError(
+                "m3_weights", f"found {found}, expected three of at least 0, with dense or sparse above 0"
+            )
+        for name in self.compared_metrics:
+            if name not in self.metrics:
+                raise OptionError(
+                    "compare_metric", f"found {name}, expected some of metrics: {', '.join(self.metrics)}"
+                )
+
+    @property
+    def compared_metrics(self) -> list[str]:
+        """The metrics by which models are compared."""
+        return self.compare_metric or [_MAIN_METRIC if _MAIN_METRIC in self.metrics else self.metrics[0]]

@@ -1,0 +1,172 @@
+"""The plan of an evaluation: which model is ranked on which collection, and where the results go.
+
+Results belong to content, never to a name: a task's key holds hashes of weights and collection, and the settings. Equal
+content is not computed again; other content in the same folder is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import refuse_unwritable
+from clpl_moe.evaluate.metrics import DENSE, M3_SCORES, run_file
+from clpl_moe.evaluate.options import EvaluateArguments
+from clpl_moe.retrieval.collection import Collection
+from clpl_moe.retrieval.options import EncodingArguments, open_encoder
+
+if TYPE_CHECKING:
+    from clpl_moe.retrieval.options import Encoder
+
+METRICS_FILE = "metrics.json"
+M3_FILE = "metrics.m3.json"
+
+
+@dataclass
+class Task:
+    """One model on one collection, ranked by its embeddings or, from that ranking's first passages, by BGE-M3's heads."""
+
+    model: str
+    label: str
+    collection: Collection
+    folder: Path
+    key: dict[str, Any]
+    heads: bool = False
+
+    @property
+    def file(self) -> Path:
+        """The file of metrics; it vouches for the run files beside it."""
+        return self.folder / (M3_FILE if self.heads else METRICS_FILE)
+
+    @property
+    def runs(self) -> dict[str, Path]:
+        """Kind of score -> run file."""
+        return {score: self.folder / run_file(score) for score in (M3_SCORES if self.heads else (DENSE,))}
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Names and places, which may differ from those at the time when the results were computed."""
+        return {
+            "model": self.model,
+            "language": self.collection.language,
+            "split": self.collection.split,
+            "collection": str(self.collection.directory),
+        }
+
+    def finished(self) -> dict[str, Any] | None:
+        """The content of the file of metrics; None where a result is missing."""
+        return _read(self.file) if all(path.is_file() for path in self.runs.values()) else None
+
+    def refuse_other_results(self) -> None:
+        """Raise :class:`UserError` where results of something else are in the way.
+
+        ``metrics.json`` vouches for all run files of its folder: a killed command may have left those of heads without
+        ``metrics.m3.json``.
+        """
+        remedy = "name another output, or set overwrite to replace it"
+        if self.file.exists():
+            found = _read(self.file) or {}
+            if differing := [name for name in self.key if found.get(name) != self.key[name]]:
+                raise UserError(
+                    f"{at(self.file)}: holds results of something else (other {', '.join(differing)}); {remedy}"
+                )
+        elif not self.heads:
+            for path in (self.folder / run_file(score) for score in (DENSE, *M3_SCORES)):
+                if path.exists():
+                    raise UserError(f"{at(path)}: a run file without {self.file.name} is in the way; {remedy}")
+
+
+class CurrentEncoder:
+    """Loads encoders by name, and holds one at a time in memory."""
+
+    def __init__(self, encoding: EncodingArguments) -> None:
+        self.encoding = encoding
+        self._name = ""
+        self._encoder: Encoder | None = None
+
+    def open(self, name: str) -> Encoder:
+        """The encoder of that name."""
+        if self._encoder is None or self._name != name:
+            self._encoder = None
+            self._encoder, self._name = open_encoder(name, self.encoding), name
+        return self._encoder
+
+
+def plan_tasks(
+    labels: Mapping[str, str],
+    collections: Mapping[str, Collection],
+    arguments: EvaluateArguments,
+    encoding: EncodingArguments,
+    current: CurrentEncoder,
+) -> list[Task]:
+    """All that is to be ranked, models outermost; ``labels`` are those of the models.
+
+    Raises:
+        UserError: a model cannot be loaded or takes shorter texts only, other results are in the way.
+    """
+    from clpl_moe.retrieval.encode import check_lengths, model_fingerprint
+
+    tasks = []
+    for model, label in labels.items():
+        encoder = current.open(model)
+        check_lengths(encoder.model, encoding.query_max_len, encoding.passage_max_len, model)
+        model_hash = model_fingerprint(encoder.model, encoder.tokenizer)
+        heads_hash = _hash_heads(model, encoder) if arguments.m3_scores else None
+        for language, collection in collections.items():
+            folder = Path(arguments.output, label if len(labels) > 1 else "", language)
+            settings = encoder.describe(encoding)
+            settings |= {"top_k": arguments.top_k, "metrics": list(arguments.metrics)}
+            hashes = {"model_hash": model_hash, "collection_hash": collection.fingerprint()}
+            tasks.append(Task(model, label, collection, folder, {**hashes, "settings": settings}))
+            if heads_hash is not None:
+                settings = {**settings, "rerank_top": arguments.rerank_top, "m3_weights": arguments.m3_weights}
+                key = {**hashes, "settings": settings, "heads_hash": heads_hash}
+                tasks.append(Task(model, label, collection, folder, key, heads=True))
+    for task in tasks:
+        refuse_unwritable(task.file)
+        if not arguments.overwrite:
+            task.refuse_other_results()
+    return tasks
+
+
+def _hash_heads(model: str, encoder: Encoder) -> str | None:
+    """None where the model lacks heads."""
+    from clpl_moe.evaluate.m3 import load_heads
+    from clpl_moe.retrieval.store import process
+
+    heads = load_heads(model, encoder.model.config.hidden_size)
+    if heads is not None:
+        return heads.fingerprint()
+    if process()[0] == 0:
+        message = "no sparse_linear.pt and colbert_linear.pt; it is evaluated by its dense embeddings only"
+        print(f"{model}: {message}", file=sys.stderr)
+    return None
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The content of a ``metrics.json``: metrics, names and hashes of model and collection, settings.
+
+    Raises:
+        UserError: there is no such file, or it is not one of ``clpl_moe.evaluate``.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content["metrics"], dict) and {"collection", "collection_hash", "split"} <= content.keys():
+            return content
+    except OSError:
+        raise UserError(f"{at(path)}: no such file; expected results of clpl_moe.evaluate") from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{at(path)}: not the results of clpl_moe.evaluate")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_result(path)
+    except UserError:
+        return None

@@ -1,0 +1,94 @@
+import json
+import shutil
+
+import pytest
+
+from clpl_moe.evaluate import evaluate
+from clpl_moe.evaluate.metrics import M3_SCORES
+from helpers.evaluating import changed_copy, make_collection, read_csv, run, table
+
+
+def test_same_content_is_reused_wherever_it_lies(tiny_encoder, collections, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out"
+    run(tiny_encoder, collections, output)
+    before = (output / "ko" / "metrics.json").read_text()
+    before_table = table(capsys.readouterr().out)
+    shutil.copytree(tiny_encoder, tmp_path / "moved")
+    shutil.copytree(collections, tmp_path / "moved data")
+    monkeypatch.setattr(
+        "clpl_moe.evaluate.evaluation.evaluate_retrieval", lambda *a, **k: pytest.fail("computed again")
+    )
+    run(tmp_path / "moved", tmp_path / "moved data", output, batch_tokens=99)
+    printed = capsys.readouterr()
+    assert "not computed again" in printed.err
+    assert table(printed.out)[-1] == ["moved", *before_table[-1][1:]]
+    assert (output / "ko" / "metrics.json").read_text() == before
+
+
+def test_results_renamed_with_their_collection_are_reused(tiny_encoder, collections, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    options = {"m3_scores": True, "rerank_top": 5}
+    run(tiny_encoder, collections, output, **options)
+    collections = collections.rename(tmp_path / "moved")
+    for folder in (collections, output):
+        (folder / "ko").rename(folder / "kor")
+    monkeypatch.setattr(
+        "clpl_moe.evaluate.evaluation.evaluate_retrieval", lambda *a, **k: pytest.fail("computed again")
+    )
+    monkeypatch.setattr("clpl_moe.evaluate.m3.rerank", lambda *a, **k: pytest.fail("computed again"))
+    options |= {"collection": collections, "languages": ["kor"], "output": output}
+    found = evaluate(model=[tiny_encoder], passage_max_len=100, dtype="float32", **options).results
+    names = ("model", "language", "split", "collection")
+    assert len(found) == 1 + len(M3_SCORES)
+    assert {tuple(r.about[name] for name in names) for r in found} == {
+        (str(tiny_encoder), "kor", "dev", str(collections))
+    }
+    assert {row["language"] for row in read_csv(output / "per_query.csv")} == {"kor"}
+
+
+@pytest.mark.parametrize("what", ["model", "collection", "settings", "unreadable", "run only"])
+def test_other_content_is_refused(tiny_encoder, collections, tmp_path, capsys, what):
+    output = tmp_path / "out"
+    model, options = tiny_encoder, {}
+    if what == "model":
+        # Same base name, other weights.
+        model = shutil.copytree(tiny_encoder, tmp_path / "a" / "checkpoint-1")
+    run(model, collections, output)
+    if what == "model":
+        model = changed_copy(tiny_encoder, tmp_path / "b" / "checkpoint-1")
+    elif what == "collection":
+        make_collection(collections, "ko", copies=1)
+    elif what == "settings":
+        options = {"query_prompt": "query: "}
+    elif what == "unreadable":
+        (output / "ko" / "metrics.json").write_text("{")
+    else:
+        (output / "ko" / "metrics.json").unlink()
+    before = (output / "ko" / "run.trec").read_text()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run(model, collections, output, **options)
+    assert exit.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "set overwrite to replace" in message
+    assert str(output / "ko") in message
+    assert (output / "ko" / "run.trec").read_text() == before
+    run(model, collections, output, overwrite="true", **options)
+    content = json.loads((output / "ko" / "metrics.json").read_text())
+    assert content["model"] == str(model)
+    if what not in ("unreadable", "run only"):
+        assert (output / "ko" / "run.trec").read_text() != before
+
+
+def test_an_interrupted_overwrite_leaves_no_metrics_beside_a_run_of_something_else(
+    tiny_encoder, collections, tmp_path, monkeypatch
+):
+    run(tiny_encoder, collections, tmp_path / "out")
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clpl_moe.evaluate.compute.write_trec_run", interrupted)
+    with pytest.raises(SystemExit):
+        run(tiny_encoder, collections, tmp_path / "out", query_prompt="x", overwrite="true")
+    assert not (tmp_path / "out" / "ko" / "metrics.json").exists()
