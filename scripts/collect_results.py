@@ -11,7 +11,7 @@ from pathlib import Path
 
 from clpl_moe.common.files import write_json
 from clpl_moe.common.machine import machine
-from clpl_moe.report.results import read_metrics
+from clpl_moe.train.metrics_file import read_metrics
 
 
 def main() -> None:

@@ -211,12 +211,10 @@ class TestTraining:
         shown = listed(stored)
         names = [name for name, _ in shown]
         assert len(names) == len(set(names))
-        from clpl_moe.train import arguments as module
+        from clpl_moe.train import options
 
-        for cls in (module.CLPLModelArguments, module.CLPLDataArguments, module.CLPLTrainingArguments):
-            own = [name for name in cls.__annotations__ if name in cls.__dataclass_fields__]
-            assert own
-            for name in own:
+        for cls in (options.ModelOptions, options.DataOptions, options.LossOptions, options.RunOptions):
+            for name in cls.__dataclass_fields__:
                 assert dict(shown)[name] == dict(live)[name], "run scripts/update_help.py"
         for name, text in shown[1:]:
             assert "(default: " in text or "(required)" in text or name == "config", name
@@ -232,7 +230,7 @@ class TestTraining:
     def test_no_token_reaches_help_or_run_folder(self, parser, monkeypatch, tiny_encoder, tmp_path):
         """FlagEmbedding's default of --token is HF_TOKEN's value, which --help then shows."""
         from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
-        from clpl_moe.train.runner import resolved_config
+        from clpl_moe.train.stored_config import resolved_config
 
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         assert "secret" not in train.help_text()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from clpl_moe.common.errors import UserError
-from clpl_moe.report.results import read_metrics, series
+from clpl_moe.report.results import series
+from clpl_moe.train.metrics_file import read_metrics
 
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")

@@ -238,7 +238,7 @@ class Hub:
 def test_heads_of_a_hub_model(tiny_encoder, tmp_path, monkeypatch, caplog):
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    from clpl_moe.train.runner import read_heads
+    from clpl_moe.train.heads import read_heads
 
     hub = Hub(monkeypatch, tiny_encoder)
     heads = read_heads("someone/m3", required=False, cache_dir="cache", token="secret")
@@ -258,7 +258,7 @@ def test_heads_of_a_hub_model(tiny_encoder, tmp_path, monkeypatch, caplog):
 
 
 def test_heads_that_cannot_be_read(tiny_encoder, tmp_path):
-    from clpl_moe.train.runner import read_heads
+    from clpl_moe.train.heads import read_heads
 
     (tmp_path / "sparse_linear.pt").write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"sparse_linear\.pt: the head cannot be read"):

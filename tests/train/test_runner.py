@@ -8,7 +8,8 @@ from safetensors import SafetensorError
 from clpl_moe.common.errors import UserError
 from clpl_moe.train.__main__ import main
 from clpl_moe.train.arguments import CLPLDataArguments
-from clpl_moe.train.runner import check_gathering, check_same_data
+from clpl_moe.train.checks import check_gathering
+from clpl_moe.train.resume import check_same_data
 from helpers.tiny_training import arguments, make_runner, refused, train_until, write_triplets
 
 

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from clpl_moe.encoder.load import load_encoder
 from clpl_moe.evaluate import evaluation
 from clpl_moe.train.__main__ import main
-from clpl_moe.train.trainer import newest_checkpoint
+from clpl_moe.train.resume import newest_checkpoint
 from helpers.calls import Calls
 from helpers.tiny_training import arguments, make_collection, make_runner, read_metrics, refused, write_triplets
 

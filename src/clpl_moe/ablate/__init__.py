@@ -398,7 +398,7 @@ class _Options:
     def _resolve(
         self, part: str, types: list[type], place: str, given: dict[str, Any], required: dict[str, Any]
     ) -> Decisive:
-        from clpl_moe.train.runner import resolved_config
+        from clpl_moe.train.stored_config import resolved_config
 
         def named(values: dict[str, Any]) -> dict[str, Any]:
             return {f"{part}.{k}": v for k, v in values.items() if k not in _PLACES}
@@ -616,7 +616,7 @@ def _fill(run: Run) -> dict[str, Any]:
 
 def _training(run: Run) -> dict[str, Any] | None:
     """Steps and duration of a run that was trained, from its ``metrics.jsonl``, and precision."""
-    from clpl_moe.report.results import read_metrics
+    from clpl_moe.train.metrics_file import read_metrics
 
     path = run.folder / "model" / "metrics.jsonl"
     if not path.is_file():

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import parse_line
 from clpl_moe.evaluate.metrics import evaluate_run, read_trec_run
 from clpl_moe.retrieval.collection import Collection
+from clpl_moe.train.metrics_file import METRICS_FILE, read_metrics
 
 
 @dataclass
@@ -35,7 +35,7 @@ class RunCourse:
 
         config = folder / "train_config.yaml"
         options = load_yaml(config) if config.is_file() else {}
-        return cls(name, folder, options, read_metrics(folder / "metrics.jsonl"))
+        return cls(name, folder, options, read_metrics(folder / METRICS_FILE))
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """As :func:`series`."""
@@ -56,28 +56,6 @@ class RunCourse:
         except (OSError, ValueError, KeyError, TypeError):
             layers = []
         return layers if len(layers) == count else list(range(count))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``, without an unfinished last line.
-
-    Raises:
-        UserError: there is no such file, or it is not JSONL.
-    """
-    if not path.is_file():
-        raise UserError(f"{at(path)}: no such file; expected the folder of a training run")
-    lines = path.read_bytes().splitlines(keepends=True)
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            records.append(parse_line(path, number, line))
-        except UserError:
-            # A run that was killed, or is writing right now, leaves an unfinished last line.
-            if number < len(lines) or line.endswith(b"\n"):
-                raise
-    return records
 
 
 def series(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:

@@ -34,7 +34,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     )
     if training_args.dry_run:
         from clpl_moe.train.plan import make_plan
-        from clpl_moe.train.runner import check_output_dir
+        from clpl_moe.train.resume import check_output_dir
 
         check_output_dir(training_args)
         print(make_plan(model_args, data_args, training_args))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from clpl_moe.common.files import atomic_open
 from clpl_moe.data.sampler import EpochBatchSampler
-
-METRICS_FILE = "metrics.jsonl"
+from clpl_moe.train.metrics_file import METRICS_FILE, append, cut_back
 
 
 class EpochCallback(TrainerCallback):
@@ -41,21 +37,9 @@ class MetricsFileCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        path = Path(args.output_dir) / METRICS_FILE
-        if not state.is_world_process_zero or not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-                # Negatives that were mined after the checkpoint of the same step are mined again.
-                after = record["step"] + ("ance_refresh" in record)
-                if after <= state.global_step and state.global_step > 0:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue  # cut off when the run was killed
-        with atomic_open(path) as file:
-            file.writelines(f"{line}\n" for line in kept)
+        path = Path(args.output_dir or "", METRICS_FILE)
+        if state.is_world_process_zero and path.exists():
+            cut_back(path, state.global_step)
 
     def on_log(
         self,
@@ -65,29 +49,8 @@ class MetricsFileCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
-        # JSON has no nan.
-        logs = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in logs.items()
-        }
-        record = {"step": state.global_step, **fold_expert_load(logs)}
-        with (Path(args.output_dir) / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-
-
-def fold_expert_load(logs: dict[str, Any]) -> dict[str, Any]:
-    """The logs with ``expert_load/layer_i/expert_j`` entries gathered into one table ``expert_load[i][j]``."""
-    folded = {name: value for name, value in logs.items() if not name.startswith("expert_load/")}
-    table: dict[int, list[float]] = {}
-    for name, value in logs.items():
-        if name.startswith("expert_load/"):
-            layer = int(name.split("/")[1].removeprefix("layer_"))
-            table.setdefault(layer, []).append(value)
-    if table:
-        folded["expert_load"] = [table[layer] for layer in sorted(table)]
-    return folded
+        if state.is_world_process_zero and logs:
+            append(Path(args.output_dir or "", METRICS_FILE), state.global_step, logs)
 
 
 class EarlyStopping(EarlyStoppingCallback):

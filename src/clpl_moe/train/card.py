@@ -15,14 +15,10 @@ from typing import TYPE_CHECKING, Any
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open
 from clpl_moe.common.machine import versions
-from clpl_moe.moe.inject import has_experts
-from clpl_moe.report.results import read_metrics
-from clpl_moe.train.callbacks import METRICS_FILE
 
 if TYPE_CHECKING:
-    from transformers import TrainerState
-
-    from clpl_moe.train.runner import CLPLRunner
+    from clpl_moe.encoder.settings import EmbeddingSettings
+    from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 
 CARD = "README.md"
 # Between these the card's results can be replaced by later ones.
@@ -52,24 +48,45 @@ class Evaluated:
     before: dict[str, float] | None = None  # of the base model
 
 
-def write_model_card(runner: CLPLRunner) -> None:
-    """Write ``README.md`` of a finished run into its folder, from its options and its ``metrics.jsonl``."""
-    output_dir = Path(runner.training_args.output_dir)
-    course = output_dir / METRICS_FILE
-    records = read_metrics(course) if course.exists() else []
-    with atomic_open(output_dir / CARD) as file:
-        file.write(model_card(runner, [record for record in records if "eval_ndcg@10" in record]))
+@dataclass
+class CardFacts:
+    """A finished run, as far as its card tells of it.
+
+    Attributes:
+        settings: pooling and prompts.
+        experts: what the experts are; None: there are none.
+        steps: optimizer steps of the run.
+        saved_step: the step after which the model was as saved.
+        evaluations: the records of ``metrics.jsonl`` that hold metrics of the dev collection.
+    """
+
+    model_args: CLPLModelArguments
+    data_args: CLPLDataArguments
+    training_args: CLPLTrainingArguments
+    settings: EmbeddingSettings
+    experts: dict[str, Any] | None
+    parameters: int
+    trained_parameters: int
+    examples: int
+    steps: int
+    saved_step: int
+    evaluations: list[dict[str, float]]
 
 
-def model_card(runner: CLPLRunner, evaluations: list[dict[str, float]]) -> str:
+def write_model_card(facts: CardFacts) -> None:
+    """Write ``README.md`` of a finished run into its folder."""
+    with atomic_open(Path(facts.training_args.output_dir, CARD)) as file:
+        file.write(model_card(facts))
+
+
+def model_card(facts: CardFacts) -> str:
     """The text of the card."""
     from huggingface_hub import ModelCardData
 
-    model_args, data_args, args = runner.model_args, runner.data_args, runner.training_args
-    encoder, state, settings = runner.model.model, runner.trainer.state, runner.settings
-    base, experts = model_args.model_name_or_path, has_experts(encoder)
+    model_args, data_args, args = facts.model_args, facts.data_args, facts.training_args
+    base, experts = model_args.model_name_or_path, facts.experts is not None
     name = Path(args.output_dir).resolve().name
-    results = _in_training(evaluations, _saved_step(state, args), args)
+    results = _in_training(facts)
     languages = list(dict.fromkeys(x for x in (args.dev_language, args.ance_language) if x is not None))
     header = ModelCardData(
         language=languages or None,
@@ -81,26 +98,24 @@ def model_card(runner: CLPLRunner, evaluations: list[dict[str, float]]) -> str:
         model_name=name,
         eval_results=_eval_results(results) or None,
     )
-    trained = sum(p.numel() for p in runner.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in encoder.parameters())
     data = ", ".join(f"`{Path(path).name}`" for path in data_args.train_data)
     rows = {
         "base model": f"`{Path(base).name if Path(base).is_absolute() else base}`",
-        "examples": f"{len(runner.train_dataset):,} from {data}",
-        "steps": f"{state.global_step:,}, {args.per_device_train_batch_size} queries × {args.world_size} device(s) ×"
+        "examples": f"{facts.examples:,} from {data}",
+        "steps": f"{facts.steps:,}, {args.per_device_train_batch_size} queries × {args.world_size} device(s) ×"
         f" {args.gradient_accumulation_steps} accumulated, {data_args.train_group_size} passages a query",
         "loss": f"CLPL, temperature {args.temperature}, penalty weight {args.penalty_weight} ({args.penalty}), in-batch"
         f" negatives {'on' if args.in_batch_negatives else 'off'}"
         + (f", symmetric weight {args.symmetric_weight}" if args.symmetric_weight else ""),
-        "experts": f"`{json.dumps(encoder.config.moe)}`" if experts else "none",
-        "trained": f"{args.trainable}: {trained:,} of {total:,} parameters"
+        "experts": f"`{json.dumps(facts.experts)}`" if experts else "none",
+        "trained": f"{args.trainable}: {facts.trained_parameters:,} of {facts.parameters:,} parameters"
         + (f", embeddings and the lowest {args.frozen_layers} layers frozen" if args.frozen_layers else ""),
         "learning rate": f"{args.learning_rate}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)},"
         f" warmup {args.warmup_steps:g}",
         "negatives": f"mined again: {args.ance_refresh}" if args.ance_refresh else "as in the data",
         "lengths": f"queries {data_args.query_max_len}, passages {data_args.passage_max_len} tokens",
-        "embedding": f"{settings.pooling} pooling{', normalised' if settings.normalize else ''}; query prompt"
-        f" `{settings.query_prompt!r}`, passage prompt `{settings.passage_prompt!r}`",
+        "embedding": f"{facts.settings.pooling} pooling{', normalised' if facts.settings.normalize else ''}; query prompt"
+        f" `{facts.settings.query_prompt!r}`, passage prompt `{facts.settings.passage_prompt!r}`",
         "seed": str(args.seed),
         "versions": ", ".join(f"{package} {version}" for package, version in versions().items()),
     }
@@ -114,14 +129,14 @@ def model_card(runner: CLPLRunner, evaluations: list[dict[str, float]]) -> str:
         table,
         "All options stand in `train_config.yaml`, the course of the run in `metrics.jsonl`.",
         "## Use",
-        _use(args.output_dir if not Path(args.output_dir).is_absolute() else name, experts, settings),
+        _use(args.output_dir if not Path(args.output_dir).is_absolute() else name, experts, facts.settings),
         "## Citation",
         _CITATION,
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _use(name: str, experts: bool, settings: Any) -> str:
+def _use(name: str, experts: bool, settings: EmbeddingSettings) -> str:
     pooled = {"cls": "states[:, 0]", "mean": "(states * mask).sum(1) / mask.sum(1)", "last_token": "states[:, -1]"}
     side = ', padding_side="left"' if settings.pooling == "last_token" else ""
     trust = f"the folder holds the experts' code, which `trust_remote_code={experts}` runs" if experts else ""
@@ -163,24 +178,20 @@ python -m clpl_moe.evaluate --model {name} --collection COLLECTIONS --languages 
 ```"""
 
 
-def _saved_step(state: TrainerState, args: Any) -> int:
-    """The step after which the model was what the run's folder holds."""
-    best = state.best_model_checkpoint if args.load_best_model_at_end else None
-    return state.global_step if best is None else int(best.rpartition("-")[2])
-
-
-def _in_training(evaluations: list[dict[str, float]], step: int, args: Any) -> list[Evaluated]:
-    """The evaluation after ``step``, where there was one, and that before training."""
-    saved = [record for record in evaluations if record["step"] == step]
-    if not saved:
+def _in_training(facts: CardFacts) -> list[Evaluated]:
+    """The evaluation of the saved model, where there was one, and the evaluation before training."""
+    args, saved = facts.training_args, metrics_at(facts.evaluations, facts.saved_step)
+    if saved is None:
         return []
-
-    def metrics(record: dict[str, float]) -> dict[str, float]:
-        return {shown: record[f"eval_{name}"] for name, shown in _METRIC_NAMES.items()}
-
-    before = metrics(evaluations[0]) if evaluations[0]["step"] == 0 < step else None
+    before = metrics_at(facts.evaluations, 0) if facts.saved_step > 0 else None
     name = Path(args.dev_collection).resolve().name
-    return [Evaluated(name, args.dev_language, args.dev_split, metrics(saved[-1]), before)]
+    return [Evaluated(name, args.dev_language, args.dev_split, saved, before)]
+
+
+def metrics_at(evaluations: list[dict[str, float]], step: int) -> dict[str, float] | None:
+    """The metrics of an evaluation in training after ``step``, the latest if there are several; None without one."""
+    found = [record for record in evaluations if record["step"] == step]
+    return {shown: found[-1][f"eval_{name}"] for name, shown in _METRIC_NAMES.items()} if found else None
 
 
 def _eval_results(results: Sequence[Evaluated]) -> list[Any]:

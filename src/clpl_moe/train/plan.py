@@ -18,8 +18,9 @@ from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.encode import check_lengths
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
+from clpl_moe.train.checks import check_batches, check_optimizer
 from clpl_moe.train.model import choose_trainable
-from clpl_moe.train.runner import check_batches, check_optimizer, open_ance_index
+from clpl_moe.train.runner import open_ance_index
 from clpl_moe.train.trainer import count_steps
 
 # The shape of the base model of the published recipe, so that its configs can be checked where the hub is out of reach

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import math
 import os
 import time
@@ -291,18 +290,3 @@ def _full_disk_as_such(folder: str) -> Iterator[None]:
         if "No space left" not in str(error) and "PytorchStreamWriter" not in str(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder) from error
-
-
-def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end; a killed run may leave one that was not."""
-    found = []
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        number = folder.name.removeprefix("checkpoint-")
-        try:
-            # Written last, so that what comes before it is whole where this can be read.
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if number.isdigit():
-            found.append((int(number), folder))
-    return max(found)[1] if found else None

@@ -287,7 +287,7 @@ def open_reading(arguments: ValidateArguments) -> tuple[list[str], Reading]:
             count = load_counter(arguments.tokenizer)
         return arguments.train_data, _reading(count, limits, prompts, arguments.knowledge_distillation)
     from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
-    from clpl_moe.train.runner import resolve_settings
+    from clpl_moe.train.settings import resolve_settings
 
     # Nothing is written: the folder only has to be named.
     argv = ["--config", arguments.config, "--output_dir", "none"]

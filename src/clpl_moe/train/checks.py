@@ -1,0 +1,196 @@
+"""Checks of options that depend on each other, on the data or on the machine, made before anything is loaded or written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from clpl_moe.common.errors import UserError
+
+if TYPE_CHECKING:
+    from clpl_moe.data.sampler import EpochBatchSampler
+    from clpl_moe.train.arguments import CLPLDataArguments, CLPLTrainingArguments
+
+
+def check_numbers(options: Any, **least: float) -> None:
+    """Raise ValueError where a number is below its least value or not finite; None is no number."""
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and not (bound <= value < math.inf):
+            raise ValueError(f"{name} is {value}: choose a number of at least {bound}")
+
+
+def check_run(args: CLPLTrainingArguments) -> None:
+    """What transformers and torch would stop at in the middle, take for something else, or not look at."""
+    for name, instead in (
+        ("auto_find_batch_size", "lower per_device_train_batch_size, or set grad_cache_tokens"),
+        ("label_smoothing_factor", "remove it"),
+        ("neftune_noise_alpha", "remove it"),
+    ):
+        if getattr(args, name):
+            raise ValueError(f"{name} is {getattr(args, name)}, and has no effect in this training: {instead}")
+    check_numbers(
+        args,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        learning_rate=0,
+        max_grad_norm=0,
+        weight_decay=0,
+        save_total_limit=0,
+        dataloader_num_workers=0,
+        seed=0,
+        data_seed=0,
+        dev_batch_tokens=1,
+        early_stopping_patience=1,
+        frozen_layers=0,
+    )
+    if args.seed >= 2**32:
+        raise ValueError(f"seed is {args.seed}: choose a number below 2**32")
+    for name in ("logging_steps", "save_steps", "eval_steps"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}: choose a number of steps, or a share of all below 1")
+    if not args.max_steps > 0 and not 0 < args.num_train_epochs < math.inf:
+        raise ValueError(f"num_train_epochs is {args.num_train_epochs}: choose a number above 0, or set max_steps")
+    if args.sub_batch_size is not None and args.sub_batch_size < 1 and args.sub_batch_size != -1:
+        raise ValueError(f"sub_batch_size is {args.sub_batch_size}: choose at least 1, or -1 for whole batches")
+
+
+def check_loss(args: CLPLTrainingArguments) -> None:
+    """Raise ValueError where an option of the loss is out of range."""
+    from clpl_moe.loss import CLPLLoss
+
+    CLPLLoss(
+        args.temperature,
+        args.penalty_weight,
+        in_batch_negatives=args.in_batch_negatives,
+        false_negative_margin=args.false_negative_margin,
+        gather_across_devices=args.negatives_cross_device,
+        penalty=args.penalty,
+        symmetric_weight=args.symmetric_weight,
+    )
+    check_numbers(args, balance_loss_weight=0, z_loss_weight=0)
+
+
+def check_grad_cache(args: CLPLTrainingArguments) -> None:
+    """Raise ValueError where gradient caching does not fit the other options."""
+    if args.grad_cache_tokens is None:
+        return
+    if args.grad_cache_tokens < 1:
+        raise ValueError(
+            f"grad_cache_tokens is {args.grad_cache_tokens}: choose at least 1, such as 16384, or none to turn it off"
+        )
+    if args.unified_finetuning:
+        raise ValueError(
+            "grad_cache_tokens caches dense embeddings only, unified_finetuning needs every token's: choose one of them"
+        )
+    if args.sub_batch_size is not None and args.sub_batch_size > 0:
+        raise ValueError(
+            "grad_cache_tokens and sub_batch_size both cut batches into chunks: leave out sub_batch_size, which saves"
+            " hardly any memory in training"
+        )
+    if args.fsdp:
+        raise ValueError(
+            "grad_cache_tokens needs every parameter whole in the backward pass, and FSDP shards them: leave out one"
+            " of the two"
+        )
+
+
+def check_evaluation(args: CLPLTrainingArguments) -> None:
+    """Raise ValueError where options of evaluation do not fit together; derive those that follow from others."""
+    if args.dev_collection is None:
+        for name in ("early_stopping_patience", "dev_language"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"{name} needs a collection to evaluate on: set dev_collection")
+        wanted = args.eval_strategy != "no" or args.eval_on_start or args.load_best_model_at_end
+        if wanted or args.save_strategy == "best":
+            raise ValueError("evaluation in training needs a collection to evaluate on: set dev_collection")
+        return
+    if args.dev_language is None:
+        raise ValueError("dev_collection needs dev_language, the folder within it, such as ko")
+    if args.eval_strategy == "no" and args.save_strategy == "best":
+        raise ValueError("save_strategy best needs evaluations: set eval_strategy to steps or epoch")
+    if args.eval_strategy == "no" and args.save_strategy == "no" and args.early_stopping_patience is not None:
+        raise ValueError("early_stopping_patience needs evaluations: set save_strategy or eval_strategy")
+    if args.eval_strategy == "no":
+        args.eval_strategy, args.eval_steps = args.save_strategy, args.eval_steps or args.save_steps
+    if args.save_strategy != "no":
+        args.load_best_model_at_end = True
+    if args.greater_is_better is None:
+        args.greater_is_better = True
+    known = ("ndcg@5", "ndcg@10", "recall@100")
+    if (args.metric_for_best_model or "").removeprefix("eval_") not in known:
+        raise ValueError(f"metric_for_best_model is {args.metric_for_best_model!r}: choose one of {', '.join(known)}")
+
+
+def check_refreshes(args: CLPLTrainingArguments) -> None:
+    """Raise ValueError where options of refreshes do not fit together."""
+    if args.ance_refresh is None:
+        if args.ance_collection is not None:
+            raise ValueError("ance_collection is for mining in training: set ance_refresh, such as epoch")
+        return
+    if args.ance_refresh != "epoch" and not (args.ance_refresh.isdecimal() and int(args.ance_refresh) > 0):
+        raise ValueError(f"ance_refresh is {args.ance_refresh!r}: choose epoch, or a number of steps of at least 1")
+    for name in ("ance_collection", "ance_language"):
+        if getattr(args, name) is None:
+            raise ValueError(f"ance_refresh needs {name}: where the passages are that negatives are mined from")
+    if args.fsdp:
+        raise ValueError(
+            "ance_refresh lets each process encode a part of the corpus, and FSDP shards parameters: leave out one of"
+            " the two"
+        )
+    args.ance_selection()
+
+
+def check_batches(sampler: EpochBatchSampler) -> None:
+    """Raise :class:`UserError` where an epoch has no batch: a run would end without a step."""
+    if len(sampler) == 0:
+        size = sampler.batch_size * sampler.num_processes
+        raise UserError(
+            f"dataloader_drop_last leaves out everything: no file has the {size} examples of a batch; lower"
+            " per_device_train_batch_size or remove dataloader_drop_last"
+        )
+
+
+def check_gathering(in_batch_negatives: Sequence[bool], data_args: CLPLDataArguments, world_size: int) -> None:
+    """Raise :class:`UserError` where some processes of a step would gather negatives and others would not: they would wait
+    for each other forever."""
+    if world_size > 1 and not data_args.same_dataset_within_batch and len(set(in_batch_negatives)) > 1:
+        raise UserError(
+            "negatives_cross_device cannot mix files with in-batch negatives and files without (*no_in_batch_neg) in a"
+            " batch: set same_dataset_within_batch"
+        )
+
+
+def check_optimizer(args: CLPLTrainingArguments) -> None:
+    """Make the optimizer and the schedule for one number, since they check their options no sooner.
+
+    Raises:
+        UserError: an option is out of range, or the optimizer's package is not installed.
+    """
+    import torch
+    from torch import nn
+    from transformers import Trainer, get_scheduler
+
+    name = getattr(args.optim, "value", args.optim)
+    if any(family in name for family in ("galore", "apollo", "lomo")):  # they look at the model's own modules
+        return
+    steps = args.max_steps if args.max_steps > 0 else 10_000
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(
+            f"optimizer {name} or lr_scheduler_type {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}:"
+            f" {' '.join(str(error).split())}"
+        ) from None
+    except RuntimeError:  # one that takes no parameters of this kind or device; the real ones may be others
+        return

@@ -1,0 +1,263 @@
+"""The options of training that this package adds, or whose default it changes, in the groups that ``--help`` shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from clpl_moe.mine.select import Sampling, SelectionArguments
+from clpl_moe.moe.config import ROUTERS, TARGETS, MoEConfig
+
+
+def _as_in_mine(name: str, **metadata: Any) -> Any:
+    """A field that refreshes share with ``mine``: its default and help stand there."""
+    shared = SelectionArguments.__dataclass_fields__[name]
+    return field(default=shared.default, metadata={"help": f"As mine's {name}: {shared.metadata['help']}.", **metadata})
+
+
+@dataclass
+class ModelOptions:
+    """model and experts"""
+
+    token: str | None = field(
+        default=None,
+        metadata={"help": "Hub token; without it, HF_TOKEN of the environment or the stored login."},
+    )
+    num_experts: int = field(
+        default=2,
+        metadata={"help": "Experts per layer; 0 trains the dense model. A base model with experts keeps its own."},
+    )
+    top_k: int = field(default=1, metadata={"help": "Experts that each token goes to."})
+    moe_target: str = field(
+        default="intermediate",
+        metadata={
+            "help": "Which Linear of the FFN becomes experts, or the whole FFN.",
+            "choices": list(TARGETS),
+        },
+    )
+    moe_layers: str = field(
+        default="all",
+        metadata={"help": "Layers with experts: all, every:2 (from the last), or numbers such as 8,9,10,11."},
+    )
+    router: str = field(
+        default="straight_through",
+        metadata={
+            "help": "How experts are weighted; topk_softmax is that of the 2024 code, whose router does not learn at top_k 1.",
+            "choices": list(ROUTERS),
+        },
+    )
+    router_init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the router's first weights."})
+
+    def moe_config(self) -> MoEConfig | None:
+        """What to inject, or None for a dense model; raises ValueError where the options do not fit together."""
+        if self.num_experts == 0:
+            return None
+        return MoEConfig(
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            target=self.moe_target,
+            layers=self.moe_layers,
+            router=self.router,
+            router_init_std=self.router_init_std,
+        )
+
+
+@dataclass
+class DataOptions:
+    """data"""
+
+    train_data: list[str] = field(
+        default_factory=list, metadata={"help": "Files or folders of training JSONL (see data/README.md)."}
+    )
+    train_group_size: int = field(default=8, metadata={"help": "Passages per query: one positive, the rest negatives."})
+    query_max_len: int = field(
+        default=32,
+        metadata={"help": "Longest query in tokens, also of the negatives' queries; longer ones are cut."},
+    )
+    passage_max_len: int = field(default=128, metadata={"help": "Longest passage in tokens; longer ones are cut."})
+    queries_per_negative: int = field(
+        default=1, metadata={"help": "At most so many positive queries of each negative are used in a step."}
+    )
+    query_instruction_for_retrieval: str | None = field(
+        default=None,
+        metadata={"help": "Prompt before each query; without it, the base model folder's own prompt."},
+    )
+    passage_instruction_for_retrieval: str | None = field(
+        default=None,
+        metadata={"help": "Prompt before each passage; without it, the base model folder's own prompt."},
+    )
+
+
+@dataclass
+class LossOptions:
+    """loss"""
+
+    penalty_weight: float = field(
+        default=0.1, metadata={"help": "λ: the penalty's share of the loss; 0 is the plain contrastive loss."}
+    )
+    penalty: str = field(
+        default="cosine",
+        metadata={
+            "help": "The penalty: distance of negatives from their queries, as published, or contrastive: these queries have"
+            " to find the negatives among the step's passages.",
+            "choices": ["cosine", "contrastive"],
+        },
+    )
+    symmetric_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the term in which each positive has to find its query; 0: none."}
+    )
+    in_batch_negatives: bool = field(
+        default=True, metadata={"help": "Whether other queries' passages are negatives too."}
+    )
+    false_negative_margin: float | None = field(
+        default=None,
+        metadata={"help": "Leave out negatives more similar to the query than its positive by over this margin."},
+    )
+    mask_duplicates: bool = field(
+        default=True, metadata={"help": "Leave out negatives whose text is the query's own positive."}
+    )
+    balance_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the routers' load-balancing loss."})
+    z_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the routers' z-loss."})
+
+
+@dataclass
+class RunOptions:
+    """training"""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Run folder; must be new or empty, unless resuming."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check config and data, print the plan, and stop; loads no weights."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "true continues the newest checkpoint in output_dir; or a checkpoint's folder."},
+    )
+    trainable: str = field(
+        default="moe",
+        metadata={
+            "help": "What is trained: experts and routers, all FFN layers, or the whole encoder.",
+            "choices": ["moe", "ffn", "full"],
+        },
+    )
+    frozen_layers: int = field(
+        default=0,
+        metadata={
+            "help": "So many of the lowest layers stay as they are, and the embeddings with them: faster, less memory;"
+            " 0: none."
+        },
+    )
+    sentence_pooling_method: str | None = field(
+        default=None,
+        metadata={
+            "help": "How tokens become one embedding; without it, as the base model's folder says, else cls.",
+            "choices": ["cls", "mean", "last_token"],
+        },
+    )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "No padding: all texts of a step in one stream, equal ones once; false pads as FlagEmbedding does."
+            " unified_finetuning, sub_batch_size and encoders other than XLM-R, RoBERTa and BERT are padded anyway."
+        },
+    )
+    grad_cache_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens per chunk of gradient caching: large batches in the memory of this many tokens; none: off."
+        },
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "bfloat16 mixed precision; not given: where the hardware is fast at it and fp16 is not set. Without it"
+            " and fp16, evaluation and mining in training are in float32, too."
+        },
+    )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that tokenise; not given: 2 beside an accelerator, so that it does not wait, else 0."
+        },
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every so many steps, or share of all steps below 1."}
+    )
+    logging_nan_inf_filter: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Leave losses of nan or inf out of what is logged, which waits for the device in every step; not given: with"
+            " fp16 only, which skips such steps. Otherwise training stops at the first log with one."
+        },
+    )
+    save_total_limit: int | None = field(
+        default=2,
+        metadata={"help": "Checkpoints kept, the best one among them where there is a dev_collection; 0: all."},
+    )
+    report_to: str | None = field(
+        default="tensorboard",
+        metadata={"help": "Where to log besides metrics.jsonl: tensorboard, wandb, none, ...", "nargs": "+"},
+    )
+    do_train: bool = field(default=True, metadata={"help": "Kept for FlagEmbedding's configs; training always runs."})
+
+
+@dataclass
+class EvaluationOptions:
+    """evaluation in training"""
+
+    dev_collection: str | None = field(
+        default=None, metadata={"help": "Collection folder for evaluation in training (see data/README.md)."}
+    )
+    dev_language: str | None = field(default=None, metadata={"help": "Language folder within dev_collection."})
+    dev_split: str = field(default="dev", metadata={"help": "Split of dev_collection: its queries and qrels."})
+    dev_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens per batch when dev_collection or ance_collection is encoded; 2,048 on CPUs, else 16,384."
+        },
+    )
+    metric_for_best_model: str | None = field(
+        default="ndcg@10",
+        metadata={"help": "Metric of dev_collection that decides which checkpoint is best."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without improvement of metric_for_best_model."},
+    )
+
+
+@dataclass
+class RefreshOptions:
+    """negatives mined in training"""
+
+    ance_refresh: str | None = field(
+        default=None,
+        metadata={
+            "help": "Mine negatives again with the current weights: epoch (before each but the first), or every so many"
+            " steps; none: off. The whole corpus of ance_collection is encoded each time."
+        },
+    )
+    ance_collection: str | None = field(
+        default=None, metadata={"help": "Collection folder that negatives are mined from (see data/README.md)."}
+    )
+    ance_language: str | None = field(default=None, metadata={"help": "Language folder within ance_collection."})
+    ance_split: str = field(
+        default="train",
+        metadata={"help": "Split of ance_collection: passages reserved to others are no negatives."},
+    )
+    ance_positive_queries: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSONL of passage ids and the queries that each answers (docid, queries), for the penalty; not given:"
+            " the collection's positive_queries.jsonl, where there is one."
+        },
+    )
+    ance_rank_from: int = _as_in_mine("rank_from")
+    ance_rank_to: int = _as_in_mine("rank_to")
+    ance_negatives: int = _as_in_mine("negatives")
+    ance_sampling: str = _as_in_mine("sampling", choices=list(get_args(Sampling)))
+    ance_sampling_temperature: float = _as_in_mine("sampling_temperature")
+    ance_max_positive_ratio: float = _as_in_mine("max_positive_ratio")
+    ance_margin: float | None = _as_in_mine("margin")
+    ance_max_overlap: float = _as_in_mine("max_overlap")

@@ -1,0 +1,156 @@
+"""Checks before a run: is its folder free, and does a resumed run have the options and the data of its checkpoint?"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from clpl_moe.common.cli import load_yaml
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import hash_file, refuse_unwritable
+from clpl_moe.data.schema import data_files
+from clpl_moe.train.arguments import CLPLDataArguments, CLPLTrainingArguments
+from clpl_moe.train.stored_config import CONFIG_FILE
+
+logger = logging.getLogger(__name__)
+
+DATA_FILE = "train_data.json"
+
+
+# What a checkpoint's weights and optimizer state are of; they do not fit a run that changes one of these.
+_FIXED_IN_A_RUN = (
+    "num_experts", "top_k", "moe_target", "moe_layers", "router", "trainable", "frozen_layers", "unified_finetuning",
+    "colbert_dim", "fix_encoder", "fix_position_embedding",
+    # Part of the optimizer's and the schedule's state, which come back with their old values.
+    "optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+)  # fmt: skip
+
+
+def check_output_dir(args: CLPLTrainingArguments) -> None:
+    """Resolve ``resume_from_checkpoint: true`` and refuse a folder that holds something else than the run to resume.
+
+    Raises:
+        UserError: the folder is not empty and holds no run that is to be resumed, or there is no such checkpoint.
+    """
+    output_dir = Path(args.output_dir)
+    resume = args.resume_from_checkpoint
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{at(output_dir)}: a file is in the way of the run folder; name another --output_dir")
+    refuse_unwritable(output_dir / CONFIG_FILE)
+    if resume is None:
+        if output_dir.exists() and any(output_dir.iterdir()):
+            raise UserError(
+                f"{at(output_dir)}: the folder is not empty; name another --output_dir, or go on with the run in it:"
+                " --resume_from_checkpoint true"
+            )
+    elif resume.lower() == "true":
+        newest = newest_checkpoint(output_dir)
+        # A run that was killed before its first checkpoint starts again from the beginning.
+        if newest is None and output_dir.exists() and not (output_dir / CONFIG_FILE).exists():
+            raise UserError(f"{at(output_dir)}: no run to resume, found neither a checkpoint nor {CONFIG_FILE}")
+        args.resume_from_checkpoint = None if newest is None else str(newest)
+    elif not (Path(resume) / "trainer_state.json").is_file():
+        raise UserError(f"{at(resume)}: not a checkpoint of a run (no trainer_state.json); --resume_from_checkpoint")
+    elif Path(resume).resolve() == output_dir.resolve():
+        raise UserError(
+            f"{at(resume)}: a run, and no checkpoint; --resume_from_checkpoint true goes on with its newest"
+        )
+    elif Path(resume).resolve().parent != output_dir.resolve() and output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(
+            f"{at(output_dir)}: the folder is not empty, and not the run that {resume} is of; name another --output_dir"
+        )
+    checkpoint = args.resume_from_checkpoint
+    # DeepSpeed and FSDP have names of their own.
+    if checkpoint is not None and not any(any(Path(checkpoint).glob(name)) for name in ("optimizer*", "global_step*")):
+        raise UserError(
+            f"{at(checkpoint)}: holds no state of an optimizer (a run's folder, or made with save_only_model), so that it"
+            f" cannot be resumed; begin a new run with its weights: --model_name_or_path {checkpoint}"
+        )
+
+
+def check_same_run(config: dict[str, object], checkpoint: str | Path) -> None:
+    """Compare the options of a resumed run with those that its checkpoint was made with, where these are still known.
+
+    Raises:
+        UserError: an option differs that the checkpoint does not fit. Others are warned of: the run is then not the one
+            that it would have been.
+    """
+    path = Path(checkpoint).parent / CONFIG_FILE
+    if not path.is_file():
+        return
+    before = load_yaml(path)
+    names = sorted((before.keys() | config.keys()) - {"output_dir", "dry_run"})
+    changed = {name: (before.get(name), config.get(name)) for name in names if before.get(name) != config.get(name)}
+    for name in _FIXED_IN_A_RUN:
+        if name in changed:
+            old, new = changed[name]
+            raise UserError(
+                f"{name} is {new}, but the run to resume has {old} ({path}): resume it with that, or begin a new run with"
+                f" its weights: --model_name_or_path {checkpoint} and another --output_dir"
+            )
+    if changed:
+        what = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+        logger.warning("resumed with other options than %s: %s", path, what)
+
+
+def describe_data(data_args: CLPLDataArguments, training_args: CLPLTrainingArguments) -> dict[str, Any]:
+    """What decides which example comes when, besides the options: the files' contents and the number of processes."""
+    world = training_args.world_size
+    return {
+        "files": [[str(path), hash_file(path)] for path in data_files(data_args.train_data)],
+        "processes": world,
+        "batch_of_all": world * training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps,
+    }
+
+
+def check_same_data(now: dict[str, Any], checkpoint: str | Path) -> None:
+    """Compare :func:`describe_data` of a resumed run with that of the run that its checkpoint is of.
+
+    Raises:
+        UserError: the data's contents differ (another path is none), or the number of processes and with it the batch:
+            some examples would be seen twice in an epoch, others not at all.
+    """
+    path = Path(checkpoint).parent / DATA_FILE
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        files, processes, batch = before["files"], before["processes"], before["batch_of_all"]
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{at(path)}: cannot be read, though the run to resume wrote it; restore or remove it"
+        ) from None
+    if [digest for _, digest in files] != [digest for _, digest in now["files"]]:
+        known = {digest for _, digest in files}
+        new = [name for name, digest in now["files"] if digest not in known]
+        raise UserError(
+            f"{at(new[0]) if new else 'train_data'}: not the data of the run to resume, as {path} lists them: put these"
+            " back, or begin a new run on the new data, from this one's weights if you like: --model_name_or_path"
+            f" {checkpoint} and another --output_dir"
+        )
+    if processes == now["processes"]:
+        return
+    was = f"{now['processes']} processes, but the run to resume had {processes}"
+    if batch != now["batch_of_all"]:
+        raise UserError(
+            f"{was}, and {batch} examples a step where now there are {now['batch_of_all']}: start as many processes, or"
+            " choose per_device_train_batch_size and gradient_accumulation_steps for the same number"
+        )
+    logger.warning("%s: the batches are the same, but dropout and other random draws are not", was)
+
+
+def newest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end; a killed run may leave one that was not."""
+    found = []
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        number = folder.name.removeprefix("checkpoint-")
+        try:
+            # Written last, so that what comes before it is whole where this can be read.
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if number.isdigit():
+            found.append((int(number), folder))
+    return max(found)[1] if found else None
