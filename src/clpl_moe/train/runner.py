@@ -16,6 +16,7 @@ from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open, write_json
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.dataset import CLPLTrainDataset
+from clpl_moe.data.flag_embedding import EncoderOnlyEmbedderM3Runner
 from clpl_moe.encoder.load import load_encoder
 from clpl_moe.encoder.packing import can_pack
 from clpl_moe.loss import CLPLLoss
