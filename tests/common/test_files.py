@@ -5,7 +5,7 @@ import pytest
 
 from clpl_moe.common.errors import UserError, command
 from clpl_moe.common.files import atomic_dir, atomic_open, read_jsonl, refuse_existing, refuse_unwritable
-from clpl_moe.prepare import read_squad
+from clpl_moe.prepare.sources.squad import read_squad
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def _seeds(place: str, own: Any, shared: list[int]) -> list[int]:
 
 
 def _collection(language: str, spec: Any, arguments: AblateArguments, root: Path) -> CollectionJob:
-    from clpl_moe.prepare import PrepareArguments
+    from clpl_moe.prepare.options import prepare_arguments
 
     place = f"languages: '{language}'"
     spec = _section(place, spec, {"collection", "squad", "prepare", "mine", "train", "evaluate"})
@@ -326,7 +326,7 @@ def _collection(language: str, spec: Any, arguments: AblateArguments, root: Path
         return CollectionJob(language, folder.parent, _content(folder))
     values = arguments.prepare | _mapping(f"{place}: prepare", spec.get("prepare") or {})
     values |= {"squad": spec["squad"], "language": language, "output": "."}
-    (options,) = parse_values([PrepareArguments], "clpl_moe.prepare", f"{place}: prepare", values)
+    (options,) = parse_values([prepare_arguments()], "clpl_moe.prepare", f"{place}: prepare", values)
     for path in options.squad:
         if not Path(path).is_file():
             raise UserError(f"{at(path)}: no such file ({place}: squad)")
@@ -535,13 +535,9 @@ def _locked(folder: Path) -> Iterator[int]:
 
 def prepare(job: CollectionJob) -> str:
     """Make a collection from its files."""
-    from clpl_moe.prepare import make_collection, read_squad, write_collection
-
     options = job.prepare
-    articles = [article for path in options.squad for article in read_squad(path)]
-    made = make_collection(articles, options.dev_share, options.seed, options.titles)
-    write_collection(job.directory / job.language, made)
-    return ", ".join(f"{made.counts[name]:,} {name}" for name in ("passages", "train queries", "dev queries"))
+    counts = options.reader.write(job.directory / job.language, options.titles)
+    return ", ".join(f"{counts[name]:,} {name}" for name in ("passages", "train queries", "dev queries"))
 
 
 def mine_job(shop: Workshop, job: MineJob, slot: int) -> str:

@@ -15,24 +15,30 @@ from clpl_moe.common.errors import UserError
 Result = TypeVar("Result")
 
 
-def takes_options(*dataclass_types: type) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+def takes_options(
+    *dataclass_types: type | Callable[[], type],
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Let a function of one instance of each dataclass be called with their fields as keyword arguments.
 
     ``config`` names a YAML file of options, as ``--config`` does; keyword arguments override it. Calls with the
-    instances themselves go through unchanged: a command has parsed them already.
+    instances themselves go through unchanged: a command has parsed them already. A function in place of a dataclass
+    gives it at each call, for options that depend on what is registered.
 
     Raises:
         UserError: at the call, for an unknown argument (with the nearest known name) or an ill-typed value.
     """
+
+    def known_types() -> list[type]:
+        return [known if isinstance(known, type) else known() for known in dataclass_types]
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
         def call(*instances: Any, **options: Any) -> Result:
             if instances:
                 return function(*instances, **options)
-            return function(*_parse(dataclass_types, function.__name__, options))
+            return function(*_parse(known_types(), function.__name__, options))
 
-        known = [f for cls in dataclass_types for f in fields(cls) if f.init]
+        known = [f for cls in known_types() for f in fields(cls) if f.init]
         parameters = [_parameter(f) for f in sorted(known, key=_has_default)]
         result = inspect.signature(function).return_annotation
         call.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
@@ -41,7 +47,7 @@ def takes_options(*dataclass_types: type) -> Callable[[Callable[..., Result]], C
     return decorate
 
 
-def _parse(dataclass_types: tuple[type, ...], name: str, options: dict[str, Any]) -> list[Any]:
+def _parse(dataclass_types: list[type], name: str, options: dict[str, Any]) -> list[Any]:
     config = options.pop("config", None)
     values = {} if config is None else load_yaml(config)
     values |= {key: _plain(value) for key, value in options.items() if value is not None}
@@ -64,6 +70,6 @@ def _has_default(field: Field) -> bool:
 
 def _parameter(field: Field) -> inspect.Parameter:
     default = inspect.Parameter.empty if not _has_default(field) else field.default
-    if default is MISSING:
-        default = field.default_factory()  # type: ignore[misc]
+    if field.default_factory is not MISSING:
+        default = field.default_factory()
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=field.type)

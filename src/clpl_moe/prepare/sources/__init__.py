@@ -1,1 +1,7 @@
-"""Data sets of other shapes, each turned into the one layout of collections; ``prepare`` is their command line."""
+"""The data sets that ``prepare`` reads, a module each; every module in this folder is found."""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)

@@ -9,62 +9,75 @@ The JSONL files may be compressed (``.jsonl.gz``). A split takes the queries tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.prepare.sources.stream import Split, read_qrels, read_texts
-
-ID_FIELD = "_id"
-
-
-def find_files(folder: Path, splits: Sequence[str] | None = None) -> tuple[Path, Path, dict[str, Path]]:
-    """The corpus, the queries, and for each split its qrels; without ``splits`` all that are there.
-
-    Raises:
-        UserError: a file is missing.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{at(folder)}: no such folder, expected one in BEIR's layout")
-    paths = []
-    for name in ("corpus.jsonl", "queries.jsonl"):
-        candidates = (folder / name, folder / f"{name}.gz")
-        paths.append(next((path for path in candidates if path.is_file()), None))
-        if paths[-1] is None:
-            raise UserError(
-                f"{at(folder / name)}: no such file; BEIR's layout is corpus.jsonl, queries.jsonl, qrels/<split>.tsv"
-            )
-    qrels = {path.stem: path for path in sorted((folder / "qrels").glob("*.tsv"))}
-    there = f"the splits here are {', '.join(qrels)}" if qrels else "the folder holds none"
-    for split in splits or ():
-        if split not in qrels:
-            raise UserError(f"{at(folder / 'qrels' / f'{split}.tsv')}: no such file; {there}")
-    if not qrels:
-        raise UserError(f"{at(folder / 'qrels')}: no <split>.tsv, expected one for each split such as test.tsv")
-    return paths[0], paths[1], {split: qrels[split] for split in splits or qrels}
+from clpl_moe.prepare.files import read_passages, read_qrels, read_texts
+from clpl_moe.prepare.source import Passage, Source, Split, register_source
 
 
-def read_splits(queries: Path, qrels: dict[str, Path]) -> dict[str, Split]:
-    """Queries and judgements of each split.
+@register_source("beir")
+@dataclass
+class Beir(Source):
+    """A folder in BEIR's layout."""
 
-    Raises:
-        UserError: a line is broken, an id stands twice, a judgement names an unknown query.
-    """
-    texts: dict[str, str] = {}
-    lines: dict[str, int] = {}
-    for number, identifier, record in read_texts(queries, ID_FIELD):
-        if identifier in lines:
-            raise UserError(
-                f"{at(queries, number, ID_FIELD)}: '{identifier}' stands on line {lines[identifier]} already"
-            )
-        if not record["text"].strip():
-            raise UserError(f"{at(queries, number, 'text')}: the query is empty")
-        lines[identifier], texts[identifier] = number, record["text"]
-    splits = {}
-    for split, path in qrels.items():
-        judgements = read_qrels(path, ("query-id", "corpus-id", "score"), texts, queries, header=True)
-        if not judgements:
-            raise UserError(f"{at(path)}: holds no judgement")
-        judged = {query_id for query_id, _ in judgements}
-        splits[split] = Split({i: text for i, text in texts.items() if i in judged}, judgements)
-    return splits
+    id_field: ClassVar[str] = "_id"
+
+    beir: str = field(metadata={"help": "folder with corpus.jsonl, queries.jsonl and qrels/<split>.tsv"})
+    splits: list[str] | None = field(default=None, metadata={"help": "splits to read, all unless named"})
+
+    def files(self) -> list[str]:
+        return [self.beir]
+
+    def read_passages(self) -> Iterator[Passage]:
+        return read_passages([self._find("corpus.jsonl")], self.id_field)
+
+    def read_splits(self) -> dict[str, Split]:
+        """Queries and judgements of each split.
+
+        Raises:
+            UserError: a file is missing, a line is broken, an id stands twice, a judgement names an unknown query.
+        """
+        if not Path(self.beir).is_dir():
+            raise UserError(f"{at(self.beir)}: no such folder, expected one in BEIR's layout")
+        self._find("corpus.jsonl")
+        path, qrels = self._find("queries.jsonl"), self._find_qrels()
+        queries: dict[str, str] = {}
+        lines: dict[str, int] = {}
+        for number, identifier, record in read_texts(path, self.id_field):
+            if identifier in lines:
+                raise UserError(
+                    f"{at(path, number, self.id_field)}: '{identifier}' stands on line {lines[identifier]} already"
+                )
+            if not record["text"].strip():
+                raise UserError(f"{at(path, number, 'text')}: the query is empty")
+            lines[identifier], queries[identifier] = number, record["text"]
+        splits = {}
+        for split, qrels_path in qrels.items():
+            judgements = read_qrels(qrels_path, ("query-id", "corpus-id", "score"), queries, path, header=True)
+            if not judgements:
+                raise UserError(f"{at(qrels_path)}: holds no judgement")
+            judged = {query_id for query_id, _ in judgements}
+            splits[split] = Split({i: text for i, text in queries.items() if i in judged}, judgements)
+        return splits
+
+    def _find(self, name: str) -> Path:
+        path = Path(self.beir, name)
+        for candidate in (path, Path(f"{path}.gz")):
+            if candidate.is_file():
+                return candidate
+        raise UserError(f"{at(path)}: no such file; BEIR's layout is corpus.jsonl, queries.jsonl, qrels/<split>.tsv")
+
+    def _find_qrels(self) -> dict[str, Path]:
+        folder = Path(self.beir, "qrels")
+        qrels = {path.stem: path for path in sorted(folder.glob("*.tsv"))}
+        there = f"the splits here are {', '.join(qrels)}" if qrels else "the folder holds none"
+        for split in self.splits or ():
+            if split not in qrels:
+                raise UserError(f"{at(folder / f'{split}.tsv')}: no such file; {there}")
+        if not qrels:
+            raise UserError(f"{at(folder)}: no <split>.tsv, expected one for each split such as test.tsv")
+        return {split: qrels[split] for split in self.splits or qrels}

@@ -13,14 +13,18 @@ or from a folder that holds them, in the repositories' own folders or all in one
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
-from clpl_moe.common.errors import UserError, at
-from clpl_moe.prepare.sources.stream import Split, read_qrels, read_table
+from clpl_moe.common.errors import OptionError, UserError, at
+from clpl_moe.prepare.files import read_passages, read_qrels, read_table
+from clpl_moe.prepare.source import Passage, Source, Split, register_source
 from clpl_moe.retrieval.collection import check_id
 
-ID_FIELD = "docid"
 # Language -> number of the corpus's files on the hub.
 PARTS = {
     **{"ar": 5, "bn": 1, "de": 32, "en": 66, "es": 21, "fa": 5, "fi": 4, "fr": 30, "hi": 2},
@@ -31,15 +35,54 @@ CORPUS, QUERIES = "miracl/miracl-corpus", "miracl/miracl"  # repositories on the
 _PAGE = "https://huggingface.co/datasets/"
 
 
-def check_options(language: str, splits: Sequence[str]) -> None:
-    """Raise :class:`UserError` for a language that MIRACL lacks, or a split that has no public judgements."""
-    if language not in PARTS:
-        raise UserError(f"--miracl: found {language!r}, expected one of {', '.join(sorted(PARTS))}")
-    for split in splits:
-        if split not in ("train", "dev"):
-            raise UserError(f"--splits: found {split!r}, expected train or dev: judgements of others are not public")
-        if split == "train" and language in WITHOUT_TRAIN:
-            raise UserError(f"--splits: MIRACL has no train queries in {language}; pass --splits dev")
+@register_source("miracl")
+@dataclass
+class Miracl(Source):
+    """MIRACL in one language, from the hub or from a folder."""
+
+    id_field: ClassVar[str] = "docid"
+
+    miracl: str = field(metadata={"help": f"MIRACL in this language: {', '.join(sorted(PARTS))}"})
+    source: str | None = field(
+        default=None, metadata={"help": "folder that holds its files, where there is no network"}
+    )
+    splits: list[str] | None = field(default=None, metadata={"help": "train, dev or both; both unless named"})
+
+    def __post_init__(self) -> None:
+        if self.miracl not in PARTS:
+            raise OptionError("miracl", f"found {self.miracl!r}, expected one of {', '.join(sorted(PARTS))}")
+        for split in self.splits or ():
+            if split not in ("train", "dev"):
+                fault = f"found {split!r}, expected train or dev: judgements of others are not public"
+                raise OptionError("splits", fault)
+            if split == "train" and self.miracl in WITHOUT_TRAIN:
+                raise OptionError("splits", f"MIRACL has no train queries in {self.miracl}, expected dev alone")
+        if self.splits is None:
+            self.splits = ["dev"] if self.miracl in WITHOUT_TRAIN else ["train", "dev"]
+
+    def default_language(self) -> str:
+        return self.miracl
+
+    def files(self) -> list[str]:
+        return [] if self.source is None else [self.source]
+
+    def read_passages(self) -> Iterator[Passage]:
+        return read_passages(self._files[0], self.id_field)
+
+    def read_splits(self) -> dict[str, Split]:
+        return {split: read_split(*pair) for split, pair in self._files[1].items()}
+
+    @cached_property
+    def _files(self) -> tuple[list[Path], dict[str, tuple[Path, Path]]]:
+        language, splits = self.miracl, self.splits or []
+        roots = download(language, splits) if self.source is None else (Path(self.source), Path(self.source))
+        parts, files = find_files(*roots, language, splits)
+        if len(parts) < PARTS[language]:
+            few = f"{parts[0].parent}: {len(parts)} of the {PARTS[language]} files of MIRACL's passages in {language}"
+            if self.source is None:
+                raise UserError(f"{few} have come; run again with a network")
+            print(f"warning: {few} are here; the collection will hold what these have", file=sys.stderr)
+        return parts, files
 
 
 def _names(language: str, split: str) -> tuple[str, str]:
@@ -138,7 +181,7 @@ def download(language: str, splits: Sequence[str]) -> tuple[Path, Path]:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    by_hand = f"Or place the files by hand and pass --source DIR:\n{placement(language, splits)}"
+    by_hand = f"Or place the files by hand and set source to their folder DIR:\n{placement(language, splits)}"
     try:
         # The small files first: a missing token shows before hundreds of megabytes have come.
         for split in splits:

@@ -12,7 +12,7 @@ import pytest
 
 from clpl_moe.common.files import read_jsonl
 from clpl_moe.prepare.__main__ import main
-from clpl_moe.prepare.sources.stream import read_source_lines
+from clpl_moe.prepare.files import read_source_lines
 from clpl_moe.retrieval.collection import Collection
 from helpers.miracl_files import passage, write_gz, write_miracl
 
@@ -232,7 +232,7 @@ def test_faults_name_the_place_and_write_nothing(tmp_path, capsys, name):
 
 
 def test_ids_of_one_hash_are_no_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr("clpl_moe.prepare.sources.stream.hash", len, raising=False)
+    monkeypatch.setattr("clpl_moe.prepare.write.hash", len, raising=False)
     prepare(write_miracl(tmp_path / "source"), tmp_path / "out")
     assert len(lines(tmp_path / "out/ko/corpus.jsonl")) == 12
 
@@ -269,10 +269,10 @@ def test_existing_collection_stays_unless_asked_and_when_the_source_is_broken(tm
     [
         ({"miracl": "xx"}, "--miracl: found 'xx', expected one of ar, bn, de,"),
         ({"splits": "train test"}, "--splits: found 'test', expected train or dev"),
-        ({"miracl": "yo", "splits": "train dev"}, "MIRACL has no train queries in yo; pass --splits dev"),
-        ({"dev_share": 0.5}, "--dev_share goes with --squad, not with --miracl"),
-        ({"seed": 1}, "--seed goes with --squad, not with --miracl"),
-        ({"beir": "x"}, "found --miracl and --beir, expected one of --squad, --miracl and --beir"),
+        ({"miracl": "yo", "splits": "train dev"}, "--splits: MIRACL has no train queries in yo, expected dev alone"),
+        ({"dev_share": 0.5}, "--dev_share: goes with squad, not with miracl"),
+        ({"seed": 1}, "--seed: goes with squad, not with miracl"),
+        ({"beir": "x"}, "found beir and miracl, expected one of beir, miracl and squad"),
         ({"language": "a/b"}, "expected the name of a folder"),
     ],
 )
@@ -385,7 +385,7 @@ def test_without_a_network(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     message = refused(capsys, None, tmp_path / "out")
     assert "the hub could not be reached" in message
-    assert "pass --source DIR" in message
+    assert "set source to their folder DIR" in message
     for name in (f"{CORPUS}/docs-0.jsonl.gz", f"{CORPUS}/docs-2.jsonl.gz", TRAIN_TOPICS, TRAIN_QRELS, DEV_QRELS):
         assert f"DIR/{name} " in message
 

@@ -129,7 +129,7 @@ def test_missing_folders_and_splits(tmp_path, capsys):
     folder = beir(tmp_path / "set")
     for words, argv in (
         ("qrels/dev.tsv: no such file; the splits here are test, train", ("--splits", "dev")),
-        ("--source goes with --miracl, not with --beir", ("--source", "x")),
+        ("--source: goes with miracl, not with beir", ("--source", "x")),
     ):
         with pytest.raises(SystemExit):
             prepare(folder, tmp_path / "out", *argv)
@@ -145,9 +145,12 @@ def test_missing_folders_and_splits(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "found none, expected one of --squad, --miracl and --beir"),
+        ([], "found none, expected one of beir, miracl and squad"),
         (["--beir", "x"], "--language: missing"),
-        (["--squad", "x.json", "--language", "ko", "--splits", "dev"], "--splits goes with --miracl and --beir"),
+        (
+            ["--squad", "x.json", "--language", "ko", "--splits", "dev"],
+            "--splits: goes with beir and miracl, not with squad",
+        ),
     ],
 )
 def test_one_source_and_a_name(tmp_path, capsys, argv, words):

@@ -1,38 +1,19 @@
-"""Collections larger than memory: passages go from the source's files to ``corpus.jsonl`` line by line.
-
-Queries and judgements, which are few beside the passages, are read and checked first, so that their faults show at once.
-Of the passages only a hash of each id stays, 8 bytes, by which an id that stands twice is found in the end.
-"""
+"""Reading the files of a source line by line, plain or compressed, with the place of each fault."""
 
 from __future__ import annotations
 
 import gzip
 import zlib
-from array import array
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import atomic_dir, parse_line, write_jsonl
-from clpl_moe.retrieval.collection import check_id, normalize_text
+from clpl_moe.common.files import parse_line
+from clpl_moe.prepare.source import Passage
+from clpl_moe.retrieval.collection import check_id
 
 _GIT_LFS = b"version https://git-lfs"  # what stands in place of a large file that was not fetched
-
-
-@dataclass
-class Split:
-    """Queries and judgements of one split.
-
-    Attributes:
-        queries: id -> text.
-        judgements: (query id, passage id) -> relevance; 0 is an explicit negative.
-    """
-
-    queries: dict[str, str]
-    judgements: dict[tuple[str, str], int]
 
 
 def read_source_lines(path: Path, bar: Any = None) -> Iterator[tuple[int, bytes]]:
@@ -90,6 +71,24 @@ def read_texts(path: Path, id_field: str, bar: Any = None) -> Iterator[tuple[int
         yield number, record[id_field], record
 
 
+def read_passages(paths: Sequence[Path], id_field: str) -> Iterator[Passage]:
+    """The passages of JSONL files (``text``, perhaps ``title``); a bar shows the bytes read.
+
+    Raises:
+        UserError: as :func:`read_texts`.
+    """
+    from tqdm import tqdm
+
+    count = 0
+    size = sum(path.stat().st_size for path in paths if path.is_file())
+    with tqdm(total=size, unit="B", unit_scale=True, desc="passages") as bar:
+        for path in paths:
+            for number, identifier, record in read_texts(path, id_field, bar):
+                count += 1
+                yield Passage(identifier, record["text"], record["title"], at(path, number))
+            bar.set_postfix_str(f"{count:,} passages")
+
+
 def read_table(path: Path) -> Iterator[tuple[int, str]]:
     """Line number and text, without the line's end, of each line of a text file.
 
@@ -107,7 +106,7 @@ def read_table(path: Path) -> Iterator[tuple[int, str]]:
 def read_qrels(
     path: Path, fields: Sequence[str], queries: Mapping[str, str], queries_path: Path, *, header: bool = False
 ) -> dict[tuple[str, str], int]:
-    """The judgements of a file with one a line, as :class:`Split` holds them.
+    """The judgements of a file with one a line: (query id, passage id) -> relevance.
 
     Args:
         path: the file.
@@ -143,83 +142,3 @@ def read_qrels(
                 f" '{query_id}' as {judgements[query_id, passage_id]}"
             )
     return judgements
-
-
-def write_streaming(
-    folder: str | Path,
-    paths: Sequence[Path],
-    id_field: str,
-    splits: Mapping[str, Split],
-    *,
-    titles: bool = True,
-) -> Counter[str]:
-    """Write a collection, whole or not at all, and return counts of what it holds; a bar shows the bytes read.
-
-    Args:
-        folder: the collection's folder; one that is there is replaced.
-        paths: JSONL files of passages (``text``, perhaps ``title``), plain or gzip.
-        id_field: the field of the passage's id.
-        splits: name -> queries and judgements.
-        titles: whether to keep the titles.
-
-    Raises:
-        UserError: as :func:`read_texts`, or an id stands twice.
-    """
-    from tqdm import tqdm
-
-    relevant = {p for split in splits.values() for (_, p), grade in split.judgements.items() if grade > 0}
-    counts: Counter[str] = Counter()
-    hashes = array("q")  # 8 bytes a passage: Python's own strings in a set take 100 and more
-
-    def passages() -> Iterator[dict[str, Any]]:
-        size = sum(path.stat().st_size for path in paths if path.is_file())
-        with tqdm(total=size, unit="B", unit_scale=True, desc="passages") as bar:
-            for path in paths:
-                for _, identifier, record in read_texts(path, id_field, bar):
-                    hashes.append(hash(identifier))
-                    relevant.discard(identifier)
-                    title = record["title"] if titles else ""
-                    counts["passages without text"] += not record["text"].strip()
-                    # No `split`: which split a passage belongs to is not said. In MIRACL and BEIR all splits search
-                    # one corpus, and a passage judged for a dev query is a fair negative for a train query.
-                    yield {"id": identifier, "title": title, "text": record["text"]}
-                bar.set_postfix_str(f"{len(hashes):,} passages")
-
-    with atomic_dir(folder) as temporary:
-        write_jsonl(temporary / "corpus.jsonl", passages())
-        _refuse_repeated_ids(hashes, paths, id_field)
-        counts["passages"] = len(hashes)
-        for name, split in splits.items():
-            write_jsonl(temporary / f"{name}_queries.jsonl", ({"id": i, "text": t} for i, t in split.queries.items()))
-            write_jsonl(
-                temporary / f"{name}_qrels.jsonl",
-                ({"qid": q, "docid": p, "relevance": grade} for (q, p), grade in split.judgements.items()),
-            )
-            counts[f"{name} queries"] = len(split.queries)
-            counts[f"{name} queries without judgement"] = len(split.queries.keys() - {q for q, _ in split.judgements})
-            counts[f"{name} judgements: relevant"] = sum(grade > 0 for grade in split.judgements.values())
-            counts[f"{name} judgements: not relevant"] = sum(grade <= 0 for grade in split.judgements.values())
-    counts["relevant passages that the corpus lacks"] = len(relevant)
-    if "train" in splits:
-        others = {normalize_text(text) for name in splits.keys() - {"train"} for text in splits[name].queries.values()}
-        trained = map(normalize_text, splits["train"].queries.values())
-        counts["train queries that equal a query of another split (kept)"] = sum(text in others for text in trained)
-    return +counts
-
-
-def _refuse_repeated_ids(hashes: array, paths: Sequence[Path], id_field: str) -> None:
-    import numpy as np
-
-    ordered = np.sort(np.frombuffer(hashes, dtype=np.int64))
-    repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    if not repeated:
-        return
-    places: dict[str, str] = {}  # a second reading says where; two ids of one hash are no fault
-    for path in paths:
-        for number, identifier, _ in read_texts(path, id_field):
-            if hash(identifier) in repeated:
-                if identifier in places:
-                    raise UserError(
-                        f"{at(path, number, id_field)}: '{identifier}' stands at {places[identifier]} already"
-                    )
-                places[identifier] = at(path, number)

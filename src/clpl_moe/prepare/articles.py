@@ -1,0 +1,246 @@
+"""Articles whose paragraphs have questions as a retrieval collection.
+
+1. Equal contexts (Unicode NFC, white space folded) become one passage.
+2. Articles that share a title or a context form a group. Whole groups go to train or to dev, so that no
+   passage has questions on both sides. The order of the groups is a hash of the seed and of their content: it
+   depends neither on the order of the files nor on the version of Python.
+3. Questions that are impossible or empty are skipped. A question that comes again on the same side becomes
+   one query with all its passages. A train question that equals a dev question is left out.
+4. The corpus holds every passage, also those without a question, and the side of its article as ``split``: mining
+   for training takes no dev passage, which as a negative without a question would only ever be pushed away.
+   ``positive_queries.jsonl`` says which train queries each passage answers, for the penalty of the loss. Dev
+   questions are not in it, since training uses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clpl_moe.common.errors import UserError
+from clpl_moe.common.files import atomic_dir, write_jsonl
+from clpl_moe.retrieval.collection import normalize_text
+
+
+@dataclass
+class Question:
+    """One question of a paragraph; ``place`` says where it stands, for messages."""
+
+    place: str
+    id: str
+    text: str
+    impossible: bool
+
+
+@dataclass
+class Article:
+    """One article: its title (may be empty) and, for each paragraph, the context and its questions."""
+
+    title: str
+    paragraphs: list[tuple[str, list[Question]]]
+
+
+@dataclass
+class ArticleCollection:
+    """A collection as it is written, and what became of the data.
+
+    Attributes:
+        corpus: lines of ``corpus.jsonl``.
+        queries: split -> lines of its ``{split}_queries.jsonl``.
+        qrels: split -> lines of its ``{split}_qrels.jsonl``.
+        positive_queries: lines of ``positive_queries.jsonl``.
+        counts: what was read, skipped, merged and left.
+    """
+
+    corpus: list[dict[str, Any]]
+    queries: dict[str, list[dict[str, Any]]]
+    qrels: dict[str, list[dict[str, Any]]]
+    positive_queries: list[dict[str, Any]]
+    counts: Counter[str]
+
+    def write(self, folder: str | Path) -> None:
+        """Write the collection's folder, whole or not at all; a side without queries gets no files."""
+        with atomic_dir(folder) as temporary:
+            write_jsonl(temporary / "corpus.jsonl", self.corpus)
+            for split in ("train", "dev"):
+                if self.queries[split]:
+                    write_jsonl(temporary / f"{split}_queries.jsonl", self.queries[split])
+                    write_jsonl(temporary / f"{split}_qrels.jsonl", self.qrels[split])
+            if self.positive_queries:
+                write_jsonl(temporary / "positive_queries.jsonl", self.positive_queries)
+
+
+def make_collection(
+    articles: Sequence[Article], dev_share: float = 0.2, seed: int = 42, with_titles: bool = True
+) -> ArticleCollection:
+    """Merge, split and name what was read; see the module for how.
+
+    Raises:
+        UserError: a side that ``dev_share`` asks for is left empty, or two different questions share an id.
+    """
+    counts: Counter[str] = Counter(articles=len(articles))
+    titles = [normalize_text(article.title.replace("_", " ")) for article in articles]
+    corpus, asked = _merge_contexts(articles, titles if with_titles else [""] * len(articles), counts)
+    if not asked:
+        raise UserError("no question is left: all are impossible or empty")
+    is_dev = _choose_dev(_group(articles, titles), articles, titles, dev_share, seed)
+    for line in corpus:
+        line["split"] = "dev" if is_dev[int(line["id"].partition("#")[0])] else "train"
+    queries, relevant = _merge_questions(asked, is_dev, counts)
+    for split, share in (("train", 1 - dev_share), ("dev", dev_share)):
+        if share > 0 and not queries[split]:
+            raise UserError(f"no question is left for {split}: set another dev_share ({dev_share}) or seed")
+        counts[f"{split} queries"] = len(queries[split])
+    positive: dict[str, list[str]] = {}
+    for query in queries["train"]:
+        for passage_id in relevant["train"][query["id"]]:
+            positive.setdefault(passage_id, []).append(query["text"])
+    counts["passages"] = len(corpus)
+    counts["passages with train queries"] = len(positive)
+    counts["passages with dev queries"] = len({p for passages in relevant["dev"].values() for p in passages})
+    counts["dev articles"] = sum(is_dev)
+    counts["train articles"] = len(articles) - sum(is_dev)
+    return ArticleCollection(
+        corpus=corpus,
+        queries=queries,
+        qrels={
+            split: [
+                {"qid": query_id, "docid": passage_id, "relevance": 1}
+                for query_id, passages in by_query.items()
+                for passage_id in passages
+            ]
+            for split, by_query in relevant.items()
+        },
+        positive_queries=[{"docid": docid, "queries": texts} for docid, texts in positive.items()],
+        counts=counts,
+    )
+
+
+_Asked = tuple[int, str, Question]  # number of the article, passage id, question
+
+
+def _merge_contexts(
+    articles: Sequence[Article], titles: Sequence[str], counts: Counter[str]
+) -> tuple[list[dict[str, Any]], list[_Asked]]:
+    """The lines of the corpus, still without ``split``, and the questions that can be asked."""
+    corpus: dict[str, dict[str, Any]] = {}  # normalised context -> its line
+    asked: list[_Asked] = []
+    for number, article in enumerate(articles):
+        for index, (context, questions) in enumerate(article.paragraphs):
+            counts["paragraphs"] += 1
+            counts["questions"] += len(questions)
+            text = normalize_text(context)
+            if not text:
+                counts["empty contexts skipped"] += 1
+                counts["questions on empty contexts skipped"] += len(questions)
+                continue
+            if text in corpus:
+                counts["equal contexts merged"] += 1
+            else:
+                corpus[text] = {"id": f"{number}#{index}", "title": titles[number], "text": context.strip()}
+            for question in questions:
+                if question.impossible:
+                    counts["impossible questions skipped"] += 1
+                elif not question.text.strip():
+                    counts["empty questions skipped"] += 1
+                else:
+                    asked.append((number, corpus[text]["id"], question))
+    return list(corpus.values()), asked
+
+
+def _merge_questions(
+    asked: Sequence[_Asked], is_dev: Sequence[bool], counts: Counter[str]
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, list[str]]]]:
+    """The lines of each split's queries, and for each split the passage ids of each query id.
+
+    Raises:
+        UserError: two different questions share an id.
+    """
+    queries: dict[str, dict[str, dict[str, Any]]] = {"train": {}, "dev": {}}  # split -> normalised text -> line
+    relevant: dict[str, dict[str, list[str]]] = {"train": {}, "dev": {}}
+    owners: dict[str, str] = {}  # question id -> its normalised text
+    dev_texts = {normalize_text(question.text) for number, _, question in asked if is_dev[number]}
+    for number, passage_id, question in asked:
+        split = "dev" if is_dev[number] else "train"
+        text = normalize_text(question.text)
+        if owners.setdefault(question.id, text) != text:
+            raise UserError(
+                f"{question.place}: the id '{question.id}' belongs to another question already: '{owners[question.id]}'"
+            )
+        if split == "train" and text in dev_texts:
+            counts["train questions that equal a dev question left out"] += 1
+            continue
+        if text not in queries[split]:
+            queries[split][text] = {"id": question.id, "text": question.text.strip()}
+        else:
+            counts["equal questions merged"] += 1
+        passages = relevant[split].setdefault(queries[split][text]["id"], [])
+        if passage_id not in passages:
+            passages.append(passage_id)
+    return {split: list(lines.values()) for split, lines in queries.items()}, relevant
+
+
+class _Groups:
+    """Disjoint sets of articles."""
+
+    def __init__(self, size: int) -> None:
+        self.parents = list(range(size))
+
+    def find(self, item: int) -> int:
+        while self.parents[item] != item:
+            self.parents[item] = self.parents[self.parents[item]]
+            item = self.parents[item]
+        return item
+
+    def join(self, a: int, b: int) -> None:
+        a, b = sorted((self.find(a), self.find(b)))
+        self.parents[b] = a
+
+
+def _group(articles: Sequence[Article], titles: Sequence[str]) -> _Groups:
+    """The articles that share a title or a context."""
+    groups = _Groups(len(articles))
+    holder: dict[tuple[str, str], int] = {}  # a title or a context -> the first article that has it
+    for number, article in enumerate(articles):
+        contexts = (("context", normalize_text(context)) for context, _ in article.paragraphs)
+        for key in (("title", titles[number]), *contexts):
+            if key[1]:
+                groups.join(number, holder.setdefault(key, number))
+    return groups
+
+
+def _choose_dev(
+    groups: _Groups, articles: Sequence[Article], titles: Sequence[str], share: float, seed: int
+) -> list[bool]:
+    """For each article, whether its questions are for dev."""
+    members: dict[int, list[int]] = {}
+    for number in range(len(articles)):
+        members.setdefault(groups.find(number), []).append(number)
+
+    def order(numbers: list[int]) -> bytes:
+        names = sorted(
+            titles[n] + "\n" + normalize_text(" ".join(c for c, _ in articles[n].paragraphs)) for n in numbers
+        )
+        return hashlib.sha256("\n".join([str(seed), *names]).encode("utf-8", "surrogatepass")).digest()
+
+    shuffled = sorted(members.values(), key=order)
+    if 0 < share < 1 and len(shuffled) < 2:
+        raise UserError(
+            "there is only one article (or all share titles or contexts), it cannot be split into train and"
+            " dev: set dev_share to 0 for train only or to 1 for dev only"
+        )
+    wanted = round(share * len(articles))
+    if 0 < share < 1:
+        wanted = min(max(wanted, 1), len(articles) - 1)
+    chosen: list[int] = []
+    for numbers in shuffled:
+        if len(numbers) <= wanted - len(chosen):
+            chosen += numbers
+    if wanted and not chosen:  # every group is larger than what was asked for
+        chosen = min(shuffled, key=len)
+    dev = set(chosen)
+    return [number in dev for number in range(len(articles))]
