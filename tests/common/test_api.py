@@ -54,6 +54,29 @@ def test_a_config_file_gives_options_that_arguments_override(tmp_path):
     assert weigh(config=config, folder="there") == "fig 2.0 there [1]"
 
 
+def test_a_dataclass_may_read_the_config_itself():
+    @dataclass
+    class Reader:
+        config: str
+
+    @takes_options(Reader)
+    def read(reader: Reader) -> str:
+        return reader.config
+
+    assert read(config="nowhere.yaml") == "nowhere.yaml"
+
+
+def test_a_function_may_give_the_dataclass_at_each_call():
+    known = [Basket]
+
+    @takes_options(lambda: known[-1])
+    def show(instance):
+        return instance
+
+    known.append(Fruit)
+    assert show(name="fig") == Fruit("fig")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -36,16 +36,16 @@ def test_mistakes_name_the_argument(tmp_path, options, words):
 
 
 def test_a_source_is_checked_as_it_is_registered():
-    def register(name, **options):
-        annotations = {"beir": str, **dict.fromkeys(options, str | None)}
-        return register_source(name)(dataclass(type("Other", (Source,), {"__annotations__": annotations, **options})))
+    def register(name, annotations, **defaults):
+        body = {"__annotations__": dict.fromkeys(annotations.split(), str), **defaults}
+        return register_source(name)(dataclass(type("Other", (Source,), body)))
 
-    for name, options, words in (
-        ("nothing", {}, "expected a dataclass with a field 'nothing'"),
-        ("beir", {}, "there is a source 'beir' already, Beir"),
-        ("x", {"x": "", "beir": "a"}, "option 'beir' has another default in source 'beir'"),
-        ("x", {"x": ""}, "expected a default for option 'beir'"),
-        ("x", {"x": "", "beir": None, "seed": "1"}, "option 'seed' has another default in source 'squad'"),
+    for name, annotations, defaults, words in (
+        ("nothing", "beir", {}, "expected a dataclass with a field 'nothing'"),
+        ("beir", "beir", {}, "there is a source 'beir' already, Beir"),
+        ("x", "x y", {}, "expected a default for option 'y'"),
+        ("y", "y beir", {"y": "", "beir": "a"}, "option 'beir' has another default in source 'beir'"),
+        ("y", "y seed", {"y": "", "seed": "1"}, "option 'seed' has another default in source 'squad'"),
     ):
         with pytest.raises(ValueError, match=words):
-            register(name, **options)
+            register(name, annotations, **defaults)

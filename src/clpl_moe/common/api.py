@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clpl_moe.common.cli import load_yaml, parse_values
+from clpl_moe.common.cli import load_yaml, parse_values, reads_config
 from clpl_moe.common.errors import UserError
 
 Result = TypeVar("Result")
@@ -20,7 +20,8 @@ def takes_options(
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Let a function of one instance of each dataclass be called with their fields as keyword arguments.
 
-    ``config`` names a YAML file of options, as ``--config`` does; keyword arguments override it. Calls with the
+    ``config`` names a YAML file of options, as ``--config`` does, unless a dataclass has a field of that name; keyword
+    arguments override it. Calls with the
     instances themselves go through unchanged: a command has parsed them already. A function in place of a dataclass
     gives it at each call, for options that depend on what is registered.
 
@@ -48,7 +49,7 @@ def takes_options(
 
 
 def _parse(dataclass_types: list[type], name: str, options: dict[str, Any]) -> list[Any]:
-    config = options.pop("config", None)
+    config = None if reads_config(dataclass_types) else options.pop("config", None)
     values = {} if config is None else load_yaml(config)
     values |= {key: _plain(value) for key, value in options.items() if value is not None}
     try:

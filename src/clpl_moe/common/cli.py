@@ -74,9 +74,10 @@ def make_parser(dataclass_types: Sequence[type], prog: str, description: str, po
         usage=f"{command_name(prog)}{words} [--config FILE.yaml] [--option value ...]",
         allow_abbrev=False,
     )
-    if not _reads_config(dataclass_types):
+    if not reads_config(dataclass_types):
         parser.add_argument(
             "--config",
+            dest=_CONFIG,
             metavar="FILE",
             help="YAML file of options, or the name of a packaged one such as ko; the command line overrides it",
         )
@@ -92,15 +93,16 @@ def make_parser(dataclass_types: Sequence[type], prog: str, description: str, po
     return parser
 
 
-_WORDS = "positional words"  # no field has such a name
+_WORDS, _CONFIG = "positional words", "config file"  # no field has such names
 
 
-def _reads_config(dataclass_types: Sequence[type]) -> bool:
+def reads_config(dataclass_types: Sequence[type]) -> bool:
+    """Whether ``config`` is an option of the dataclasses themselves, not a file of their options."""
     return any(f.name == "config" for cls in dataclass_types for f in dataclasses.fields(cls))
 
 
 def _option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    return {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config")}
+    return {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", _CONFIG)}
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -222,7 +224,7 @@ def parse(
         before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         before.add_argument("--config")
         before.error = fail  # type: ignore[method-assign]
-        if not _reads_config(dataclass_types):
+        if not reads_config(dataclass_types):
             config, rest = before.parse_known_args(argv)
             if config.config is not None:
                 rest = _to_argv(*read_config(config.config), parser) + rest
