@@ -77,7 +77,6 @@ def make_parser(dataclass_types: Sequence[type], prog: str, description: str, po
     if not reads_config(dataclass_types):
         parser.add_argument(
             "--config",
-            dest=_CONFIG,
             metavar="FILE",
             help="YAML file of options, or the name of a packaged one such as ko; the command line overrides it",
         )
@@ -93,7 +92,7 @@ def make_parser(dataclass_types: Sequence[type], prog: str, description: str, po
     return parser
 
 
-_WORDS, _CONFIG = "positional words", "config file"  # no field has such names
+_WORDS = "positional words"  # no field has such a name
 
 
 def reads_config(dataclass_types: Sequence[type]) -> bool:
@@ -102,7 +101,9 @@ def reads_config(dataclass_types: Sequence[type]) -> bool:
 
 
 def _option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    return {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", _CONFIG)}
+    # A dataclass's own `config` has a type; ours is no option.
+    ours = ("help", "config")
+    return {a.dest: a for a in parser._actions if a.option_strings and (a.dest not in ours or a.type is not None)}
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
