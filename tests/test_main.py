@@ -77,6 +77,7 @@ def test_unknown_verbs(run, word, hint):
 @pytest.mark.parametrize(
     ("program", "called"), [("/bin/clpl-moe", "clpl-moe"), ("/x/clpl_moe/__main__.py", "python -m clpl_moe")]
 )
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # other tests of this process import commands
 def test_messages_name_the_command_as_it_was_called(run, tmp_path, program, called):
     code, out, _ = run("validate", "--help", program=program)
     assert code == 0

@@ -11,7 +11,7 @@ from clpl_moe.common.errors import OptionError, UserError, command
 @dataclass
 class Fruit:
     name: str
-    weight: float = 1.5
+    weight: float = field(default=1.5, metadata={"help": "in kg"})
 
     def __post_init__(self):
         if self.weight <= 0:
@@ -41,11 +41,37 @@ def test_instances_go_through():
 
 def test_the_signature_shows_each_option_with_its_default():
     parameters = inspect.signature(weigh).parameters
-    assert list(parameters) == ["name", "weight", "folder", "lids"]
+    assert list(parameters) == ["name", "weight", "folder", "lids", "config"]
     assert parameters["name"].default is inspect.Parameter.empty
+    assert str(inspect.signature(weigh)).startswith(
+        "(*, name: str, weight: float = 1.5, folder: str = 'here', lids: list[int] = [1]"
+    )
     assert parameters["lids"].default == [1]
     assert parameters["weight"].default == 1.5
-    assert weigh.__doc__ == "Weigh it."
+    assert (
+        weigh.__doc__
+        == "Weigh it.\n\nOptions:\n    weight: in kg\n    config: " + weigh.__doc__.partition("config: ")[2]
+    )
+
+
+def test_arguments_override_a_config_and_none_is_the_default(tmp_path):
+    config = tmp_path / "fruit.yaml"
+    config.write_text("name: fig\nweight: 3\nfolder: box\n")
+    assert weigh(config=str(config), weight=2, folder=None) == "fig 2.0 here [1]"
+    config.write_text("name: fig\nweight: much\n")
+    with pytest.raises(UserError, match=r"fruit.yaml: field 'weight': found 'much', expected float"):
+        weigh(config=config)
+    config.write_text("name: fig\nwight: 3\n")
+    with pytest.raises(UserError, match=r"fruit.yaml: unknown option 'wight'; did you mean 'weight'\?"):
+        weigh(config=config)
+
+
+def test_a_config_is_found_by_its_name_as_on_the_command_line(tmp_path, monkeypatch):
+    (tmp_path / "fruit.yaml").write_text("name: fig")
+    monkeypatch.chdir(tmp_path)
+    assert weigh(config="fruit") == "fig 1.5 here [1]"
+    with pytest.raises(UserError, match="frut: no such config file; packaged ones are .*ko"):
+        weigh(config="frut")
 
 
 def test_a_config_file_gives_options_that_arguments_override(tmp_path):
@@ -81,6 +107,11 @@ def test_a_function_may_give_the_dataclass_at_each_call():
     ("options", "message"),
     [
         ({"name": "fig", "wieght": 1}, "weigh(): unknown argument 'wieght'; did you mean 'weight'?"),
+        ({"name": "fig", "xyzzy": None}, "weigh(): unknown argument 'xyzzy'"),
+        ({"weight": 2}, "weigh(): missing argument name"),
+        ({"name": None}, "weigh(): missing argument name"),
+        ({"name": "fig", "lids": [1, "two"]}, "weigh(): field 'lids': found 'two', expected int"),
+        ({"name": "fig", "folder": ["a"]}, "weigh(): field 'folder': a list was found, one value is expected"),
         ({"name": "fig", "weight": "much"}, "weigh(): field 'weight': found 'much', expected float"),
         ({"name": "fig", "weight": -1}, "weigh(): weight: found -1.0, expected more than 0"),
     ],

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
-from clpl_moe.common.cli import load_yaml, parse_values, reads_config
+from clpl_moe.common.cli import nearest, parse_values, read_config, reads_config
 from clpl_moe.common.errors import UserError
 
 Result = TypeVar("Result")
+
+_CONFIG_HELP = "YAML file of options, or the name of a packaged one such as ko; arguments override it"
 
 
 def takes_options(
@@ -20,13 +22,16 @@ def takes_options(
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Let a function of one instance of each dataclass be called with their fields as keyword arguments.
 
-    ``config`` names a YAML file of options, as ``--config`` does, unless a dataclass has a field of that name; keyword
-    arguments override it. Calls with the
-    instances themselves go through unchanged: a command has parsed them already. A function in place of a dataclass
-    gives it at each call, for options that depend on what is registered.
+    ``config`` names a file of options as ``--config`` does, unless a dataclass has a field of that name. Arguments
+    override the file; one that is None has the option's default. Calls with the instances themselves, as commands make
+    them, go through unchanged. The function's docstring gets the help of each option.
+
+    Args:
+        dataclass_types: whose fields the options are. A function returns one at each call, for options that depend on
+            what is registered.
 
     Raises:
-        UserError: at the call, for an unknown argument (with the nearest known name) or an ill-typed value.
+        UserError: at the call, for an unknown or missing argument or an ill-typed value.
     """
 
     def known_types() -> list[type]:
@@ -39,23 +44,29 @@ def takes_options(
                 return function(*instances, **options)
             return function(*_parse(known_types(), function.__name__, options))
 
-        known = [f for cls in known_types() for f in fields(cls) if f.init]
-        parameters = [_parameter(f) for f in sorted(known, key=_has_default)]
-        result = inspect.signature(function).return_annotation
-        call.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
+        types = known_types()
+        call.__signature__ = _signature(types, function)  # type: ignore[attr-defined]
+        call.__doc__ = _with_help(function.__doc__, types)
         return call
 
     return decorate
 
 
-def _parse(dataclass_types: list[type], name: str, options: dict[str, Any]) -> list[Any]:
-    config = None if reads_config(dataclass_types) else options.pop("config", None)
-    values = {} if config is None else load_yaml(config)
-    values |= {key: _plain(value) for key, value in options.items() if value is not None}
-    try:
-        return parse_values(dataclass_types, f"clpl_moe.{name}", f"{name}()", values)
-    except UserError as error:
-        raise UserError(str(error).replace("unknown option", "unknown argument")) from None
+def _parse(dataclass_types: Sequence[type], name: str, options: dict[str, Any]) -> list[Any]:
+    """One instance of each dataclass; messages begin with ``name()`` or with the file of options."""
+    place, known = f"{name}()", _fields(dataclass_types)
+    config = None
+    if not reads_config(dataclass_types) and (named := options.pop("config", None)) is not None:
+        path, lines = read_config(named)
+        config = path, {key: value for key, value in lines.items() if key not in options}
+    for key in options:
+        if key not in known:
+            raise UserError(f"{place}: unknown argument '{key}'{nearest(key, known, '')}")
+    values = {key: _plain(value) for key, value in options.items() if value is not None}
+    given = values if config is None else config[1] | values
+    if missing := [key for key, field in known.items() if not _has_default(field) and given.get(key) is None]:
+        raise UserError(f"{place}: missing argument{'s' * (len(missing) > 1)} {', '.join(missing)}")
+    return parse_values(dataclass_types, f"clpl_moe.{name}", place, values, config)
 
 
 def _plain(value: Any) -> Any:
@@ -65,12 +76,48 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def _fields(dataclass_types: Sequence[type]) -> dict[str, Field]:
+    return {field.name: field for cls in dataclass_types for field in fields(cls) if field.init}
+
+
 def _has_default(field: Field) -> bool:
     return field.default is not MISSING or field.default_factory is not MISSING
 
 
-def _parameter(field: Field) -> inspect.Parameter:
-    default = inspect.Parameter.empty if not _has_default(field) else field.default
+def _signature(dataclass_types: Sequence[type], function: Callable[..., Any]) -> inspect.Signature:
+    """Every option as a keyword argument, those without a default first."""
+    hints: dict[str, Any] = {}
+    for described in (*dataclass_types, function):
+        try:
+            hints |= get_type_hints(described)
+        except NameError:  # imported for type checkers only
+            continue
+    known = sorted(_fields(dataclass_types).values(), key=_has_default)
+    parameters = [_parameter(field, hints.get(field.name, field.type)) for field in known]
+    if not reads_config(dataclass_types):
+        parameters.append(
+            inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | Path | None)
+        )
+    result = hints.get("return", inspect.signature(function).return_annotation)
+    return inspect.Signature(parameters, return_annotation=result)
+
+
+def _parameter(field: Field, annotation: Any) -> inspect.Parameter:
+    default = inspect.Parameter.empty if field.default is MISSING else field.default
     if field.default_factory is not MISSING:
         default = field.default_factory()
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=field.type)
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _with_help(doc: str | None, dataclass_types: Sequence[type]) -> str:
+    """The docstring, and the help of each option below it, for ``help()`` and notebooks."""
+    lines = [
+        f"    {name}: {field.metadata['help']}"
+        for name, field in _fields(dataclass_types).items()
+        if "help" in field.metadata
+    ]
+    if not lines:
+        return doc or ""
+    if not reads_config(dataclass_types):
+        lines.append(f"    config: {_CONFIG_HELP}")
+    return "\n".join([inspect.cleandoc(doc or ""), "", "Options:", *lines])

@@ -11,12 +11,15 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.resources import find_config, with_packaged_samples
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
 
 _called_as: str | None = None
 
@@ -57,7 +60,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return ", ".join(names) + value
 
 
-def make_parser(dataclass_types: Sequence[type], prog: str, description: str, positional: str | None = None):
+def make_parser(
+    dataclass_types: Sequence[type], prog: str, description: str, positional: str | None = None
+) -> HfArgumentParser:
     """The argument parser of one command; each dataclass field is an option of the same name.
 
     A dataclass with a field ``config`` reads that file itself. ``positional`` names a field that may also be written as
@@ -67,7 +72,7 @@ def make_parser(dataclass_types: Sequence[type], prog: str, description: str, po
 
     words = f" [{positional.upper()} ...]" if positional else ""
     parser = HfArgumentParser(
-        tuple(dataclass_types),
+        cast(Any, tuple(dataclass_types)),
         prog=command_name(prog),
         description=description,
         formatter_class=_HelpFormatter,
@@ -106,21 +111,24 @@ def _option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]
     return {a.dest: a for a in parser._actions if a.option_strings and (a.dest not in ours or a.type is not None)}
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else "; --help lists the options"
+def nearest(name: str, known: Iterable[str], otherwise: str = "; --help lists the options") -> str:
+    """The end of a message on an unknown name: the known one that is most like it."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else otherwise
 
 
-def _to_argv(path: Path, values: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+def _to_argv(path: str | Path, values: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+    """Options of a file, or of another place that messages name as ``path``, as a command line has them."""
     known = _option_names(parser)
     argv: list[str] = []
     for key, value in values.items():
         if key not in known:
-            raise UserError(f"{at(path)}: unknown option '{key}'{_nearest(str(key), list(known))}")
+            raise UserError(f"{at(path)}: unknown option '{key}'{nearest(str(key), known)}")
         if value is None:
-            if known[key].default not in (None, [], argparse.SUPPRESS):
+            default = known[key].default
+            if default not in (None, [], argparse.SUPPRESS):
                 raise UserError(
-                    f"{at(path, field=key)}: found null, expected a value; without the line it is {known[key].default}"
+                    f"{at(path, field=key)}: found null, expected a value; without the line it is {default}"
                 )
             continue
         items = value if isinstance(value, list) else [value]
@@ -129,17 +137,16 @@ def _to_argv(path: Path, values: dict[str, Any], parser: argparse.ArgumentParser
         if not items:
             raise UserError(f"{at(path, field=key)}: an empty list was found, at least one value is expected")
         words = [json.dumps(v, default=str) if isinstance(v, dict) else str(v) for v in items]
+        for item, word in zip(items, words):
+            _check_value(path, key, item, known[key], word)
         # `=` keeps a value that begins with a dash from being taken for an option.
-        spelled = [f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words]
-        if len(words) == 1:
-            _check_value(path, key, value, known[key], words[0])
-        argv += spelled
+        argv += [f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words]
     return argv
 
 
-def _check_value(path: Path, key: str, value: Any, action: argparse.Action, word: str) -> None:
+def _check_value(path: str | Path, key: str, value: Any, action: argparse.Action, word: str) -> None:
     """Refuse an ill-typed value here, where the file's name is known."""
-    if value == "" or action.type is None:
+    if value == "" or not callable(action.type):
         return
     try:
         converted = action.type(word)
@@ -217,7 +224,7 @@ def parse(
     typed = argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser(dataclass_types, prog, description, positional)
 
-    def fail(message: str) -> None:
+    def fail(message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the options")
 
     if "-h" not in argv and "--help" not in argv:
@@ -233,8 +240,8 @@ def parse(
         for word in argv:
             name = word.split("=")[0]
             if name.startswith("--") and name not in parser._option_string_actions:
-                known = list(_option_names(parser))
-                raise UserError(f"unknown option '{name}'{_nearest(name[2:].replace('-', '_'), known)}")
+                close = nearest(name[2:].replace("-", "_"), _option_names(parser))
+                raise UserError(f"unknown option '{name}'{close}")
     # Words may stand between options, which only the second one reads.
     namespace, unknown = (parser.parse_known_intermixed_args if positional else parser.parse_known_args)(argv)
     if positional is not None and getattr(namespace, _WORDS, None):
@@ -254,7 +261,13 @@ def parse(
     return outputs
 
 
-def parse_values(dataclass_types: Sequence[type], prog: str, place: str, values: dict[str, Any]) -> list[Any]:
+def parse_values(
+    dataclass_types: Sequence[type],
+    prog: str,
+    place: str,
+    values: dict[str, Any],
+    config: tuple[Path, dict[str, Any]] | None = None,
+) -> list[Any]:
     """As :func:`parse`, from a dictionary of options that is part of another command's configuration.
 
     Args:
@@ -262,11 +275,14 @@ def parse_values(dataclass_types: Sequence[type], prog: str, place: str, values:
         prog: the command that they are for.
         place: where they stand, for messages.
         values: option -> value, as YAML has them.
+        config: further options, and the file that they are from; ``values`` override them.
 
     Raises:
         UserError: as :func:`parse`; the message begins with ``place``.
     """
-    argv = _to_argv(Path(place), values, make_parser(dataclass_types, prog, ""))
+    parser = make_parser(dataclass_types, prog, "")
+    argv = [] if config is None else _to_argv(*config, parser)
+    argv += _to_argv(place, values, parser)
     try:
         return parse(dataclass_types, prog, "", argv)
     except UserError as error:

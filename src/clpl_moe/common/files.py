@@ -58,7 +58,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
 def parse_line(path: str | Path, number: int, raw: bytes) -> dict[str, Any]:
     """One line of a JSONL file as an object; raises :class:`UserError` with file and line otherwise."""
     record, faults = inspect_line(number, raw)
-    if faults:
+    if record is None or faults:
         raise UserError(f"{at(path, number)}: {faults[0]}")
     return record
 
