@@ -28,7 +28,7 @@ import numpy as np
 from clpl_moe.common.errors import UserError, at, command
 from clpl_moe.common.files import refuse_existing
 from clpl_moe.report.charts import BLUE, GREEN, GREY, INK, PALE, PURPLE, VERMILLION, draw_curve, save, style
-from clpl_moe.report.results import series
+from clpl_moe.report.course import series
 from clpl_moe.train.metrics_file import read_metrics
 
 if TYPE_CHECKING:

@@ -7,22 +7,16 @@ from pathlib import Path
 
 from clpl_moe.common.cli import parse
 from clpl_moe.common.errors import command
-from clpl_moe.report.card import CardArguments, read_results
+from clpl_moe.report.card import card
+from clpl_moe.report.options import CardArguments
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    (arguments,) = parse(
-        [CardArguments],
-        prog="clpl_moe.card",
-        description="Put results of clpl_moe.evaluate into the model card of a run.",
-        argv=argv,
-    )
-    from clpl_moe.train.card import add_results
-
-    results = read_results(arguments.after, arguments.before)
-    add_results(arguments.run, results)
+    description = "Put results of clpl_moe.evaluate into the model card of a run."
+    (arguments,) = parse([CardArguments], prog="clpl_moe.card", description=description, argv=argv)
+    results = card(arguments)
     print(f"wrote {Path(arguments.run, 'README.md')}: results on {', '.join(r.language for r in results)}")
 
 

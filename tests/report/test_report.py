@@ -6,20 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import write_json, write_jsonl
-from clpl_moe.evaluate.metrics import write_trec_run
-from clpl_moe.report import charts, cut, is_right_to_left
+from clpl_moe.report import charts, report
 from clpl_moe.report.__main__ import main
-from clpl_moe.report.results import compare_results
-from clpl_moe.retrieval.collection import Collection
+from helpers.reports import TEXTS, make_data
 
 pytest.importorskip("matplotlib")
-
-TEXTS = {
-    "ko": ["서울의 궁궐은 <b>조선</b> 시대에 지어졌다.", "부산은 바다에 접한 도시이다.", "한글은 세종이 만들었다."],
-    "fa": ["تهران پایتخت ایران است.", "می‌خواهم به اصفهان بروم.", "شیراز شهر شعر است."],
-    "hi": ["दिल्ली भारत की राजधानी है।", "गंगा एक नदी है।", "हिन्दी देवनागरी में लिखी जाती है।"],
-}
 
 
 @pytest.fixture
@@ -39,40 +32,6 @@ def drawn(tmp_path_factory):
     """A report with its pictures: its page, and the folder."""
     data = make_data(tmp_path_factory.mktemp("report"))
     return run_main(data, *results(data)), data / "report"
-
-
-def make_data(tmp_path: Path) -> Path:
-    """Collections in three scripts, results before and after a run, and the run's course. Query 0 is gained, 1 lost, 2 the same."""
-    for language, texts in TEXTS.items():
-        folder = tmp_path / "data" / language
-        write_jsonl(folder / "corpus.jsonl", ({"id": f"p{i}", "text": text} for i, text in enumerate(texts)))
-        write_jsonl(folder / "dev_queries.jsonl", ({"id": f"q{i}", "text": f"{t[:6]}?"} for i, t in enumerate(texts)))
-        write_jsonl(folder / "dev_qrels.jsonl", ({"qid": f"q{i}", "docid": f"p{i}", "relevance": 1} for i in range(3)))
-        collection = Collection.load(tmp_path / "data", language, "dev")
-        runs = {
-            "before": {"q0": ["p1", "p0"], "q1": ["p1", "p2"], "q2": ["p2"]},
-            "after": {"q0": ["p0", "p1"], "q1": ["p2", "p0"], "q2": ["p2"]},
-        }
-        for name, run in runs.items():
-            scores = {query: {p: 1.0 - rank / 10 for rank, p in enumerate(found)} for query, found in run.items()}
-            write_trec_run(tmp_path / name / language / "run.trec", scores, name)
-            about = {"collection": str(tmp_path / "data"), "collection_hash": collection.fingerprint(), "split": "dev"}
-            write_json(tmp_path / name / language / "metrics.json", {"metrics": {}, **about})
-    records = [
-        {"step": 0, "eval_ndcg@5": 0.5, "eval_ndcg@10": 0.6},
-        *(
-            {"step": s, "loss": 1 / s, "contrastive": 1 / s, "penalty": 0.1, "learning_rate": 1e-5, "grad_norm": 2.0, "z": 0.0,
-             "expert_load": [[0.25, 0.75], [0.5, 0.5]]}
-            for s in (1, 2, 3)
-        ),
-        {"step": 3, "eval_ndcg@5": 0.7, "eval_ndcg@10": 0.8},
-        {"step": 3, "train_runtime": 120.0},
-    ]  # fmt: skip
-    write_jsonl(tmp_path / "run" / "metrics.jsonl", records)
-    moe = {"layers": "8,10", "num_experts": 2, "top_k": 1}
-    write_json(tmp_path / "run" / "config.json", {"moe": moe, "num_hidden_layers": 12})
-    (tmp_path / "run" / "train_config.yaml").write_text("model_name_or_path: base <model>\nlearning_rate: 1.0e-05\n")
-    return tmp_path
 
 
 def run_main(data: Path, *argv: str, runs=("run",)) -> str:
@@ -142,19 +101,6 @@ def test_texts_keep_their_letters_language_and_direction(drawn):
             assert set(found) == {(language, "rtl" if language == "fa" else "ltr")}
     english = [lang for text, lang, _ in page.texts if text.startswith("rank ")]
     assert set(english) == {"en"}
-
-
-def test_gained_and_lost_queries_with_what_was_retrieved(data):
-    found = compare_results("run", data / "before", data / "after", "fa", "nDCG@5", depth=1)
-    assert [(q.id, round(q.before, 4), q.after) for q in found.gained] == [("q0", 0.6309, 1.0)]
-    assert [(q.id, q.before, q.after) for q in found.lost] == [("q1", 1.0, 0.0)]
-    (query,) = found.gained
-    assert query.relevant == [TEXTS["fa"][0]]
-    assert [(hit.rank, hit.text, hit.relevant) for hit in query.hits_before] == [(1, TEXTS["fa"][1], False)]
-    assert [(hit.rank, hit.text, hit.relevant) for hit in query.hits_after] == [(1, TEXTS["fa"][0], True)]
-    assert found.counts() == (1, 1, 1)
-    assert found.mean("before") == pytest.approx((0.63093 + 1 + 1) / 3, abs=1e-5)
-    assert found.mean("after") == pytest.approx(2 / 3)
 
 
 def test_table_of_every_query(data, no_drawing):
@@ -231,7 +177,7 @@ def test_mistakes_are_told_and_nothing_is_written(data, capsys):
     assert "--after: found 1, expected one for each of the 2 runs" in refused(*results(data), runs=("run", "after"))
     assert "--before: found 2, expected one" in refused("--before", "a", "b")
     assert "a folder stands there twice" in refused(runs=("run", "run"))
-    assert "expected --before, too" in refused("--after", str(data / "after"))
+    assert "expected before, too" in refused("--after", str(data / "after"))
     assert "holds no results of a language" in refused("--before", str(data / "before"), "--after", str(data / "run"))
     with (data / "data" / "ko" / "dev_queries.jsonl").open("a") as file:
         file.write('{"id": "new", "text": "x"}\n')
@@ -259,17 +205,18 @@ def test_an_unfinished_last_line_is_left_out(data, no_drawing):
     assert "Of all trained parameters" in run_main(data)
 
 
-def test_texts_are_cut_between_characters_as_readers_see_them():
-    assert cut("short", 10) == ("short", False)
-    assert cut("one two three four", 12) == ("one two …", True)
-    assert cut("क्षत्रिय", 1) == ("क्षत्रिय"[:3] + " …", True)  # a conjunct stays whole
-    assert cut("می‌خواهم", 1) == ("م …", True)
-    assert cut("آبِ رود", 2) == ("آبِ …", True)  # a vowel stays with its letter
-    assert cut("가나다라", 2) == ("가나 …", True)
-
-
-def test_direction_is_that_of_most_letters():
-    assert is_right_to_left("NATO و اعضای آن")
-    assert not is_right_to_left("Tehran (تهران) is a city")
-    assert not is_right_to_left("서울")
-    assert not is_right_to_left("12")
+def test_called_from_python(data, no_drawing, capsys):
+    before, after = data / "before", data / "after"
+    page = report(runs=[data / "run"], before=before, after=after, languages=["ko"], output=data / "report")
+    assert page == data / "report" / "report.html"
+    assert "ko: before and after" in page.read_text(encoding="utf-8")
+    assert capsys.readouterr().out == ""
+    for options, message in (
+        ({"languges": ["ko"]}, r"report\(\): unknown argument 'languges'; did you mean 'languages'"),
+        ({"examples": 0}, "examples: found 0, expected at least 1"),
+        ({"runs": []}, "field 'runs': an empty list was found"),
+        ({}, "set overwrite to replace it"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            report(**{"runs": [data / "run"], "output": data / "report"} | options)
+        assert "--" not in str(error.value)

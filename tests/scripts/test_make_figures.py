@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clpl_moe.common.errors import UserError
-from clpl_moe.report.results import series
+from clpl_moe.report.course import series
 from clpl_moe.train.metrics_file import read_metrics
 
 pytest.importorskip("matplotlib")

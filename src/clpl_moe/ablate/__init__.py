@@ -777,7 +777,7 @@ def write_results(path: Path, plan: Plan, identity: str, arguments: AblateArgume
     table = f"{question}\n\n{markdown(rows)}\n"
     with atomic_open(path.with_suffix(".md")) as file:
         file.write(table)
-    from clpl_moe.report.charts import plot_comparison
+    from clpl_moe.ablate.picture import plot_comparison
 
     try:
         plot_comparison(summary, arguments.metric, path.with_suffix(".png"))

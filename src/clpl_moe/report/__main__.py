@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from clpl_moe.common.cli import parse
 from clpl_moe.common.errors import command
-from clpl_moe.report import ReportArguments, report
+from clpl_moe.report import report
+from clpl_moe.report.options import ReportArguments
 
 
 @command

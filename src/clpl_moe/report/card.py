@@ -1,27 +1,34 @@
-"""``python -m clpl_moe.card``: put results of ``clpl_moe.evaluate`` into the model card of a run.
+"""Results of ``clpl_moe.evaluate`` go into the model card of a run.
 
 The card gets a table for its reader and ``model-index`` for the hub, in place of the results that it has.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import UserError, at
+from clpl_moe.evaluate.tasks import read_result
+from clpl_moe.report.options import CardArguments
 
 if TYPE_CHECKING:
     from clpl_moe.train.card import Evaluated
 
 
-@dataclass
-class CardArguments:
-    """Whose card, and which results."""
+@takes_options(CardArguments)
+def card(arguments: CardArguments) -> list[Evaluated]:
+    """Put results into ``README.md`` of a run's folder; returns them, one for each language.
 
-    run: str = field(metadata={"help": "run folder of clpl_moe.train"})
-    after: str = field(metadata={"help": "folder of its results, which holds a folder per language"})
-    before: str | None = field(default=None, metadata={"help": "the same of the base model"})
+    Raises:
+        UserError: there is no card, there are no results, or the base model's are of another collection.
+    """
+    from clpl_moe.train.card import add_results
+
+    results = read_results(arguments.after, arguments.before)
+    add_results(arguments.run, results)
+    return results
 
 
 def read_results(after: str | Path, before: str | Path | None = None) -> list[Evaluated]:
@@ -30,7 +37,6 @@ def read_results(after: str | Path, before: str | Path | None = None) -> list[Ev
     Raises:
         UserError: there are none, or those of the base model are of another collection.
     """
-    from clpl_moe.report.results import read_result
     from clpl_moe.train.card import Evaluated
 
     found = []

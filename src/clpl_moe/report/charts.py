@@ -1,4 +1,4 @@
-"""Pictures of runs and comparisons, drawn with matplotlib (the extra ``figures``)."""
+"""Pictures of runs, drawn with matplotlib (the extra ``figures``)."""
 
 from __future__ import annotations
 
@@ -31,31 +31,32 @@ def style(mathtext: str = "dejavusans") -> Iterator[None]:
         import matplotlib
     except ImportError:
         raise UserError('matplotlib is not installed: pip install "clpl-moe[figures]"') from None
-    ours = {
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "mathtext.fontset": mathtext,
-        "text.color": INK,
-        "axes.edgecolor": GREY,
-        "axes.labelcolor": INK,
-        "axes.titlesize": 11,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": PALE,
-        "xtick.color": GREY,
-        "ytick.color": GREY,
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-        "lines.linewidth": 1.8,
-        "figure.dpi": 150,
-        # Opaque, so that the ink is readable on a dark page too.
-        "figure.facecolor": "white",
-    }
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(ours)
+        matplotlib.rcParams.update(
+            {
+                "font.family": "DejaVu Sans",
+                "font.size": 10,
+                "mathtext.fontset": mathtext,
+                "text.color": INK,
+                "axes.edgecolor": GREY,
+                "axes.labelcolor": INK,
+                "axes.titlesize": 11,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "axes.grid": True,
+                "axes.axisbelow": True,
+                "grid.color": PALE,
+                "xtick.color": GREY,
+                "ytick.color": GREY,
+                "legend.frameon": False,
+                "legend.fontsize": 9,
+                "lines.linewidth": 1.8,
+                "figure.dpi": 150,
+                # Opaque, so that the ink is readable on a dark page too.
+                "figure.facecolor": "white",
+            }
+        )
         yield
 
 
@@ -70,47 +71,6 @@ def save(figure: Figure, output: Path) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(buffer.getvalue())
     return output
-
-
-def plot_comparison(summary: Sequence[dict[str, Any]], metric: str, output: Path) -> Path:
-    """Rows of an ablation, a panel for each language and for their average: mean, spread, and each seed's value.
-
-    Args:
-        summary: as :func:`clpl_moe.ablate.summarize` returns it.
-        metric: its name, for the axis.
-        output: the PNG to write.
-    """
-    with style():
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-
-        names = list(summary[0]["languages"])
-        panels = [(name, [row["languages"][name] for row in summary]) for name in names]
-        if len(names) > 1:
-            panels.append(("average", [row["average"] for row in summary]))
-        figure = Figure(figsize=(2.2 + 2.6 * len(panels), 1.1 + 0.38 * len(summary)), layout="constrained")
-        all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, (title, cells) in zip(all_axes, panels, strict=True):
-            for place, cell in enumerate(cells):
-                if cell["mean"] is None:
-                    continue
-                color = GREY if place == 0 else BLUE
-                axes.errorbar(
-                    cell["mean"], place, xerr=cell["spread"], fmt="o", color=color, markersize=6, capsize=3, zorder=3
-                )
-                if len(cell["values"]) > 1:
-                    axes.plot(cell["values"], [place] * len(cell["values"]), "|", color=color, alpha=0.5, markersize=9)
-            if cells[0]["mean"] is not None:
-                axes.axvline(cells[0]["mean"], color=GREY, linewidth=1, linestyle=(0, (3, 3)), zorder=1)
-            axes.set_title(title, weight="bold")
-            axes.set_xlabel(metric)
-            axes.xaxis.set_major_locator(MaxNLocator(3, prune="both"))
-            axes.margins(x=0.12)
-            axes.grid(axis="y", visible=False)
-        all_axes[0].set_yticks(range(len(summary)), [row["label"] for row in summary])
-        all_axes[0].set_ylim(len(summary) - 0.5, -0.5)
-        all_axes[0].tick_params(axis="y", labelcolor=INK, length=0)
-        return save(figure, output)
 
 
 Series = Sequence[tuple[float, float]]
@@ -233,7 +193,8 @@ def plot_before_after(before: Sequence[float], after: Sequence[float], metric: s
         # The area says how many; the greatest has a diameter of some 16 points.
         sizes = [12 + 200 * count / most for count in places.values()]
         axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
-        axes.scatter(*zip(*places, strict=True), s=sizes, c=colors, alpha=0.6, linewidths=0, zorder=2)
+        x, y = zip(*places, strict=True)
+        axes.scatter(x, y, s=sizes, c=colors, alpha=0.6, linewidths=0, zorder=2)
         axes.set_title("Before and after", loc="left", weight="bold")
         axes.set(xlim=(-0.08, 1.08), ylim=(-0.08, 1.08), xlabel=f"{metric} before", ylabel=f"{metric} after")
         axes.set_aspect("equal", adjustable="box")

@@ -1,71 +1,17 @@
-"""What a report is made of: the course of a run, and what was retrieved before and after it."""
+"""What was retrieved before and after a run, query by query."""
 
 from __future__ import annotations
 
-import json
-import math
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import atomic_open
 from clpl_moe.evaluate.metrics import evaluate_run, read_trec_run
+from clpl_moe.evaluate.tasks import read_result
 from clpl_moe.retrieval.collection import Collection
-from clpl_moe.train.metrics_file import METRICS_FILE, read_metrics
-
-
-@dataclass
-class RunCourse:
-    """A training run: its options (empty where the folder has none) and the records of its ``metrics.jsonl``."""
-
-    name: str
-    folder: Path
-    options: dict[str, Any]
-    records: list[dict[str, Any]] = field(repr=False)
-
-    @classmethod
-    def read(cls, folder: Path, name: str) -> RunCourse:
-        """Read a run folder.
-
-        Raises:
-            UserError: it has no ``metrics.jsonl``, or that is broken.
-        """
-        from clpl_moe.common.cli import load_yaml
-
-        config = folder / "train_config.yaml"
-        options = load_yaml(config) if config.is_file() else {}
-        return cls(name, folder, options, read_metrics(folder / METRICS_FILE))
-
-    def series(self, name: str) -> list[tuple[float, float]]:
-        """As :func:`series`."""
-        return series(self.records, name)
-
-    def expert_load(self) -> tuple[list[float], list[list[list[float]]]]:
-        """Steps (S,), and shares (S, L, N) of layers and experts."""
-        found = {r["step"]: r["expert_load"] for r in self.records if r.get("expert_load")}
-        return list(found), list(found.values())
-
-    def moe_layers(self, count: int) -> list[int]:
-        """The numbers of the layers with experts, of which there are ``count``."""
-        from clpl_moe.moe.config import MoEConfig
-
-        try:
-            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-            layers = MoEConfig(**config["moe"]).resolve_layers(config["num_hidden_layers"])
-        except (OSError, ValueError, KeyError, TypeError):
-            layers = []
-        return layers if len(layers) == count else list(range(count))
-
-
-def series(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    """Step and value, by step, where both are there; of a step logged twice, the later."""
-    values = {r["step"]: r[name] for r in records if _is_number(r.get("step")) and _is_number(r.get(name))}
-    return sorted(values.items())
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass
@@ -115,6 +61,12 @@ class BeforeAfter:
     def mean(self, when: str) -> float:
         """Of the metric over the queries, ``before`` or ``after``."""
         return sum(getattr(query, when) for query in self.queries) / len(self.queries)
+
+    @property
+    def error_change(self) -> float | None:
+        """The change of the error, 1 - mean, relative to the error before; None where there was none."""
+        error = 1 - self.mean("before")
+        return (1 - self.mean("after")) / error - 1 if error > 0 else None
 
     def counts(self) -> tuple[int, int, int]:
         """How many queries gained, lost, and stayed."""
@@ -174,21 +126,6 @@ def compare_results(
     return BeforeAfter(run, language, metric, queries, gained, lost, len(loaded.passages))
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """What a ``metrics.json`` of ``clpl_moe.evaluate`` says of results: collection and its hash, split, metrics.
-
-    Raises:
-        UserError: there is no such file, or it is another one.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {name: content[name] for name in ("collection", "collection_hash", "split", "metrics")}
-    except OSError:
-        raise UserError(f"{at(path)}: no such file; expected results of clpl_moe.evaluate") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{at(path)}: not the results of clpl_moe.evaluate") from None
-
-
 def _add_passages(
     queries: Sequence[QueryChange], collection: Collection, runs: Sequence[dict[str, dict[str, float]]], depth: int
 ) -> None:
@@ -202,3 +139,16 @@ def _add_passages(
         for name, found in zip(("hits_before", "hits_after"), top, strict=True):
             hits = [Hit(rank, texts[p], p in relevant[query.id]) for rank, p in enumerate(found[query.id], 1)]
             setattr(query, name, hits)
+
+
+def write_queries(path: Path, comparisons: Sequence[BeforeAfter]) -> None:
+    """Write every query of the comparisons as CSV, each run's from the greatest gain to the greatest loss."""
+    with atomic_open(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        metric = comparisons[0].metric
+        writer.writerow(["run", "language", "query_id", "query", f"{metric} before", f"{metric} after", "change"])
+        for c in comparisons:
+            for q in sorted(c.queries, key=lambda query: (-query.change, query.id)):
+                writer.writerow(
+                    [c.run, c.language, q.id, q.text, f"{q.before:.6g}", f"{q.after:.6g}", f"{q.change:.6g}"]
+                )

@@ -1,0 +1,18 @@
+import pytest
+
+from clpl_moe.report.before_after import compare_results
+from helpers.reports import TEXTS, make_data
+
+
+def test_gained_and_lost_queries_with_what_was_retrieved(tmp_path):
+    data = make_data(tmp_path)
+    found = compare_results("run", data / "before", data / "after", "fa", "nDCG@5", depth=1)
+    assert [(q.id, round(q.before, 4), q.after) for q in found.gained] == [("q0", 0.6309, 1.0)]
+    assert [(q.id, q.before, q.after) for q in found.lost] == [("q1", 1.0, 0.0)]
+    (query,) = found.gained
+    assert query.relevant == [TEXTS["fa"][0]]
+    assert [(hit.rank, hit.text, hit.relevant) for hit in query.hits_before] == [(1, TEXTS["fa"][1], False)]
+    assert [(hit.rank, hit.text, hit.relevant) for hit in query.hits_after] == [(1, TEXTS["fa"][0], True)]
+    assert found.counts() == (1, 1, 1)
+    assert found.mean("before") == pytest.approx((0.63093 + 1 + 1) / 3, abs=1e-5)
+    assert found.mean("after") == pytest.approx(2 / 3)
