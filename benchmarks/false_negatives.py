@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 from clpl_moe.mine.index import PassageIndex, comparable
-from clpl_moe.mine.select import MiningQuery, Ranking, SelectionArguments, rank_passages, take
+from clpl_moe.mine.options import SelectionArguments
+from clpl_moe.mine.rank import MiningQuery, Ranking, rank_passages
+from clpl_moe.mine.select import select_negatives
 from clpl_moe.prepare.__main__ import main as prepare
 from clpl_moe.retrieval.collection import Collection, normalize_text
 from clpl_moe.retrieval.encode import model_fingerprint
@@ -92,7 +94,7 @@ def measure(squad: Path, language: str, work: Path, encoder, encoding, negatives
         counts: Counter[str] = Counter()
         false = total = without = fewer = 0
         distance = 0.0
-        for query, mined in zip(queries, take(queries, ranking, index, selection, seed=42, counts=counts)):
+        for query, mined in zip(queries, select_negatives(queries, ranking, index, selection, seed=42, counts=counts)):
             false += sum(holds(place, query) for place in mined.places)
             total += len(mined.places)
             without += not mined.places

@@ -183,7 +183,7 @@ def test_an_option_that_is_new_makes_no_other_run_and_a_default_that_changed_doe
     [
         ({"rows": {"a": {"train": {"penalty_wieght": 0}}}}, "rows: 'a', language 'ko': train: unknown option 'penalty_wieght'; did you mean 'penalty_weight'"),
         ({"rows": {"a": {"train": {"top_k": 3}}}}, "rows: 'a', language 'ko': train: top_k is 3 but there are 2 experts"),
-        ({"rows": {"a": {"mine": {"rank_from": 0}}}}, "rows: 'a', language 'ko': mine: --rank_from 0"),
+        ({"rows": {"a": {"mine": {"rank_from": 0}}}}, "rows: 'a', language 'ko': mine: rank_from: found 0"),
         ({"rows": {"a": {"trane": {}}}}, "rows: 'a': unknown entry 'trane', expected some of label, mine, seeds, train"),
         ({"rows": {"a/b": {}}}, "rows: 'a/b': expected a name"),
         ({"rows": {"a": {"seeds": [-1]}}}, "seeds: found [-1]"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clpl_moe.mine.select import Ranking
+from clpl_moe.mine.rank import Ranking
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import common

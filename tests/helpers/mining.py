@@ -1,6 +1,7 @@
-"""A collection of two-word passages, for mining."""
+"""A collection of two-word passages, and mining from it."""
 
-from clpl_moe.common.files import write_jsonl
+from clpl_moe.common.files import read_jsonl, write_jsonl
+from clpl_moe.mine.__main__ import main
 
 WORDS = ["apple", "brick", "cloud", "drum", "eagle", "flame", "grape", "honey"]
 WORDS += ["ivory", "jolly", "kayak", "lemon", "mango", "noble", "ocean", "piano"]
@@ -21,3 +22,20 @@ def make_collection(folder, passages=PASSAGES, queries=QUERIES, qrels=QRELS, pos
         lines = ({"docid": p, "queries": texts} for p, texts in positive_queries.items())
         write_jsonl(folder / "positive_queries.jsonl", lines)
     return folder.parent
+
+
+def mine_by_command(model, folder, **options):
+    """The lines that ``mine`` writes, by query id."""
+    options = {
+        "rank_from": 1,
+        "rank_to": 8,
+        "negatives": 4,
+        "max_positive_ratio": 0,
+        "max_overlap": 1,
+        "passage_max_len": 100,
+        "dtype": "float32",
+    } | options
+    output = folder / "train.jsonl"
+    argv = ["--model", str(model), "--collection", str(folder), "--language", "ko", "--output", str(output)]
+    main(argv + [f"--{key}={value}" for key, value in options.items()])
+    return {record["query_id"]: record for _, record in read_jsonl(output)}

@@ -1,42 +1,47 @@
 import contextlib
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
 
+from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import read_jsonl
 from clpl_moe.data.schema import find_faults
 from clpl_moe.encoder import load_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings
-from clpl_moe.mine import MineArguments, mine
-from clpl_moe.mine.__main__ import main
-from clpl_moe.mine.index import PassageIndex
-from clpl_moe.mine.select import SelectionArguments
-from clpl_moe.retrieval.collection import Collection
+from clpl_moe.mine import Mined, mine
 from clpl_moe.retrieval.encode import encode
-from clpl_moe.retrieval.options import EncodingArguments, open_encoder
+from clpl_moe.retrieval.options import open_encoder
 from helpers.mining import PASSAGES, QUERIES, make_collection
+from helpers.mining import mine_by_command as run
 
 
-def run(model, folder, **options):
-    options = {
-        "rank_from": 1,
-        "rank_to": 8,
-        "negatives": 4,
-        "max_positive_ratio": 0,
-        "max_overlap": 1,
-        "passage_max_len": 100,
-        "dtype": "float32",
-    } | options
-    output = folder / "train.jsonl"
-    argv = ["--model", str(model), "--collection", str(folder), "--language", "ko", "--output", str(output)]
-    main(argv + [f"--{key}={value}" for key, value in options.items()])
-    return {record["query_id"]: record for _, record in read_jsonl(output)}
+def test_called_from_python(tiny_encoder, tmp_path, capsys):
+    folder = make_collection(tmp_path)
+    by_command = run(tiny_encoder, folder)
+    capsys.readouterr()
+    options = {"model": tiny_encoder, "collection": folder, "language": "ko", "output": tmp_path / "from_python.jsonl"}
+    limits = {"rank_from": 1, "rank_to": 8, "negatives": 4, "max_positive_ratio": 0, "max_overlap": 1}
+    mined = mine(**options, **limits, passage_max_len=100, dtype="float32")
+    assert isinstance(mined, Mined)
+    assert mined.path == tmp_path / "from_python.jsonl"
+    assert [record for _, record in read_jsonl(mined.path)] == list(by_command.values())
+    assert mined.counts["negatives"] == 4 * len(QUERIES)
+    assert "negatives" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="rank_from: found 9 with rank_to 8"):
+        mine(**options, rank_from=9, rank_to=8)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_no_line_at_all_is_refused_with_the_reasons(tiny_encoder, tmp_path, capsys):
+    folder = make_collection(tmp_path, qrels={"q0": {"p0": 0}})
+    with pytest.raises(SystemExit):
+        run(tiny_encoder, folder)
+    err = capsys.readouterr().err
+    assert "could be given negatives (queries: 6; queries dropped: no relevant passage in the corpus: 6)" in err
 
 
 def test_a_query_is_not_its_own_negative(tiny_encoder, tmp_path):
@@ -63,7 +68,7 @@ def test_each_process_has_its_gpu_before_a_model_is_loaded(tiny_encoder, tmp_pat
         return open_encoder(*arguments)
 
     monkeypatch.setattr("clpl_moe.retrieval.store.processes", processes)
-    monkeypatch.setattr("clpl_moe.mine.__main__.open_encoder", opened)
+    monkeypatch.setattr("clpl_moe.mine.open_encoder", opened)
     run(tiny_encoder, make_collection(tmp_path))
     assert order == ["processes", "encoder"]
 
@@ -220,100 +225,6 @@ def test_any_passage_of_the_corpus_without_an_encoder(tmp_path):
     assert len({p for r in records.values() for p in r["neg_ids"]}) > 10
 
 
-@pytest.fixture(scope="module")
-def reranker(tiny_tokenizer, tmp_path_factory):
-    """Folder of a cross encoder with random weights."""
-    import torch
-    from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("models") / "reranker"
-    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config |= {"max_position_embeddings": 130, "type_vocab_size": 1, "pad_token_id": 1, "initializer_range": 0.5}
-    torch.manual_seed(0)
-    config = XLMRobertaConfig(vocab_size=len(tiny_tokenizer), num_labels=1, **config)
-    XLMRobertaForSequenceClassification(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-def test_reranker_scores_and_orders_the_window(tiny_encoder, reranker, tmp_path):
-    from sentence_transformers import CrossEncoder
-
-    folder = make_collection(tmp_path)
-    ranked = run(tiny_encoder, folder)
-    options = {"reranker": reranker, "reranker_max_len": 100, "overwrite": "true"}
-    records = run(tiny_encoder, folder, rank_to=6, **options)
-    model = CrossEncoder(str(reranker), max_length=100)
-    moved = 0
-    for query_id, record in records.items():
-        pairs = [(record["query"], text) for text in record["neg"] + record["pos"]]
-        assert record["neg_scores"] + record["pos_scores"] == pytest.approx(model.predict(pairs).tolist(), abs=1e-4)
-        assert record["neg_scores"] == sorted(record["neg_scores"], reverse=True)
-        moved += record["neg_ids"] != ranked[query_id]["neg_ids"]
-    assert moved
-
-
-def test_reranker_stopped_midway_scores_no_pair_twice(tiny_encoder, reranker, tmp_path, monkeypatch):
-    from sentence_transformers import CrossEncoder
-
-    folder = make_collection(tmp_path)
-    options = {"reranker": reranker, "reranker_max_len": 100, "overwrite": "true"}
-    monkeypatch.setattr("clpl_moe.mine.select._QUERIES_AT_ONCE", 2)
-    whole = run(tiny_encoder, folder, **options)
-    asked, predict = [], CrossEncoder.predict
-
-    def predict_one_block(self, pairs, **arguments):
-        if asked and asked[-1] is None:
-            raise KeyboardInterrupt
-        asked.extend([*pairs, None])
-        return predict(self, pairs, **arguments)
-
-    def predict_all(self, pairs, **arguments):
-        asked.extend(pairs)
-        return predict(self, pairs, **arguments)
-
-    monkeypatch.setattr(CrossEncoder, "predict", predict_one_block)
-    with pytest.raises(SystemExit) as exit:
-        run(tiny_encoder, folder, **options)
-    assert exit.value.code == 130
-    monkeypatch.setattr(CrossEncoder, "predict", predict_all)
-    assert run(tiny_encoder, folder, **options) == whole
-    pairs = [pair for pair in asked if pair is not None]
-    assert len(set(pairs)) == len(pairs) == 9 * len(QUERIES)  # eight candidates and the positive
-    assert not list(folder.glob("*.embeddings"))
-    # Another length gives other scores.
-    kept = {"cache_dir": tmp_path / "cache"}
-    assert run(tiny_encoder, folder, **options | kept) == whole
-    shorter = run(tiny_encoder, folder, **options | kept | {"reranker_max_len": 8})
-    assert shorter != whole
-    asked.clear()
-    assert run(tiny_encoder, folder, **options | kept) == whole
-    assert asked == []
-
-
-def test_reranker_that_cannot_score_is_refused(tiny_encoder, reranker, tmp_path, capsys):
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    cut, broken = (shutil.copytree(reranker, tmp_path / name) for name in ("cut", "broken"))
-    (cut / "model.safetensors").write_bytes((reranker / "model.safetensors").read_bytes()[:-9])
-    weights = load_file(reranker / "model.safetensors")
-    weights["classifier.out_proj.bias"] = torch.tensor([float("nan")])
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    folder = make_collection(tmp_path)
-    for model, length, words in (
-        (tiny_encoder, 100, "found an encoder (XLMRobertaModel), expected a cross encoder"),
-        (reranker, 129, "--reranker_max_len: found 129"),
-        (cut, 100, "cannot be loaded"),
-        (broken, 100, "NaN or infinite scores"),
-    ):
-        with pytest.raises(SystemExit) as exit:
-            run(tiny_encoder, folder, reranker=model, reranker_max_len=length)
-        assert exit.value.code == 2
-        assert words in capsys.readouterr().err.splitlines()[-1]
-        assert not (folder / "train.jsonl").exists()
-
-
 def test_prompts_are_used_but_not_written(tiny_encoder, tmp_path):
     folder = make_collection(tmp_path)
     plain = run(tiny_encoder, folder)
@@ -321,23 +232,6 @@ def test_prompts_are_used_but_not_written(tiny_encoder, tmp_path):
     assert plain != prompted
     assert [r["query"] for r in prompted.values()] == list(QUERIES.values())
     assert {r["pos"][0] for r in prompted.values()} <= set(PASSAGES.values())
-
-
-def test_scores_are_cosines_though_the_settings_do_not_normalize(tiny_encoder, tmp_path):
-    collection = Collection.load(make_collection(tmp_path), "ko", "train")
-    encoding = EncodingArguments(passage_max_len=100)
-    encoder = open_encoder(str(tiny_encoder), encoding)
-    encoder.settings = EmbeddingSettings(normalize=False)
-    arguments, selection, counts = (
-        MineArguments("", "", "", ""),
-        SelectionArguments(negatives=3, max_positive_ratio=0),
-        Counter(),
-    )
-    index = PassageIndex(collection)
-    records = list(mine(encoder, collection, index, arguments, selection, encoding, counts, progress=False))
-    scores = [s for r in records for s in r["pos_scores"] + r["neg_scores"]]
-    assert len(scores) == counts["negatives"] + len(records) == 24
-    assert max(map(abs, scores)) <= 1.001
 
 
 @pytest.mark.parametrize(
@@ -355,8 +249,8 @@ def test_scores_are_cosines_though_the_settings_do_not_normalize(tiny_encoder, t
         ({"negative": 3}, "did you mean 'negatives'?"),
         ({"max_overlap": 2}, "--max_overlap: found 2"),
         ({"reranker_batch_size": 0}, "--reranker_batch_size: found 0"),
-        ({"reranker": "x", "sampling": "corpus"}, "--sampling corpus ranks nothing"),
-        ({"reranker": "/nowhere/reranker"}, "--reranker /nowhere/reranker: cannot be loaded"),
+        ({"reranker": "x", "sampling": "corpus"}, "--reranker: sampling 'corpus' ranks nothing"),
+        ({"reranker": "/nowhere/reranker"}, "--reranker: /nowhere/reranker cannot be loaded"),
     ],
 )
 def test_mistakes_end_in_a_message(tiny_encoder, tmp_path, capsys, options, words):

@@ -345,8 +345,7 @@ class _Options:
         self._defaults: dict[str, dict[str, Any]] = {}
 
     def mine(self, place: str, values: dict[str, Any]) -> tuple[dict[str, Any], Decisive]:
-        from clpl_moe.mine import MineArguments
-        from clpl_moe.mine.select import SelectionArguments
+        from clpl_moe.mine.options import MineArguments, SelectionArguments
         from clpl_moe.retrieval.options import EncodingArguments
 
         types = [MineArguments, SelectionArguments, EncodingArguments]

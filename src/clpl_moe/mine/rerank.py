@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from clpl_moe.common.errors import UserError
+from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import atomic_open
+from clpl_moe.mine.index import PassageIndex
+from clpl_moe.mine.rank import Candidate, MiningQuery
 from clpl_moe.retrieval.collection import hash_texts
 from clpl_moe.retrieval.encode import max_positions, model_fingerprint
 
@@ -37,17 +40,16 @@ class Reranker:
         try:
             self._model = CrossEncoder(name, max_length=max_length, trust_remote_code=trust_remote_code)
         except Exception as error:  # whatever a damaged or foreign folder brings about
-            raise UserError(f"--reranker {name}: cannot be loaded: {' '.join(str(error).split())}") from None
+            raise OptionError("reranker", f"{name} cannot be loaded: {' '.join(str(error).split())}") from None
         model = self._model.model
         # The library gives an encoder a new head: its scores would be noise.
         if (kind := (model.config.architectures or [""])[0]).endswith(("Model", "ForMaskedLM")):
-            raise UserError(f"--reranker {name}: found an encoder ({kind}), expected a cross encoder")
+            raise OptionError("reranker", f"{name}: found an encoder ({kind}), expected a cross encoder")
         if (limit := max_positions(model.base_model)) is not None and max_length > limit:
-            raise UserError(f"--reranker_max_len: found {max_length}, {name} takes {limit} tokens at most")
+            raise OptionError("reranker_max_len", f"found {max_length}, {name} takes {limit} tokens at most")
         if self._model.num_labels != 1:
-            raise UserError(
-                f"--reranker {name}: gives {self._model.num_labels} scores a pair, expected a model that gives one"
-            )
+            fault = f"{name}: gives {self._model.num_labels} scores a pair, expected a model that gives one"
+            raise OptionError("reranker", fault)
         self._batch_size, self._max_length = batch_size, max_length
 
     def scores(self, pairs: Sequence[tuple[str, str]], cache: Path | None = None) -> list[float]:
@@ -81,3 +83,28 @@ class Reranker:
         """Of all that scores depend on but the pairs."""
         model = model_fingerprint(self._model.model, self._model.tokenizer)
         return hash_texts([model, str(self._max_length)])[:32]
+
+
+@dataclass
+class Scored:
+    """A query with its candidates, best first, and the scores of its positives."""
+
+    query: MiningQuery
+    candidates: list[Candidate]
+    positive_scores: list[float]
+
+
+def rescore(found: Sequence[Scored], index: PassageIndex, reranker: Reranker, cache: Path | None) -> list[Scored]:
+    """Candidates and positives with the reranker's scores, candidates ordered by them."""
+    pairs = []
+    for one in found:
+        places = [*(place for place, _ in one.candidates), *one.query.positives]
+        texts = (*(index.texts[p] for p in places), *one.query.other_positives)
+        pairs += [(one.query.text, text) for text in texts]
+    scores = iter(reranker.scores(pairs, cache))
+    rescored = []
+    for one in found:
+        candidates = [(place, next(scores)) for place, _ in one.candidates]
+        positive_scores = [next(scores) for _ in one.positive_scores]
+        rescored.append(Scored(one.query, sorted(candidates, key=lambda c: -c[1]), positive_scores))
+    return rescored

@@ -26,7 +26,9 @@ from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import read_jsonl, write_jsonl
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.mine.index import PassageIndex
-from clpl_moe.mine.select import MiningQuery, SelectionArguments, mine_negatives
+from clpl_moe.mine.options import SelectionArguments
+from clpl_moe.mine.rank import MiningQuery
+from clpl_moe.mine.select import mine_negatives
 from clpl_moe.retrieval.options import Encoder, EncodingArguments
 
 NEGATIVES_FILE = "negatives.jsonl"

@@ -6,13 +6,13 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from clpl_moe.common.errors import UserError
+from clpl_moe.common.errors import OptionError
 from clpl_moe.data.flag_embedding import (
     AbsEmbedderDataArguments,
     EncoderOnlyEmbedderM3ModelArguments,
     EncoderOnlyEmbedderM3TrainingArguments,
 )
-from clpl_moe.mine.select import SelectionArguments
+from clpl_moe.mine.options import SelectionArguments
 from clpl_moe.train import checks
 from clpl_moe.train.compat import prefer_activation_checkpointing
 from clpl_moe.train.options import (
@@ -140,9 +140,9 @@ class CLPLTrainingArguments(
         return None if self.bf16 or self.fp16_asked else torch.float32
 
     def ance_selection(self) -> SelectionArguments:
-        """What refreshes mine; raises ValueError where the options do not fit together."""
+        """What refreshes mine; raises OptionError where the options do not fit together."""
         names = SelectionArguments.__dataclass_fields__
         try:
             return SelectionArguments(**{name: getattr(self, f"ance_{name}") for name in names})
-        except UserError as error:
-            raise ValueError(str(error).replace("--", "--ance_")) from None
+        except OptionError as error:
+            raise OptionError(f"ance_{error.option}", error.fault) from None

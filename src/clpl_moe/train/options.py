@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from clpl_moe.mine.select import Sampling, SelectionArguments
+from clpl_moe.mine.options import Sampling, SelectionArguments
 from clpl_moe.moe.config import ROUTERS, TARGETS, MoEConfig
 
 

@@ -1,0 +1,74 @@
+"""The filters of negatives: which passages are left out since they probably answer the query.
+
+1. Known answers: the query's relevant passages, and passages that have the same question among their queries
+   (:attr:`MiningQuery.excluded`).
+2. Passages nearly as similar to the query as its least similar positive: ``max_positive_ratio`` (TopK-PercPos of
+   NV-Retriever, arXiv:2407.15831) and ``margin``.
+3. Copies of a positive: a passage that holds nearly all of it, or is nearly all in it (``max_overlap``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from clpl_moe.mine.index import PassageIndex, comparable
+from clpl_moe.mine.options import SelectionArguments
+from clpl_moe.mine.rank import Candidate, MiningQuery
+
+_PIECE = 5  # characters
+
+
+def without_known_answers(candidates: Sequence[Candidate], query: MiningQuery) -> list[Candidate]:
+    """The candidates that are not known to answer the query."""
+    return [(place, score) for place, score in candidates if place not in query.excluded]
+
+
+def below_ceiling(
+    candidates: Sequence[Candidate], positive_scores: Sequence[float], selection: SelectionArguments
+) -> list[Candidate]:
+    """The candidates whose score is far enough below that of the lowest positive."""
+    ceiling = highest_score(positive_scores, selection)
+    return [(place, score) for place, score in candidates if score <= ceiling]
+
+
+def highest_score(positive_scores: Sequence[float], selection: SelectionArguments) -> float:
+    """The highest score that a negative may have."""
+    lowest = min(positive_scores)
+    limits = [math.inf]
+    if selection.max_positive_ratio > 0:
+        # Of a score below 0 (a reranker's) 95% would be above it.
+        limits.append(lowest - (1 - selection.max_positive_ratio) * abs(lowest))
+    if selection.margin is not None:
+        limits.append(lowest - selection.margin)
+    return min(limits)
+
+
+class CopyFilter:
+    """Finds passages that are nearly the same text as a positive of one query.
+
+    Args:
+        query: with its positives.
+        index: of the corpus.
+        max_overlap: share of the shorter text's pieces that two texts may have in common; 1: no limit.
+    """
+
+    def __init__(self, query: MiningQuery, index: PassageIndex, max_overlap: float) -> None:
+        self._query, self._index, self._max_overlap = query, index, max_overlap
+        self._positives: list[set[str]] | None = None
+
+    def is_copy(self, place: int) -> bool:
+        """Whether the passage at a place is a copy of a positive."""
+        if self._max_overlap >= 1:
+            return False
+        if self._positives is None:
+            texts = [*(self._index.texts[p] for p in self._query.positives), *self._query.other_positives]
+            self._positives = [_pieces(text) for text in texts]
+        pieces = _pieces(self._index.texts[place])
+        return any(len(p & pieces) > self._max_overlap * min(len(p), len(pieces)) for p in self._positives)
+
+
+def _pieces(text: str) -> set[str]:
+    """All runs of five characters of a text, in the form that is compared and without spaces: needs no words."""
+    text = comparable(text).replace(" ", "")
+    return {text[i : i + _PIECE] for i in range(max(1, len(text) - _PIECE + 1))}

@@ -1,0 +1,114 @@
+"""The training lines that mining writes, one for each query.
+
+A line has FlagEmbedding's fields ``query``, ``pos``, ``neg``, ``pos_scores`` and ``neg_scores`` (cosines, or the reranker's
+scores), the penalty's ``neg_q``, and the ids: ``query_id``, ``pos_ids``, ``neg_ids`` (of equal passages the first).
+Prompts are not written into the texts: training and evaluation add them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clpl_moe.mine.index import PassageIndex
+from clpl_moe.mine.options import MineArguments, SelectionArguments
+from clpl_moe.mine.rank import MiningQuery
+from clpl_moe.mine.rerank import Reranker
+from clpl_moe.mine.select import mine_negatives
+from clpl_moe.retrieval.collection import Collection
+from clpl_moe.retrieval.options import Encoder, EncodingArguments
+
+
+def training_lines(
+    encoder: Encoder | None,
+    collection: Collection,
+    index: PassageIndex,
+    arguments: MineArguments,
+    selection: SelectionArguments,
+    encoding: EncodingArguments,
+    counts: Counter[str],
+    *,
+    reranker: Reranker | None = None,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """The training lines of a collection's queries, one at a time.
+
+    Args:
+        encoder: ranks the passages; None with ``sampling: corpus``, which does not.
+        collection: queries and judgements.
+        index: of the collection.
+        arguments: how many known queries of a negative are written, and the seed.
+        selection: which passages to take.
+        encoding: lengths and batch size.
+        counts: counts what was taken, and what was not and why.
+        reranker: scores the window anew.
+        cache: folder for embeddings of passages and the reranker's scores, from which an interrupted run goes on.
+        progress: whether to show bars.
+    """
+    counts["queries"] += len(collection.queries)
+    counts["passages kept out: reserved to another split"] += index.reserved
+    counts["passages kept out: empty or same text as another"] += index.repeated
+    own = index.places(set(collection.own_passages()))
+    queries = []
+    for query_id, text in zip(collection.query_ids, collection.queries):
+        relevant = index.relevant(collection.qrels.get(query_id, {}))
+        if not relevant:
+            counts["queries dropped: no relevant passage in the corpus"] += 1
+            continue
+        excluded = index.answering(text) | ({own[query_id]} if query_id in own else set())
+        counts["passages left out: known to answer the query, besides its positives"] += len(excluded) - len(relevant)
+        queries.append(MiningQuery(query_id, text, relevant, excluded))
+    if not queries:
+        return
+    found = mine_negatives(
+        queries,
+        index,
+        selection,
+        encoder=encoder,
+        encoding=encoding,
+        seed=arguments.seed,
+        counts=counts,
+        reranker=reranker,
+        cache=cache,
+        progress=progress,
+    )
+    for query, negatives in zip(queries, found, strict=True):
+        if not negatives.places:
+            counts["queries dropped: no passage was left"] += 1
+            continue
+        draw = random.Random(f"{arguments.seed} {query.key} queries")
+        negative_queries = [
+            _draw_queries(index.negative_queries(place), arguments.max_positive_queries, draw)
+            for place in negatives.places
+        ]
+        scores: dict[str, list[float]] = {}
+        if negatives.scores is not None and negatives.positive_scores is not None:
+            highest = max(negatives.positive_scores)
+            scores = {"pos_scores": negatives.positive_scores, "neg_scores": negatives.scores}
+            counts["negatives more similar than every positive"] += sum(score > highest for score in negatives.scores)
+        counts["lines"] += 1
+        counts["negatives"] += len(negatives.places)
+        counts["negatives with known queries"] += sum(map(bool, negative_queries))
+        counts["known queries of negatives"] += sum(map(len, negative_queries))
+        counts["queries with fewer negatives than asked for"] += len(negatives.places) < selection.negatives
+        yield {
+            "query": query.text,
+            "pos": [index.texts[place] for place in query.positives],
+            "neg": [index.texts[place] for place in negatives.places],
+            "neg_q": [queries or None for queries in negative_queries],
+            **{name: [round(score, 6) for score in values] for name, values in scores.items()},
+            "query_id": query.key,
+            "pos_ids": [index.passage_id(place) for place in query.positives],
+            "neg_ids": [index.passage_id(place) for place in negatives.places],
+        }
+
+
+def _draw_queries(queries: list[str], most: int, draw: random.Random) -> list[str]:
+    """Up to ``most`` of the queries, in their order."""
+    if len(queries) <= most:
+        return queries
+    return [queries[i] for i in sorted(draw.sample(range(len(queries)), most))]

@@ -1,0 +1,96 @@
+"""The passages of a corpus ranked by their similarity to queries."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clpl_moe.mine.index import PassageIndex
+from clpl_moe.retrieval.options import Encoder, EncodingArguments
+
+if TYPE_CHECKING:
+    import torch
+
+Candidate = tuple[int, float]  # place in the index, score
+
+# A query that more passages answer may find fewer negatives than asked for. Without a bound it would deepen the search,
+# and the memory that this takes, for all.
+_MOST_EXCLUDED = 1000
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass
+class MiningQuery:
+    """A query that wants negatives.
+
+    Attributes:
+        key: seeds its draws, so that other queries do not matter.
+        text: without prompt.
+        positives: places of its positives in the index.
+        excluded: places of all passages known to answer it, its positives among them.
+        other_positives: texts of positives that the corpus does not hold.
+    """
+
+    key: str
+    text: str
+    positives: list[int]
+    excluded: set[int]
+    other_positives: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Ranking:
+    """Passages by similarity to each of Q queries.
+
+    Attributes:
+        scores: (Q, K) float32, best first.
+        places: (Q, K) int64, in the index.
+        positive_scores: of each query's positives, then of its other positives.
+    """
+
+    scores: torch.Tensor
+    places: torch.Tensor
+    positive_scores: list[list[float]]
+
+
+def rank_passages(
+    queries: Sequence[MiningQuery],
+    index: PassageIndex,
+    rank_to: int,
+    *,
+    encoder: Encoder,
+    encoding: EncodingArguments,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> Ranking:
+    """The passages most similar to each query, ``rank_to`` of them besides those that have no rank.
+
+    With ``torch.distributed`` and a cache, processes share the encoding of the passages (all have to call this).
+    """
+    from clpl_moe.retrieval.search import search
+    from clpl_moe.retrieval.store import encode_passages, encode_queries
+
+    encoder = dataclasses.replace(encoder, settings=dataclasses.replace(encoder.settings, normalize=True))
+    query_embeddings = encode_queries(encoder, [query.text for query in queries], encoding, progress=progress)
+    others = [text for query in queries for text in query.other_positives]
+    other_embeddings = encode_passages(encoder, others, encoding, progress=progress) if others else None
+    passages = encode_passages(encoder, index.texts, encoding, cache=cache, progress=progress)
+    # Deep enough that the window is full when all that must not be in it has been taken out.
+    depth = rank_to + min(_MOST_EXCLUDED, max(len(query.excluded) for query in queries))
+    scores, places = search(query_embeddings.to(encoder.model.device), passages, depth)
+    pairs = [(row, place) for row, query in enumerate(queries) for place in query.positives]
+    positive_scores: list[list[float]] = [[] for _ in queries]
+    for start in range(0, len(pairs), _ROWS_AT_ONCE):
+        rows, wanted = zip(*pairs[start : start + _ROWS_AT_ONCE])
+        products = (passages[list(wanted)] * query_embeddings[list(rows)]).sum(dim=1)
+        for row, score in zip(rows, products.tolist()):
+            positive_scores[row].append(score)
+    at = 0
+    for row, query in enumerate(queries):
+        if other_embeddings is not None and (number := len(query.other_positives)):
+            positive_scores[row] += (other_embeddings[at : at + number] @ query_embeddings[row]).tolist()
+            at += number
+    return Ranking(scores, places, positive_scores)
