@@ -13,6 +13,7 @@ from clpl_moe.common.cli import called_as
 
 # In the order in which they are used. Each is a module that `python -m clpl_moe.VERB` runs, too.
 VERBS = {
+    "quickstart": "train a small encoder on the Korean sample and show nDCG before and after",
     "prepare": "turn MIRACL, BEIR's layout or SQuAD-shaped files into a collection",
     "mine": "mine hard negatives and the queries that they answer: training data",
     "synthesize": "have a language model write queries for negatives that have none",
