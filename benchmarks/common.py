@@ -20,7 +20,7 @@ import torch
 
 from clpl_moe.common.files import write_json
 from clpl_moe.common.machine import machine, versions, without_folders
-from clpl_moe.retrieval.encode import fast_bfloat16
+from clpl_moe.encoder.precision import fast_bfloat16
 
 RESULTS = Path(__file__).parent / "results"
 

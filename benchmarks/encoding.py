@@ -25,9 +25,8 @@ import numpy as np
 import torch
 
 from clpl_moe.common.allocator import keep_freed_memory
-from clpl_moe.encoder import load_encoder, save_encoder
-from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
-from clpl_moe.retrieval.encode import encode
+from clpl_moe.encoder import Encoder
+from clpl_moe.encoder.settings import EmbeddingSettings
 from common import (
     DTYPES,
     RESULTS,
@@ -41,7 +40,7 @@ from common import (
 )
 
 ROOT = Path(__file__).parents[1]
-Encoder = Callable[[list[str], int], np.ndarray]
+Encode = Callable[[list[str], int], np.ndarray]
 
 
 def main() -> None:
@@ -65,11 +64,11 @@ def main() -> None:
     budgets = args.budgets or ([16384, 65536] if cuda else [1024, 2048, 4096])
     texts = load_texts(args.texts, args.limit)
     with tempfile.TemporaryDirectory() as folder:
-        model, tokenizer = load_encoder(args.model)
-        config = model.config.to_dict()
-        pooling = args.pooling or read_settings(args.model).pooling
+        encoder = Encoder.load(args.model, device="cpu")
+        config, tokenizer = encoder.model.config.to_dict(), encoder.tokenizer
+        pooling = args.pooling or encoder.settings.pooling
         # Without prompts, which the others would each have to be told in another way.
-        save_encoder(model, tokenizer, folder, EmbeddingSettings(pooling=pooling), max_length=args.max_length)
+        Encoder(encoder.model, tokenizer, EmbeddingSettings(pooling=pooling), args.max_length).save(folder)
         encoders = make_encoders(folder, pooling, args.max_length, device, precision)
     lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=args.max_length)["input_ids"]]
     mean_length = sum(lengths) / len(lengths)
@@ -137,21 +136,19 @@ def load_texts(path: Path | None, limit: int) -> list[str]:
     return texts[:: max(1, len(texts) // limit)][:limit]
 
 
-def make_encoders(folder: str, pooling: str, max_length: int, device: str, precision: str) -> dict[str, Encoder]:
+def make_encoders(folder: str, pooling: str, max_length: int, device: str, precision: str) -> dict[str, Encode]:
     """Name -> function of texts and batch size (tokens for ours, texts for the others)."""
     from FlagEmbedding import BGEM3FlagModel
     from sentence_transformers import SentenceTransformer
 
     dtype = DTYPES[precision]
-    model, tokenizer = load_encoder(folder, dtype=dtype)
-    model.to(device)
+    encoder = Encoder.load(folder, dtype=dtype, compute_dtype=dtype, device=device)
     peer = SentenceTransformer(folder, device=device, model_kwargs={"dtype": dtype})
     halves = {f"use_{name}": precision == name for name in ("fp16", "bf16")}
     flag = BGEM3FlagModel(folder, devices=[device], pooling_method=pooling, **halves)
-    how = {"settings": EmbeddingSettings(pooling=pooling), "kind": "passage", "max_length": max_length, "dtype": dtype}
 
     def ours(texts: list[str], size: int) -> np.ndarray:
-        return encode(model, tokenizer, texts, batch_tokens=size, progress=False, **how).numpy()
+        return encoder.encode_passages(texts, max_length=max_length, batch_tokens=size, progress=False).numpy()
 
     def sentence_transformers(texts: list[str], size: int) -> np.ndarray:
         return peer.encode(texts, batch_size=size, normalize_embeddings=True, show_progress_bar=False)

@@ -24,7 +24,6 @@ from clpl_moe.mine.rank import MiningQuery, Ranking, rank_passages
 from clpl_moe.mine.select import select_negatives
 from clpl_moe.prepare.__main__ import main as prepare
 from clpl_moe.retrieval.collection import Collection, normalize_text
-from clpl_moe.retrieval.encode import model_fingerprint
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
 from common import benchmark_parser, pick_device, write_result
 
@@ -136,7 +135,7 @@ def main() -> None:
     args = parser.parse_args()
     encoding = EncodingArguments(args.query_max_len, args.passage_max_len)
     encoder = open_encoder(args.model, encoding)
-    work = args.work / model_fingerprint(encoder.model, encoder.tokenizer)[:16]
+    work = args.work / encoder.fingerprint()[:16]
     results = {
         language: measure(squad, language, work, encoder, encoding, args.negatives)
         for squad, language in zip(args.squad, args.languages, strict=True)

@@ -17,6 +17,7 @@ _PUBLIC = {
     "MoEConfig": "clpl_moe.moe.config",
     "inject_moe": "clpl_moe.moe.inject",
     "merge_experts": "clpl_moe.moe.inject",
+    "Encoder": "clpl_moe.encoder",
     "load_encoder": "clpl_moe.encoder",
     "save_encoder": "clpl_moe.encoder",
     "UserError": "clpl_moe.common.errors",
@@ -25,6 +26,7 @@ _PUBLIC = {
 __all__ = [
     "CLPLLoss",
     "CLPLOutput",
+    "Encoder",
     "MoEConfig",
     "SentenceTransformerCLPLLoss",
     "UserError",
@@ -38,7 +40,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from clpl_moe.common.errors import UserError
-    from clpl_moe.encoder import load_encoder, save_encoder
+    from clpl_moe.encoder import Encoder, load_encoder, save_encoder
     from clpl_moe.loss import CLPLLoss, CLPLOutput
     from clpl_moe.loss.sentence_transformers import SentenceTransformerCLPLLoss
     from clpl_moe.moe.config import MoEConfig

@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clpl_moe.encoder import load_encoder, onednn
+from clpl_moe.encoder import Encoder, onednn
 from clpl_moe.encoder.onednn import onednn_linear
 from clpl_moe.encoder.settings import EmbeddingSettings
-from clpl_moe.retrieval.encode import encode
 from helpers.calls import Calls
 
 if not torch.backends.mkldnn.is_available():
@@ -83,12 +82,12 @@ def test_other_precisions_and_empty_inputs_run_as_ever(amd):
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_encode_on_either_processor(faster, pooling, tiny_encoder, monkeypatch):
-    model, tokenizer = load_encoder(tiny_encoder)
+    settings = EmbeddingSettings(pooling=pooling)
+    encoder = Encoder.load(tiny_encoder, settings=settings, compute_dtype=torch.float32, device="cpu")
     texts = [f"word {i} " * (1 + i % 7) for i in range(40)]
-    how = {"kind": "passage", "max_length": 20, "batch_tokens": 64, "dtype": torch.float32, "progress": False}
-    how["settings"] = EmbeddingSettings(pooling=pooling)
+    how = {"max_length": 20, "batch_tokens": 64, "progress": False}
     with Calls() as calls:
-        embeddings = encode(model, tokenizer, texts, **how)
+        embeddings = encoder.encode_passages(texts, **how)
     assert (calls.counts[LINEAR] > 0) == (calls.counts[PACK] > 0) == faster
-    monkeypatch.setattr("clpl_moe.encoder.onednn.onednn_linear", lambda model, dtype: nullcontext())
-    torch.testing.assert_close(embeddings, encode(model, tokenizer, texts, **how), atol=1e-5, rtol=0)
+    monkeypatch.setattr("clpl_moe.encoder.encode.onednn_linear", lambda model, dtype: nullcontext())
+    torch.testing.assert_close(embeddings, encoder.encode_passages(texts, **how), atol=1e-5, rtol=0)

@@ -226,7 +226,7 @@ def test_top_k_and_metrics(tiny_encoder, collections, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"passage_max_len": 300}, "passage_max_len is 300 tokens"),
+        ({"passage_max_len": 300}, "passage_max_len: found 300 tokens"),
         ({"query_max_len": 2}, "--query_max_len: found 2, expected at least 3"),
         ({"batch_tokens": 0}, "--batch_tokens: found 0, expected at least 1"),
         ({"languages": ("../ko",)}, "expected the name of a folder"),

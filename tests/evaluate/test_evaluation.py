@@ -3,10 +3,10 @@ import torch
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import write_jsonl
-from clpl_moe.encoder import load_encoder
-from clpl_moe.encoder.settings import EmbeddingSettings
+from clpl_moe.encoder import Encoder
 from clpl_moe.evaluate.evaluation import evaluate_retrieval
 from clpl_moe.retrieval.collection import Collection
+from clpl_moe.retrieval.options import EncodingArguments
 
 
 def test_a_query_does_not_find_itself(tiny_encoder, tmp_path):
@@ -21,33 +21,23 @@ def test_a_query_does_not_find_itself(tiny_encoder, tmp_path):
     collection = Collection.load(tmp_path, "ko", "dev")
     assert collection.own_passages() == {"a": 0}
     for top_k in (2, 10):
-        model, tokenizer = load_encoder(tiny_encoder)
-        found = evaluate_retrieval(
-            model, tokenizer, collection, settings=EmbeddingSettings(), passage_max_len=50, top_k=top_k
-        ).run
+        encoder = Encoder.load(tiny_encoder)
+        found = evaluate_retrieval(encoder, collection, EncodingArguments(passage_max_len=50), top_k=top_k).run
         assert "a" not in found["a"]
         assert [len(found[q]) for q in queries] == ([2, 2, 2] if top_k == 2 else [3, 4, 4])
 
 
 def test_result_of_the_function(tiny_encoder, collections):
-    model, tokenizer = load_encoder(tiny_encoder)
+    encoder = Encoder.load(tiny_encoder, compute_dtype=torch.float32)
     collection = Collection.load(collections, "fa", "dev")
-    result = evaluate_retrieval(
-        model,
-        tokenizer,
-        collection,
-        settings=EmbeddingSettings(),
-        query_max_len=50,
-        passage_max_len=100,
-        dtype=torch.float32,
-        progress=False,
-    )
+    encoding = EncodingArguments(query_max_len=50, passage_max_len=100)
+    result = evaluate_retrieval(encoder, collection, encoding, progress=False)
     assert set(result.metrics) == {"nDCG@5", "nDCG@10", "R@100"}
     assert result.metrics["nDCG@5"] == pytest.approx(sum(v["nDCG@5"] for v in result.per_query.values()) / 8)
     ranked = list(result.run["q0"].items())
     assert len(ranked) == len(collection.passages)
     assert [score for _, score in ranked] == sorted((score for _, score in ranked), reverse=True)
     with torch.no_grad():
-        model.embeddings.word_embeddings.weight[:] = float("nan")
+        encoder.model.embeddings.word_embeddings.weight[:] = float("nan")
     with pytest.raises(UserError, match="NaN or infinite embeddings"):
-        evaluate_retrieval(model, tokenizer, collection, settings=EmbeddingSettings(), passage_max_len=100)
+        evaluate_retrieval(encoder, collection, encoding)

@@ -10,10 +10,8 @@ import pytest
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import read_jsonl
 from clpl_moe.data.schema import find_faults
-from clpl_moe.encoder import load_encoder
-from clpl_moe.encoder.settings import EmbeddingSettings
+from clpl_moe.encoder import Encoder
 from clpl_moe.mine import Mined, mine
-from clpl_moe.retrieval.encode import encode
 from clpl_moe.retrieval.options import open_encoder
 from helpers.mining import PASSAGES, QUERIES, make_collection
 from helpers.mining import mine_by_command as run
@@ -75,12 +73,10 @@ def test_each_process_has_its_gpu_before_a_model_is_loaded(tiny_encoder, tmp_pat
 
 def rank_by_hand(model, query):
     """Passage ids and cosines, best first."""
-    encoder = load_encoder(model)
-    options = {"settings": EmbeddingSettings(), "max_length": 100, "progress": False}
-    scores = (
-        encode(*encoder, [query], kind="query", **options)
-        @ encode(*encoder, list(PASSAGES.values()), kind="passage", **options).T
-    )
+    encoder = Encoder.load(model)
+    options = {"max_length": 100, "progress": False}
+    passages = encoder.encode_passages(list(PASSAGES.values()), **options)
+    scores = encoder.encode_queries([query], **options) @ passages.T
     return sorted(zip(scores[0].tolist(), PASSAGES), reverse=True)
 
 

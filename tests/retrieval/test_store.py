@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clpl_moe.common.errors import UserError
-from clpl_moe.retrieval import encode as encode_module
+from clpl_moe.encoder import encode as encode_module
 from clpl_moe.retrieval import store
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
 from clpl_moe.retrieval.search import search
@@ -42,7 +42,7 @@ def encoded_texts(encoder, monkeypatch):
     """How many sequences go through the encoder from now on, as a list that grows."""
     counts = []
     original = encode_module._embed
-    monkeypatch.setattr(encode_module, "_embed", lambda model, s, *a: counts.append(len(s)) or original(model, s, *a))
+    monkeypatch.setattr(encode_module, "_embed", lambda encoder, s: counts.append(len(s)) or original(encoder, s))
     return counts
 
 
@@ -181,7 +181,7 @@ def test_texts_are_read_as_they_are_needed(encoder, tmp_path, monkeypatch):
 
 
 def test_what_can_be_refused(encoder, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="passage_max_len is 500 tokens, the encoder takes 128 at most"):
+    with pytest.raises(UserError, match="passage_max_len: found 500 tokens, the encoder takes 128 at most"):
         encode_passages(encoder, TEXTS, dataclasses.replace(ENCODING, passage_max_len=500), cache=tmp_path)
     usage = type(shutil.disk_usage("."))(10**12, 10**12, 100)
     with monkeypatch.context() as patch:

@@ -584,19 +584,17 @@ def test_of_more_queries_than_wanted_questions_come_first(answer, language, quer
 
 
 def test_queries_that_do_not_find_their_passage_are_dropped(llm, tmp_path, tiny_encoder, capfd):
-    from clpl_moe.encoder import load_encoder
-    from clpl_moe.encoder.settings import EmbeddingSettings
-    from clpl_moe.retrieval.encode import encode
+    from clpl_moe.encoder import Encoder
 
     path = train_file(tmp_path, 16)
     options = {"round_trip_model": tiny_encoder, "round_trip_top": 6, "passage_max_len": 100, "dtype": "float32"}
     main(arguments(llm(), path, tmp_path, **options))
     lines, store, failures = results(tmp_path)
-    how = {"settings": EmbeddingSettings(), "max_length": 100, "progress": False}
+    how = {"max_length": 100, "progress": False}
     texts = [text(n) for n in range(16)] + [f"답 {n}" for n in range(0, 16, 4)]
-    encoder = load_encoder(tiny_encoder)
-    queries = encode(*encoder, [good(n)[0] for n in range(16)], kind="query", **how)
-    ranks = (queries @ encode(*encoder, texts, kind="passage", **how).T).argsort(dim=1, descending=True)
+    encoder = Encoder.load(tiny_encoder)
+    queries = encoder.encode_queries([good(n)[0] for n in range(16)], **how)
+    ranks = (queries @ encoder.encode_passages(texts, **how).T).argsort(dim=1, descending=True)
     found = {f"p{n}" for n in range(16) if n in ranks[n, :6]}
     assert 0 < len(found) < 16
     assert store.keys() == found
@@ -673,7 +671,7 @@ def test_an_encoder_that_cannot_take_the_lengths_is_refused_before_anything_is_a
     server = llm()
     lengths = {"query_max_len": 20, "passage_max_len": 100} | {f"{kind}_max_len": 129}
     argv = arguments(server, train_file(tmp_path, 4), tmp_path, round_trip_model=tiny_encoder, **lengths)
-    assert f"{kind}_max_len is 129 tokens, the encoder takes 128 at most" in refused(capfd, argv)
+    assert f"--{kind}_max_len: found 129 tokens, the encoder takes 128 at most" in refused(capfd, argv)
     assert not server.log()
     main([*argv, f"--{kind}_max_len=128"])
     assert len(server.log()) == 4

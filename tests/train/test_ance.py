@@ -101,7 +101,7 @@ def test_refreshes_are_logged_and_their_negatives_saved(world, whole):
 @pytest.mark.parametrize("every", ["epoch", 4])
 def test_negatives_are_what_mine_takes_with_the_weights_of_that_step(world, tiny_encoder, tmp_path, every, monkeypatch):
     # A run in float32 mines in float32, whatever the machine is fast at.
-    monkeypatch.setattr("clpl_moe.retrieval.encode.fast_bfloat16", lambda _: True)
+    monkeypatch.setattr("clpl_moe.encoder.precision.fast_bfloat16", lambda _: True)
     step = 6 if every == "epoch" else 4
     more = {"ance_refresh": every, "max_steps": step + 1, "save_steps": step, "ance_max_positive_ratio": 0.99}
     main(argv(world, tiny_encoder, tmp_path / "run", **more))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from clpl_moe.common.errors import UserError
-from clpl_moe.retrieval import encode
+from clpl_moe.encoder import precision
 from clpl_moe.train.__main__ import main
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from helpers.tiny_training import arguments, make_runner, refused, write_triplets
@@ -109,7 +109,7 @@ def test_several_gpus_without_torchrun(monkeypatch, caplog):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_bf16_where_the_hardware_is_fast_at_it_unless_said_otherwise(monkeypatch, fast):
-    monkeypatch.setattr(encode, "fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr(precision, "fast_bfloat16", lambda device: fast)
     assert training(use_cpu=True).bf16 is fast
     assert training(use_cpu=True, bf16=not fast).bf16 is not fast
     assert training(use_cpu=True, fp16=True).bf16 is False
@@ -117,7 +117,7 @@ def test_bf16_where_the_hardware_is_fast_at_it_unless_said_otherwise(monkeypatch
 
 @without_accelerator
 def test_what_makes_training_slow_is_said(monkeypatch, caplog):
-    monkeypatch.setattr(encode, "fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(precision, "fast_bfloat16", lambda device: False)
     training(use_cpu=True, bf16=False)
     assert not caplog.text
     training(bf16=True)
@@ -137,7 +137,7 @@ def test_fsdp_on_a_cpu_is_none(caplog):
 
 
 def test_encoding_in_training_follows_its_precision(monkeypatch):
-    monkeypatch.setattr(encode, "fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(precision, "fast_bfloat16", lambda device: True)
     assert training(use_cpu=True, bf16=False).encode_dtype == torch.float32
     assert training(use_cpu=True).encode_dtype is None
     assert training(use_cpu=True, fp16=True).encode_dtype is None
@@ -270,7 +270,7 @@ def test_lengths_beyond_the_positions_of_the_encoder(tiny_encoder, tmp_path, cap
     """The first text that is so long would end the run, in an IndexError."""
     data = write_triplets(tmp_path / "t.jsonl", 4)
     for options, message in (
-        ({"passage_max_len": 129}, f"passage_max_len is 129 tokens, {tiny_encoder} takes 128 at most"),
+        ({"passage_max_len": 129}, f"--passage_max_len: found 129 tokens, {tiny_encoder} takes 128 at most"),
         ({"query_max_len": 512}, "query_max_len is 512"),
     ):
         assert message in refused(arguments(tiny_encoder, data, tmp_path / "a", dry_run=dry_run, **options), capsys)

@@ -140,7 +140,7 @@ def test_full_disk(tiny_encoder, data, tmp_path, capsys, monkeypatch, error):
         raise error
 
     # The model's weights at the end, and a checkpoint's optimizer.
-    for place, strategy in (("save_encoder", "no"), ("CLPLTrainer._save_optimizer_and_scheduler", "steps")):
+    for place, strategy in (("Encoder.save", "no"), ("CLPLTrainer._save_optimizer_and_scheduler", "steps")):
         with monkeypatch.context() as patched:
             patched.setattr(f"clpl_moe.train.trainer.{place}", save)
             folder = tmp_path / strategy

@@ -7,7 +7,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from clpl_moe.encoder.load import load_encoder
+from clpl_moe.encoder import Encoder, load_encoder
 from clpl_moe.evaluate import evaluation
 from clpl_moe.train.__main__ import main
 from clpl_moe.train.resume import newest_checkpoint
@@ -92,9 +92,9 @@ def test_evaluation_follows_saving_and_the_best_checkpoint_is_the_result(run):
 def test_evaluation_has_the_precision_of_training(tiny_encoder, data, tmp_path, monkeypatch, bf16, dtype):
     asked = []
 
-    def evaluate(*arguments, **options):
-        asked.append(options["dtype"])
-        return whole(*arguments, **options)
+    def evaluate(encoder, *arguments, **options):
+        asked.append(encoder.compute_dtype)
+        return whole(encoder, *arguments, **options)
 
     whole = evaluation.evaluate_retrieval
     monkeypatch.setattr(evaluation, "evaluate_retrieval", evaluate)
@@ -104,17 +104,12 @@ def test_evaluation_has_the_precision_of_training(tiny_encoder, data, tmp_path, 
 
 
 def test_evaluation_is_that_of_the_saved_model(run):
-    from clpl_moe.encoder.settings import read_settings
     from clpl_moe.retrieval.collection import Collection
+    from clpl_moe.retrieval.options import EncodingArguments
 
     collection = Collection.load(run.parent / "dev", "ko", "dev")
     expected = evaluation.evaluate_retrieval(
-        *load_encoder(run),
-        collection,
-        settings=read_settings(run),
-        query_max_len=24,
-        passage_max_len=40,
-        dtype=torch.float32,
+        Encoder.load(run, compute_dtype=torch.float32), collection, EncodingArguments(24, 40)
     )
     best = max(r["eval_ndcg@10"] for r in read_metrics(run) if r.get("eval_ndcg@10") and r["step"])
     assert best == pytest.approx(expected.metrics["nDCG@10"], abs=1e-6)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from clpl_moe.common.errors import UserError, at
+from clpl_moe.encoder.settings import EmbeddingSettings, read_max_length, read_settings
 from clpl_moe.moe.config import MoEConfig
 from clpl_moe.moe.inject import stack_2024_experts
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
@@ -25,6 +30,26 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What the folder of a model states besides weights and tokenizer.
+
+    Attributes:
+        settings: pooling, normalisation and prompts; the defaults where it states none.
+        max_length: longest input in tokens, where it states one.
+        fault: what is wrong with its settings.
+    """
+
+    settings: EmbeddingSettings = field(default_factory=EmbeddingSettings)
+    max_length: int | None = None
+    fault: str | None = None
+
+
+def stated_by_folder(model: nn.Module) -> Stated:
+    """What the folder stated that :func:`load_encoder` read a model from; the defaults for other models."""
+    return getattr(model, "_clpl_moe_stated", Stated())
 
 
 def load_encoder(
@@ -41,7 +66,8 @@ def load_encoder(
 
     Folders with experts load without remote code, also those of 2024 (``config.json`` with ``moe``, ``num_experts`` and
     ``num_experts_per_tok``), whose router becomes ``topk_softmax``. A pooling layer is kept only where the weights hold
-    one. The model is in evaluation mode, in ``dtype``, on the CPU.
+    one. The model is in evaluation mode, in ``dtype``, on the CPU. It remembers the settings and the length that its folder
+    states, for ``save_encoder`` and :class:`~clpl_moe.encoder.encoder.Encoder`.
 
     Raises:
         UserError: nothing is found at ``path``, or what is there cannot be loaded.
@@ -59,7 +85,7 @@ def load_encoder(
         pooling_types = {c.config_class.model_type for pair in MOE_CLASSES.items() for c in pair}
         if model_type in pooling_types:
             kwargs["add_pooling_layer"] = any(".pooler." in f".{key}" for key in keys)
-        with refuse_unloadable(path, "encoder", trust_remote_code):
+        with refuse_unloadable(path, "encoder", trust_remote_code), no_bar_of_weights():
             if moe_class is not None:
                 del kwargs["trust_remote_code"]
                 model, info = moe_class.from_pretrained(path, output_loading_info=True, **kwargs)
@@ -69,7 +95,37 @@ def load_encoder(
             raise UserError(
                 f"{at(path)}: the weights lack {len(missing)} parameters of the model, first '{missing[0]}'"
             )
+    model._clpl_moe_stated = _read_stated(path, hub)
     return model.to(dtype).eval(), _load_tokenizer(str(tokenizer or path), trust_remote_code, hub)
+
+
+def _read_stated(path: str, hub: dict[str, Any]) -> Stated:
+    try:
+        return Stated(read_settings(path, **hub), read_max_length(path, **hub))
+    except UserError as error:  # concerns only those who use the settings
+        return Stated(fault=str(error))
+
+
+@contextlib.contextmanager
+def no_bar_of_weights() -> Iterator[None]:
+    """Load without transformers' bar, which lasts a moment; bars of downloads stay."""
+    if not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    downloads = not are_progress_bars_disabled()
+    with warnings.catch_warnings():  # where the environment decides on bars of downloads
+        warnings.simplefilter("ignore")
+        transformers_logging.disable_progress_bar()
+        if downloads:
+            enable_progress_bars()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            transformers_logging.enable_progress_bar()
+            if not downloads:
+                disable_progress_bars()
 
 
 def load_weights(model: PreTrainedModel, path: str | Path) -> None:

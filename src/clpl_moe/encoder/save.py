@@ -1,20 +1,16 @@
-"""Save an encoder as a folder that every tool of the field loads."""
+"""The two-argument form of saving: a model and its tokenizer."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from clpl_moe.encoder.encoder import Encoder
 from clpl_moe.encoder.load import HEAD_FILES, find_heads
-from clpl_moe.encoder.settings import EmbeddingSettings, write_settings
-from clpl_moe.moe.inject import refuse_foreign_experts
-from clpl_moe.moe.install import has_experts
-from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
+from clpl_moe.encoder.settings import EmbeddingSettings
 
 
 def save_encoder(
@@ -23,46 +19,31 @@ def save_encoder(
     folder: str | Path,
     settings: EmbeddingSettings | None = None,
     *,
-    max_length: int = 512,
+    max_length: int | None = None,
     heads: Mapping[str, Mapping[str, Tensor]] | None = None,
     heads_from: str | Path | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a self-contained model folder: weights, configuration, tokenizer and sentence-transformers' files.
-
-    With experts it also holds their code, so that ``AutoModel``, ``BGEM3FlagModel`` and ``SentenceTransformer`` load it
-    with ``trust_remote_code=True``, without this package.
+    """Write a model folder that every tool of the field loads: :meth:`Encoder.save` for a model and a tokenizer.
 
     Args:
         model: the encoder; with experts, one of the classes that can be saved (XLM-R, RoBERTa, BERT).
         tokenizer: its tokenizer.
         folder: is created where it does not exist; files of the same names are replaced.
-        settings: pooling and prompts; the defaults are BGE-M3's.
-        max_length: longest input in tokens, as sentence-transformers truncates it.
+        settings: pooling and prompts. None: those of the folder that :func:`load_encoder` read the model from, otherwise
+            BGE-M3's.
+        max_length: longest input in tokens, as sentence-transformers truncates it. None: as that folder states, otherwise
+            the tokenizer's limit; no more than the model's positions.
         heads: state dicts to write as ``sparse_linear.pt`` and ``colbert_linear.pt``, by file name.
         heads_from: folder or hub name of the base model; heads that ``heads`` does not name are copied from it.
         state_dict: weights to write instead of the model's own (gathered from several devices, for instance).
 
     Raises:
         ValueError: the encoder has experts but is of a class that cannot be loaded again, or those of a folder's own code.
-        UserError: it cannot be told whether ``heads_from`` has heads, since the hub is out of reach. Nothing is written.
+        UserError: it cannot be told whether ``heads_from`` has heads, since the hub is out of reach; or ``settings`` is None
+            and those of the model's folder cannot be computed. Nothing is written.
     """
-    refuse_foreign_experts(model)
-    if has_experts(model) and not isinstance(model, tuple(MOE_CLASSES.values())):
-        names = ", ".join(c.__name__ for c in MOE_CLASSES)
-        raise ValueError(
-            f"a {type(model).__name__} with experts could not be loaded again: merge_experts(model) first, or start from"
-            f" one of {names}"
-        )
-    heads = heads or {}
-    base_heads = {} if heads_from is None or set(HEAD_FILES) <= set(heads) else find_heads(heads_from)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, state_dict=state_dict)
-    tokenizer.save_pretrained(folder)
-    write_settings(folder, settings or EmbeddingSettings(), max_length=max_length, hidden_size=model.config.hidden_size)
-    for name in HEAD_FILES:
-        if name in heads:
-            torch.save({key: value.detach().cpu() for key, value in heads[name].items()}, folder / name)
-        elif name in base_heads and Path(base_heads[name]).resolve() != (folder / name).resolve():
-            shutil.copyfile(base_heads[name], folder / name)
+    encoder = Encoder(model, tokenizer, settings, max_length)
+    if heads_from is not None and not set(HEAD_FILES) <= set(heads or {}):
+        encoder.head_files = find_heads(heads_from)
+    encoder.save(folder, heads=heads, state_dict=state_dict)

@@ -10,7 +10,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import write_json
@@ -44,6 +44,10 @@ class EmbeddingSettings:
     normalize: bool = True
     query_prompt: str = ""
     passage_prompt: str = ""
+
+    def prompt(self, kind: Literal["query", "passage"]) -> str:
+        """The text put before each text of a kind."""
+        return self.query_prompt if kind == "query" else self.passage_prompt
 
 
 def read_settings(folder: str | Path, *, cache_dir: str | None = None, token: str | None = None) -> EmbeddingSettings:
@@ -82,6 +86,22 @@ def read_settings(folder: str | Path, *, cache_dir: str | None = None, token: st
         # The names that `SentenceTransformer.encode_document` tries; one of them may be empty.
         passage_prompt=next((prompts[k] for k in ("document", "passage", "corpus") if prompts.get(k)), ""),
     )
+
+
+def read_max_length(folder: str | Path, *, cache_dir: str | None = None, token: str | None = None) -> int | None:
+    """The longest input in tokens that the sentence-transformers files of a model state; None where they state none.
+
+    Raises:
+        UserError: a file is not JSON.
+    """
+    hub = {"cache_dir": cache_dir, "token": token}
+    modules = _read(folder, "modules.json", list, hub) or []
+    path = next((m.get("path") or "" for m in modules if str(m.get("type", "")).endswith("Transformer")), None)
+    if path is None:
+        return None
+    name = "/".join(filter(None, [path, "sentence_bert_config.json"]))
+    length = (_read(folder, name, dict, hub) or {}).get("max_seq_length")
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def write_settings(folder: str | Path, settings: EmbeddingSettings, max_length: int, hidden_size: int) -> None:

@@ -23,8 +23,9 @@ from clpl_moe.evaluate.metrics import (
 from clpl_moe.evaluate.tasks import M3_FILE, METRICS_FILE, Task
 
 if TYPE_CHECKING:
+    from clpl_moe.encoder import Encoder
     from clpl_moe.evaluate.options import EvaluateArguments
-    from clpl_moe.retrieval.options import Encoder, EncodingArguments
+    from clpl_moe.retrieval.options import EncodingArguments
 
 
 def compute(
@@ -51,17 +52,7 @@ def _rank_by_embeddings(
             file=sys.stderr,
         )
         result = evaluate_retrieval(
-            encoder.model,
-            encoder.tokenizer,
-            collection,
-            settings=encoder.settings,
-            query_max_len=encoding.query_max_len,
-            passage_max_len=encoding.passage_max_len,
-            top_k=arguments.top_k,
-            batch_tokens=encoding.batch_tokens,
-            metrics=arguments.metrics,
-            dtype=encoder.dtype,
-            cache=cache,
+            encoder, collection, encoding, top_k=arguments.top_k, metrics=arguments.metrics, cache=cache
         )
         content = {
             "metrics": result.metrics,

@@ -9,19 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from clpl_moe.evaluate.metrics import DEFAULT_METRICS, check_metrics, evaluate_run
 from clpl_moe.retrieval.collection import Collection
-from clpl_moe.retrieval.encode import compute_dtype
-from clpl_moe.retrieval.options import Encoder, EncodingArguments
 from clpl_moe.retrieval.search import search
 from clpl_moe.retrieval.store import EmbeddingShards, encode_passages, encode_queries
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from clpl_moe.encoder.settings import EmbeddingSettings
+    from clpl_moe.encoder import Encoder
+    from clpl_moe.retrieval.options import EncodingArguments
 
 
 @dataclass
@@ -44,17 +39,12 @@ class RetrievalResult:
 
 
 def evaluate_retrieval(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     collection: Collection,
+    encoding: EncodingArguments,
     *,
-    settings: EmbeddingSettings,
-    query_max_len: int = 128,
-    passage_max_len: int = 512,
     top_k: int = 1000,
-    batch_tokens: int | None = None,
     metrics: Sequence[str] = DEFAULT_METRICS,
-    dtype: torch.dtype | None = None,
     cache: Path | None = None,
     progress: bool = True,
 ) -> RetrievalResult:
@@ -63,16 +53,11 @@ def evaluate_retrieval(
     As in BEIR, a query does not find itself (:meth:`~clpl_moe.retrieval.collection.Collection.own_passages`).
 
     Args:
-        model: the encoder, on the device that is to compute.
-        tokenizer: the encoder's.
+        encoder: the encoder, on the device that is to compute.
         collection: passages, queries and judgements.
-        settings: pooling, normalisation and prompts.
-        query_max_len: longest query in tokens.
-        passage_max_len: longest passage in tokens.
+        encoding: lengths and batch size; precision and settings are the encoder's.
         top_k: passages kept for each query (all, where the corpus has fewer).
-        batch_tokens: tokens a batch, None for what suits the device.
         metrics: names in the spelling of ``ir_measures``.
-        dtype: precision of the encoder, as :func:`clpl_moe.retrieval.encode.encode` takes it.
         cache: folder for the passages' embeddings, as :func:`clpl_moe.retrieval.store.encode_passages` takes it.
         progress: whether to show bars.
 
@@ -88,14 +73,12 @@ def evaluate_retrieval(
         now = time.perf_counter()
         seconds[step], started = now - started, now
 
-    encoder = Encoder(model, tokenizer, settings, compute_dtype(model, dtype))
-    encoding = EncodingArguments(query_max_len, passage_max_len, batch_tokens)
     queries = encode_queries(encoder, collection.queries, encoding, progress=progress)
     clock("encode_queries")
     passages = encode_passages(encoder, collection.passages, encoding, cache=cache, progress=progress)
     clock("encode_passages")
     own = collection.own_passages()
-    scores, indices = search(queries.to(model.device), passages, top_k + bool(own))
+    scores, indices = search(queries.to(encoder.device), passages, top_k + bool(own))
     ids = collection.passage_ids
     run = {}
     for query_id, row_indices, row_scores in zip(collection.query_ids, indices.tolist(), scores.tolist()):

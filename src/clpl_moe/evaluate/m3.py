@@ -29,15 +29,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from clpl_moe.common.errors import UserError, at
+from clpl_moe.encoder.encode import batches, default_batch_tokens, refuse_too_large, tokenize
 from clpl_moe.encoder.load import HEAD_FILES, find_heads, read_head
 from clpl_moe.encoder.onednn import onednn_linear
+from clpl_moe.encoder.precision import autocast
 from clpl_moe.encoder.settings import pool
 from clpl_moe.evaluate.metrics import M3_SCORES, M3_WEIGHTS
-from clpl_moe.retrieval.encode import autocast, batches, default_batch_tokens, refuse_too_large, tokenize
 
 if TYPE_CHECKING:
+    from clpl_moe.encoder import Encoder
     from clpl_moe.retrieval.collection import Collection
-    from clpl_moe.retrieval.options import Encoder, EncodingArguments
+    from clpl_moe.retrieval.options import EncodingArguments
 
 _QUERIES_AT_ONCE = 512
 
@@ -275,7 +277,7 @@ def _token_level(
 ) -> Iterator[tuple[list[list[int]], _Tokens]]:
     """Batches of distinct texts, longest first: for each text its places in ``texts``, and what the batch gives."""
     length = encoding.query_max_len if kind == "query" else encoding.passage_max_len
-    tokenized = tokenize(encoder.tokenizer, texts, settings=encoder.settings, kind=kind, max_length=length)
+    tokenized = tokenize(encoder, texts, kind=kind, max_length=length)
     places: list[list[int]] = [[] for _ in tokenized.sequences]
     for place, sequence in enumerate(tokenized.places.tolist()):
         places[sequence].append(place)

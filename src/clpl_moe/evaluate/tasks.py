@@ -21,7 +21,7 @@ from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
 
 if TYPE_CHECKING:
-    from clpl_moe.retrieval.options import Encoder
+    from clpl_moe.encoder import Encoder
 
 METRICS_FILE = "metrics.json"
 M3_FILE = "metrics.m3.json"
@@ -109,17 +109,17 @@ def plan_tasks(
     Raises:
         UserError: a model cannot be loaded or takes shorter texts only, other results are in the way.
     """
-    from clpl_moe.retrieval.encode import check_lengths, model_fingerprint
+    from clpl_moe.encoder.lengths import check_lengths
 
     tasks = []
     for model, label in labels.items():
         encoder = current.open(model)
         check_lengths(encoder.model, encoding.query_max_len, encoding.passage_max_len, model)
-        model_hash = model_fingerprint(encoder.model, encoder.tokenizer)
+        model_hash = encoder.fingerprint()
         heads_hash = _hash_heads(model, encoder) if arguments.m3_scores else None
         for language, collection in collections.items():
             folder = Path(arguments.output, label if len(labels) > 1 else "", language)
-            settings = encoder.describe(encoding)
+            settings = encoding.describe(encoder)
             settings |= {"top_k": arguments.top_k, "metrics": list(arguments.metrics)}
             hashes = {"model_hash": model_hash, "collection_hash": collection.fingerprint()}
             tasks.append(Task(model, label, collection, folder, {**hashes, "settings": settings}))

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from clpl_moe.encoder import Encoder
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.mine.options import MineArguments, SelectionArguments
 from clpl_moe.mine.rank import MiningQuery
 from clpl_moe.mine.rerank import Reranker
 from clpl_moe.mine.select import mine_negatives
 from clpl_moe.retrieval.collection import Collection
-from clpl_moe.retrieval.options import Encoder, EncodingArguments
+from clpl_moe.retrieval.options import EncodingArguments
 
 
 def training_lines(

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clpl_moe.encoder import Encoder
 from clpl_moe.mine.index import PassageIndex
-from clpl_moe.retrieval.options import Encoder, EncodingArguments
+from clpl_moe.retrieval.options import EncodingArguments
 
 if TYPE_CHECKING:
     import torch

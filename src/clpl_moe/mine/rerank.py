@@ -12,10 +12,11 @@ import numpy as np
 
 from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import atomic_open
+from clpl_moe.encoder.fingerprint import model_fingerprint
+from clpl_moe.encoder.lengths import max_positions
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.mine.rank import Candidate, MiningQuery
 from clpl_moe.retrieval.collection import hash_texts
-from clpl_moe.retrieval.encode import max_positions, model_fingerprint
 
 
 class Reranker:

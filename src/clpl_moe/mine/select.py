@@ -20,13 +20,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clpl_moe.encoder import Encoder
 from clpl_moe.mine.filters import CopyFilter, below_ceiling, without_known_answers
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.mine.options import SelectionArguments
 from clpl_moe.mine.rank import MiningQuery, Ranking, rank_passages
 from clpl_moe.mine.rerank import Reranker, Scored, rescore
 from clpl_moe.mine.sampling import in_order, shuffled
-from clpl_moe.retrieval.options import Encoder, EncodingArguments
+from clpl_moe.retrieval.options import EncodingArguments
 
 _QUERIES_AT_ONCE = 64
 

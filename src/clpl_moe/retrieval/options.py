@@ -1,4 +1,4 @@
-"""What the commands that encode text have in common: their options, and the encoder that these ask for."""
+"""The options that commands share which encode text, and the encoder that they ask for."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from clpl_moe.common.errors import UserError
+from clpl_moe.common.errors import OptionError
 from clpl_moe.common.files import refuse_unwritable
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from clpl_moe.encoder.settings import EmbeddingSettings
+    from clpl_moe.encoder import Encoder
 
 
 @dataclass
@@ -57,27 +54,17 @@ class EncodingArguments:
         # Two tokens only begin and end a text, and a tokenizer that is to cut off more cuts nothing.
         for name, least in (("query_max_len", 3), ("passage_max_len", 3), ("batch_tokens", 1)):
             if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"--{name}: found {value}, expected at least {least}")
+                raise OptionError(name, f"found {value}, expected at least {least}")
         if self.cache_dir is not None:
             refuse_unwritable(Path(self.cache_dir, "embeddings"))
 
-
-@dataclass
-class Encoder:
-    """An encoder ready to encode, and how it is to be used."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    settings: EmbeddingSettings
-    dtype: torch.dtype
-
-    def describe(self, arguments: EncodingArguments) -> dict[str, Any]:
-        """Everything but the weights and the texts that decides the embeddings."""
+    def describe(self, encoder: Encoder) -> dict[str, Any]:
+        """Everything but an encoder's weights and the texts that decides the embeddings."""
         return {
-            **dataclasses.asdict(self.settings),
-            "query_max_len": arguments.query_max_len,
-            "passage_max_len": arguments.passage_max_len,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            **dataclasses.asdict(encoder.settings),
+            "query_max_len": self.query_max_len,
+            "passage_max_len": self.passage_max_len,
+            "dtype": str(encoder.dtype).removeprefix("torch."),
         }
 
 
@@ -90,17 +77,14 @@ def open_encoder(name: str, arguments: EncodingArguments) -> Encoder:
     import torch
 
     from clpl_moe.common.allocator import keep_freed_memory
-    from clpl_moe.encoder import load_encoder
-    from clpl_moe.encoder.settings import read_settings
-    from clpl_moe.retrieval.encode import compute_dtype
+    from clpl_moe.encoder import Encoder
 
-    model, tokenizer = load_encoder(name, trust_remote_code=arguments.trust_remote_code)
+    dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    encoder = Encoder.load(name, trust_remote_code=arguments.trust_remote_code, compute_dtype=dtype)
     given = {key: getattr(arguments, key) for key in ("pooling", "query_prompt", "passage_prompt")}
     given = {key: value for key, value in given.items() if value is not None}
     # Similarity is the cosine, as in training, also where the folder leaves the normalisation to its user.
-    settings = dataclasses.replace(read_settings(name), **given, normalize=True)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    if model.device.type == "cpu":
+    encoder.settings = dataclasses.replace(encoder.settings, **given, normalize=True)
+    if encoder.device.type == "cpu":
         keep_freed_memory()
-    dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    return Encoder(model, tokenizer, settings, compute_dtype(model, dtype))
+    return encoder

@@ -32,11 +32,13 @@ from tqdm.auto import tqdm
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open, refuse_unwritable, write_json
+from clpl_moe.encoder.encode import check_finite, encode_tokenized, tokenize
+from clpl_moe.encoder.lengths import check_length
 from clpl_moe.retrieval.collection import hash_texts
-from clpl_moe.retrieval.encode import check_finite, check_length, embed, encode, model_fingerprint, tokenize
 
 if TYPE_CHECKING:
-    from clpl_moe.retrieval.options import Encoder, EncodingArguments
+    from clpl_moe.encoder import Encoder
+    from clpl_moe.retrieval.options import EncodingArguments
 
 SHARD_TEXTS = 4096  # what a kill loses at most, a second on a large GPU and minutes on a CPU
 
@@ -116,24 +118,10 @@ class EmbeddingShards:
 def encode_queries(
     encoder: Encoder, texts: Sequence[str], encoding: EncodingArguments, *, progress: bool = True
 ) -> Tensor:
-    """Embed queries: (n, D) float32 on the CPU.
-
-    Raises:
-        UserError: embeddings are not finite, and what :func:`clpl_moe.retrieval.encode.encode` raises.
-    """
-    embeddings = encode(
-        encoder.model,
-        encoder.tokenizer,
-        texts,
-        settings=encoder.settings,
-        kind="query",
-        max_length=encoding.query_max_len,
-        batch_tokens=encoding.batch_tokens,
-        dtype=encoder.dtype,
-        progress=progress,
-    )
-    check_finite(embeddings)
-    return embeddings
+    """:meth:`Encoder.encode_queries` as a command's options say: (n, D) float32 on the CPU."""
+    length = encoding.query_max_len
+    check_length(encoder.model, length, "query_max_len")
+    return encoder.encode_queries(texts, max_length=length, batch_tokens=encoding.batch_tokens, progress=progress)
 
 
 def encode_passages(
@@ -160,16 +148,12 @@ def encode_passages(
 
     Raises:
         UserError: the disk has no room, embeddings are not finite, the processes see different disks, and what
-            :func:`clpl_moe.retrieval.encode.encode` raises.
+            :meth:`Encoder.encode_passages` raises.
     """
-    model, tokenizer, length = encoder.model, encoder.tokenizer, encoding.passage_max_len
-    reading = {"settings": encoder.settings, "kind": "passage", "max_length": length}
-    computing = {"settings": encoder.settings, "batch_tokens": encoding.batch_tokens, "dtype": encoder.dtype}
+    length, batch_tokens = encoding.passage_max_len, encoding.batch_tokens
+    check_length(encoder.model, length, "passage_max_len")
     if cache is None:
-        embeddings = encode(model, tokenizer, texts, progress=progress, **(reading | computing))
-        check_finite(embeddings)
-        return embeddings
-    check_length(model, "passage", length)
+        return encoder.encode_passages(texts, max_length=length, batch_tokens=batch_tokens, progress=progress)
     rank, world = process()
     shards = _open(encoder, texts, length, cache)
     _wait()  # for the folder
@@ -185,7 +169,7 @@ def encode_passages(
 
     def read(number: int):
         rows = shards.rows(number)
-        return tokenize(tokenizer, texts[rows.start : rows.stop], **reading)
+        return tokenize(encoder, texts[rows.start : rows.stop], kind="passage", max_length=length)
 
     total = sum(len(shards.rows(number)) for number in own)
     bar = tqdm(total=total, desc="encode passages", unit="passage", disable=not progress, leave=False)
@@ -195,7 +179,7 @@ def encode_passages(
             tokenized = coming.pop().result()
             if following is not None:
                 coming.append(thread.submit(read, following))
-            embeddings = embed(model, tokenized, on_batch=bar.update, **computing).half()
+            embeddings = encode_tokenized(encoder, tokenized, batch_tokens=batch_tokens, on_batch=bar.update).half()
             check_finite(embeddings)
             shards.write(number, embeddings)
             shards.encoded += len(embeddings)
@@ -208,7 +192,7 @@ def _open(encoder: Encoder, texts: Sequence[str], length: int, cache: Path) -> E
     """The shards' folder, made by the first process, with a file that says what they are."""
     content = {
         "what": "embeddings of passages, made by clpl_moe; they can be deleted at any time",
-        "model_hash": model_fingerprint(encoder.model, encoder.tokenizer),
+        "model_hash": encoder.fingerprint(),
         "texts_hash": hash_texts(texts),
         "pooling": encoder.settings.pooling,
         "normalize": encoder.settings.normalize,
@@ -230,7 +214,7 @@ def _open(encoder: Encoder, texts: Sequence[str], length: int, cache: Path) -> E
             if needed > (free := shutil.disk_usage(there).free):
                 raise UserError(
                     f"{at(cache)}: the embeddings take {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB;"
-                    " name a folder on another one by --cache_dir"
+                    " name a folder on another one by cache_dir"
                 )
             write_json(manifest, content)
     return shards

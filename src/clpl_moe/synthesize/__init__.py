@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tqdm.auto import tqdm
 
@@ -28,11 +28,14 @@ from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import refuse_existing, refuse_unwritable, write_jsonl
 from clpl_moe.data.schema import data_files
 from clpl_moe.retrieval.collection import check_language, load_passages
-from clpl_moe.retrieval.options import Encoder, EncodingArguments, open_encoder
+from clpl_moe.retrieval.options import EncodingArguments, open_encoder
 from clpl_moe.synthesize.answers import read_queries
 from clpl_moe.synthesize.journal import Answer, Journal, Question, read_answers
 from clpl_moe.synthesize.passages import SearchedPassages, fill_lines, read_passages
 from clpl_moe.synthesize.prompts import fill, load_prompt
+
+if TYPE_CHECKING:
+    from clpl_moe.encoder import Encoder
 
 _ASKED_AT_MOST = 2
 _BYTES_PER_TOKEN = 4  # of UTF-8: what tokenizers of large models need for English, Korean, Persian and Hindi, roughly
@@ -323,7 +326,7 @@ def _open_backend(arguments: SynthesizeArguments, encoding: EncodingArguments) -
 
 
 def _open_encoder(arguments: SynthesizeArguments, encoding: EncodingArguments) -> Encoder:
-    from clpl_moe.retrieval.encode import check_lengths
+    from clpl_moe.encoder.lengths import check_lengths
 
     encoder = open_encoder(arguments.round_trip_model, encoding)
     check_lengths(encoder.model, encoding.query_max_len, encoding.passage_max_len)

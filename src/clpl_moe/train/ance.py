@@ -25,11 +25,12 @@ from typing import Any
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import read_jsonl, write_jsonl
 from clpl_moe.data.dataset import CLPLTrainDataset
+from clpl_moe.encoder import Encoder
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.mine.options import SelectionArguments
 from clpl_moe.mine.rank import MiningQuery
 from clpl_moe.mine.select import mine_negatives
-from clpl_moe.retrieval.options import Encoder, EncodingArguments
+from clpl_moe.retrieval.options import EncodingArguments
 
 NEGATIVES_FILE = "negatives.jsonl"
 

@@ -84,7 +84,7 @@ class CLPLTrainingArguments(
     def __post_init__(self) -> None:
         import torch
 
-        from clpl_moe.retrieval.encode import fast_bfloat16
+        from clpl_moe.encoder.precision import fast_bfloat16
 
         if not self.output_dir:
             raise ValueError("output_dir is missing: name the run's folder (--output_dir)")
@@ -133,7 +133,7 @@ class CLPLTrainingArguments(
 
     @property
     def encode_dtype(self) -> torch.dtype | None:
-        """The precision to encode in between steps, as :func:`clpl_moe.retrieval.encode.encode` takes it: float32
+        """The precision to encode in between steps, as :class:`clpl_moe.encoder.Encoder` takes it: float32
         where training is in float32, else None, what suits the hardware."""
         import torch
 

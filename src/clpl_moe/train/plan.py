@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.data.sampler import EpochBatchSampler
+from clpl_moe.encoder.lengths import check_lengths
 from clpl_moe.encoder.load import is_2024_checkpoint, read_config, refuse_unloadable
 from clpl_moe.moe.config import MoEConfig
 from clpl_moe.moe.inject import has_experts, inject_moe
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from clpl_moe.retrieval.collection import Collection
-from clpl_moe.retrieval.encode import check_lengths
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.train.checks import check_batches, check_optimizer
 from clpl_moe.train.model import choose_trainable

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from clpl_moe.common.allocator import keep_freed_memory
@@ -17,13 +16,13 @@ from clpl_moe.common.files import atomic_open, write_json
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.data.flag_embedding import EncoderOnlyEmbedderM3Runner
-from clpl_moe.encoder.load import load_encoder
+from clpl_moe.encoder import Encoder
+from clpl_moe.encoder.lengths import check_lengths
 from clpl_moe.encoder.packing import can_pack
 from clpl_moe.loss import CLPLLoss
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.moe.inject import has_experts, inject_moe
 from clpl_moe.retrieval.collection import Collection
-from clpl_moe.retrieval.encode import check_lengths
 from clpl_moe.retrieval.options import EncodingArguments
 from clpl_moe.train.ance import NEGATIVES_FILE, NegativeRefresher
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
@@ -73,13 +72,17 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
 
     def load_tokenizer_and_model(self) -> tuple[PreTrainedTokenizerBase, CLPLModel]:
         args, training = self.model_args, self.training_args
-        encoder, tokenizer = load_encoder(
+        self.encoder = Encoder.load(
             args.model_name_or_path,
+            settings=self.settings,
+            compute_dtype=training.encode_dtype,
+            device="cpu",
             trust_remote_code=args.trust_remote_code,
             cache_dir=args.cache_dir,
             token=args.token,
             tokenizer=args.tokenizer_name,
         )
+        encoder, tokenizer = self.encoder.model, self.encoder.tokenizer
         check_lengths(encoder, self.data_args.query_max_len, self.data_args.passage_max_len, args.model_name_or_path)
         config = args.moe_config()
         if has_experts(encoder):
@@ -164,9 +167,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
                 args=self.training_args,
                 train_dataset=self.train_dataset,
                 data_collator=self.data_collator,
-                processing_class=self.tokenizer,
-                settings=self.settings,
-                max_length=max(self.data_args.query_max_len, self.data_args.passage_max_len),
+                encoder=self.encoder,
                 base_heads=self.base_heads,
                 evaluator=evaluator,
                 same_dataset_within_batch=self.data_args.same_dataset_within_batch,
@@ -182,7 +183,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
                 " and the login (hf auth login), or leave push_to_hub out and upload the run folder afterwards"
             ) from None
 
-    def _make_evaluator(self) -> Callable[[nn.Module], dict[str, float]] | None:
+    def _make_evaluator(self) -> Callable[[Encoder], dict[str, float]] | None:
         args = self.training_args
         if args.dev_collection is None:
             return None
@@ -190,19 +191,10 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
 
         collection = Collection.load(args.dev_collection, args.dev_language, args.dev_split)
 
-        def evaluator(encoder: nn.Module) -> dict[str, float]:
+        def evaluator(encoder: Encoder) -> dict[str, float]:
+            metrics = ("nDCG@5", "nDCG@10", "R@100")
             result = evaluate_retrieval(
-                encoder,
-                self.tokenizer,
-                collection,
-                settings=self.settings,
-                query_max_len=self.data_args.query_max_len,
-                passage_max_len=self.data_args.passage_max_len,
-                top_k=100,
-                batch_tokens=args.dev_batch_tokens,
-                metrics=("nDCG@5", "nDCG@10", "R@100"),
-                dtype=args.encode_dtype,
-                progress=False,
+                encoder, collection, self._encoding(), top_k=100, metrics=metrics, progress=False
             )
             names = {"nDCG@5": "ndcg@5", "nDCG@10": "ndcg@10", "R@100": "recall@100"}
             return {names[name]: value for name, value in result.metrics.items()}
@@ -217,14 +209,17 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             self.train_dataset,
             open_ance_index(self.data_args, args),
             args.ance_selection(),
-            EncodingArguments(
-                query_max_len=self.data_args.query_max_len,
-                passage_max_len=self.data_args.passage_max_len,
-                batch_tokens=args.dev_batch_tokens,
-            ),
+            self._encoding(),
             every=args.ance_refresh,
             seed=args.seed,
             folder=Path(args.output_dir) / "embeddings",
+        )
+
+    def _encoding(self) -> EncodingArguments:
+        """How texts are encoded in between steps."""
+        data_args = self.data_args
+        return EncodingArguments(
+            data_args.query_max_len, data_args.passage_max_len, self.training_args.dev_batch_tokens
         )
 
     def run(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import math
 import os
@@ -22,13 +23,10 @@ from transformers import PrinterCallback, ProgressCallback, TrainerState
 from clpl_moe.common.errors import UserError
 from clpl_moe.data.flag_embedding import EncoderOnlyEmbedderM3Trainer
 from clpl_moe.data.sampler import EpochBatchSampler
+from clpl_moe.encoder import Encoder
 from clpl_moe.encoder.load import HEAD_FILES, load_weights
 from clpl_moe.encoder.packing import PackedTexts, send
-from clpl_moe.encoder.save import save_encoder
-from clpl_moe.encoder.settings import EmbeddingSettings
 from clpl_moe.moe.install import layer_states
-from clpl_moe.retrieval.encode import compute_dtype
-from clpl_moe.retrieval.options import Encoder
 from clpl_moe.train.ance import NEGATIVES_FILE, NegativeRefresher
 from clpl_moe.train.arguments import CLPLTrainingArguments
 from clpl_moe.train.callbacks import (
@@ -45,10 +43,9 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
     """FlagEmbedding's trainer with what it lacks.
 
     Args:
-        settings: pooling and prompts, saved with every checkpoint.
-        max_length: longest input in tokens, as saved for sentence-transformers.
+        encoder: what is trained; its tokenizer, settings and length are saved with every checkpoint.
         base_heads: the base model's sparse and multi-vector heads by file name, saved along unless they are trained.
-        evaluator: computes metrics of the current encoder on the dev collection; None without one.
+        evaluator: computes metrics of an encoder on the dev collection; None without one.
         same_dataset_within_batch: whether each batch takes examples of one file only.
         refresher: mines negatives again as training goes on; None: the files' own are used throughout.
         kwargs: arguments of transformers' Trainer.
@@ -57,18 +54,17 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
     def __init__(
         self,
         *,
-        settings: EmbeddingSettings,
-        max_length: int,
+        encoder: Encoder,
         base_heads: dict[str, dict[str, Tensor]],
-        evaluator: Callable[[nn.Module], dict[str, float]] | None,
+        evaluator: Callable[[Encoder], dict[str, float]] | None,
         same_dataset_within_batch: bool,
         refresher: NegativeRefresher | None = None,
         **kwargs: Any,
     ) -> None:
         # transformers wants to see a dataset where there is evaluation; ours is the evaluator's.
-        super().__init__(eval_dataset=[] if evaluator is not None else None, **kwargs)
-        self.settings = settings
-        self.max_length = max_length
+        dataset = [] if evaluator is not None else None
+        super().__init__(eval_dataset=dataset, processing_class=encoder.tokenizer, **kwargs)
+        self.encoder = encoder
         self.base_heads = base_heads
         self.evaluator = evaluator
         self.refresher = refresher
@@ -132,10 +128,12 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _refresh_negatives(self, steps_per_epoch: int) -> None:
-        model = self.accelerator.unwrap_model(self.model).model
-        encoder = Encoder(model, self.processing_class, self.settings, compute_dtype(model, self.args.encode_dtype))
+        encoder = self._current_encoder()
         first = self.is_world_process_zero()
         self.log(self.refresher.refresh(encoder, self.state.global_step, steps_per_epoch, self._gather_objects, first))
+
+    def _current_encoder(self) -> Encoder:
+        return dataclasses.replace(self.encoder, model=self.accelerator.unwrap_model(self.model).model)
 
     def _prepare_input(self, data: Any) -> Any:
         # The stock version waits until the device is done with all before it.
@@ -204,8 +202,8 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         if self.evaluator is None:
             raise ValueError("there is no dev collection to evaluate on: set dev_collection")
         start = time.perf_counter()
-        encoder = self.accelerator.unwrap_model(self.model).model
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator(encoder).items()}
+        found = self.evaluator(self._current_encoder())
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - start, 2)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -231,15 +229,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             heads = {name: getattr(model, Path(name).stem).state_dict() for name in HEAD_FILES}
         if state_dict is not None:
             encoder_state = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
-        save_encoder(
-            model.model,
-            self.processing_class,
-            folder,
-            self.settings,
-            max_length=self.max_length,
-            heads=heads,
-            state_dict=encoder_state,
-        )
+        self._current_encoder().save(folder, heads=heads, state_dict=encoder_state)
         torch.save(self.args, folder / "training_args.bin")
         if self.refresher is not None:
             self.refresher.save(folder / NEGATIVES_FILE)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from clpl_moe.common.errors import UserError
-from clpl_moe.encoder import load_encoder, packing
+from clpl_moe.common.errors import OptionError, UserError
+from clpl_moe.encoder import Encoder, load_encoder, packing
+from clpl_moe.encoder import encode as encode_module
+from clpl_moe.encoder.encode import encode
 from clpl_moe.encoder.settings import EmbeddingSettings, pool
-from clpl_moe.retrieval import encode as encode_module
-from clpl_moe.retrieval.encode import compute_dtype, encode, max_positions, model_fingerprint
 from helpers.tiny import make_encoder
 
 TEXTS = ["한국어 문장", "a", "متن فارسی", "हिन्दी", "a longer sentence than the others " * 2, "", "a", "bc"]
@@ -19,10 +19,11 @@ SETTINGS = EmbeddingSettings(pooling="mean", query_prompt="query: ", passage_pro
 
 @pytest.fixture(scope="module")
 def encoder(tiny_encoder):
-    return load_encoder(tiny_encoder)
+    return Encoder(*load_encoder(tiny_encoder), SETTINGS, compute_dtype=torch.float32)
 
 
-def one_by_one(model, tokenizer, texts, settings, prompt, max_length):
+def one_by_one(encoder, texts, prompt, max_length):
+    model, tokenizer, settings = encoder.model, encoder.tokenizer, encoder.settings
     rows = []
     with torch.no_grad():
         for text in texts:
@@ -39,17 +40,9 @@ def one_by_one(model, tokenizer, texts, settings, prompt, max_length):
 @pytest.mark.parametrize("batch_tokens", [1, 60, 16384])
 def test_equals_one_by_one(encoder, pooling, kind, batch_tokens):
     settings = dataclasses.replace(SETTINGS, pooling=pooling, normalize=kind == "query")
-    embeddings = encode(
-        *encoder,
-        TEXTS,
-        settings=settings,
-        kind=kind,
-        max_length=20,
-        batch_tokens=batch_tokens,
-        dtype=torch.float32,
-        progress=False,
-    )
-    expected = one_by_one(*encoder, TEXTS, settings, f"{kind}: ", max_length=20)
+    encoder = dataclasses.replace(encoder, settings=settings)
+    embeddings = encode(encoder, TEXTS, kind=kind, max_length=20, batch_tokens=batch_tokens, progress=False)
+    expected = one_by_one(encoder, TEXTS, f"{kind}: ", max_length=20)
     assert embeddings.shape == (len(TEXTS), 32)
     assert embeddings.dtype == torch.float32
     torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=0)
@@ -71,7 +64,7 @@ def three_threads(monkeypatch):
     assert after == 3
 
 
-HOW = {"settings": SETTINGS, "kind": "passage", "max_length": 20, "dtype": torch.float32, "progress": False}
+HOW = {"kind": "passage", "max_length": 20, "progress": False}
 MANY = [f"{i} {'text ' * (i % 5)}" for i in range(30)]
 
 
@@ -83,7 +76,7 @@ def spy(monkeypatch, before):
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 2048])
 def test_each_core_has_a_batch_of_its_own(encoder, monkeypatch, three_threads, batch_tokens):
-    expected = encode(*encoder, MANY, **HOW | {"batch_tokens": 1})
+    expected = encode(encoder, MANY, **HOW | {"batch_tokens": 1})
     together, sizes = threading.Barrier(3), []
 
     def meet(sequences):
@@ -93,10 +86,9 @@ def test_each_core_has_a_batch_of_its_own(encoder, monkeypatch, three_threads, b
             together.wait(timeout=60)  # fails unless three batches are under way
 
     spy(monkeypatch, meet)
-    tokenized = encode_module.tokenize(encoder[1], MANY, settings=SETTINGS, kind="passage", max_length=20)
+    tokenized = encode_module.tokenize(encoder, MANY, kind="passage", max_length=20)
     done = []
-    how = {"settings": SETTINGS, "batch_tokens": batch_tokens, "dtype": torch.float32}
-    embeddings = encode_module.embed(encoder[0], tokenized, on_batch=done.append, **how)
+    embeddings = encode_module.encode_tokenized(encoder, tokenized, batch_tokens=batch_tokens, on_batch=done.append)
     assert sum(done) == 30
     assert len(done) == len(sizes)
     assert max(sizes) <= max(batch_tokens, 20)  # a text at least
@@ -107,11 +99,11 @@ def test_each_core_has_a_batch_of_its_own(encoder, monkeypatch, three_threads, b
 
 
 def test_equal_to_one_thread(encoder, monkeypatch, three_threads):
-    embeddings = encode(*encoder, MANY, batch_tokens=1, **HOW)
+    embeddings = encode(encoder, MANY, batch_tokens=1, **HOW)
     torch.set_num_threads(1)
     threads = []
     spy(monkeypatch, lambda _: threads.append(threading.current_thread()))
-    assert torch.equal(embeddings, encode(*encoder, MANY, batch_tokens=1, **HOW))
+    assert torch.equal(embeddings, encode(encoder, MANY, batch_tokens=1, **HOW))
     assert set(threads) == {threading.main_thread()}
     torch.set_num_threads(3)
 
@@ -137,7 +129,7 @@ def test_little_work_has_all_cores(encoder, monkeypatch, three_threads, limit):
     monkeypatch.setattr(encode_module, limit, 256)
     threads = []
     spy(monkeypatch, lambda _: threads.append(torch.get_num_threads()))
-    encode(*encoder, TEXTS, **HOW)
+    encode(encoder, TEXTS, **HOW)
     assert threads == [3]
 
 
@@ -151,32 +143,23 @@ def test_what_a_core_meets_ends_the_encoding(encoder, monkeypatch, three_threads
 
     spy(monkeypatch, full)
     with pytest.raises(UserError, match="lower the tokens a batch, now 1"):
-        encode(*encoder, [str(i) for i in range(3000)], batch_tokens=1, **HOW)
+        encode(encoder, [str(i) for i in range(3000)], batch_tokens=1, **HOW)
     assert len(calls) < 3000
 
 
 @pytest.mark.parametrize("packs", [True, False])
 def test_batches_keep_to_the_budget(encoder, monkeypatch, packs):
     """Without padding where the encoder allows it; otherwise with little."""
-    model, tokenizer = encoder
     if not packs:
         monkeypatch.setattr(packing, "_ENCODERS", ())
     shapes = []
-    hook = model.embeddings.register_forward_pre_hook(
+    hook = encoder.model.embeddings.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     texts = ["x" * (1 + i * 7 % 50) for i in range(200)]
     monkeypatch.setattr(encode_module, "_TOKENIZE_AT_ONCE", 16)
-    encode(
-        model,
-        tokenizer,
-        texts,
-        settings=EmbeddingSettings(),
-        kind="query",
-        max_length=60,
-        batch_tokens=200,
-        progress=False,
-    )
+    encoder = dataclasses.replace(encoder, settings=EmbeddingSettings())
+    encode(encoder, texts, kind="query", max_length=60, batch_tokens=200, progress=False)
     hook.remove()
     tokens = sum(length + 2 for length in range(1, 51))  # equal texts once
     assert all(rows * length <= 200 for rows, length in shapes)
@@ -190,26 +173,23 @@ def test_batches_keep_to_the_budget(encoder, monkeypatch, packs):
 
 
 def test_other_encoders_are_padded_and_give_the_same(encoder, monkeypatch):
-    arguments = {"settings": SETTINGS, "kind": "query", "max_length": 20, "dtype": torch.float32, "progress": False}
-    packed = encode(*encoder, TEXTS, **arguments)
+    arguments = {"kind": "query", "max_length": 20, "progress": False}
+    packed = encode(encoder, TEXTS, **arguments)
     monkeypatch.setattr(packing, "_ENCODERS", ())
-    torch.testing.assert_close(encode(*encoder, TEXTS, **arguments), packed, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encode(encoder, TEXTS, **arguments), packed, atol=1e-5, rtol=0)
 
 
-def test_leaves_modes_gradients_and_random_state_alone(encoder, tiny_tokenizer):
+def test_leaves_modes_gradients_and_random_state_alone(tiny_tokenizer):
     model = make_encoder(vocab_size=len(tiny_tokenizer), hidden_dropout_prob=0.5).train()
     model.encoder.layer[0].eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
     runs = [
         encode(
-            model,
-            tiny_tokenizer,
+            Encoder(model, tiny_tokenizer, SETTINGS, compute_dtype=dtype),
             TEXTS,
-            settings=SETTINGS,
             kind="query",
             max_length=20,
-            dtype=dtype,
             progress=False,
         )
         for dtype in (torch.float32, torch.bfloat16, torch.float32)
@@ -224,82 +204,41 @@ def test_leaves_modes_gradients_and_random_state_alone(encoder, tiny_tokenizer):
             "input_ids": torch.tensor([[0, 5, 2]]),
             "attention_mask": torch.ones(1, 3, dtype=torch.long),
         }
-        encode(
-            model,
-            tiny_tokenizer,
-            ["x"],
-            settings=SETTINGS,
-            kind="query",
-            max_length=20,
-            dtype=torch.bfloat16,
-            progress=False,
-        )
+        half = Encoder(model, tiny_tokenizer, SETTINGS, compute_dtype=torch.bfloat16)
+        encode(half, ["x"], kind="query", max_length=20, progress=False)
         model(**inputs).last_hidden_state.sum().backward()
     assert model.encoder.layer[1].output.dense.weight.grad is not None
 
 
 def test_mode_is_restored_after_an_error(encoder):
-    model, tokenizer = encoder
-    model.train()
+    encoder = dataclasses.replace(encoder, settings=EmbeddingSettings(pooling="sum"))
+    encoder.train()
     with pytest.raises(ValueError, match="unknown pooling"):
-        encode(
-            model,
-            tokenizer,
-            ["x"],
-            settings=EmbeddingSettings(pooling="sum"),
-            kind="query",
-            max_length=9,
-            progress=False,
-        )
-    assert model.training
-    model.eval()
+        encode(encoder, ["x"], kind="query", max_length=9, progress=False)
+    assert encoder.model.training
+    encoder.eval()
 
 
 def test_precision(encoder):
-    arguments = {"settings": SETTINGS, "kind": "query", "max_length": 20, "progress": False}
-    exact = encode(*encoder, TEXTS, dtype=torch.float32, **arguments)
-    half = encode(*encoder, TEXTS, dtype=torch.bfloat16, **arguments)
+    arguments = {"kind": "query", "max_length": 20, "progress": False}
+    exact = encode(encoder, TEXTS, **arguments)
+    half = encode(dataclasses.replace(encoder, compute_dtype=torch.bfloat16), TEXTS, **arguments)
     assert half.dtype == torch.float32
     assert not torch.equal(half, exact)
     assert (half * exact).sum(dim=1).min() > 0.99
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(encode(*encoder, TEXTS, dtype=torch.float32, **arguments), exact)
-
-
-def test_compute_dtype(monkeypatch):
-    model = make_encoder()
-    for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(encode_module, "fast_bfloat16", lambda device, fast=fast: fast)
-        assert compute_dtype(model) == expected
-    assert compute_dtype(model, torch.bfloat16) == torch.bfloat16
-    assert compute_dtype(model.bfloat16(), torch.float32) == torch.bfloat16
+        assert torch.equal(encode(encoder, TEXTS, **arguments), exact)
 
 
 def test_no_texts(encoder):
-    embeddings = encode(*encoder, [], settings=SETTINGS, kind="query", max_length=20, progress=False)
+    embeddings = encode(encoder, [], kind="query", max_length=20, progress=False)
     assert embeddings.shape == (0, 32)
 
 
 def test_longer_than_the_encoder_takes(encoder):
-    assert max_positions(encoder[0]) == 128  # 130 rows, two of them before the first position
-    assert max_positions(make_encoder("bert")) == 40
-    with pytest.raises(UserError, match="passage_max_len is 129 tokens, the encoder takes 128 at most"):
-        encode(*encoder, ["x"], settings=SETTINGS, kind="passage", max_length=129, progress=False)
+    with pytest.raises(OptionError, match="max_length: found 129 tokens, the encoder takes 128 at most"):
+        encode(encoder, ["x"], kind="passage", max_length=129, progress=False)
     texts = ["x" * 500]
-    assert encode(*encoder, texts, settings=SETTINGS, kind="passage", max_length=128, progress=False).isfinite().all()
-
-
-def test_fingerprint_follows_the_content(tiny_encoder, tmp_path, encoder):
-    model, tokenizer = encoder
-    first = model_fingerprint(model, tokenizer)
-    tokenizer(["x", "yy"], padding=True, truncation=True, max_length=5)
-    assert model_fingerprint(model, tokenizer) == first
-    model.save_pretrained(tmp_path / "copy")
-    tokenizer.save_pretrained(tmp_path / "copy")
-    copy, copied_tokenizer = load_encoder(tmp_path / "copy")
-    assert model_fingerprint(copy, copied_tokenizer) == first
-    with torch.no_grad():
-        copy.encoder.layer[1].output.dense.bias[3] += 1e-6
-    assert model_fingerprint(copy, copied_tokenizer) != first
-    copied_tokenizer.add_tokens(["newtoken"])
-    assert model_fingerprint(model, copied_tokenizer) != first
+    cut = encode(encoder, texts, kind="passage", max_length=128, progress=False)
+    assert cut.isfinite().all()
+    assert torch.equal(encode(encoder, texts, kind="passage", progress=False), cut)  # the encoder's own length

@@ -12,8 +12,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,11 +24,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from clpl_moe.common.errors import UserError
+from clpl_moe.encoder.lengths import check_length
+from clpl_moe.encoder.onednn import onednn_linear
+from clpl_moe.encoder.packing import PackedTexts, can_pack, embed_packed
+from clpl_moe.encoder.precision import autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from clpl_moe.encoder.settings import EmbeddingSettings
+    from clpl_moe.encoder.encoder import Encoder
 
 _TOKENIZE_AT_ONCE = 4096
 # On a CPU.
@@ -38,17 +40,16 @@ _MOST_BATCHES_AT_ONCE = 16  # each needs memory of its own
 _LEAST_TOKENS_A_CORE = 256
 _LEAST_WIDTH = 256
 
+Kind = Literal["query", "passage"]
+
 
 def encode(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     texts: Sequence[str],
     *,
-    settings: EmbeddingSettings,
-    kind: Literal["query", "passage"],
-    max_length: int,
+    kind: Kind,
+    max_length: int | None = None,
     batch_tokens: int | None = None,
-    dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Tensor:
     """Embed texts with an encoder, on the device where it lies.
@@ -57,15 +58,13 @@ def encode(
     evaluation mode.
 
     Args:
-        model: the encoder; its output has ``last_hidden_state``.
-        tokenizer: the encoder's.
+        encoder: its model's output has ``last_hidden_state``.
         texts: any number of texts.
-        settings: pooling, whether to normalise, and the prompts.
         kind: which of the prompts goes in front of each text.
-        max_length: longest input in tokens, special tokens and prompt included; the rest is cut off.
+        max_length: longest input in tokens, special tokens and prompt included; the rest is cut off. None: the encoder's
+            ``max_length``.
         batch_tokens: tokens a batch at most (padding counts where there is any), but one text at least. None:
             16,384, or 2,048 on a CPU, where small batches stay in its cache.
-        dtype: ``torch.float32``, ``torch.bfloat16`` (autocast), or None for what :func:`compute_dtype` finds.
         progress: whether to show a bar.
 
     Returns:
@@ -75,13 +74,13 @@ def encode(
         UserError: ``max_length`` is beyond the encoder's positions, or a batch does not fit in memory.
     """
     label = {"query": "queries", "passage": "passages"}[kind]
-    check_length(model, kind, max_length)
-    tokenized = tokenize(
-        tokenizer, texts, settings=settings, kind=kind, max_length=max_length, label=label if progress else None
-    )
+    if max_length is None:
+        max_length = encoder.max_length
+    check_length(encoder.model, max_length)
+    tokenized = tokenize(encoder, texts, kind=kind, max_length=max_length, label=label if progress else None)
     bar = tqdm(total=len(tokenized.sequences), desc=f"encode {label}", unit=kind, disable=not progress, leave=False)
     with bar:
-        return embed(model, tokenized, settings=settings, batch_tokens=batch_tokens, dtype=dtype, on_batch=bar.update)
+        return encode_tokenized(encoder, tokenized, batch_tokens=batch_tokens, on_batch=bar.update)
 
 
 @dataclass
@@ -98,34 +97,24 @@ class TokenizedTexts:
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
-    *,
-    settings: EmbeddingSettings,
-    kind: Literal["query", "passage"],
-    max_length: int,
-    label: str | None = None,
+    encoder: Encoder, texts: Iterable[str], *, kind: Kind, max_length: int, label: str | None = None
 ) -> TokenizedTexts:
     """The first half of :func:`encode`, whose arguments it takes; with a bar where that has a label."""
     unique: dict[str, int] = {}
     places = np.fromiter((unique.setdefault(text, len(unique)) for text in texts), dtype=np.int64)
-    prompt = (settings.query_prompt if kind == "query" else settings.passage_prompt) or ""
-    return TokenizedTexts(_tokenize(tokenizer, list(unique), prompt, max_length, label), places)
+    prompt = encoder.settings.prompt(kind)
+    return TokenizedTexts(_tokenize(encoder.tokenizer, list(unique), prompt, max_length, label), places)
 
 
-def embed(
-    model: PreTrainedModel,
+def encode_tokenized(
+    encoder: Encoder,
     texts: TokenizedTexts,
     *,
-    settings: EmbeddingSettings,
     batch_tokens: int | None = None,
-    dtype: torch.dtype | None = None,
     on_batch: Callable[[int], object] = lambda texts: None,
 ) -> Tensor:
-    """The second half of :func:`encode`, which see; ``on_batch`` is told of so many distinct texts done."""
-    from clpl_moe.encoder.onednn import onednn_linear
-    from clpl_moe.encoder.packing import can_pack
-
+    """The second half of :func:`encode`; ``on_batch`` is told of so many distinct texts done."""
+    model = encoder.model
     if batch_tokens is None:
         batch_tokens = default_batch_tokens(model)
     if batch_tokens < 1:
@@ -137,12 +126,12 @@ def embed(
     else:
         todo = list(batches(sequences, batch_tokens, padded=not can_pack(model)))
     embeddings = torch.empty(len(sequences), model.config.hidden_size)
-    linear = onednn_linear(model, compute_dtype(model, dtype))
+    linear = onednn_linear(model, encoder.dtype)
 
     def run(batch: list[int]) -> Tensor:
         own = [sequences[i] for i in batch]
         with refuse_too_large(own, model.device, batch_tokens), torch.inference_mode(), linear:
-            return _embed(model, own, settings, dtype)
+            return _embed(encoder, own)
 
     outputs = _map_on_cores(run, todo, workers) if workers > 1 else (run(batch) for batch in todo)
     pending: Callable[[], None] | None = None
@@ -158,24 +147,6 @@ def embed(
     if len(sequences) == len(texts.places):
         return embeddings
     return embeddings[torch.from_numpy(texts.places)]
-
-
-def check_length(
-    model: nn.Module, kind: Literal["query", "passage"], max_length: int, name: str = "the encoder"
-) -> None:
-    """Raise :class:`UserError` where an encoder, called ``name``, has no positions for texts of so many tokens: the first
-    text that is so long would end the run."""
-    if max_length < 1:
-        raise ValueError(f"max_length must be at least 1, found {max_length}")
-    limit = max_positions(model)
-    if limit is not None and max_length > limit:
-        raise UserError(f"{kind}_max_len is {max_length} tokens, {name} takes {limit} at most")
-
-
-def check_lengths(model: nn.Module, query_max_len: int, passage_max_len: int, name: str = "the encoder") -> None:
-    """:func:`check_length` for both kinds of text."""
-    check_length(model, "query", query_max_len, name)
-    check_length(model, "passage", passage_max_len, name)
 
 
 def check_finite(embeddings: Tensor) -> None:
@@ -199,66 +170,9 @@ def refuse_too_large(batch: Sequence[np.ndarray], device: torch.device, batch_to
         ) from None
 
 
-def autocast(model: PreTrainedModel, dtype: torch.dtype) -> torch.autocast:
-    """The context in which a model runs in ``dtype``, as :func:`compute_dtype` gives it."""
-    # Weights that are not float32 have their precision already.
-    half = dtype != torch.float32 and model.dtype == torch.float32
-    return torch.autocast(model.device.type, dtype if half else None, enabled=half)
-
-
 def default_batch_tokens(model: PreTrainedModel) -> int:
     """The tokens of a batch that suit the device where a model lies."""
     return 2048 if model.device.type == "cpu" else 16384
-
-
-def compute_dtype(model: nn.Module, dtype: torch.dtype | None = None) -> torch.dtype:
-    """The precision that :func:`encode` runs a model in: ``dtype``, or bfloat16 where that is fast at it.
-
-    A model whose weights are not float32 runs in their precision.
-    """
-    parameter = next(model.parameters())
-    if parameter.dtype != torch.float32:
-        return parameter.dtype
-    if dtype is not None:
-        return dtype
-    return torch.bfloat16 if fast_bfloat16(parameter.device) else torch.float32
-
-
-def max_positions(model: nn.Module) -> int | None:
-    """The longest sequence that a model has position embeddings for; None where it has no such table."""
-    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
-    if table is None:
-        return None
-    # Where the table has a padding row, as in XLM-R, positions start after it.
-    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-
-
-def model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of weights, configuration and tokenizer: equal for an equal encoder, wherever it came from."""
-    digest = hashlib.sha256()
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _CONFIG_KEYS_WITHOUT_EFFECT}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        # Truncation and padding are set by each call: they are no part of what the tokenizer is.
-        described = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
-    else:
-        described = tokenizer.get_vocab()
-    digest.update(json.dumps(described, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-_CONFIG_KEYS_WITHOUT_EFFECT = {
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "dtype",
-    "transformers_version",
-    "use_cache",
-}
 
 
 def _tokenize(
@@ -305,8 +219,6 @@ def _longest_first(sequences: list[np.ndarray]) -> list[int]:
 
 def _batches_at_once(model: PreTrainedModel, sequences: list[np.ndarray]) -> int:
     """How many batches :func:`embed` has under way, each on cores of its own; 1 on a GPU, and where it would not help."""
-    from clpl_moe.encoder.packing import can_pack
-
     # Encoders that are not run from here may keep something of a pass in themselves; toys would wait for Python's lock.
     if model.device.type != "cpu" or not can_pack(model) or model.config.hidden_size < _LEAST_WIDTH:
         return 1
@@ -328,17 +240,11 @@ def _even_batches(sequences: list[np.ndarray], batch_tokens: int, workers: int) 
     return [part.tolist() for part in parts if len(part)]
 
 
-def _embed(
-    model: PreTrainedModel,
-    sequences: list[np.ndarray],
-    settings: EmbeddingSettings,
-    dtype: torch.dtype | None,
-) -> Tensor:
+def _embed(encoder: Encoder, sequences: list[np.ndarray]) -> Tensor:
     """(B, D) float32 on the model's device, which may still be computing it."""
-    from clpl_moe.encoder.packing import PackedTexts, embed_packed
-
+    model, settings = encoder.model, encoder.settings
     texts = PackedTexts.from_sequences(sequences).to(model.device)
-    with autocast(model, compute_dtype(model, dtype)):
+    with autocast(model, encoder.dtype):
         return embed_packed(model, texts, pooling=settings.pooling, normalize=settings.normalize).float()
 
 
@@ -384,13 +290,3 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes matrix products faster in bfloat16 than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        features = torch.cpu.get_capabilities()
-        return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
-    return False

@@ -1,0 +1,296 @@
+"""The encoder with all that belongs to it: model, tokenizer, pooling, prompts, lengths, precision."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from clpl_moe.common.errors import UserError
+from clpl_moe.encoder.encode import check_finite, encode
+from clpl_moe.encoder.fingerprint import model_fingerprint
+from clpl_moe.encoder.lengths import longest_input
+from clpl_moe.encoder.load import HEAD_FILES, find_heads, load_encoder, stated_by_folder
+from clpl_moe.encoder.packing import PackedTexts, embed_packed
+from clpl_moe.encoder.precision import autocast, compute_dtype
+from clpl_moe.encoder.settings import EmbeddingSettings, pool, write_settings
+from clpl_moe.moe.inject import refuse_foreign_experts
+from clpl_moe.moe.install import has_experts
+from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(init=False, eq=False)
+class Encoder:
+    """An encoder, ready to encode, to train and to save.
+
+    Args:
+        model: its output has ``last_hidden_state``. With experts it can be saved if it is an XLM-R, RoBERTa or BERT.
+        tokenizer: the model's.
+        settings: pooling, normalisation and prompts. None: those of the folder that the model was loaded from by this
+            package, otherwise BGE-M3's.
+        max_length: longest input in tokens. None: as its folder states, otherwise the tokenizer's limit; no more than the
+            model's positions.
+        compute_dtype: precision to compute in while the weights are float32. None: bfloat16 where the device is fast at it.
+        head_files: BGE-M3's sparse and multi-vector heads, name to place on this disk, that are saved along. None: it is
+            not known whether there are any.
+
+    Raises:
+        UserError: ``settings`` is None and those of the model's folder cannot be computed.
+
+    Example:
+        >>> encoder = Encoder.load("BAAI/bge-m3")  # doctest: +SKIP
+        >>> queries = encoder.encode_queries(["대한민국의 수도는?"])  # doctest: +SKIP
+        >>> passages = encoder.encode_passages(["서울은 대한민국의 수도이다.", "부산은 항구 도시이다."])  # doctest: +SKIP
+        >>> queries @ passages.T  # doctest: +SKIP
+    """
+
+    model: PreTrainedModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    settings: EmbeddingSettings
+    max_length: int
+    compute_dtype: torch.dtype | None
+    head_files: Mapping[str, str] | None
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: EmbeddingSettings | None = None,
+        max_length: int | None = None,
+        compute_dtype: torch.dtype | None = None,
+        head_files: Mapping[str, str] | None = None,
+    ) -> None:
+        stated = stated_by_folder(model)
+        if settings is None and stated.fault is not None:
+            raise UserError(stated.fault)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings or stated.settings
+        self.max_length = max_length or longest_input(model, tokenizer, stated.max_length)
+        self.compute_dtype = compute_dtype
+        self.head_files = head_files
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        settings: EmbeddingSettings | None = None,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        trust_remote_code: bool = False,
+        cache_dir: str | None = None,
+        token: str | None = None,
+        tokenizer: str | Path | None = None,
+    ) -> Encoder:
+        """Load an encoder from a folder or by its name on the hub, in evaluation mode.
+
+        Args:
+            path: a stock model, a folder with experts, or a checkpoint of 2024, as :func:`load_encoder` takes it.
+            settings: instead of what the folder states.
+            dtype: of the weights.
+            compute_dtype: precision to compute in while the weights are float32, as :class:`Encoder` takes it.
+            device: where to put the model; None: a CUDA device where there is one, otherwise the CPU.
+            trust_remote_code: whether to run code of the model's folder.
+            cache_dir: of the hub.
+            token: of the hub.
+            tokenizer: folder or hub name of another tokenizer.
+
+        Raises:
+            UserError: nothing is found at ``path``, it cannot be loaded, or its settings cannot be computed.
+        """
+        model, loaded_tokenizer = load_encoder(
+            path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            cache_dir=cache_dir,
+            token=token,
+            tokenizer=tokenizer,
+        )
+        try:
+            heads = find_heads(path, cache_dir=cache_dir, token=token)
+        except UserError:  # whoever needs them asks again
+            heads = None
+        encoder = cls(model, loaded_tokenizer, settings, compute_dtype=compute_dtype, head_files=heads)
+        return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the encoder computes in, there where it lies."""
+        return compute_dtype(self.model, self.compute_dtype)
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The bare encoder, under the name that ``inject_moe`` and ``merge_experts`` look for."""
+        return self.model.base_model
+
+    def fingerprint(self) -> str:
+        """Hash of weights, configuration and tokenizer: equal for an equal encoder, wherever it came from."""
+        return model_fingerprint(self.model, self.tokenizer)
+
+    def encode_queries(
+        self,
+        texts: Sequence[str],
+        *,
+        max_length: int | None = None,
+        batch_tokens: int | None = None,
+        progress: bool = True,
+    ) -> Tensor:
+        """Embed queries, each with the query prompt, without gradients.
+
+        Args:
+            texts: any number of texts.
+            max_length: longest input in tokens, prompt included; the rest is cut off. None: the encoder's.
+            batch_tokens: tokens a batch; None: what suits the device.
+            progress: whether to show a bar.
+
+        Returns:
+            (n, D) float32 on the CPU, in the order of ``texts``.
+
+        Raises:
+            UserError: ``max_length`` is beyond the encoder's positions, a batch does not fit in memory, embeddings are not
+                finite.
+        """
+        return self._encode(texts, "query", max_length, batch_tokens, progress)
+
+    def encode_passages(
+        self,
+        texts: Sequence[str],
+        *,
+        max_length: int | None = None,
+        batch_tokens: int | None = None,
+        progress: bool = True,
+    ) -> Tensor:
+        """Embed passages, each with the passage prompt; otherwise as :meth:`encode_queries`."""
+        return self._encode(texts, "passage", max_length, batch_tokens, progress)
+
+    def _encode(
+        self,
+        texts: Sequence[str],
+        kind: Literal["query", "passage"],
+        max_length: int | None,
+        batch_tokens: int | None,
+        progress: bool,
+    ) -> Tensor:
+        how = {"max_length": max_length, "batch_tokens": batch_tokens}
+        embeddings = encode(self, texts, kind=kind, progress=progress, **how)
+        check_finite(embeddings)
+        return embeddings
+
+    def embed(
+        self,
+        batch: Sequence[str] | Mapping[str, Tensor] | PackedTexts,
+        kind: Literal["query", "passage"] | None = None,
+        *,
+        max_length: int | None = None,
+    ) -> Tensor:
+        """Embed one batch with gradients, in the mode that the model is in: for a training loop of one's own.
+
+        Args:
+            batch: texts; or the tokenizer's output for texts with their prompts, padded, with ``attention_mask``; or packed
+                texts.
+            kind: which prompt goes in front of each text; needed for texts, without effect otherwise.
+            max_length: longest text in tokens, prompt included; the rest is cut off. None: the encoder's.
+
+        Returns:
+            (n, D) float32 on the model's device, in the order of the batch. Within an autocast block in that precision's
+            computation, otherwise in the encoder's ``dtype``.
+
+        Raises:
+            ValueError: texts without ``kind``.
+        """
+        if not isinstance(batch, (Mapping, PackedTexts)):
+            batch = self._pack(batch, kind, max_length or self.max_length)
+        model, pooling, normalize = self.model, self.settings.pooling, self.settings.normalize
+        # A surrounding autocast block goes first.
+        inside = torch.is_autocast_enabled(self.device.type)
+        dtype = torch.get_autocast_dtype(self.device.type) if inside else self.dtype
+        with autocast(model, dtype):
+            if isinstance(batch, PackedTexts):
+                return embed_packed(model, batch.to(self.device), pooling=pooling, normalize=normalize).float()
+            features = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            pooled = pool(model(**features).last_hidden_state, features["attention_mask"], pooling).float()
+            return F.normalize(pooled, dim=-1) if normalize else pooled
+
+    def _pack(self, texts: Sequence[str], kind: Literal["query", "passage"] | None, max_length: int) -> PackedTexts:
+        if kind not in ("query", "passage"):
+            raise ValueError(f"texts need the kind 'query' or 'passage', which names their prompt; found {kind!r}")
+        prompted = [self.settings.prompt(kind) + text for text in texts]
+        tokens = self.tokenizer(prompted, truncation=True, max_length=max_length)["input_ids"]
+        return PackedTexts.from_sequences([ids or [self.tokenizer.pad_token_id or 0] for ids in tokens])
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        heads: Mapping[str, Mapping[str, Tensor]] | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Write a self-contained model folder: weights, configuration, tokenizer and sentence-transformers' files.
+
+        With experts it also holds their code, so that ``AutoModel``, ``BGEM3FlagModel`` and ``SentenceTransformer`` load
+        it with ``trust_remote_code=True``, without this package.
+
+        Args:
+            folder: is created where it does not exist; files of the same names are replaced.
+            heads: state dicts to write as ``sparse_linear.pt`` and ``colbert_linear.pt``, by file name; those not named are
+                copied from the folder that the encoder was loaded from.
+            state_dict: weights to write instead of the model's own (gathered from several devices, for instance).
+
+        Raises:
+            ValueError: the encoder has experts but is of a class that cannot be loaded again, or those of a folder's own
+                code.
+        """
+        model, folder = self.model, Path(folder)
+        refuse_foreign_experts(model)
+        if has_experts(model) and not isinstance(model, tuple(MOE_CLASSES.values())):
+            names = ", ".join(c.__name__ for c in MOE_CLASSES)
+            raise ValueError(
+                f"a {type(model).__name__} with experts could not be loaded again: merge_experts(model) first, or start"
+                f" from one of {names}"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder, state_dict=state_dict)
+        self.tokenizer.save_pretrained(folder)
+        width = model.config.hidden_size
+        write_settings(folder, self.settings, max_length=self.max_length, hidden_size=width)
+        heads, files = heads or {}, self.head_files or {}
+        for name in HEAD_FILES:
+            if name in heads:
+                torch.save({key: value.detach().cpu() for key, value in heads[name].items()}, folder / name)
+            elif name in files and Path(files[name]).resolve() != (folder / name).resolve():
+                shutil.copyfile(files[name], folder / name)
+
+    def to(self, device: torch.device | str) -> Encoder:
+        """Move the model to a device; in place."""
+        self.model.to(device)
+        return self
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Training mode (dropout); in place."""
+        self.model.train(mode)
+        return self
+
+    def eval(self) -> Encoder:
+        """Evaluation mode; in place."""
+        return self.train(False)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The model's parameters, for an optimizer."""
+        return self.model.parameters()
