@@ -239,7 +239,7 @@ def test_prompts_are_used_but_not_written(tiny_encoder, tmp_path):
         ({"negatives": 0}, "--negatives: found 0"),
         ({"max_positive_queries": -1}, "--max_positive_queries"),
         ({"sampling": "best"}, "sampling"),
-        ({"passage_max_len": 300}, "the encoder takes 128 at most"),
+        ({"passage_max_len": 300}, "--passage_max_len: found 300 tokens, the encoder takes 128 at most"),
         ({"language": "fa"}, "holds ko"),
         ({"split": "dev"}, "the splits here are train"),
         ({"negative": 3}, "did you mean 'negatives'?"),

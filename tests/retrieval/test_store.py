@@ -150,7 +150,7 @@ def test_other_content_never_meets_these_shards(encoder, tmp_path):
         {"encoding": changed(ENCODING, passage_max_len=19)},
         {"encoder": changed(encoder, settings=changed(encoder.settings, passage_prompt="p: "))},
         {"encoder": changed(encoder, settings=changed(encoder.settings, pooling="mean"))},
-        {"encoder": changed(encoder, dtype=torch.bfloat16)},
+        {"encoder": changed(encoder, compute_dtype=torch.bfloat16)},
     ]
     for change in others:
         now = folders(**change)
@@ -186,7 +186,7 @@ def test_what_can_be_refused(encoder, tmp_path, monkeypatch):
     usage = type(shutil.disk_usage("."))(10**12, 10**12, 100)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: usage)
-        with pytest.raises(UserError, match="--cache_dir"):
+        with pytest.raises(UserError, match="on another one by cache_dir"):
             encode_passages(encoder, TEXTS, ENCODING, cache=tmp_path / "full", progress=False)
     assert not list(tmp_path.iterdir())
     with torch.no_grad():

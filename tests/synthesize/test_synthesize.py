@@ -621,7 +621,7 @@ def test_the_round_trip_keeps_its_embeddings_on_disk_and_goes_on_from_them(
     options = {"round_trip_model": tiny_encoder, "passage_max_len": 100, "overwrite": "true"}
     argv = arguments(server, train_file(tmp_path, 16), tmp_path, **options)
     monkeypatch.setattr(embeddings, "SHARD_TEXTS", 8)  # 20 texts
-    embed, calls = embeddings.embed, []
+    embed, calls = embeddings.encode_tokenized, []
 
     def embed_once(*args, **how):
         calls.append(args)
@@ -630,7 +630,7 @@ def test_the_round_trip_keeps_its_embeddings_on_disk_and_goes_on_from_them(
         return embed(*args, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(embeddings, "embed", embed_once)
+        patch.setattr(embeddings, "encode_tokenized", embed_once)
         with pytest.raises(SystemExit) as exit:
             main(argv)
     assert exit.value.code == 130

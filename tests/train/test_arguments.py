@@ -207,8 +207,8 @@ def test_prompts_and_pooling_come_from_the_base_folder_unless_given(tiny_encoder
     assert example.query.startswith("Task: query: Query: ")
     runner.run()
     assert read_settings(tmp_path / "c").query_prompt == "Task: query: Query: "
-    # Of queries and passages the longer: sentence-transformers has one length for both.
-    assert json.loads((tmp_path / "c" / "sentence_bert_config.json").read_text())["max_seq_length"] == 30
+    # Training on shorter texts makes no encoder of shorter ones.
+    assert json.loads((tmp_path / "c" / "sentence_bert_config.json").read_text())["max_seq_length"] == 64
 
 
 def test_heads_of_another_shape_are_refused(tiny_encoder, tmp_path):
@@ -271,7 +271,7 @@ def test_lengths_beyond_the_positions_of_the_encoder(tiny_encoder, tmp_path, cap
     data = write_triplets(tmp_path / "t.jsonl", 4)
     for options, message in (
         ({"passage_max_len": 129}, f"--passage_max_len: found 129 tokens, {tiny_encoder} takes 128 at most"),
-        ({"query_max_len": 512}, "query_max_len is 512"),
+        ({"query_max_len": 512}, "--query_max_len: found 512 tokens"),
     ):
         assert message in refused(arguments(tiny_encoder, data, tmp_path / "a", dry_run=dry_run, **options), capsys)
     assert not (tmp_path / "a").exists()

@@ -18,7 +18,7 @@ from clpl_moe.common.errors import UserError
 from clpl_moe.encoder.encode import check_finite, encode
 from clpl_moe.encoder.fingerprint import model_fingerprint
 from clpl_moe.encoder.lengths import longest_input
-from clpl_moe.encoder.load import HEAD_FILES, find_heads, load_encoder, stated_by_folder
+from clpl_moe.encoder.load import HEAD_FILES, find_heads, load_encoder, no_bar_of_weights, stated_by_folder
 from clpl_moe.encoder.packing import PackedTexts, embed_packed
 from clpl_moe.encoder.precision import autocast, compute_dtype
 from clpl_moe.encoder.settings import EmbeddingSettings, pool, write_settings
@@ -266,7 +266,8 @@ class Encoder:
                 f" from one of {names}"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(folder, state_dict=state_dict)
+        with no_bar_of_weights():
+            model.save_pretrained(folder, state_dict=state_dict)
         self.tokenizer.save_pretrained(folder)
         width = model.config.hidden_size
         write_settings(folder, self.settings, max_length=self.max_length, hidden_size=width)

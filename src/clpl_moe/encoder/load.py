@@ -108,7 +108,7 @@ def _read_stated(path: str, hub: dict[str, Any]) -> Stated:
 
 @contextlib.contextmanager
 def no_bar_of_weights() -> Iterator[None]:
-    """Load without transformers' bar, which lasts a moment; bars of downloads stay."""
+    """Load or save without transformers' bar, which lasts a moment; bars of downloads stay."""
     if not transformers_logging.is_progress_bar_enabled():
         yield
         return

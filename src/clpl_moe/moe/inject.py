@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +15,11 @@ from .modeling_clpl_moe import become_dense, become_moe, register_classes
 # Whoever injects or loads experts with this package may load the saved folder with AutoModel afterwards.
 register_classes()
 
+# An nn.Module, or what has one as its `base_model`, as clpl_moe.Encoder has.
+Model = TypeVar("Model")
 
-def inject_moe(model: nn.Module, config: MoEConfig) -> nn.Module:
+
+def inject_moe(model: Model, config: MoEConfig) -> Model:
     """Replace FFN Linear layers of an encoder by experts that are copies of them; in place.
 
     Right afterwards the encoder computes what it computed before. A stock XLM-R, RoBERTa or BERT model also becomes an
@@ -23,7 +28,7 @@ def inject_moe(model: nn.Module, config: MoEConfig) -> nn.Module:
 
     Args:
         model: an encoder whose layers have ``intermediate.dense`` and ``output.dense`` (XLM-R, BERT, RoBERTa and their
-            kin), or a model around one.
+            kin), a model around one, or a ``clpl_moe.Encoder``.
         config: what to inject.
 
     Returns:
@@ -45,7 +50,7 @@ def inject_moe(model: nn.Module, config: MoEConfig) -> nn.Module:
     return model
 
 
-def merge_experts(model: nn.Module) -> nn.Module:
+def merge_experts(model: Model) -> Model:
     """Make an encoder with experts dense again, each Linear the mean of its experts; in place, returns ``model``.
 
     The inverse of :func:`inject_moe`: right after injection it restores the dense encoder.
