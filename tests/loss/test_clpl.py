@@ -296,27 +296,26 @@ def test_penalty_weight_can_be_scheduled():
     assert loss(**inputs).loss != loss(**inputs).contrastive
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": 0}, "temperature is 0"),
-        ({"temperature": -0.02}, "choose a number above 0"),
-        ({"temperature": math.nan}, "temperature is nan"),
-        ({"temperature": math.inf}, "temperature is inf"),
-        ({"temperature": "0.02"}, "temperature is 0.02"),
-        ({"penalty_weight": -0.1}, "penalty_weight is -0.1"),
-        ({"penalty_weight": 1.1}, "choose a number from 0 to 1"),
-        ({"penalty_weight": math.nan}, "penalty_weight is nan"),
-        ({"false_negative_margin": math.nan}, "false_negative_margin is nan"),
-        ({"penalty": "cos"}, "choose one of cosine, contrastive"),
-        ({"symmetric_weight": -1}, "symmetric_weight is -1"),
-        ({"symmetric_weight": math.inf}, "symmetric_weight is inf"),
-        ({"gather_across_devices": True, "in_batch_negatives": False}, "set in_batch_negatives=True"),
-    ],
-)
-def test_constructor_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
-        CLPLLoss(**options)
+@pytest.mark.parametrize("symmetric_weight", [0.0, 0.5])
+def test_added_terms_are_the_loss_without_its_contrastive_term(symmetric_weight):
+    loss = CLPLLoss(0.1, 0.3, symmetric_weight=symmetric_weight)
+    for answered, share in (((1, 4, 8), 1.0), ((4, 5), 1 / 3), ((), 0.0)):
+        terms = loss(**make_batch(negative_index=answered))
+        symmetric = terms.symmetric if symmetric_weight else 0.0
+        added = sum(terms.added, start=torch.zeros(()))
+        torch.testing.assert_close(added, 0.3 * share * terms.penalty + symmetric_weight * symmetric)
+        if share == 1:
+            torch.testing.assert_close(terms.loss, 0.7 * terms.contrastive + added)
+
+
+def test_terms_for_a_log_are_detached_and_those_that_the_batch_has():
+    inputs = make_batch()
+    whole = CLPLLoss(symmetric_weight=0.5)(**inputs).terms()
+    names = ["contrastive", "penalty", "positive_similarity", "negative_similarity", "negative_query_similarity"]
+    assert list(whole) == [*names, "symmetric"]
+    assert not any(value.requires_grad for value in whole.values())
+    without_pairs = CLPLLoss()(inputs["query"], inputs["passages"]).terms()
+    assert list(without_pairs) == ["contrastive", "positive_similarity", "negative_similarity"]
 
 
 @pytest.mark.parametrize(

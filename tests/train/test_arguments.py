@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -22,7 +23,7 @@ def training(**options):
         ({"temperature": 0}, "temperature is 0"),
         ({"penalty_weight": -0.1}, "penalty_weight is -0.1"),
         ({"balance_loss_weight": -1}, "balance_loss_weight is -1"),
-        ({"negatives_cross_device": True, "in_batch_negatives": False}, "in_batch_negatives"),
+        ({"negatives_cross_device": True, "in_batch_negatives": False}, "in_batch_negatives false forbids"),
         ({"early_stopping_patience": 2}, "early_stopping_patience needs a collection"),
         ({"eval_strategy": "steps"}, "needs a collection"),
         ({"dev_collection": "d"}, "needs dev_language"),
@@ -281,3 +282,10 @@ def test_options_that_the_trainer_refuses_end_in_a_message(tiny_encoder, tmp_pat
     data = write_triplets(tmp_path / "t.jsonl", 4)
     err = refused(arguments(tiny_encoder, data, tmp_path / "a", report_to="no_such_tracker"), capsys)
     assert "error: no_such_tracker is not supported" in err
+
+
+def test_the_loss_has_the_options_of_training():
+    given = {"temperature": 0.5, "penalty_weight": 0.25, "penalty": "contrastive", "symmetric_weight": 2.0}
+    given |= {"in_batch_negatives": True, "false_negative_margin": 0.125}
+    options = training(**given, negatives_cross_device=True, normalize_embeddings=False, use_cpu=True).loss_options()
+    assert dataclasses.asdict(options) == given | {"normalize": False, "gather_across_devices": True}

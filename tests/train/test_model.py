@@ -203,6 +203,15 @@ def test_teacher_scores(make_model, tiny_tokenizer, kind, unified, own):
 
 
 @pytest.mark.parametrize("own", [False, True])
+def test_a_penalty_weight_changed_during_training_reaches_batches_of_both_kinds(make_model, tiny_tokenizer, own):
+    batch = make_batch(tiny_tokenizer, no_in_batch_neg_flag=own)
+    model, expected = make_model(), make_model(loss=CLPLLoss(0.1, 0.9))(**batch).loss
+    before = model(**batch).loss
+    model.dense_loss.penalty_weight = 0.9
+    assert model(**batch).loss == expected != before
+
+
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("pairs", [True, False])
 def test_distillation_takes_the_contrastive_terms_place(make_model, tiny_tokenizer, own, pairs):
     """The contrastive term has no part in the loss, not even a negative one; of the penalty, a query without pairs has none."""

@@ -48,7 +48,7 @@ class CLPLCollator(AbsEmbedderCollator):
             row += len(example.passages)
         scores = None
         if examples[0].teacher_scores is not None:
-            scores = [score for example in examples for score in example.teacher_scores]
+            scores = [score for example in examples for score in example.teacher_scores or ()]
         queries = [example.query for example in examples]
         tokens = self._pack if self.packing else self._pad
         return tokens(queries, passages, negative_queries) | {

@@ -106,7 +106,7 @@ def read_examples(path: str | Path, *, with_scores: bool = False) -> Iterator[di
         if faults:
             first = first or f"{at(path, number)}: {faults[0]}"
             count += len(faults)
-        elif not count:
+        elif record is not None and not count:
             yield normalise(record, keep_scores=with_scores)
     if count > 1:
         first += f" (the first of {count:,} faults; {command_name('clpl_moe.validate')} {path} lists them)"

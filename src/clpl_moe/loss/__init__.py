@@ -1,8 +1,29 @@
 """The contrastive learning penalty loss, for any trainer."""
 
-from clpl_moe.loss.clpl import CLPLLoss, CLPLOutput
-from clpl_moe.loss.distributed import gather_rows
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from clpl_moe.loss.options import CLPLOptions, Penalty
-from clpl_moe.loss.sentence_transformers import SentenceTransformerCLPLLoss
+
+if TYPE_CHECKING:
+    from clpl_moe.loss.clpl import CLPLLoss, CLPLOutput
+    from clpl_moe.loss.distributed import gather_rows
+    from clpl_moe.loss.sentence_transformers import SentenceTransformerCLPLLoss
 
 __all__ = ["CLPLLoss", "CLPLOptions", "CLPLOutput", "Penalty", "SentenceTransformerCLPLLoss", "gather_rows"]
+
+# These need torch, which the options do without.
+_MODULES = {
+    "CLPLLoss": "clpl",
+    "CLPLOutput": "clpl",
+    "SentenceTransformerCLPLLoss": "sentence_transformers",
+    "gather_rows": "distributed",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,8 +10,8 @@ Penalty = Literal["cosine", "contrastive"]
 
 
 @dataclass(eq=False)
-class LossArguments:
-    """The options that training offers under these names too."""
+class LossTermOptions:
+    """Options that training has under these names too: its options are a subclass."""
 
     temperature: float = field(default=0.02, metadata={"help": "Divides the similarities in the contrastive term."})
     penalty_weight: float = field(
@@ -38,7 +38,7 @@ class LossArguments:
 
 
 @dataclass(eq=False)
-class CLPLOptions(LossArguments):
+class CLPLOptions(LossTermOptions):
     """All options of :class:`~clpl_moe.loss.CLPLLoss`, which explains them.
 
     Raises:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from clpl_moe.loss import CLPLLoss, Penalty
+from clpl_moe.loss.clpl import CLPLLoss
+from clpl_moe.loss.options import CLPLOptions
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+
+def _with_options(signature: inspect.Signature) -> inspect.Signature:
+    """The signature of a constructor, whose last parameter stands for the loss's options, with each of these."""
+    _, *own, _ = signature.parameters.values()
+    names = {parameter.name for parameter in own}
+    shared = inspect.signature(CLPLOptions).parameters.values()
+    return signature.replace(parameters=[*own, *(p for p in shared if p.name not in names)])
 
 
 class SentenceTransformerCLPLLoss(nn.Module):
@@ -24,10 +35,8 @@ class SentenceTransformerCLPLLoss(nn.Module):
         num_negatives: how many columns of negatives there are; the trainer hands columns over without names.
         query_prompt: the prompt that the training arguments' ``prompts`` put before the columns of negative
             queries. Needed to tell the empty ones.
-        in_batch_negatives: whether the passages of the batch's other queries count as negatives too. Passages
-            of the same text as a query's positive never do.
-        false_negative_margin: as in :class:`~clpl_moe.loss.CLPLLoss`.
-        gather_across_devices, penalty, symmetric_weight: as in :class:`~clpl_moe.loss.CLPLLoss`.
+        options: ``in_batch_negatives``, ``false_negative_margin`` and the others of :class:`~clpl_moe.loss.CLPLLoss`.
+            A passage of the text of a query's positive is never one of its negatives.
 
     Requirements:
         1. A text model: the empty texts and the equal ones are told by their tokens.
@@ -67,16 +76,12 @@ class SentenceTransformerCLPLLoss(nn.Module):
     def __init__(
         self,
         model: SentenceTransformer,
-        temperature: float = 0.02,
-        penalty_weight: float = 0.1,
+        temperature: float = CLPLOptions.temperature,
+        penalty_weight: float = CLPLOptions.penalty_weight,
         *,
         num_negatives: int,
         query_prompt: str = "",
-        in_batch_negatives: bool = True,
-        false_negative_margin: float | None = None,
-        gather_across_devices: bool = False,
-        penalty: Penalty = "cosine",
-        symmetric_weight: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__()
         if not isinstance(num_negatives, int) or num_negatives < 0:
@@ -84,15 +89,7 @@ class SentenceTransformerCLPLLoss(nn.Module):
         self.model = model
         self.num_negatives = num_negatives
         self.query_prompt = query_prompt
-        self.loss = CLPLLoss(
-            temperature,
-            penalty_weight,
-            in_batch_negatives=in_batch_negatives,
-            false_negative_margin=false_negative_margin,
-            gather_across_devices=gather_across_devices,
-            penalty=penalty,
-            symmetric_weight=symmetric_weight,
-        )
+        self.loss = CLPLLoss(temperature, penalty_weight, **options)
         preprocess = getattr(model, "preprocess", None) or model.tokenize  # the name before version 6
         self._empty = _token_ids(preprocess([query_prompt]))[0]
 
@@ -130,19 +127,12 @@ class SentenceTransformerCLPLLoss(nn.Module):
         negative_queries = torch.stack(rest[group:], dim=1)[mask]  # (M, D)
         return self.loss(query, passages, negative_queries, index[mask], passage_ids=ids).loss
 
+    # What signature() shows in place of ``**options``.
+    __signature__ = _with_options(inspect.signature(__init__))
+
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, for the model card."""
-        return {
-            "temperature": self.loss.temperature,
-            "penalty_weight": self.loss.penalty_weight,
-            "num_negatives": self.num_negatives,
-            "query_prompt": self.query_prompt,
-            "in_batch_negatives": self.loss.in_batch_negatives,
-            "false_negative_margin": self.loss.false_negative_margin,
-            "gather_across_devices": self.loss.gather_across_devices,
-            "penalty": self.loss.penalty,
-            "symmetric_weight": self.loss.symmetric_weight,
-        }
+        return asdict(self.loss) | {"num_negatives": self.num_negatives, "query_prompt": self.query_prompt}
 
     @property
     def citation(self) -> str:

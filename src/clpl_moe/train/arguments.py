@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from clpl_moe.common.errors import OptionError
@@ -12,6 +12,7 @@ from clpl_moe.data.flag_embedding import (
     EncoderOnlyEmbedderM3ModelArguments,
     EncoderOnlyEmbedderM3TrainingArguments,
 )
+from clpl_moe.loss.options import CLPLOptions, LossTermOptions
 from clpl_moe.mine.options import SelectionArguments
 from clpl_moe.train import checks
 from clpl_moe.train.compat import prefer_activation_checkpointing
@@ -138,6 +139,13 @@ class CLPLTrainingArguments(
         import torch
 
         return None if self.bf16 or self.fp16_asked else torch.float32
+
+    def loss_options(self) -> CLPLOptions:
+        """Options of the loss; raises ValueError where one is out of range."""
+        terms = {f.name: getattr(self, f.name) for f in fields(LossTermOptions)}
+        return CLPLOptions(
+            **terms, normalize=self.normalize_embeddings, gather_across_devices=self.negatives_cross_device
+        )
 
     def ance_selection(self) -> SelectionArguments:
         """What refreshes mine; raises OptionError where the options do not fit together."""

@@ -59,17 +59,12 @@ def check_run(args: CLPLTrainingArguments) -> None:
 
 def check_loss(args: CLPLTrainingArguments) -> None:
     """Raise ValueError where an option of the loss is out of range."""
-    from clpl_moe.loss import CLPLLoss
-
-    CLPLLoss(
-        args.temperature,
-        args.penalty_weight,
-        in_batch_negatives=args.in_batch_negatives,
-        false_negative_margin=args.false_negative_margin,
-        gather_across_devices=args.negatives_cross_device,
-        penalty=args.penalty,
-        symmetric_weight=args.symmetric_weight,
-    )
+    if args.negatives_cross_device and not args.in_batch_negatives:
+        raise ValueError(
+            "negatives_cross_device adds other processes' passages as negatives, in_batch_negatives false forbids even"
+            " this process's own: leave out one of the two"
+        )
+    args.loss_options()
     check_numbers(args, balance_loss_weight=0, z_loss_weight=0)
 
 

@@ -112,7 +112,8 @@ class _Step(nn.Module):
             outputs = self.forward_chunk(chunk)
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
         if pairs:
-            torch.autograd.backward(*zip(*pairs, strict=True))
+            with_graph, their_gradients = zip(*pairs, strict=True)
+            torch.autograd.backward(with_graph, their_gradients)
 
 
 class _RandomState:

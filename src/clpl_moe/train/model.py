@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from clpl_moe.data.flag_embedding import EmbedderOutput, EncoderOnlyEmbedderM3Model
 from clpl_moe.encoder.packing import PackedTexts, embed_packed, send
 from clpl_moe.encoder.settings import EmbeddingSettings, pool
-from clpl_moe.loss import CLPLLoss, CLPLOutput, gather_rows
+from clpl_moe.loss import CLPLLoss, gather_rows
 from clpl_moe.moe.balance import pop_router_terms, put_router_records, take_router_records, track_routers
 from clpl_moe.moe.inject import expert_parameters, ffn_parameters, has_experts
 from clpl_moe.moe.install import find_layers
@@ -34,14 +35,14 @@ class _UnifiedBatch:
 
     Attributes:
         query: dense (B, D), sparse and multi-vector embeddings of the queries.
-        passage: those of the passages, dense (B·G, D).
+        passage: the same three of the passages, dense (B·G, D).
         query_mask: (B, L), 1 where a query's token is no padding.
         targets: (B, G) from teacher scores, or None.
         own_only: whether each query has its own negatives only.
     """
 
-    query: tuple[Tensor, Tensor, Tensor]
-    passage: tuple[Tensor, Tensor, Tensor]
+    query: tuple[Tensor, ...]
+    passage: tuple[Tensor, ...]
     query_mask: Tensor
     targets: Tensor | None
     own_only: bool
@@ -84,15 +85,6 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
             **kwargs,
         )
         self.dense_loss = loss
-        self.own_negatives_loss = CLPLLoss(
-            loss.temperature,
-            loss.penalty_weight,
-            in_batch_negatives=False,
-            false_negative_margin=loss.false_negative_margin,
-            normalize=loss.normalize,
-            penalty=loss.penalty,
-            symmetric_weight=loss.symmetric_weight,
-        )
         self.mask_duplicates = mask_duplicates
         self.balance_loss_weight = balance_loss_weight
         self.z_loss_weight = z_loss_weight
@@ -135,7 +127,9 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
             return CLPLModelOutput(q_reps=query_dense, p_reps=passage_dense)
 
         own_only = no_in_batch_neg_flag or not self.dense_loss.in_batch_negatives
-        dense_loss = self.own_negatives_loss if own_only else self.dense_loss
+        dense_loss = self.dense_loss
+        if own_only and dense_loss.in_batch_negatives:
+            dense_loss = dataclasses.replace(dense_loss, in_batch_negatives=False, gather_across_devices=False)
         dense = dense_loss(
             query_dense,
             passage_dense,
@@ -143,18 +137,15 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
             negative_index=negative_index,
             passage_ids=passage_ids if self.mask_duplicates else None,
         )
-        loss, terms = dense.loss, _named_terms(dense)
+        loss, terms = dense.loss, dense.terms()
         targets = self._teacher_targets(teacher_scores, query_dense)
         if targets is not None:
             _, distillation = self._stock_loss(own_only)(
                 query_dense, passage_dense, teacher_targets=targets, compute_score_func=self.compute_dense_score
             )
-            # In place of the contrastive part; the others stay. (FlagEmbedding gives its mean over queries only: a weight for
-            # each query, as the contrastive part has, cannot be had, and one for all would differ between processes.)
-            share = _share_with_pairs(negative_index, query_dense, passage_dense)
-            loss = distillation + dense_loss.penalty_weight * share * dense.penalty
-            if dense.symmetric is not None:
-                loss = loss + dense_loss.symmetric_weight * dense.symmetric
+            # In place of the contrastive term; the others stay. FlagEmbedding gives its mean over queries only, so that
+            # it cannot be weighted for each query, as the contrastive term is.
+            loss = sum(dense.added, start=distillation)
             terms["distillation"] = distillation.detach()
         if self.unified_finetuning:
             mask = self._get_queries_attention_mask(queries)
@@ -274,28 +265,6 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
     def save(self, output_dir: str) -> None:
         """Not used: the trainer saves the encoder as a model folder."""
         raise NotImplementedError("use clpl_moe.encoder.save_encoder")
-
-
-def _share_with_pairs(negative_index: Tensor | None, queries: Tensor, passages: Tensor) -> Tensor:
-    """The share of the queries (B, D) of which a negative among their passages (B·G, D) has a query."""
-    has_pair = queries.new_zeros(len(queries), dtype=torch.float32)
-    if negative_index is not None:
-        has_pair[negative_index // (len(passages) // len(queries))] = 1
-    return has_pair.mean()
-
-
-def _named_terms(output: CLPLOutput) -> dict[str, Tensor]:
-    terms = {
-        "contrastive": output.contrastive,
-        "penalty": output.penalty,
-        "positive_similarity": output.positive_similarity,
-        "negative_similarity": output.negative_similarity,
-        "negative_query_similarity": output.negative_query_similarity,
-        "symmetric": output.symmetric,
-    }
-    if output.negative_query_similarity is None:
-        del terms["penalty"]  # absent rather than 0: a mean over steps is then one over the steps that have one
-    return {name: value.detach() for name, value in terms.items() if value is not None}
 
 
 def choose_trainable(

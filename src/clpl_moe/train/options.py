@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from clpl_moe.loss.options import LossTermOptions
 from clpl_moe.mine.options import Sampling, SelectionArguments
 from clpl_moe.moe.config import ROUTERS, TARGETS, MoEConfig
 
@@ -76,7 +77,7 @@ class DataOptions:
     )
     passage_max_len: int = field(default=128, metadata={"help": "Longest passage in tokens; longer ones are cut."})
     queries_per_negative: int = field(
-        default=1, metadata={"help": "At most so many positive queries of each negative are used in a step."}
+        default=1, metadata={"help": "At most so many queries of each negative are used in a step."}
     )
     query_instruction_for_retrieval: str | None = field(
         default=None,
@@ -89,30 +90,9 @@ class DataOptions:
 
 
 @dataclass
-class LossOptions:
+class LossOptions(LossTermOptions):
     """loss"""
 
-    penalty_weight: float = field(
-        default=0.1, metadata={"help": "λ: the penalty's share of the loss; 0 is the plain contrastive loss."}
-    )
-    penalty: str = field(
-        default="cosine",
-        metadata={
-            "help": "The penalty: distance of negatives from their queries, as published, or contrastive: these queries have"
-            " to find the negatives among the step's passages.",
-            "choices": ["cosine", "contrastive"],
-        },
-    )
-    symmetric_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the term in which each positive has to find its query; 0: none."}
-    )
-    in_batch_negatives: bool = field(
-        default=True, metadata={"help": "Whether other queries' passages are negatives too."}
-    )
-    false_negative_margin: float | None = field(
-        default=None,
-        metadata={"help": "Leave out negatives more similar to the query than its positive by over this margin."},
-    )
     mask_duplicates: bool = field(
         default=True, metadata={"help": "Leave out negatives whose text is the query's own positive."}
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -100,16 +101,7 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             base |= make_heads(self.base_heads, args.model_name_or_path, encoder.config.hidden_size, args.colbert_dim)
         model = CLPLModel(
             base,
-            loss=CLPLLoss(
-                training.temperature,
-                training.penalty_weight,
-                in_batch_negatives=training.in_batch_negatives,
-                false_negative_margin=training.false_negative_margin,
-                normalize=training.normalize_embeddings,
-                gather_across_devices=training.negatives_cross_device and training.world_size > 1,
-                penalty=training.penalty,
-                symmetric_weight=training.symmetric_weight,
-            ),
+            loss=CLPLLoss(**dataclasses.asdict(training.loss_options())),
             settings=self.settings,
             mask_duplicates=training.mask_duplicates,
             balance_loss_weight=training.balance_loss_weight,

@@ -1,0 +1,71 @@
+import dataclasses
+import inspect
+import math
+import subprocess
+import sys
+
+import pytest
+
+from clpl_moe.loss import CLPLLoss, CLPLOptions, SentenceTransformerCLPLLoss
+
+NAMES = [field.name for field in dataclasses.fields(CLPLOptions)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0}, "temperature is 0"),
+        ({"temperature": -0.02}, "choose a number above 0"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"temperature": "0.02"}, "temperature is 0.02"),
+        ({"penalty_weight": -0.1}, "penalty_weight is -0.1"),
+        ({"penalty_weight": 1.1}, "choose a number from 0 to 1"),
+        ({"penalty_weight": math.nan}, "penalty_weight is nan"),
+        ({"false_negative_margin": math.nan}, "false_negative_margin is nan"),
+        ({"penalty": "cos"}, "choose one of cosine, contrastive"),
+        ({"symmetric_weight": -1}, "symmetric_weight is -1"),
+        ({"symmetric_weight": math.inf}, "symmetric_weight is inf"),
+        ({"gather_across_devices": True, "in_batch_negatives": False}, "set in_batch_negatives=True"),
+    ],
+)
+@pytest.mark.parametrize("kind", [CLPLOptions, CLPLLoss])
+def test_constructor_refuses(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**options)
+
+
+def test_the_constructors_take_each_option_two_by_place():
+    parameters = inspect.signature(CLPLLoss).parameters
+    assert list(parameters) == NAMES
+    by_place = [name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    assert by_place == ["temperature", "penalty_weight"]
+    in_trainer = inspect.signature(SentenceTransformerCLPLLoss).parameters
+    assert list(in_trainer)[:3] == ["model", *by_place]
+    assert set(in_trainer) == {"model", "num_negatives", "query_prompt", *NAMES}
+    assert {in_trainer[name].default == parameters[name].default for name in NAMES} == {True}
+
+
+def test_options_are_the_losss_attributes():
+    loss = CLPLLoss(0.1, 1, symmetric_weight=2)
+    assert {name: getattr(loss, name) for name in NAMES} == dataclasses.asdict(loss)
+    assert repr(loss).startswith("CLPLLoss(temperature=0.1, penalty_weight=1.0, ")
+    loss.penalty_weight = 0.25
+    other = dataclasses.replace(loss, in_batch_negatives=False)
+    assert (other.penalty_weight, other.symmetric_weight, other.in_batch_negatives) == (0.25, 2.0, False)
+    assert loss.in_batch_negatives
+    assert isinstance(other, CLPLLoss)
+    with pytest.raises(ValueError, match="penalty_weight is 2"):
+        dataclasses.replace(loss, penalty_weight=2)
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("from clpl_moe.loss.options import CLPLOptions", ["torch", "transformers", "sentence_transformers"]),
+        ("from clpl_moe.loss import CLPLLoss; CLPLLoss()", ["transformers", "sentence_transformers", "FlagEmbedding"]),
+    ],
+)
+def test_what_an_import_needs(statement, absent):
+    blocked = "".join(f"sys.modules[{name!r}] = None; " for name in absent)
+    subprocess.run([sys.executable, "-c", f"import sys; {blocked}{statement}"], check=True)
