@@ -15,8 +15,10 @@ from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.data.schema import read_examples
 from clpl_moe.train.__main__ import main as train
 from clpl_moe.train.arguments import CLPLDataArguments
-from clpl_moe.validate import FileReport, Reading, count_scripts, table, validate_file
+from clpl_moe.validate import validate
 from clpl_moe.validate.__main__ import main
+from clpl_moe.validate.files import validate_file
+from clpl_moe.validate.reading import Reading
 from helpers.tiny_training import arguments, make_triplets, refused, write_triplets
 
 GOOD = {"query": "q", "pos": ["p"], "neg": ["n", "m"], "neg_q": ["a", None]}
@@ -164,17 +166,24 @@ def test_config_of_training_is_checked_as_training_does(tmp_path, capsys):
     assert "pos_scores" in run(capsys, path, "--knowledge_distillation", "true")[2][0]
 
 
-def test_scripts_are_counted_over_all_blocks(monkeypatch):
-    monkeypatch.setattr("clpl_moe.validate._BLOCK", 4)
-    report = FileReport(Reading())
-    for number, text in enumerate(("ab 1", "가나다", "𐎠", "é"), 1):
-        report.add(number, {"query": text, "pos": [text * 2], "neg": ["x"]})
-    report.flush()
-    assert report.letters["query"] == {"Latin": 3, "Hangul": 3, "Old": 1}
-    assert report.letters["pos"] == {"Latin": 6, "Hangul": 6, "Old": 2}
-    assert list(report.lengths["pos"]) == [8, 6, 2, 2]
-    assert not count_scripts(FileReport(Reading())._characters["neg"])
-    assert list(table(FileReport(Reading())))
+def test_called_from_python(tiny_encoder, tmp_path, capsys):
+    good, bad = write_triplets(tmp_path / "good.jsonl", 3), tmp_path / "bad.jsonl"
+    write_jsonl(bad, [GOOD, GOOD | {"pos": [], "query": ""}])
+    found = validate(train_data=[good, bad, tmp_path / "gone.jsonl"], max_faults=1)
+    assert found.faults == 3
+    assert [report.path for report in found.files] == [good, bad, tmp_path / "gone.jsonl"]
+    assert [report.faults for report in found.files] == [0, 2, 1]
+    assert found.files[0].figures.examples == 3
+    assert found.files[1].messages == [f"{bad}:2: field 'query': found an empty string, expected text"]
+    assert (found.files[1].faulty_lines, found.files[1].figures.examples) == (1, 1)
+    assert found.files[2].figures is None
+    config = tmp_path / "c.yaml"
+    config.write_text(f"train_data: [{good}]\nmodel_name_or_path: {tiny_encoder}\npassage_max_len: 25\n")
+    (report,) = validate(config=config).files
+    assert report.figures.reading.limits["pos"] == 25
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="max_faults: found -1, expected at least 0"):
+        validate(train_data=[good], max_faults=-1)
 
 
 # --- What validation accepts, training takes; what it refuses, training refuses with the same words ------------------
@@ -264,8 +273,8 @@ def test_validation_and_training_refuse_the_same_mutated_lines(tmp_path_factory,
     folder = tmp_path_factory.mktemp("mutated")
     path, one = folder / "all.jsonl", folder / "one.jsonl"
     path.write_bytes(b"".join(line + b"\n" for line in lines))
-    messages = []
-    report = validate_file(path, Reading(scores_required=scores), messages.append)
+    report = validate_file(path, Reading(scores_required=scores))
+    messages = report.messages
     assert len(messages) == report.faults
     assert all(re.match(rf"{re.escape(str(path))}:\d+: \S.+", m) and m.isprintable() for m in messages)
     refused_lines = {int(message.split(":")[1]) for message in messages}
@@ -295,10 +304,10 @@ def test_validation_and_training_refuse_the_same_mutated_lines(tmp_path_factory,
     if accepted and accepted[0].startswith(b"\xef\xbb\xbf") and 1 not in refused_lines:
         return  # the mark may stand in the first line only
     dataset = load(path, folder / "cache", knowledge_distillation=scores)
-    assert len(dataset) == 1 + report.examples
+    assert len(dataset) == 1 + report.figures.examples
     batch = collator([dataset[(0, index)] for index in range(len(dataset))])
     assert len(batch["query_rows"]) == len(dataset)
-    seen["trained"] += report.examples
+    seen["trained"] += report.figures.examples
 
 
 @pytest.mark.slow
@@ -320,9 +329,9 @@ def test_enough_mutated_lines_were_seen():
 @given(lines=st.lists(mutated_lines(), min_size=LINES_A_FILE, max_size=LINES_A_FILE))
 def test_accepted_lines_train(tiny_encoder, tmp_path_factory, lines):
     folder = tmp_path_factory.mktemp("trained")
-    path, messages = folder / "t.jsonl", []
+    path = folder / "t.jsonl"
     path.write_bytes(b"".join(line + b"\n" for line in lines))
-    validate_file(path, Reading(scores_required=True), messages.append)
+    messages = validate_file(path, Reading(scores_required=True)).messages
     bad = {int(message.split(":")[1]) for message in messages}
     rest = [line for number, line in enumerate(lines, 1) if number not in bad and not line.startswith(b"\xef")]
     path.write_bytes(b"".join(line + b"\n" for line in [json.dumps(SCORED).encode(), *rest]))

@@ -1,0 +1,117 @@
+"""What training data are like: counts, repeats, lengths and scripts."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from clpl_moe.data.schema import normalise
+from clpl_moe.data.scripts import script_of
+from clpl_moe.retrieval.collection import normalize_text
+from clpl_moe.validate.reading import KINDS, Reading
+
+_BLOCK = 1 << 20  # characters whose tokens and scripts are counted at once
+
+
+class Figures:
+    """Figures of the lines without fault of one file.
+
+    Args:
+        reading: how training reads its texts.
+
+    Attributes:
+        examples: number of lines.
+        per_query: ``pos`` and ``neg`` -> how many of them each line has.
+        answered: number of negatives with queries.
+        repeats: name of a repetition -> how often.
+        first: name of a repetition -> number of the first line with it.
+        lengths: kind of text -> lengths of all texts of that kind.
+    """
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.examples = self.answered = 0
+        self.per_query: dict[str, array] = {kind: array("I") for kind in ("pos", "neg")}
+        self.repeats: Counter[str] = Counter()
+        self.first: dict[str, int] = {}
+        self.lengths: dict[str, array] = {kind: array("I") for kind in KINDS}
+        self._known_lengths: dict[str, dict[int, int]] = {kind: {} for kind in KINDS}
+        self._characters: dict[str, np.ndarray] = {kind: np.zeros(0, dtype=np.int64) for kind in KINDS}
+        self._lines: set[int] = set()
+        self._positives_of: dict[int, int] = {}
+        self._texts: dict[str, list[str]] = {kind: [] for kind in KINDS}
+        self._waiting = 0
+
+    def add(self, number: int, record: dict[str, Any]) -> None:
+        """Take in a line without faults."""
+        example = normalise(record)
+        self.examples += 1
+        texts = {
+            "query": [example["query"]],
+            "pos": example["pos"],
+            "neg": example["neg"],
+            "neg_q": [query for queries in example["negative_queries"] for query in queries],
+        }
+        for kind, some in texts.items():
+            self._texts[kind] += some
+            self._waiting += sum(map(len, some))
+        for kind, counts in self.per_query.items():
+            counts.append(len(texts[kind]))
+        self.answered += sum(map(bool, example["negative_queries"]))
+        positives = frozenset(map(normalize_text, example["pos"]))
+        own = sum(normalize_text(text) in positives for text in example["neg"])
+        self._repeats("negatives that equal a positive", number, own)
+        answered = map(tuple, example["negative_queries"])
+        line = hash((*map(tuple, (*texts.values(), answered)), example["prompt"], example["type"]))
+        self._repeats("equal lines", number, line in self._lines)
+        self._lines.add(line)
+        answers = hash(positives)
+        other = self._positives_of.setdefault(hash(normalize_text(example["query"])), answers) != answers
+        self._repeats("equal queries with other positives", number, other)
+        if self._waiting >= _BLOCK:
+            self.flush()
+
+    def _repeats(self, name: str, number: int, times: int) -> None:
+        self.repeats[name] += times
+        if times:
+            self.first.setdefault(name, number)
+
+    def flush(self) -> None:
+        """Count what was taken in since the last time; before the figures of texts are read."""
+        for kind, texts in self._texts.items():
+            self.lengths[kind].extend(self._measure(kind, texts))
+            codes = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32)
+            counts = np.bincount(codes, minlength=len(self._characters[kind]))
+            counts[: len(self._characters[kind])] += self._characters[kind]
+            self._characters[kind] = counts
+            texts.clear()
+        self._waiting = 0
+
+    def _measure(self, kind: str, texts: list[str]) -> Iterable[int]:
+        if self.reading.count is None:
+            return map(len, texts)
+        # Passages are negatives of many queries: each is cut into tokens once.
+        known = self._known_lengths[kind]
+        new = {key: text for text in texts if (key := hash(text)) not in known}
+        if new:
+            prompt = self.reading.prompts[kind]
+            known.update(zip(new, self.reading.count([prompt + text for text in new.values()])))
+        return (known[hash(text)] for text in texts)
+
+    @property
+    def letters(self) -> dict[str, Counter[str]]:
+        """Kind of text -> script -> number of letters."""
+        return {kind: count_scripts(counts) for kind, counts in self._characters.items()}
+
+
+def count_scripts(characters: np.ndarray) -> Counter[str]:
+    """Script -> number of letters, of how often each code point occurs (an array that they index)."""
+    scripts: Counter[str] = Counter()
+    for code in np.flatnonzero(characters):
+        if script := script_of(chr(code)):
+            scripts[script] += int(characters[code])
+    return scripts

@@ -1,0 +1,107 @@
+"""How training reads texts: its tokenizer, prompts and limits, by its config or by options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from clpl_moe.common.cli import parse
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.validate.options import ValidateArguments
+
+KINDS = ("query", "pos", "neg", "neg_q")
+Count = Callable[[list[str]], list[int]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How training reads texts.
+
+    Attributes:
+        count: lengths of texts in tokens, special ones included; None: characters are counted.
+        limits: kind of text -> longest length in tokens; None where it is not known.
+        prompts: kind of text -> what is put in front of it.
+        scores_required: whether each line must have teacher scores.
+    """
+
+    count: Count | None = None
+    limits: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(KINDS))
+    prompts: dict[str, str] = field(default_factory=lambda: dict.fromkeys(KINDS, ""))
+    scores_required: bool = False
+
+
+def open_reading(arguments: ValidateArguments) -> tuple[list[str], Reading]:
+    """Paths of the data and how training would read them.
+
+    Raises:
+        UserError: the config is one that training refuses, or the tokenizer cannot be loaded.
+    """
+    if arguments.config is None:
+        limits = (arguments.query_max_len, arguments.passage_max_len)
+        prompts: tuple[str, str] = ("", "")
+        count: Count | None = None
+        if arguments.tokenizer is not None:
+            from clpl_moe.encoder.settings import read_settings
+
+            settings = read_settings(arguments.tokenizer)
+            prompts = (settings.query_prompt, settings.passage_prompt)
+            count = load_counter(arguments.tokenizer)
+        return arguments.train_data, _reading(count, limits, prompts, arguments.knowledge_distillation)
+    from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
+    from clpl_moe.train.settings import resolve_settings
+
+    # Nothing is written: the folder only has to be named.
+    argv = ["--config", arguments.config, "--output_dir", "none"]
+    for name in ("query_max_len", "passage_max_len", "tokenizer"):
+        if getattr(arguments, name) is not None:
+            argv += [f"--{'tokenizer_name' if name == 'tokenizer' else name}", str(getattr(arguments, name))]
+    argv += ["--train_data", *arguments.train_data] if arguments.train_data else []
+    model, data, training = parse(
+        [CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments], "clpl_moe.validate", "", argv
+    )
+    settings = resolve_settings(model, data, training)
+    hub = {"cache_dir": model.cache_dir, "token": model.token, "trust_remote_code": model.trust_remote_code}
+    try:
+        count = load_counter(model.tokenizer_name or model.model_name_or_path, **hub)
+    except UserError as error:
+        if arguments.tokenizer is not None:
+            raise
+        print(f"{error}; lengths are in characters (set tokenizer to count tokens)", file=sys.stderr)
+        count = None
+    limits = (data.query_max_len, data.passage_max_len)
+    required = data.knowledge_distillation or arguments.knowledge_distillation
+    return data.train_data, _reading(count, limits, (settings.query_prompt, settings.passage_prompt), required)
+
+
+def _reading(
+    count: Count | None, limits: tuple[int | None, int | None], prompts: tuple[str, str], required: bool
+) -> Reading:
+    is_passage = [kind in ("pos", "neg") for kind in KINDS]
+    return Reading(
+        count,
+        {kind: limits[passage] for kind, passage in zip(KINDS, is_passage)},
+        {kind: prompts[passage] for kind, passage in zip(KINDS, is_passage)},
+        required,
+    )
+
+
+def load_counter(name: str, **hub: Any) -> Count:
+    """A function that counts tokens of texts, special ones included, as a model's tokenizer makes them.
+
+    Raises:
+        UserError: there is no such tokenizer, or it cannot be reached.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    except Exception as error:  # the tokenizers library raises plain ones
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{at(name)}: the tokenizer cannot be loaded ({reason})") from None
+
+    def count(texts: list[str]) -> list[int]:
+        return list(map(len, tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]))
+
+    return count

@@ -1,0 +1,15 @@
+from clpl_moe.validate.figures import Figures
+from clpl_moe.validate.reading import Reading
+
+
+def test_scripts_are_counted_over_all_blocks(monkeypatch):
+    monkeypatch.setattr("clpl_moe.validate.figures._BLOCK", 4)
+    figures = Figures(Reading())
+    for number, text in enumerate(("ab 1", "가나다", "𐎠", "é"), 1):
+        figures.add(number, {"query": text, "pos": [text * 2], "neg": ["x"]})
+    figures.flush()
+    assert figures.letters["query"] == {"Latin": 3, "Hangul": 3, "Old": 1}
+    assert figures.letters["pos"] == {"Latin": 6, "Hangul": 6, "Old": 2}
+    assert list(figures.lengths["pos"]) == [8, 6, 2, 2]
+    assert not figures.letters["neg_q"]
+    assert not Figures(Reading()).letters["neg"]
