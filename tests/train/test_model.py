@@ -2,66 +2,9 @@ import pytest
 import torch
 
 from clpl_moe import CLPLLoss
-from clpl_moe.data.collator import CLPLCollator
-from clpl_moe.encoder.load import load_encoder
 from clpl_moe.encoder.settings import EmbeddingSettings, pool
-from clpl_moe.moe.config import MoEConfig
-from clpl_moe.moe.inject import expert_parameters, inject_moe
-from clpl_moe.train.model import CLPLModel, choose_trainable
-from helpers.tiny import checkpoint_gradients, perturb_experts
-
-SETTINGS = EmbeddingSettings(pooling="mean")
-
-
-@pytest.fixture
-def make_model(tiny_encoder):
-    """Builds the same model each time; its experts differ."""
-
-    def make(num_experts=2, loss=None, settings=SETTINGS, **options):
-        torch.manual_seed(1)
-        encoder, tokenizer = load_encoder(tiny_encoder)
-        if num_experts:
-            perturb_experts(inject_moe(encoder, MoEConfig(num_experts, 1)))
-        heads = {"colbert_linear": None, "sparse_linear": None}
-        options = {"unified_finetuning": False, "use_self_distill": False} | options
-        if options["unified_finetuning"]:
-            heads = {"colbert_linear": torch.nn.Linear(32, 32), "sparse_linear": torch.nn.Linear(32, 1)}
-        loss = loss or CLPLLoss(0.1, 0.3)
-        model = CLPLModel({"model": encoder, **heads}, loss=loss, settings=settings, tokenizer=tokenizer, **options)
-        return model.train()
-
-    return make
-
-
-def make_batch(tokenizer, *, sub_batch_size=-1, examples=None, packing=False, **changes):
-    from clpl_moe.data.dataset import Example
-
-    examples = examples or [
-        Example("what is a", ["aa bb cc", "bb dd", "cc ee ff"], [["which b", "bb"], []], None, True),
-        Example("and c", ["cc cc", "aa bb cc", "x y z z y"], [[], ["xyz"]], None, True),
-    ]
-    collator = CLPLCollator(
-        tokenizer=tokenizer,
-        query_max_len=16,
-        passage_max_len=24,
-        sub_batch_size=sub_batch_size,
-        padding=True,
-        return_tensors="pt",
-        packing=packing,
-    )
-    return collator(examples) | changes
-
-
-def gradients(model, batch):
-    output = model(**batch)
-    output.loss.backward()
-    return output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(found, expected, **tolerances):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], **tolerances, msg=lambda m, n=name: f"{n}: {m}")
+from helpers.tiny import checkpoint_gradients
+from helpers.training_model import assert_same, gradients, make_batch
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
@@ -124,15 +67,6 @@ def test_packed_batches_are_refused_in_unified_finetuning(make_model, tiny_token
         make_model(unified_finetuning=True)(**make_batch(tiny_tokenizer, packing=True))
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_unified_finetuning_computes_the_dense_loss_once(make_model, tiny_tokenizer, own, monkeypatch):
-    model, calls = make_model(unified_finetuning=True), []
-    stock = model.compute_loss
-    monkeypatch.setattr(model, "compute_loss", lambda scores, target: calls.append(1) or stock(scores, target))
-    model(**make_batch(tiny_tokenizer, no_in_batch_neg_flag=own))
-    assert len(calls) == 3  # sparse, multi-vector, summed
-
-
 def test_duplicates_of_the_positive_are_left_out(make_model, tiny_tokenizer):
     """The second query's negative is the first one's positive, word for word."""
     batch = make_batch(tiny_tokenizer)
@@ -157,31 +91,6 @@ def test_routers_losses_are_added_and_logged(make_model, tiny_tokenizer):
     assert plain.terms["expert_load"].shape == (2, 2)
     torch.testing.assert_close(plain.terms["expert_load"].sum(1), torch.ones(2))
     assert "expert_load" not in make_model(num_experts=0)(**batch).terms
-
-
-def test_sub_batches_give_the_same_gradients(make_model, tiny_tokenizer):
-    whole = gradients(make_model(unified_finetuning=True), make_batch(tiny_tokenizer))
-    parts = gradients(
-        make_model(unified_finetuning=True, sub_batch_size=2), make_batch(tiny_tokenizer, sub_batch_size=2)
-    )
-    torch.testing.assert_close(parts[0].loss, whole[0].loss)
-    assert_same(parts[1], whole[1], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("own", [False, True])
-def test_unified_finetuning_and_self_distillation(make_model, tiny_tokenizer, own):
-    batch = make_batch(tiny_tokenizer, no_in_batch_neg_flag=own)
-    output, found = gradients(make_model(unified_finetuning=True), batch)
-    terms = output.terms
-    dense = make_model()(**batch).loss.detach()
-    expected = (dense + terms["summed"] + 0.1 * terms["sparse"] + terms["colbert"]) / 4
-    torch.testing.assert_close(output.loss.detach(), expected)
-    assert {"colbert_linear.weight", "sparse_linear.weight"} < found.keys()
-    distilling = make_model(unified_finetuning=True, use_self_distill=True, self_distill_start_step=3)
-    distilling.step = 3
-    assert distilling(**batch).loss == output.loss
-    distilling.step = 4
-    assert distilling(**batch).loss != output.loss
 
 
 @pytest.mark.parametrize("kind", ["kl_div", "m3_kd_loss"])
@@ -241,19 +150,6 @@ def test_a_pass_that_failed_leaves_nothing_to_the_next(make_model, tiny_tokenize
     assert model(**batch).loss == expected
 
 
-def test_distillation_of_own_groups_is_flagembeddings_of_each_query_alone():
-    """Where the latter knows only the scores of in-batch negatives, and fails on groups of several queries."""
-    from FlagEmbedding.finetune.embedder.encoder_only.m3 import EncoderOnlyEmbedderM3Model
-
-    torch.manual_seed(0)
-    targets, scores = torch.rand(3, 4).softmax(1), torch.randn(3, 4)
-    stock = EncoderOnlyEmbedderM3Model.distill_loss
-    rows = [stock("m3_kd_loss", targets[i : i + 1], scores[i : i + 1], 4) for i in range(3)]
-    torch.testing.assert_close(CLPLModel.distill_loss("m3_kd_loss", targets, scores, 4), torch.stack(rows).mean())
-    with pytest.raises(IndexError):
-        stock("m3_kd_loss", targets, scores, 4)
-
-
 def test_in_evaluation_mode_there_are_embeddings_and_no_loss(make_model, tiny_tokenizer):
     output = make_model().eval()(**make_batch(tiny_tokenizer))
     assert output.loss is None
@@ -270,63 +166,3 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, tiny_tokeni
     assert first[0].loss.item() == second[0].loss.item()
     assert_same(second[1], first[1], rtol=0, atol=0)
     assert second[0].terms["expert_load"].equal(first[0].terms["expert_load"])
-
-
-class TestTrainable:
-    def trained(self, model, trainable, **options):
-        options = {"fix_position_embedding": False, "fix_encoder": False} | options
-        choose_trainable(model, trainable, **options)
-        return {name.removeprefix("model.") for name, p in model.named_parameters() if p.requires_grad}
-
-    def test_moe_is_experts_and_routers(self, make_model):
-        model = make_model()
-        found = self.trained(model, "moe")
-        assert found == {name for name, _ in expert_parameters(model.model)}
-        assert all(".intermediate." in name for name in found)
-        assert len([name for name in found if "router" in name]) == 2
-
-    def test_ffn_is_all_linear_layers_of_the_ffn(self, make_model):
-        found = self.trained(make_model(num_experts=0), "ffn")
-        layers = [f"encoder.layer.{i}.{part}.dense" for i in (0, 1) for part in ("intermediate", "output")]
-        assert found == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-        assert self.trained(make_model(), "moe") < self.trained(make_model(), "ffn")
-
-    def test_full_is_all_but_the_pooler(self, make_model):
-        model = make_model()
-        every = {name.removeprefix("model.") for name, _ in model.named_parameters()}
-        assert self.trained(model, "full") == {name for name in every if not name.startswith("pooler.")}
-        left = every - self.trained(make_model(), "full", fix_position_embedding=True)
-        assert {name for name in left if not name.startswith("pooler.")} == {"embeddings.position_embeddings.weight"}
-
-    @pytest.mark.parametrize("trainable", ["moe", "ffn", "full"])
-    def test_frozen_layers_and_what_is_below_are_left_out(self, make_model, trainable):
-        model = make_model()
-        without = self.trained(make_model(), trainable)
-        found = self.trained(model, trainable, frozen_layers=1)
-        assert found == {name for name in without if name.startswith("encoder.layer.1.")}
-        assert found
-
-    def test_frozen_layers_leave_the_gradients_of_the_others_as_they_are(self, make_model, tiny_tokenizer):
-        batch = make_batch(tiny_tokenizer, packing=True)
-        whole, upper = make_model(), make_model()
-        self.trained(whole, "full")
-        names = self.trained(upper, "full", frozen_layers=1)
-        expected, found = gradients(whole, batch)[1], gradients(upper, batch)[1]
-        assert {name.removeprefix("model.") for name in found} == names
-        assert_same(found, {name: expected[name] for name in found}, rtol=1e-5, atol=1e-7)
-
-    def test_fixed_encoder_leaves_the_heads(self, make_model):
-        found = self.trained(make_model(unified_finetuning=True), "moe", fix_encoder=True)
-        assert found == {
-            f"{head}.{kind}" for head in ("colbert_linear", "sparse_linear") for kind in ("weight", "bias")
-        }
-
-    def test_mistakes(self, make_model):
-        with pytest.raises(ValueError, match="trainable is moe but the model has no experts"):
-            self.trained(make_model(num_experts=0), "moe")
-        with pytest.raises(ValueError, match="nothing would be trained"):
-            self.trained(make_model(), "full", fix_encoder=True)
-        with pytest.raises(ValueError, match="nothing would be trained"):
-            self.trained(make_model(), "full", frozen_layers=2)
-        with pytest.raises(ValueError, match="frozen_layers is 3: found 2 layers"):
-            self.trained(make_model(), "full", frozen_layers=3)

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from clpl_moe.data.flag_embedding import EmbedderOutput, EncoderOnlyEmbedderM3Model
+from clpl_moe.data.flag_embedding import EmbedderOutput
 from clpl_moe.encoder.packing import PackedTexts, embed_packed, send
-from clpl_moe.encoder.settings import EmbeddingSettings, pool
-from clpl_moe.loss import CLPLLoss, gather_rows
+from clpl_moe.encoder.settings import EmbeddingSettings
+from clpl_moe.loss import CLPLLoss
 from clpl_moe.moe.balance import pop_router_terms, put_router_records, take_router_records, track_routers
-from clpl_moe.moe.inject import expert_parameters, ffn_parameters, has_experts
-from clpl_moe.moe.install import find_layers
+from clpl_moe.moe.inject import has_experts
 from clpl_moe.train.grad_cache import cached_forward, chunks_by_tokens
+from clpl_moe.train.unified import UnifiedBatch, UnifiedModel, teacher_targets
 
 Features = dict[str, Tensor] | list[dict[str, Tensor]]
 
@@ -29,26 +28,7 @@ class CLPLModelOutput(EmbedderOutput):
     terms: dict[str, Tensor] | None = None
 
 
-@dataclass
-class _UnifiedBatch:
-    """What the unified loss needs of a batch.
-
-    Attributes:
-        query: dense (B, D), sparse and multi-vector embeddings of the queries.
-        passage: the same three of the passages, dense (B·G, D).
-        query_mask: (B, L), 1 where a query's token is no padding.
-        targets: (B, G) from teacher scores, or None.
-        own_only: whether each query has its own negatives only.
-    """
-
-    query: tuple[Tensor, ...]
-    passage: tuple[Tensor, ...]
-    query_mask: Tensor
-    targets: Tensor | None
-    own_only: bool
-
-
-class CLPLModel(EncoderOnlyEmbedderM3Model):
+class CLPLModel(UnifiedModel):
     """FlagEmbedding's M3 model with CLPL as its dense loss.
 
     Unified fine-tuning, self-distillation and teacher scores work as in FlagEmbedding; the penalty concerns the dense
@@ -56,7 +36,8 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
 
     Args:
         base_model: ``model``, ``colbert_linear`` and ``sparse_linear``, as FlagEmbedding's ``get_model`` returns them.
-        loss: CLPL's settings for batches with in-batch negatives as configured.
+        loss: of the dense embeddings. A batch that asks for each query's own negatives only gets the loss without in-batch
+            negatives, otherwise with the options that ``dense_loss``, its attribute, has at that moment.
         settings: pooling and normalisation.
         mask_duplicates: whether negatives with the positive's text are left out.
         balance_loss_weight, z_loss_weight: of the routers' losses.
@@ -138,18 +119,16 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
             passage_ids=passage_ids if self.mask_duplicates else None,
         )
         loss, terms = dense.loss, dense.terms()
-        targets = self._teacher_targets(teacher_scores, query_dense)
+        targets = teacher_targets(teacher_scores, query_dense)
         if targets is not None:
-            _, distillation = self._stock_loss(own_only)(
-                query_dense, passage_dense, teacher_targets=targets, compute_score_func=self.compute_dense_score
-            )
+            distillation = self.distillation_loss(query_dense, passage_dense, targets, own_only)
             # In place of the contrastive term; the others stay. FlagEmbedding gives its mean over queries only, so that
             # it cannot be weighted for each query, as the contrastive term is.
             loss = sum(dense.added, start=distillation)
             terms["distillation"] = distillation.detach()
         if self.unified_finetuning:
             mask = self._get_queries_attention_mask(queries)
-            loss, unified_terms = self._unified_loss(loss, _UnifiedBatch(query, passage, mask, targets, own_only))
+            loss, unified_terms = self.unified_loss(loss, UnifiedBatch(query, passage, mask, targets, own_only))
             terms |= unified_terms
         router = pop_router_terms(self.model) if has_experts(self.model) else None
         if router is not None:
@@ -177,133 +156,3 @@ class CLPLModel(EncoderOnlyEmbedderM3Model):
             put_router_records(self.model, *records)
         order = torch.tensor([row for rows in chunks for row in rows]).argsort()
         return embeddings[send(order, embeddings.device)]
-
-    def _stock_loss(self, own_only: bool):
-        if own_only:
-            return self._compute_no_in_batch_neg_loss
-        return self._compute_cross_device_neg_loss if self.negatives_cross_device else self._compute_in_batch_neg_loss
-
-    def _teacher_targets(self, teacher_scores: list[float] | None, like: Tensor) -> Tensor | None:
-        if teacher_scores is None:
-            return None
-        scores = send(torch.tensor(teacher_scores, dtype=torch.float32), like.device)
-        return F.softmax(scores.view(like.shape[0], -1), dim=-1)  # (B, G)
-
-    def _unified_loss(self, dense_loss: Tensor, batch: _UnifiedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """FlagEmbedding's joint loss of dense, sparse, multi-vector and summed scores; all but ``dense_loss`` see this
-        process's passages only."""
-        own_only, targets = batch.own_only, batch.targets
-        compute = self._compute_no_in_batch_neg_loss if own_only else self._compute_in_batch_neg_loss
-        query_dense, query_sparse, query_colbert = batch.query
-        passage_dense, passage_sparse, passage_colbert = batch.passage
-        sparse_scores, sparse_loss = compute(
-            query_sparse, passage_sparse, teacher_targets=targets, compute_score_func=self.compute_sparse_score
-        )
-        colbert_scores, colbert_loss = compute(
-            query_colbert,
-            passage_colbert,
-            teacher_targets=targets,
-            compute_score_func=self.compute_colbert_score,
-            q_mask=batch.query_mask,
-        )
-        dense_scores = self.compute_dense_score(query_dense, passage_dense)  # (B, B·G)
-        if own_only:
-            dense_scores = self.get_local_score(query_dense, passage_dense, dense_scores)  # (B, G)
-        summed = self.ensemble_score(None, None, dense_scores, sparse_scores, colbert_scores)
-        if own_only:
-            # FlagEmbedding's helper would look for the groups' scores among all; these are the groups' already.
-            summed_loss = self._group_loss(summed, targets)
-        else:
-            _, summed_loss = compute(
-                query_dense, passage_dense, teacher_targets=targets, compute_score_func=lambda q, p: summed
-            )
-        loss = (dense_loss + summed_loss + 0.1 * sparse_loss + colbert_loss) / 4
-        if self.use_self_distill and self.step > self.self_distill_start_step:
-            teacher = summed.detach().softmax(-1)
-            distilled = (
-                self.distill_loss("kl_div", teacher, dense_scores)
-                + 0.1 * self.distill_loss("kl_div", teacher, sparse_scores)
-                + self.distill_loss("kl_div", teacher, colbert_scores)
-            ) / 3
-            loss = (loss + distilled) / 2
-        return loss, {
-            "sparse": sparse_loss.detach(),
-            "colbert": colbert_loss.detach(),
-            "summed": summed_loss.detach(),
-        }
-
-    @staticmethod
-    def distill_loss(
-        kd_loss_type: str, teacher_targets: Tensor, student_scores: Tensor, group_size: int | None = None
-    ) -> Tensor:
-        """FlagEmbedding's distillation loss, whose ``m3_kd_loss`` fails on scores (B, G) of each query's own group."""
-        if kd_loss_type != "m3_kd_loss" or student_scores.shape[1] != group_size:
-            return EncoderOnlyEmbedderM3Model.distill_loss(kd_loss_type, teacher_targets, student_scores, group_size)
-        # Each passage against those after it, weighted by its target.
-        terms = [student_scores[:, i:].log_softmax(-1)[:, 0] * teacher_targets[:, i] for i in range(group_size)]
-        return -torch.stack(terms).sum(0).mean()
-
-    def _group_loss(self, scores: Tensor, targets: Tensor | None) -> Tensor:
-        """Loss of scores (B, G) of each query's own group, the positive first, with or without teacher targets."""
-        positive = torch.zeros(scores.shape[0], dtype=torch.long, device=scores.device)
-        if targets is None:
-            return self.compute_loss(scores, positive)
-        loss = self.distill_loss(self.kd_loss_type, targets, scores, group_size=scores.shape[1])
-        return loss + self.compute_loss(scores, positive) if self.kd_loss_type == "kl_div" else loss
-
-    def _dense_embedding(self, last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
-        return pool(last_hidden_state, attention_mask, self.sentence_pooling_method)
-
-    def _dist_gather_tensor(self, t: Tensor | None) -> Tensor | None:
-        # The stock version lets no gradient back to the other processes, and so trains at 1 / processes of the rate.
-        return None if t is None else gather_rows(t)[0]
-
-    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """The name by which transformers 5.20 and later asks for gradient checkpointing."""
-        self.model.activation_checkpointing_enable(**kwargs)
-
-    def save(self, output_dir: str) -> None:
-        """Not used: the trainer saves the encoder as a model folder."""
-        raise NotImplementedError("use clpl_moe.encoder.save_encoder")
-
-
-def choose_trainable(
-    model: CLPLModel, trainable: str, *, fix_position_embedding: bool, fix_encoder: bool, frozen_layers: int = 0
-) -> None:
-    """Leave gradients only where they are wanted.
-
-    Args:
-        model: changed in place.
-        trainable: ``moe`` (experts and routers), ``ffn`` (all FFN Linear layers, experts and routers) or ``full``.
-        fix_position_embedding: FlagEmbedding's option, freezes these too.
-        fix_encoder: FlagEmbedding's option, leaves only its heads to train.
-        frozen_layers: so many of the lowest layers stay as they are, and where it is above 0, the embeddings.
-
-    Raises:
-        ValueError: ``moe`` for a model without experts, ``frozen_layers`` that the encoder does not have, or nothing would
-            be trained.
-    """
-    encoder = model.model
-    if trainable == "moe" and not has_experts(encoder):
-        raise ValueError(
-            "trainable is moe but the model has no experts: set num_experts to 2 or more, or trainable to full"
-        )
-    if trainable != "full":
-        chosen = expert_parameters(encoder) if trainable == "moe" else ffn_parameters(encoder)
-        encoder.requires_grad_(False)
-        for _, parameter in chosen:
-            parameter.requires_grad_(True)
-    for name, parameter in encoder.named_parameters():
-        # Nothing that is trained uses the pooling layer.
-        if fix_encoder or name.startswith("pooler.") or (fix_position_embedding and "position_embeddings" in name):
-            parameter.requires_grad_(False)
-    if frozen_layers:
-        layers = find_layers(encoder)
-        if frozen_layers > len(layers):
-            raise ValueError(f"frozen_layers is {frozen_layers}: found {len(layers)} layers in the encoder")
-        for part in (encoder.embeddings, *layers[:frozen_layers]):
-            part.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "nothing would be trained: fix_encoder without unified_finetuning, or frozen_layers, leaves no parameters"
-        )

@@ -19,8 +19,8 @@ from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.train.checks import check_batches, check_optimizer
-from clpl_moe.train.model import choose_trainable
 from clpl_moe.train.runner import open_ance_index
+from clpl_moe.train.trainable import choose_trainable
 from clpl_moe.train.trainer import count_steps
 
 # The shape of the base model of the published recipe, so that its configs can be checked where the hub is out of reach
@@ -163,16 +163,14 @@ def make_plan(
 
 
 def _choose_trainable(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> None:
-    model = torch.nn.Module()
-    model.model = encoder
     try:
         choose_trainable(
-            model,
+            encoder,
             args.trainable,
             fix_position_embedding=args.fix_position_embedding,
-            # Unified fine-tuning then trains its heads, which are not here.
-            fix_encoder=args.fix_encoder and not args.unified_finetuning,
+            fix_encoder=args.fix_encoder,
             frozen_layers=args.frozen_layers,
+            heads=args.unified_finetuning,
         )
     except ValueError as error:
         raise UserError(str(error)) from None

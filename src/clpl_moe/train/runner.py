@@ -31,10 +31,11 @@ from clpl_moe.train.card import CardFacts, write_model_card
 from clpl_moe.train.checks import check_batches, check_gathering, check_optimizer
 from clpl_moe.train.heads import make_heads, read_heads
 from clpl_moe.train.metrics_file import METRICS_FILE, read_metrics
-from clpl_moe.train.model import CLPLModel, choose_trainable
+from clpl_moe.train.model import CLPLModel
 from clpl_moe.train.resume import DATA_FILE, check_output_dir, check_same_data, check_same_run, describe_data
 from clpl_moe.train.settings import resolve_settings
 from clpl_moe.train.stored_config import CONFIG_FILE, resolved_config
+from clpl_moe.train.trainable import choose_trainable
 from clpl_moe.train.trainer import CLPLTrainer
 
 logger = logging.getLogger(__name__)
@@ -118,11 +119,12 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
         )
         try:
             choose_trainable(
-                model,
+                encoder,
                 training.trainable,
                 fix_position_embedding=training.fix_position_embedding,
                 fix_encoder=training.fix_encoder,
                 frozen_layers=training.frozen_layers,
+                heads=training.unified_finetuning,
             )
         except ValueError as error:
             raise UserError(str(error)) from None
