@@ -1,0 +1,160 @@
+"""How finished runs are known: by all options and contents that decide their results.
+
+Each folder keeps them in ``options.json``. Adding an option keeps finished runs valid; changing a default does not. Names of
+rows, places of files and the order of the configuration decide nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clpl_moe.common.cli import parse_values
+from clpl_moe.common.errors import UserError
+from clpl_moe.common.files import hash_file
+
+OPTIONS_FILE = "options.json"
+
+# Options that decide nothing, or whose files are known by content.
+_PLACES = {
+    *("output_dir", "output", "run_name", "logging_dir", "cache_path", "cache_dir"),
+    *("collection", "language", "overwrite"),
+}
+# Paths (or hub names) among the options of training.
+_SOURCES = (
+    *("model_name_or_path", "tokenizer_name", "train_data"),
+    *("dev_collection", "ance_collection", "ance_positive_queries"),
+)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def content_hash(path: Path) -> str:
+    """Hash of a file, or of the names and contents of a folder's files."""
+    total = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        total.update(f"{file.relative_to(path)}\0{hash_file(file)}\0".encode())
+    return total.hexdigest()
+
+
+@dataclass
+class Decisive:
+    """All options and contents that decide a result, by name, and the defaults of those that have one."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def __or__(self, other: Decisive) -> Decisive:
+        return Decisive(self.values | other.values, self.defaults | other.defaults)
+
+    @property
+    def key(self) -> str:
+        return digest(self.values)
+
+    def is_of(self, folder: Path) -> bool:
+        """Whether a folder's content was made in the same way. An option that it does not know must have its default now."""
+        try:
+            then = json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        now = json.loads(json.dumps(self.values, default=str))
+        new = {name: self.values[name] for name in now.keys() - then.keys()}
+        return all(name in now and now[name] == value for name, value in then.items()) and all(
+            name in self.defaults and self.defaults[name] == value for name, value in new.items()
+        )
+
+    def find(self, root: Path, name: str) -> Path:
+        """The folder in ``root`` with this content, whatever it is called, or else the one to make."""
+        found = [path.parent for path in sorted(root.glob(f"*/{OPTIONS_FILE}")) if self.is_of(path.parent)]
+        return found[0] if found else root / f"{name}-{self.key[:10]}"
+
+
+class _Contents(dict[str, str]):
+    """Path -> hash of its content, or the name itself for a model of the hub."""
+
+    def __missing__(self, name: str) -> str:
+        self[name] = content_hash(Path(name)) if Path(name).exists() else name
+        return self[name]
+
+
+class CommandOptions:
+    """Checks options of the other commands, and says which of them decide the result."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.contents = _Contents()
+        self._defaults: dict[str, dict[str, Any]] = {}
+
+    def mine(self, place: str, values: dict[str, Any]) -> tuple[dict[str, Any], Decisive]:
+        """The options to call ``mine`` with, and the decisive ones."""
+        from clpl_moe.mine.options import MineArguments, SelectionArguments
+        from clpl_moe.retrieval.options import EncodingArguments
+
+        types = [MineArguments, SelectionArguments, EncodingArguments]
+        places = {"collection": "-", "language": "-", "output": "-"}
+        required = {"model": self.model, **places}
+        given = required | values | places
+        decisive = self._resolve("mine", types, place, given, required)
+        for name in ("model", "reranker"):
+            if (model := decisive.values[f"mine.{name}"]) is not None:
+                decisive.values[f"mine.{name}"] = self.contents[model]
+        return given, decisive
+
+    def evaluate(self, place: str, values: dict[str, Any]) -> tuple[dict[str, Any], Decisive]:
+        """The options to call ``evaluate`` with, and the decisive ones."""
+        from clpl_moe.evaluate.options import EvaluateArguments
+        from clpl_moe.retrieval.options import EncodingArguments
+
+        required = {"model": "-", "collection": "-", "languages": "-", "output": "-"}
+        given = values | required
+        decisive = self._resolve("evaluate", [EvaluateArguments, EncodingArguments], place, given, required)
+        # Metrics are computed from the run file, which these decide.
+        of_run = {"split", "top_k", *(f.name for f in dataclasses.fields(EncodingArguments))}
+        keep = {name: value for name, value in decisive.values.items() if name.removeprefix("evaluate.") in of_run}
+        return given, Decisive(keep, decisive.defaults)
+
+    def train(self, place: str, values: dict[str, Any], language: str) -> tuple[dict[str, Any], Decisive]:
+        """The options to call ``train`` with, placeholders included, and the decisive ones."""
+        from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
+
+        for name in ("output_dir", "resume_from_checkpoint", "dry_run", "seed"):
+            if name in values:
+                raise UserError(f"{place}: '{name}' is set for each run by this command, remove it (see option seeds)")
+        for name in ("token", "hub_token"):
+            if name in values:
+                raise UserError(f"{place}: '{name}' would stand in the results; export HF_TOKEN=… instead")
+        types = [CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments]
+        required = {"model_name_or_path": self.model, "train_data": "{train_data}", "output_dir": "-"}
+        given = required | values
+        decisive = self._resolve("train", types, place, given, required)
+
+        def content(value: Any) -> Any:
+            if isinstance(value, list):
+                return [content(v) for v in value]
+            # {collection} and {train_data} stay: their content is known by what it is made from.
+            path = (value or "").replace("{language}", language)
+            return self.contents[path] if path and Path(path).exists() else value
+
+        for name in _SOURCES:
+            decisive.values[f"train.{name}"] = content(decisive.values[f"train.{name}"])
+        return given, decisive
+
+    def _resolve(
+        self, part: str, types: list[type], place: str, given: dict[str, Any], required: dict[str, Any]
+    ) -> Decisive:
+        from clpl_moe.train.stored_config import resolved_config
+
+        def named(values: dict[str, Any]) -> dict[str, Any]:
+            return {f"{part}.{k}": v for k, v in values.items() if k not in _PLACES}
+
+        if part not in self._defaults:
+            self._defaults[part] = named(resolved_config(*parse_values(types, f"clpl_moe.{part}", part, required)))
+        resolved = resolved_config(*parse_values(types, f"clpl_moe.{part}", place, given))
+        return Decisive(named(resolved), self._defaults[part])

@@ -1,0 +1,193 @@
+"""The plan of an ablation: collections to prepare, negatives to mine once per language and kind, runs to do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clpl_moe.ablate.identity import CommandOptions, Decisive, content_hash, digest
+from clpl_moe.ablate.options import AblateArguments, mapping
+from clpl_moe.common.cli import parse_values
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.evaluate.metrics import check_metrics, evaluate_run, read_trec_run
+from clpl_moe.retrieval.collection import Collection
+
+RUN_FILE = "run.json"  # in the folder of a finished run
+
+
+@dataclass
+class CollectionJob:
+    """A language's collection: ``directory`` holds its folder; ``prepare`` are the options to prepare it with, if any."""
+
+    language: str
+    directory: Path
+    key: str
+    prepare: Any = None
+
+    @property
+    def finished(self) -> bool:
+        return self.prepare is None or (self.directory / self.language / "corpus.jsonl").is_file()
+
+
+@dataclass
+class MineJob:
+    """One kind of negatives of one language."""
+
+    collection: CollectionJob
+    options: dict[str, Any]
+    decisive: Decisive
+    folder: Path
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "train.jsonl"
+
+    @property
+    def finished(self) -> bool:
+        return self.data.is_file()
+
+    def __str__(self) -> str:
+        return f"negatives {self.folder.name}"
+
+
+@dataclass
+class Run:
+    """One row, language and seed. ``train`` still has placeholders; of the base model, which is not trained, ``seed``,
+    ``mined`` and ``train`` are None."""
+
+    row: str
+    seed: int | None
+    model: str
+    collection: CollectionJob
+    mined: MineJob | None
+    train: dict[str, Any] | None
+    evaluate: dict[str, Any]
+    decisive: Decisive
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.row} {self.collection.language}" + ("" if self.seed is None else f" seed {self.seed}")
+
+    def result(self) -> dict[str, Any] | None:
+        """The result of the finished run; None before."""
+        try:
+            return json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def metric(self, name: str) -> float | None:
+        """A metric of the finished run, from its run file where it was not asked for then; None before."""
+        result = self.result()
+        if result is None:
+            return None
+        if name in result["metrics"]:
+            return result["metrics"][name]
+        run = read_trec_run(self.folder / "results" / self.collection.language / "run.trec")
+        split = self.decisive.values["evaluate.split"]
+        qrels = Collection.load(self.collection.directory, self.collection.language, split).qrels
+        return evaluate_run(qrels, run, [name])[0][name]
+
+
+@dataclass
+class Plan:
+    """All that a configuration asks for, checked. ``runs`` has one entry per row, language and seed."""
+
+    collections: list[CollectionJob]
+    minings: list[MineJob] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+def make_plan(arguments: AblateArguments) -> Plan:
+    """Read the configuration; nothing is written.
+
+    Raises:
+        UserError: an unknown or ill-typed option in any part, a missing file.
+    """
+    check_metrics([arguments.metric])
+    root = Path(arguments.runs)
+    plan = Plan([_collection(name, spec, arguments, root) for name, spec in arguments.mappings["languages"].items()])
+    options = CommandOptions(arguments.model)
+    minings: dict[str, MineJob] = {}
+    folders: dict[str, Path] = {}
+    for row, given in arguments.mappings["rows"].items():
+        _check_name(f"rows: '{row}'", row)
+        spec = mapping(f"rows: '{row}'", {} if given is None else given, {"label", "mine", "train", "seeds"})
+        plan.labels[row] = str(spec.get("label") or row)
+        for collection in plan.collections:
+            place = f"rows: '{row}', language '{collection.language}'"
+            own = _own_options(place, arguments, collection.language, spec)
+            data = Decisive({"collection": collection.key, "language": collection.language})
+            evaluate, decisive = options.evaluate(f"{place}: evaluate", own["evaluate"])
+            decisive |= data
+            mined: MineJob | None = None
+            train: dict[str, Any] | None = None
+            model = arguments.model
+            seeds: list[int] | list[None] = [None]
+            if spec.get("train") is False:
+                decisive.values["model"] = options.contents[model]
+            else:
+                mine, of_mine = options.mine(f"{place}: mine", own["mine"])
+                of_mine |= data
+                folder = of_mine.find(root / "negatives", collection.language)
+                mined = minings.setdefault(of_mine.key, MineJob(collection, mine, of_mine, folder))
+                train, of_train = options.train(f"{place}: train", own["train"], collection.language)
+                model, seeds = train["model_name_or_path"], _seeds(place, spec.get("seeds"), arguments.seeds)
+                decisive = decisive | of_mine | of_train
+            for seed in seeds:
+                of_run = decisive | Decisive({"seed": seed})
+                name = "-".join([row, collection.language, *([] if seed is None else [f"seed{seed}"])])
+                folder = folders.setdefault(of_run.key, of_run.find(root / "runs", name))
+                seeded = None if train is None else train | {"seed": seed}
+                plan.runs.append(Run(row, seed, model, collection, mined, seeded, evaluate, of_run, folder))
+    plan.minings = list(minings.values())
+    return plan
+
+
+def _own_options(
+    place: str, arguments: AblateArguments, language: str, row: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Options of each part: a row's go before a language's, and these before the shared ones."""
+    own: dict[str, dict[str, Any]] = {}
+    for part in ("mine", "train", "evaluate"):
+        sources = (arguments.mappings[part], arguments.mappings["languages"][language].get(part), row.get(part))
+        own[part] = {k: v for source in sources for k, v in mapping(f"{place}: {part}", source or {}).items()}
+    return own
+
+
+def _check_name(place: str, name: str) -> None:
+    if not isinstance(name, str) or name != Path(name).name or name in ("", ".", "..") or name != name.strip():
+        raise UserError(f"{place}: expected a name that can be one of a folder")
+
+
+def _seeds(place: str, own: Any, shared: list[int]) -> list[int]:
+    seeds = shared if own is None else own
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
+        raise UserError(f"{place}: seeds: found {seeds!r}, expected a list of whole numbers of at least 0")
+    return list(dict.fromkeys(seeds))
+
+
+def _collection(language: str, spec: Any, arguments: AblateArguments, root: Path) -> CollectionJob:
+    from clpl_moe.prepare.options import prepare_arguments
+
+    place = f"languages: '{language}'"
+    spec = mapping(place, spec, {"collection", "squad", "prepare", "mine", "train", "evaluate"})
+    if ("collection" in spec) == ("squad" in spec):
+        raise UserError(f"{place}: expected either `collection`, a folder, or `squad`, files to prepare one from")
+    if "collection" in spec:
+        folder = Path(str(spec["collection"]), language)
+        if not (folder / "corpus.jsonl").is_file():
+            raise UserError(f"{at(folder / 'corpus.jsonl')}: no such file; {place}: collection is the folder above it")
+        return CollectionJob(language, folder.parent, content_hash(folder))
+    values = arguments.mappings["prepare"] | mapping(f"{place}: prepare", spec.get("prepare") or {})
+    values |= {"squad": spec["squad"], "language": language, "output": "."}
+    (options,) = parse_values([prepare_arguments()], "clpl_moe.prepare", f"{place}: prepare", values)
+    for path in options.squad:
+        if not Path(path).is_file():
+            raise UserError(f"{at(path)}: no such file ({place}: squad)")
+    names = {name: getattr(options, name) for name in values.keys() - {"squad", "language", "output"}}
+    key = digest(names | {"squad": [content_hash(Path(path)) for path in options.squad]})
+    options.output = str(root / "collections" / key[:10])
+    return CollectionJob(language, Path(options.output), key, options)

@@ -1,0 +1,35 @@
+import pytest
+
+from clpl_moe.ablate.table import markdown, summarize, table_rows
+from helpers.ablation import finish, make_collection, plan
+
+
+def test_table_has_mean_spread_and_error_relative_to_the_first_row(configuration, tmp_path):
+    make_collection(tmp_path / "data", "fa")
+    configuration["languages"] = {name: {"collection": str(tmp_path / "data")} for name in ("ko", "fa")}
+    found = plan(configuration)
+    values = {
+        "base": {"ko": [0.8], "fa": [0.6]},
+        "dense": {"ko": [0.84, 0.86], "fa": [0.7, 0.76]},
+        "experts": {"ko": [0.9]},
+    }
+    for row, of_row in values.items():
+        for language, of_language in of_row.items():
+            runs = [run for run in found.runs if run.row == row and run.collection.language == language]
+            for run, value in zip(runs, of_language, strict=True):
+                finish(run, value)
+    base, dense, experts = summarize(found, "nDCG@5")
+    assert base["average"]["mean"] == pytest.approx(0.7)
+    assert base["average"]["spread"] is None
+    assert dense["languages"]["ko"]["mean"] == pytest.approx(0.85)
+    assert dense["languages"]["ko"]["spread"] == pytest.approx(0.02 / 2**0.5)
+    assert dense["average"]["values"] == pytest.approx([0.77, 0.81])  # seed by seed
+    assert dense["languages"]["ko"]["error_change"] == pytest.approx(-0.25)  # 0.2 to 0.15
+    assert dense["average"]["error_change"] == pytest.approx(0.21 / 0.3 - 1)
+    assert dense["error_change_mean"] == pytest.approx((-0.25 + 0.27 / 0.4 - 1) / 2)
+    assert experts["average"]["mean"] is None  # Persian is not there yet
+    lines = markdown(table_rows([base, dense, experts])).splitlines()
+    assert lines[0] == "| method | seeds | ko | fa | average | error | error by language |"
+    assert lines[2] == "| Base model | 1 | 0.8000 | 0.6000 | 0.7000 |  |  |"
+    assert lines[3] == "| dense | 2 | 0.8500 ± 0.0141 | 0.7300 ± 0.0424 | 0.7900 ± 0.0283 | −30.0% | −25.0%, −32.5% |"
+    assert lines[4] == "| experts | 0–1 | 0.9000 | – | – | – | −50.0%, – |"
