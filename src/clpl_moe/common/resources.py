@@ -56,3 +56,8 @@ def _with_packaged_samples(value: Any) -> Any:
     if isinstance(value, str) and f"{value}/".startswith(f"{_SAMPLES}/") and not Path(value).exists():
         return str(ROOT / value)
     return value
+
+
+def packaged_samples() -> Path:
+    """The folder of the sample collections, such as ``ko``: that of the current folder, else the packaged one."""
+    return Path(_with_packaged_samples(_SAMPLES))

@@ -15,6 +15,7 @@ from clpl_moe.common.api import takes_options
 from clpl_moe.common.cli import read_config
 from clpl_moe.evaluate import Evaluation, evaluate
 from clpl_moe.quickstart.options import QuickstartArguments
+from clpl_moe.small_encoder import small_encoder
 
 __all__ = ["Quickstart", "QuickstartArguments", "quickstart"]
 
@@ -55,9 +56,7 @@ def quickstart(arguments: QuickstartArguments) -> Quickstart:
         _tell(f"1 of 3: the encoder of {model}")
     else:
         _tell(f"1 of 3: writing the small encoder to {model}")
-        from clpl_moe.small_encoder import build_small_encoder
-
-        build_small_encoder(model)
+        small_encoder(output=model)
     _train(arguments, resume=run.exists())
     _tell("3 of 3: evaluating before and after")
     evaluation = evaluate(

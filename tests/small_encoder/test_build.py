@@ -11,10 +11,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, XLMRobertaModel, XLMRobertaTokenizer
 
-from clpl_moe import small_encoder as module
 from clpl_moe.common.errors import UserError
 from clpl_moe.encoder.settings import EmbeddingSettings, pool, read_settings
-from clpl_moe.small_encoder import (
+from clpl_moe.small_encoder import build as module
+from clpl_moe.small_encoder import small_encoder
+from clpl_moe.small_encoder.__main__ import main
+from clpl_moe.small_encoder.build import (
     build_small_encoder,
     convert_weights,
     decode_q4,
@@ -22,7 +24,6 @@ from clpl_moe.small_encoder import (
     make_tokenizer,
     read_wheel,
 )
-from clpl_moe.small_encoder.__main__ import main
 
 SENTENCES = {
     "ko": [
@@ -399,3 +400,10 @@ def test_any_text_is_tokenised_as_the_package_does(tokenizer, engine, text):
     ids = tokenizer(f"query: {text}").input_ids
     count = engine.token_count(text, is_query=True)
     assert len(ids) == count if 3 not in ids else len(ids) <= count
+
+
+def test_the_function_takes_the_options(hub_only, tmp_path):
+    assert small_encoder(output=tmp_path / "out", source="hub") == tmp_path / "out"
+    assert (tmp_path / "out" / "config.json").is_file()
+    with pytest.raises(UserError, match="set overwrite"):
+        small_encoder(output=tmp_path / "out")
