@@ -89,15 +89,18 @@ def _json_queries(text: str) -> list[str]:
 
 
 def _queries_of(value: list[Any] | dict[str, Any]) -> list[str]:
-    """Of a list each entry's query; of an object what a field's name says is a query or several, else those of a list
-    in it, else all its strings."""
+    """The queries in a JSON value.
+
+    A list gives the query of each entry. An object gives the field whose name says that it holds queries, else the
+    first list in it, else all its strings.
+    """
+    entries: Any = value
     if isinstance(value, dict):
-        named = [value.get(name) for name in ("queries", "questions", *_QUERY_FIELDS)]
+        named = [value[name] for name in ("queries", "questions", *_QUERY_FIELDS) if name in value]
         named = [v for v in named if isinstance(v, (str, list))]
         lists = [v for v in value.values() if isinstance(v, list)]
-        value = next(iter(named + lists), list(value.values()))
-    entries = [value] if isinstance(value, str) else value
-    return [query for entry in entries if (query := _query_of(entry))]
+        entries = next(iter(named + lists), list(value.values()))
+    return [query for entry in ([entries] if isinstance(entries, str) else entries) if (query := _query_of(entry))]
 
 
 def _query_of(entry: Any) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,8 @@ from typing import Any
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import parse_line
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows: two jobs on one journal are then not kept apart
-    fcntl = None
 
 _FORMAT = "clpl_moe.synthesize 1"
 
@@ -58,7 +57,9 @@ class Answer:
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, list[Answer]], int]:
     """Settings, answers of each passage, and where the last whole line ends."""
-    settings, answers, end = None, {}, 0
+    settings: dict[str, Any] | None = None
+    answers: dict[str, list[Answer]] = {}
+    end = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             if not raw.endswith(b"\n"):
@@ -87,8 +88,8 @@ def _refuse_other(path: Path, found: dict[str, Any], settings: dict[str, Any]) -
         short = [json.dumps(s.get(name), ensure_ascii=False) for s in (found, settings)]
         parts.append(f"{name} was {_shorten(short[0])}, now {_shorten(short[1])}" if name != "prompt" else "prompt")
     raise UserError(
-        f"{at(path)}: the journal holds answers to other settings ({'; '.join(parts)}); name another --output, or"
-        " pass --overwrite true to throw these answers away"
+        f"{at(path)}: the journal holds answers to other settings ({'; '.join(parts)}); name another output, or"
+        " set overwrite to throw these answers away"
     )
 
 
@@ -133,7 +134,7 @@ class Journal:
         self._file = self.path.open("ab")
         self._sync = ThreadPoolExecutor(1)
         try:
-            if fcntl is not None:
+            if sys.platform != "win32":  # there, two jobs on one journal are not kept apart
                 try:
                     fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import Any
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.synthesize.journal import Answer, Question
@@ -49,8 +50,8 @@ class LocalModel:
             raise UserError(f"{model}: cannot be loaded as a language model: {' '.join(str(error).split())}") from None
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._model = self._model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        self._generation = {"max_new_tokens": max_answer_tokens, "do_sample": temperature > 0}
+        self._model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
+        self._generation: dict[str, Any] = {"max_new_tokens": max_answer_tokens, "do_sample": temperature > 0}
         if temperature > 0:
             self._generation["temperature"] = temperature
         positions = getattr(self._model.config, "max_position_embeddings", None) or 1 << 30
@@ -95,14 +96,14 @@ class LocalModel:
         inputs = self._tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self._model.device)  # (B, L)
         try:
             with torch.inference_mode():
-                tokens = self._model.generate(
+                tokens = self._model.generate(  # type: ignore[misc]
                     input_ids=inputs["input_ids"],
                     attention_mask=inputs["attention_mask"],
                     pad_token_id=self._tokenizer.pad_token_id,
                     **self._generation,
                 )
         except torch.OutOfMemoryError:
-            raise UserError(f"{len(prompts)} questions at once do not fit in memory: lower --concurrency") from None
+            raise UserError(f"{len(prompts)} questions at once do not fit in memory: lower concurrency") from None
         written = tokens[:, inputs["input_ids"].shape[1] :]
         ends = self._model.generation_config.eos_token_id
         ends = torch.tensor([] if ends is None else ends, device=written.device).flatten()
@@ -111,5 +112,6 @@ class LocalModel:
             end = torch.isin(row, ends).nonzero().flatten()
             length = int(end[0]) if len(end) else len(row)
             text = self._tokenizer.decode(row[:length], skip_special_tokens=True)
+            assert isinstance(text, str)  # a list for a batch only
             answers.append(Answer(text, len(end) == 0, len(prompt), min(length + 1, len(row))))
         return answers

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
-from clpl_moe.common.errors import UserError
+from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.synthesize.journal import Answer, Question
 
 _NO_KEY = "none"  # what is sent to a server that needs no key: the package insists on one
@@ -57,7 +57,7 @@ class Server:
         except ImportError:
             raise UserError(
                 'asking a server needs the openai package: pip install "clpl-moe[synthesize]"'
-                " (or --backend transformers for a local model)"
+                " (or set backend to transformers for a local model)"
             ) from None
         self._model, self._options = model, options or {}
         self._base_url = _check_url(base_url)
@@ -171,9 +171,9 @@ def _check_url(base_url: str | None) -> str | None:
     except ValueError:
         valid = False
     if not valid:
-        raise UserError("--base_url: expected an address such as http://localhost:8000/v1")
+        raise OptionError("base_url", "expected an address such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query:
-        raise UserError("--base_url: holds a user name, password or query; the key belongs in the environment")
+        raise OptionError("base_url", "holds a user name, password or query; the key belongs in the environment")
     return base_url
 
 
@@ -182,9 +182,11 @@ def _read_key(name: str | None, needed: bool) -> str:
     key = os.environ.get(name or _DEFAULT_KEY, "").strip()
     if not key:
         if name is not None:
-            raise UserError("--api_key_env: the environment has no variable of this name, or an empty one")
+            raise OptionError("api_key_env", "the environment has no variable of this name, or an empty one")
         if needed:
-            raise UserError(f"no key in the environment: export {_DEFAULT_KEY}=…, or name its variable: --api_key_env")
+            raise UserError(
+                f"no key in the environment: export {_DEFAULT_KEY}=…, or name its variable with api_key_env"
+            )
         return _NO_KEY
     if not re.fullmatch(r"[\x21-\x7e]+", key):
         raise UserError("the key in the environment holds white space or letters that no key has")

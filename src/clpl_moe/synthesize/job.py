@@ -1,0 +1,182 @@
+"""One job: which passages are asked about, what their answers hold, and the files that come of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from clpl_moe.common.errors import OptionError
+from clpl_moe.common.files import write_jsonl
+from clpl_moe.data.schema import data_files
+from clpl_moe.retrieval.collection import load_passages
+from clpl_moe.synthesize.answers import read_queries
+from clpl_moe.synthesize.backends import Backend
+from clpl_moe.synthesize.journal import Answer, Journal, Question
+from clpl_moe.synthesize.options import SynthesizeArguments
+from clpl_moe.synthesize.passages import fill_lines, read_passages
+from clpl_moe.synthesize.prompts import fill, load_prompt
+
+_ASKED_AT_MOST = 2
+_BYTES_PER_TOKEN = 4  # of UTF-8: what tokenizers of large models need for English, Korean, Persian and Hindi, roughly
+
+
+@dataclass
+class Outcome:
+    """Queries of the passages that were asked about, and why others have none."""
+
+    queries: dict[str, list[str]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+class Job:
+    """One run: the questions, the journal of their answers, and what these hold."""
+
+    def __init__(self, arguments: SynthesizeArguments) -> None:
+        self.arguments = arguments
+        self.files = data_files(arguments.train_data)
+        if Path(arguments.output).resolve().parent in {Path(path).resolve() for path in arguments.train_data}:
+            where = f"{arguments.output} lies in a folder of train_data, every file of which is read as training data"
+            raise OptionError("output", f"{where}; name another folder")
+        self.prompt = load_prompt(arguments.language, arguments.prompts)
+        self.settings = {
+            "backend": arguments.backend,
+            "model": arguments.model,
+            "language": arguments.language,
+            "queries_per_passage": arguments.queries_per_passage,
+            "prompt": self.prompt,
+            "request": arguments.request_fields(),
+        }
+        # Checked before answers are paid for, though the round trip comes after them.
+        self.corpus: Sequence[str] = ()
+        if arguments.round_trip_collection:
+            self.corpus = load_passages(arguments.round_trip_collection, arguments.language)
+        if arguments.round_trip_model:
+            from clpl_moe.encoder.load import read_config
+
+            read_config(arguments.round_trip_model)
+        self.passages = read_passages(self.files)
+        if not arguments.known_queries:
+            for passage in self.passages.values():
+                passage.negative_queries.clear()
+        # Those without a query anywhere.
+        self.wanted = {key: p for key, p in self.passages.items() if p.bare and not p.negative_queries}
+        self.no_answer: dict[str, str] = {}
+
+    def question(self, key: str) -> Question:
+        """What is asked about a passage."""
+        prompt = fill(self.prompt, self.wanted[key].text, self.arguments.queries_per_passage)
+        return Question(key, prompt)
+
+    def read(self, key: str, answers: Sequence[Answer]) -> tuple[list[str], str | None]:
+        """The usable queries of a passage's answers, or what is wrong with the last of these."""
+        fault = None
+        for answer in answers:
+            if answer.text is None:
+                fault = "reply not readable"
+                continue
+            queries, fault = read_queries(
+                answer.text,
+                self.wanted[key].text,
+                language=self.arguments.language,
+                wanted=self.arguments.queries_per_passage,
+                max_chars=self.arguments.max_query_chars,
+                cut=answer.cut,
+            )
+            if queries:
+                return queries, None
+        return [], fault
+
+    def to_ask(self, answers: Mapping[str, Sequence[Answer]], attempt: int) -> list[str]:
+        """Passages with ``attempt`` answers so far, none of them of use."""
+        return [
+            key for key in self.wanted if len(given := answers.get(key, ())) == attempt and not self.read(key, given)[0]
+        ]
+
+    def plan(self, answers: Mapping[str, Sequence[Answer]]) -> dict[str, int]:
+        """What a run would do, given the answers that are there."""
+        asked = [key for attempt in range(_ASKED_AT_MOST) for key in self.to_ask(answers, attempt)]
+        size = sum(len(self.question(key).prompt.encode()) for key in asked)
+        return {
+            "passages that occur as a negative": sum(p.negative for p in self.passages.values()),
+            "of these without a query": len(self.wanted),
+            "answered before": sum(key in answers for key in self.wanted),
+            "requests to make": len(asked),
+            "tokens of their prompts, roughly": size // _BYTES_PER_TOKEN,
+        }
+
+    def ask(self, backend: Backend, journal: Journal) -> None:
+        """Ask until each passage has a query, or has been asked about twice."""
+        for attempt in range(_ASKED_AT_MOST):
+            keys = self.to_ask(journal.answers, attempt)
+            label = "ask" if attempt == 0 else "ask again"
+            with tqdm(total=len(keys), desc=label, unit="passage", disable=not keys) as bar:
+
+                def done(question: Question, answer: Answer | str, bar: tqdm = bar) -> None:
+                    if isinstance(answer, str):
+                        self.no_answer[question.key] = answer
+                        bar.set_postfix({"without answer": len(self.no_answer)})
+                    else:
+                        journal.add(question.key, answer)
+                    bar.update()
+
+                backend.ask(map(self.question, keys), done)
+
+    def outcome(self, answers: Mapping[str, Sequence[Answer]]) -> Outcome:
+        """The usable queries, and for the other passages the reason."""
+        result = Outcome()
+        for key in self.wanted:
+            queries, fault = self.read(key, answers.get(key, ()))
+            if queries:
+                result.queries[key] = queries
+            else:
+                result.failures[key] = self.no_answer.get(key) or fault or "not asked"
+        return result
+
+    def count(
+        self,
+        outcome: Outcome,
+        answers: Mapping[str, Sequence[Answer]],
+        before: Mapping[str, Sequence[Answer]],
+        dropped: Mapping[str, int],
+    ) -> dict[str, int]:
+        """Figures of the job, by name: of the answers, of what the round trip ``dropped``, of queries and failures."""
+        given = [answer for key in self.wanted for answer in answers.get(key, ())]
+        new = len(given) - sum(len(before.get(key, ())) for key in self.wanted)
+        reasons = Counter(reason.partition(": ")[0] for reason in outcome.failures.values())
+        short = sum(len(queries) < self.arguments.queries_per_passage for queries in outcome.queries.values())
+        return {
+            "answers received, of this run": new,
+            "answers received, of all runs": len(given),
+            "tokens of prompts, of all runs": sum(answer.prompt_tokens for answer in given),
+            "tokens of answers, of all runs": sum(answer.answer_tokens for answer in given),
+            **dropped,
+            "queries written": sum(map(len, outcome.queries.values())),
+            "passages with queries": len(outcome.queries),
+            "of these with fewer than asked for": short,
+            "of these without an id: not in the store": sum(not self.passages[key].ids for key in outcome.queries),
+            "passages without a query": len(outcome.failures),
+            **{f"  {reason}": count for reason, count in reasons.most_common()},
+        }
+
+    def write(self, result: Outcome) -> list[Path]:
+        """Write the lines, the store and the failures; their paths."""
+        found = {key: list(p.negative_queries.values()) for key, p in self.passages.items() if p.bare}
+        output, store, failures = output_paths(self.arguments)
+        by_id = [(i, queries) for key, queries in result.queries.items() for i in self.passages[key].ids]
+        write_jsonl(store, ({"docid": identifier, "queries": queries} for identifier, queries in by_id))
+        reasons = (
+            {"ids": self.passages[key].ids, "reason": reason, "passage": self.passages[key].text}
+            for key, reason in result.failures.items()
+        )
+        write_jsonl(failures, reasons)
+        write_jsonl(output, fill_lines(self.files, found | result.queries, self.arguments.queries_per_passage))
+        return [output, store, failures]
+
+
+def output_paths(arguments: SynthesizeArguments) -> list[Path]:
+    """Paths of the filled lines, of the new queries by passage id, and of the failures."""
+    return [Path(arguments.output), arguments.beside("positive_queries"), arguments.beside("failures")]

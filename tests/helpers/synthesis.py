@@ -1,0 +1,87 @@
+"""Synthesis with a server that misbehaves on purpose: training files, its command line, and what it wrote."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clpl_moe.common.files import read_jsonl, write_jsonl
+from clpl_moe.synthesize.__main__ import main
+
+SERVER = Path(__file__).with_name("llm_server.py")
+EXAMPLE = SERVER.parents[2] / "examples" / "stand_in_llm.py"
+STAND_IN = {"all": "the example"}
+
+
+class Llm:
+    """A server in its own process; the misbehaving one, and what it did."""
+
+    def __init__(self, folder, plan, seconds):
+        folder.mkdir()
+        self.folder = folder
+        (folder / "plan.json").write_text(json.dumps(plan))
+        command = [sys.executable, SERVER, folder, str(seconds)]
+        if plan == STAND_IN:
+            command = [sys.executable, EXAMPLE, "--port", "0"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.url = self.process.stdout.readline().strip()
+
+    def log(self, *what):
+        text = (self.folder / "log.jsonl").read_text()
+        entries = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        return [entry for entry in entries if not what or entry["what"] in what]
+
+
+def text(number):
+    return f"passage {number}. 이것은 시험을 위한 글이다."
+
+
+def train_file(folder, count, first=0, each=4, ids=True):
+    """A line for every ``each`` passages, these its negatives, none with a query."""
+    records = []
+    for start in range(first, first + count, each):
+        numbers = range(start, min(start + each, first + count))
+        record = {"query": f"물음 {start}", "pos": [f"답 {start}"], "neg": [text(n) for n in numbers]}
+        record["neg_q"] = [None] * len(numbers)
+        if ids:
+            record |= {"pos_ids": [f"a{start}"], "neg_ids": [f"p{n}" for n in numbers]}
+        records.append(record)
+    path = folder / f"train{first}.jsonl"
+    write_jsonl(path, records)
+    return path
+
+
+def arguments(server, files, folder, **options):
+    url = {"base_url": server.url} if server else {}
+    options = {"language": "ko", "model": "writer", "max_retries": 4, "timeout": 2} | url | options
+    files = files if isinstance(files, list) else [files]
+    argv = ["--train_data", *map(str, files), "--output", str(folder / "out.jsonl")]
+    return argv + [f"--{name}={value}" for name, value in options.items()]
+
+
+def refused(capfd, argv):
+    """The message of a run that ends with exit code 2."""
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    captured = capfd.readouterr()
+    assert exit.value.code == 2, captured.err
+    assert "Traceback" not in captured.err
+    return captured.err.splitlines()[-1]
+
+
+def results(folder):
+    """Lines, queries by passage id, and failures by passage id."""
+    lines = [record for _, record in read_jsonl(folder / "out.jsonl")]
+    store = json_lines(folder / "out.positive_queries.jsonl")
+    failures = {i: record["reason"] for record in json_lines(folder / "out.failures.jsonl") for i in record["ids"]}
+    return lines, {record["docid"]: record["queries"] for record in store}, failures
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def good(number):
+    return [f"{number}번째 물음은 무엇에 관한 것인가요?"]

@@ -1,0 +1,175 @@
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from clpl_moe.synthesize.__main__ import main
+from clpl_moe.synthesize.journal import Answer, Journal
+from helpers.synthesis import arguments, good, json_lines, refused, results, train_file
+
+pytest.importorskip("openai")
+
+
+KEY = "sk-Very5ecret-0123456789"
+
+
+def test_a_half_written_answer_is_asked_for_again(llm, tmp_path):
+    server = llm()
+    argv = arguments(server, train_file(tmp_path, 5), tmp_path, concurrency=1)
+    main(argv)
+    journal = tmp_path / "out.journal.jsonl"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-9])
+    main([*argv, "--overwrite=true"])
+    assert Counter(e["passage"] for e in server.log()) == {"0": 1, "1": 1, "2": 1, "3": 1, "4": 2}
+    assert journal.read_bytes() == whole
+
+
+def test_a_journal_of_other_settings_is_refused(llm, tmp_path, capfd):
+    server = llm()
+    path = train_file(tmp_path, 2)
+    main(arguments(server, path, tmp_path))
+    (tmp_path / "out.jsonl").unlink()
+    message = refused(capfd, arguments(server, path, tmp_path, model="another", temperature=1))
+    assert 'model was "writer", now "another"; request was {}, now {"temperature": 1.0}' in message
+    assert "set overwrite" in message
+    main(arguments(server, path, tmp_path, model="another", overwrite="true"))
+    assert len(server.log()) == 4
+    # The address and how fast it is asked are no part of what is asked.
+    main(arguments(llm(), path, tmp_path, model="another", concurrency=2, overwrite="true"))
+    assert len(server.log()) == 4
+
+
+def test_a_journal_that_is_none_is_named(tmp_path, capfd):
+    path = train_file(tmp_path, 2)
+    journal = tmp_path / "out.journal.jsonl"
+    argv = arguments(None, path, tmp_path, base_url="http://127.0.0.1:9/v1")
+    journal.write_text('{"query": "x"}\n')
+    assert "out.journal.jsonl:1: found query, expected" in refused(capfd, argv)
+    journal.unlink()
+    with Journal(journal, {"model": "writer"}) as open_journal:
+        open_journal.add("k", Answer("x"))
+        with pytest.raises(Exception, match="another job is writing"):
+            Journal(journal, {"model": "writer"})
+    with journal.open("a") as file:
+        file.write('{"passage": "k", "sum": 1}\n')
+    assert "out.journal.jsonl:3: found sum, expected an answer" in refused(capfd, argv)
+
+
+def start(argv, **environment):
+    command = [sys.executable, "-m", "clpl_moe.synthesize", *argv]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+        # Which tests that run in the background of a shell ignore, and what they start with them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_killed_job_has_all_answers_and_paid_for_none_twice(llm, tmp_path):
+    """Through the command line, with the key in the environment and the client's own debug log on."""
+    rng = random.Random(0)
+    useless = ["malformed", "empty", "wrong language"]
+    trouble = ["429", "500", "timeout", "cut", "cut in the middle", "html", *useless]
+    plan = {str(n): rng.choices(trouble, k=2) for n in rng.sample(range(150), 40)}
+    plan = {n: [first] if {first, second} <= {*useless} else [first, second] for n, (first, second) in plan.items()}
+    plan |= {"150": ["empty", "empty"], "151": ["wrong language", "malformed"], "152": ["500…"]}
+    server = llm(plan, seconds=0.05)
+    argv = arguments(server, [train_file(tmp_path, 120), train_file(tmp_path, 100, first=100)], tmp_path, concurrency=6)
+    environment = {"OPENAI_API_KEY": KEY, "OPENAI_LOG": "debug"}
+    journal = tmp_path / "out.journal.jsonl"
+    paid = ("good", *useless)
+    outputs = []
+
+    # Twice while all that is under way is with the server, which holds its answers: nothing at all is lost.
+    for enough in (60, 120):
+        job = start(argv, **environment)
+        wait_for(lambda: (server.folder / "log.jsonl").exists() and len(server.log(*paid)) > enough)
+        (server.folder / "hold").touch()
+        wait_for(lambda: len(json_lines(journal)) == 1 + len(server.log(*paid)))
+        time.sleep(0.5)
+        job.send_signal(signal.SIGKILL)
+        outputs += job.communicate()
+        assert job.returncode == -signal.SIGKILL
+        assert len(json_lines(journal)) == 1 + len(server.log(*paid))
+        wait_for(lambda: len(server.log("gone")) >= 1)
+        (server.folder / "hold").unlink()
+    given = Counter((entry["passage"], entry["what"] == "good") for entry in server.log(*paid))
+    assert max(given.values()) == 1
+
+    # Once more, at no chosen moment.
+    job = start(argv, **environment)
+    wait_for(lambda: len(server.log(*paid)) > 160)
+    time.sleep(rng.random() / 10)
+    job.send_signal(signal.SIGKILL)
+    killed = time.time()
+    outputs += job.communicate()
+    assert job.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out.jsonl").exists()
+
+    job = start(argv, **environment)
+    outputs += job.communicate(timeout=120)
+    assert job.returncode == 0, outputs[-1]
+
+    lines, store, failures = results(tmp_path)
+    assert failures.keys() == {"p150", "p151", "p152"}
+    assert failures["p150"] == "empty"
+    assert failures["p151"] == "reply not readable"
+    assert failures["p152"].startswith("HTTP 500")
+    assert store == {f"p{n}": good(n) for n in range(200) if n not in (150, 151, 152)}
+    assert all(queries or i in failures for r in lines for i, queries in zip(r["neg_ids"], r["neg_q"]))
+
+    # None was paid for twice, but for what the server may have sent in the very moment of the third kill.
+    sent = server.log(*paid)
+    moment = {entry["passage"] for entry in sent if abs(entry["time"] - killed) < 0.1}
+    given = Counter((entry["passage"], entry["what"] == "good") for entry in sent if entry["passage"] not in moment)
+    allowed = {("150", False): 2, ("151", False): 2}
+    assert {key: count for key, count in given.items() if count > allowed.get(key, 1)} == {}
+    kept = Counter(record["passage"] for record in json_lines(journal)[1:])
+    lost = len(sent) - kept.total()
+    assert 0 <= lost <= 6
+    assert max(kept.values()) == 2
+    twice = {passage for (passage, _), count in Counter((e["passage"], e["what"]) for e in sent).items() if count > 1}
+    when = [round(1000 * (e["time"] - killed)) for e in sent if e["passage"] in twice & moment]
+    print(f"{len(sent)} answers sent, {lost} lost at the third kill (sent at {when} ms from it)")
+
+    files = [path for path in tmp_path.iterdir() if path.is_file()]
+    assert len(files) == 6
+    for written in [*outputs, *(path.read_text() for path in files)]:
+        assert KEY not in written
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_cleanly_and_the_job_goes_on(llm, tmp_path):
+    server = llm(seconds=0.1)
+    argv = arguments(server, train_file(tmp_path, 40), tmp_path, concurrency=2)
+    job = start(argv)
+    wait_for(lambda: (server.folder / "log.jsonl").exists() and len(server.log()) > 5)
+    job.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert "Traceback" not in errors
+    assert re.search(r"\d answers are in \S+: the same command goes on from there\ninterrupted\n$", errors)
+    before = len(json_lines(tmp_path / "out.journal.jsonl"))
+    assert 3 < before < 30
+    job = start(argv)
+    assert job.wait(timeout=60) == 0
+    assert len(results(tmp_path)[1]) == 40
+    assert len(server.log("good")) <= 40 + 2

@@ -1,0 +1,80 @@
+import shutil
+
+import pytest
+
+from clpl_moe.common.files import write_jsonl
+from clpl_moe.synthesize.__main__ import main
+from helpers.synthesis import arguments, json_lines, refused, results, train_file
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory, tiny_tokenizer):
+    """Folder of a tiny causal language model with random weights; its tokenizer has no chat template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "writer"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=700,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% endfor %}</s>"])
+def test_a_local_model_answers_in_batches_as_one_by_one(writer, tmp_path, template, capfd):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(writer)
+    if template:
+        writer_with_template = tmp_path / "writer"
+        AutoModelForCausalLM.from_pretrained(writer).save_pretrained(writer_with_template)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(writer_with_template)
+        writer = writer_with_template
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("ko: '{passage} ?'\n")
+    texts = {f"p{n}": "a b " * n + f"글 {n}" for n in range(1, 6)} | {"long": "x " * 700}
+    line = {"query": "물음", "pos": ["답"], "neg": list(texts.values()), "pos_ids": ["p0"], "neg_ids": list(texts)}
+    write_jsonl(tmp_path / "train.jsonl", [line])
+    options = {"backend": "transformers", "model": writer, "temperature": 0, "max_answer_tokens": 6, "prompts": prompts}
+    argv = arguments(None, tmp_path / "train.jsonl", tmp_path, concurrency=3, max_query_chars=5, **options)
+    main(argv)
+    model = AutoModelForCausalLM.from_pretrained(writer)
+    journal = json_lines(tmp_path / "out.journal.jsonl")[1:]
+    expected = []
+    for passage in list(texts.values())[:5]:
+        prompt = f"<user> {passage} ?</s>" if template else f"{passage} ?"
+        ids = tokenizer(prompt, add_special_tokens=not template, return_tensors="pt").input_ids
+        with torch.no_grad():
+            output = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        expected.append((tokenizer.decode(output, skip_special_tokens=True), ids.shape[1], len(output)))
+    found = [(r["text"], r["prompt_tokens"], r["answer_tokens"]) for r in journal[:5]]
+    assert found == expected
+    assert len({text for text, *_ in expected}) > 1
+    _, _, failures = results(tmp_path)
+    assert "tokens, the model takes 694" in failures["long"]
+    # Asked again where no answer was of use, and no more than that.
+    assert len(journal) <= 10
+    main([*argv, "--overwrite=true"])
+    assert len(json_lines(tmp_path / "out.journal.jsonl")) == len(journal) + 1
+
+
+def test_a_local_model_that_is_none_is_a_message(tmp_path, capfd, writer):
+    argv = arguments(None, train_file(tmp_path, 2), tmp_path, backend="transformers", model=tmp_path)
+    assert "cannot be loaded as a language model" in refused(capfd, argv)
+    broken = shutil.copytree(writer, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"cut")
+    assert "cannot be loaded as a language model" in refused(capfd, [*argv, f"--model={broken}"])
