@@ -10,7 +10,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = "https://github.com/clpl-moe/clpl-moe"
-RAW = "https://raw.githubusercontent.com/clpl-moe/clpl-moe"
 SITE = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [*SITE, ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", ROOT / "data/README.md"]
 
