@@ -18,9 +18,9 @@ class CLPLCollator(AbsEmbedderCollator):
     """Tokenises a batch; negative queries get the length of queries.
 
     Args:
-        packing: give all texts of the step as one :class:`PackedTexts`, equal ones (after prompts and truncation) once.
-            They then share their dropout, and count once in the routers' losses. ``pad_to_multiple_of`` and
-            ``sub_batch_size`` have no meaning in it.
+        packing: give all texts of the step as one :class:`PackedTexts`; texts that are equal after prompts and truncation
+            come once, share their dropout, and count once in the routers' losses. ``pad_to_multiple_of`` and
+            ``sub_batch_size`` have no effect then.
         kwargs: FlagEmbedding's.
     """
 

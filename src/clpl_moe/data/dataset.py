@@ -15,8 +15,8 @@ from clpl_moe.common.files import hash_file
 from clpl_moe.data.flag_embedding import AbsEmbedderTrainDataset
 from clpl_moe.data.schema import data_files, read_examples
 
-# A draw: the epoch and the number of the example. The epoch travels with the number, so that what is drawn for an
-# example depends on nothing else; worker processes and resumed runs draw the same.
+# A draw: the epoch and the number of the example. Random choices for an example depend on these two and the seed only,
+# so that worker processes and resumed runs choose alike.
 Draw = tuple[int, int]
 
 _FEATURES = datasets.Features(
@@ -60,14 +60,14 @@ class Negatives(Protocol):
 
 
 class CLPLTrainDataset(AbsEmbedderTrainDataset):
-    """Examples of all files of ``--train_data``, checked line by line as they are read.
+    """Examples of all files of ``train_data``, checked line by line as they are read.
 
-    Indexed by :data:`Draw`. Which positive, which negatives and which of their queries are drawn is a function of the
-    seed, the epoch and the number of the example. Once ``mined`` is set, negatives come from it.
+    Indexed by :data:`Draw`. The positive, the negatives and the negative queries of an example are a function of the seed,
+    the epoch and the example's number. Once ``mined`` is set, negatives come from it.
 
-    As in FlagEmbedding, a file or folder whose name ends in ``no_in_batch_neg`` does without in-batch negatives, and
-    with ``same_dataset_within_batch`` files below ``small_threshold`` examples are joined (within a folder) or left out,
-    joined ones also where they stay below ``drop_threshold``.
+    As in FlagEmbedding, a file or folder whose name ends in ``no_in_batch_neg`` has no in-batch negatives. With
+    ``same_dataset_within_batch``, a folder's files with fewer than ``small_threshold`` examples are joined, and left out
+    where all together have fewer than ``drop_threshold``; a small file outside a folder is left out.
 
     Raises:
         UserError: a file is missing, empty or has a faulty line.
@@ -89,7 +89,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         if not parts:
             raise UserError(
                 f"small_threshold is {args.small_threshold} and drop_threshold {args.drop_threshold}: no file of"
-                " --train_data has that many examples"
+                " train_data has so many examples"
             )
         self.dataset = datasets.concatenate_datasets(parts)
         self.mined: Negatives | None = None
@@ -108,7 +108,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         return parts
 
     def _load_dataset(self, file_path: str) -> datasets.Dataset:
-        """Read, check and store one file; later runs take what was stored while the file is unchanged."""
+        """Read, check and store one file; later runs take the stored examples as long as the file is unchanged."""
         digest = hash_file(file_path)
         try:
             dataset = datasets.Dataset.from_generator(
@@ -192,7 +192,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
 
 
 def _sample(rng: random.Random, available: int, wanted: int) -> list[int]:
-    """``wanted`` of ``available`` places, none a second time before each had its turn."""
+    """``wanted`` of ``available`` places; none comes a second time before every one has come once."""
     chosen: list[int] = []
     while len(chosen) < wanted:
         chosen += rng.sample(range(available), min(available, wanted - len(chosen)))
@@ -200,8 +200,8 @@ def _sample(rng: random.Random, available: int, wanted: int) -> list[int]:
 
 
 def _read_for_arrow(path: str, shown: str, version: str, with_scores: bool):
-    """Generator behind the stored dataset; ``version`` only makes a changed file, or one that other checks have passed,
-    a new one."""
+    """Generator behind the stored dataset. ``version`` is part of the store's name only: a changed file, and any file
+    after an update of this package, is read again."""
     del version
     try:
         yield from read_examples(path, with_scores=with_scores)

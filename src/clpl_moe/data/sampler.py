@@ -1,4 +1,4 @@
-"""Which examples make up which batch: a function of the seed and the epoch, so that a resumed run goes on exactly."""
+"""The examples of each batch: a function of the seed and the epoch, so that a resumed run goes on exactly."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from clpl_moe.data.dataset import Draw
 class EpochBatchSampler(Sampler[list[Draw]]):
     """Batches of one process.
 
-    All processes see the same order of global batches and take their share of each, so that N processes with batch B
-    train on what one process with batch N·B trains on. A global batch that is too small to be shared out evenly is
-    filled with examples of its epoch's beginning.
+    All processes share one order of global batches, and each takes its part: N processes with batch B train on the
+    batches of one process with batch N·B. A global batch that cannot be divided evenly is filled up with the first
+    examples of the epoch.
 
     Args:
         part_sizes: number of examples of each part of the dataset.

@@ -1,4 +1,4 @@
-"""The format of training data, and what is wrong with a line that does not follow it.
+"""The format of training data, and the faults of lines that do not follow it.
 
 One JSON object a line: FlagEmbedding's format, and the negative queries, which are the queries that a hard negative
 answers:
@@ -25,13 +25,13 @@ from clpl_moe.common.files import inspect_line, read_lines
 
 SUFFIXES = (".jsonl", ".json")
 
-# Of float32, in which losses are computed.
+# The largest number of float32, in which losses are computed.
 _LARGEST_SCORE = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with one field: what was found, and what is expected."""
+    """A fault of one field: what was found, and what is expected."""
 
     field: str
     message: str
@@ -78,7 +78,7 @@ def normalise(record: dict[str, Any], *, keep_scores: bool = False) -> dict[str,
 
 
 def check_line(number: int, raw: bytes, *, scores_required: bool = False) -> tuple[dict[str, Any] | None, list[str]]:
-    """What validation reports of a line and training refuses it for.
+    """The faults of a line, which validation reports and training refuses.
 
     Args:
         number: of the line, from 1.
@@ -86,7 +86,7 @@ def check_line(number: int, raw: bytes, *, scores_required: bool = False) -> tup
         scores_required: whether teacher scores must be there (knowledge distillation).
 
     Returns:
-        The line as an object (None where it is none) and all its faults, without the place.
+        The line as an object (None where it is no object), and all its faults, without file and line number.
     """
     record, faults = inspect_line(number, raw)
     if record is not None:
@@ -115,7 +115,7 @@ def read_examples(path: str | Path, *, with_scores: bool = False) -> Iterator[di
 
 
 def data_files(paths: list[str]) -> list[Path]:
-    """The files that ``--train_data`` names, each folder's ``.jsonl`` and ``.json`` files in order of their names.
+    """The files that the option ``train_data`` names; of a folder its ``.jsonl`` and ``.json`` files in order of names.
 
     Raises:
         UserError: a path does not exist, or a folder holds no such file.
@@ -130,7 +130,7 @@ def data_files(paths: list[str]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise UserError(f"{at(path)}: no such file or folder, expected training data (--train_data)")
+            raise UserError(f"{at(path)}: no such file or folder, expected training data (train_data)")
     return files
 
 

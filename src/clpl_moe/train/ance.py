@@ -3,13 +3,13 @@
 When a refresh is due:
 
 1. The current weights encode the corpus; processes share this.
-2. Negatives of every example are selected as ``mine`` selects them. What a query is known not to want as one: the positives
-   of its line, by text, and the passages that the collection knows to answer it.
-3. The training set goes on with them. A negative brings the queries that the collection's judgements and the store of
-   positive queries have for it; one without any only lacks the penalty. Where nothing is left for an example, its last
-   negatives stay.
+2. Negatives of every example are selected as ``mine`` selects them. The positives of the example's line are excluded, and
+   so are the passages that the collection knows to answer its query.
+3. The training set goes on with these negatives. Each brings the queries that it answers by the collection's judgements
+   and by ``positive_queries.jsonl``; a negative without any only lacks the penalty. Where no negative is left for an
+   example, its last ones stay.
 
-Checkpoints hold the ids of the negatives in use, so that a resumed run goes on with the same.
+Checkpoints hold the ids of the negatives in use, with which a resumed run goes on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.files import read_jsonl, write_jsonl
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.encoder import Encoder
@@ -56,16 +56,16 @@ class MinedNegatives:
 
 
 class NegativeRefresher:
-    """Mines negatives for a training set, and gives them to it.
+    """Mines negatives and gives them to the training set.
 
     Args:
         dataset: the training set.
-        index: of the corpus, and of what its passages are known to answer.
+        index: of the corpus.
         selection: which passages to take.
         encoding: lengths and batch size.
         every: ``"epoch"``, or a number of optimizer steps.
         seed: of all draws, together with the step.
-        folder: where the corpus's embeddings are for the time of a refresh.
+        folder: holds the corpus's embeddings during a refresh.
 
     Raises:
         UserError: no example takes passages of a corpus.
@@ -84,7 +84,8 @@ class NegativeRefresher:
     ) -> None:
         self.dataset, self.index, self.selection, self.encoding = dataset, index, selection, encoding
         self.every, self.seed, self.folder = every, seed, folder
-        self._mined: MinedNegatives | None = None
+        # Of the negatives in use, and the step that they were mined at; step 0: every example has its file's own.
+        self._places: dict[int, list[int]] = {}
         self._last_step = 0
         self._numbers: list[int] = []
         self._queries: list[MiningQuery] = []
@@ -98,13 +99,12 @@ class NegativeRefresher:
             self._numbers.append(number)
             self._queries.append(MiningQuery(str(number), record["query"], positives, excluded, others))
         if not self._queries:
-            raise UserError(
-                "ance_refresh: all examples are of a symmetric type, for which no passages are mined; unset it"
+            raise OptionError(
+                "ance_refresh", "all examples are of a symmetric type, for which no passages are mined; unset it"
             )
 
     def due(self, step: int, steps_per_epoch: int) -> bool:
-        """Whether negatives are to be mined before the step that follows ``step``: not before the first one, whose
-        negatives are those of the files."""
+        """Whether to mine before the step that follows ``step``. Never before the first one: it takes the files' negatives."""
         return step > self._last_step and step % self._every(steps_per_epoch) == 0
 
     def _every(self, steps_per_epoch: int) -> int:
@@ -119,7 +119,7 @@ class NegativeRefresher:
             encoder: the encoder that is trained.
             step: optimizer steps done.
             steps_per_epoch: optimizer steps of an epoch.
-            gather: gives all processes the values that all give it, in their order.
+            gather: collects a value of each process, and gives every process all of them in order.
             first: whether this process is the first one.
 
         Returns:
@@ -138,13 +138,13 @@ class NegativeRefresher:
             progress=False,
         )
         places = {number: mined.places for number, mined in zip(self._numbers, found, strict=True) if mined.places}
-        # The first one's for all: devices may round differently.
+        # Devices may round differently: all take the first process's.
         places = gather(places if first else None)[0]
         if first:
             shutil.rmtree(self.folder, ignore_errors=True)
         total = sum(map(len, places.values()))
         changed = sum(len(set(new) - self._before(number)) for number, new in places.items())
-        self._use((self._places() or {}) | places, step)
+        self._use(self._places | places, step)
         return {
             "ance_refresh": step // self._every(steps_per_epoch),
             "ance_negatives": total,
@@ -153,29 +153,26 @@ class NegativeRefresher:
             "ance_seconds": round(time.perf_counter() - start, 2),
         }
 
-    def _places(self) -> dict[int, list[int]] | None:
-        return None if self._mined is None else self._mined.places
-
     def _before(self, number: int) -> set[int | None]:
-        """Places of an example's negatives up to now; None for those that are not in the corpus."""
-        places = (self._places() or {}).get(number)
-        if places is not None:
-            return set(places)
+        """Places of an example's negatives up to now; None stands for any that are not in the corpus."""
+        if number in self._places:
+            return set(self._places[number])
         return {self.index.find(text) for text in self.dataset.dataset[number]["neg"]}
 
     def _use(self, places: dict[int, list[int]], step: int) -> None:
-        self.dataset.mined = self._mined = MinedNegatives(self.index, places)
-        self._last_step = step
+        self.dataset.mined = MinedNegatives(self.index, places)
+        self._places, self._last_step = places, step
 
     def save(self, path: Path) -> None:
-        """Write the ids of the negatives in use; nothing where those are the files' own."""
-        if (places := self._places()) is None:
+        """Write the ids of the negatives in use; nothing before the first refresh."""
+        if not self._last_step:
             return
-        lines = ({"example": n, "neg_ids": [self.index.passage_id(p) for p in found]} for n, found in places.items())
+        ids = ((number, [self.index.passage_id(p) for p in places]) for number, places in self._places.items())
+        lines = ({"example": number, "neg_ids": found} for number, found in ids)
         write_jsonl(path, itertools.chain([{"step": self._last_step}], lines))
 
     def load(self, path: Path) -> None:
-        """Go on with what :meth:`save` wrote, if it wrote anything.
+        """Go on with the negatives that :meth:`save` wrote, if it wrote any.
 
         Raises:
             UserError: the file is of another collection.

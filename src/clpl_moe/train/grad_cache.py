@@ -7,12 +7,12 @@ gradient accumulation does. But the loss depends on the encoder only through the
 2. Compute the loss of all outputs, and its gradients with respect to them.
 3. Forward each chunk again from its random state, now with a graph, and backpropagate its part of these gradients.
 
-The gradients are those of one pass over all chunks with graphs, dropout included; what it costs is a second forward.
-Only one chunk's activations exist at any time.
+The gradients equal those of one pass over all chunks with graphs, dropout included. The cost is a second forward. Only
+one chunk's activations exist at any time.
 
-Steps 1 and 3 are the forward and backward of one autograd function whose inputs are the encoder's parameters. So the loss
-and ``loss.backward()`` stay as they are, and every parameter's gradient arrives once, complete, from the graph: what
-DistributedDataParallel's hooks, gradient accumulation and gradient scalers count on.
+Steps 1 and 3 are the forward and backward of one autograd function whose inputs are the encoder's parameters. The loss and
+``loss.backward()`` stay as they are, and every parameter's gradient arrives once, complete, from the graph:
+DistributedDataParallel's hooks, gradient accumulation and gradient scalers rely on this.
 
 Source: L. Gao, Y. Zhang, J. Han, J. Callan, "Scaling deep contrastive learning batch size under memory limited setup",
 arXiv:2101.06983.
@@ -34,7 +34,7 @@ Chunk = TypeVar("Chunk")
 def cached_forward(
     module: nn.Module, forward: Callable[[Chunk], tuple[Tensor, ...]], chunks: Sequence[Chunk]
 ) -> tuple[Tensor, ...]:
-    """What ``forward`` returns for all chunks together, keeping the activations of none.
+    """The outputs of ``forward`` for all chunks together; no chunk's activations are kept.
 
     Args:
         module: its parameters, and no others, get gradients.
@@ -44,8 +44,8 @@ def cached_forward(
         chunks: whatever ``forward`` takes; at least one. Kept until the backward pass.
 
     Returns:
-        The outputs of ``forward``, each concatenated over the chunks in their order. With one chunk there is nothing to be
-        saved, and ``forward`` is called just once, with its graph.
+        The outputs of ``forward``, each concatenated over the chunks in their order. With one chunk nothing can be saved,
+        and ``forward`` is called just once, with its graph.
 
     Raises:
         ValueError: there are no chunks.
@@ -97,8 +97,8 @@ class _CachedForward(torch.autograd.Function):
 
 
 class _Step(nn.Module):
-    """One chunk's forward and backward in one call, during which ``functional_call`` swaps the module's parameters: what
-    gradient checkpointing computes again within the backward then sees the stand-ins too."""
+    """One chunk's forward and backward in one call, during which ``functional_call`` swaps the module's parameters.
+    Gradient checkpointing, which computes layers again within the backward, then sees the stand-ins too."""
 
     def __init__(self, module: nn.Module, forward: Callable[[Any], tuple[Tensor, ...]]) -> None:
         super().__init__()
@@ -150,8 +150,8 @@ def chunks_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
     Args:
         lengths: tokens of each text.
-        budget: bounds longest length times number of texts, which is what a padded chunk holds; a packed one holds less. A
-            longer text is a chunk by itself.
+        budget: bounds longest length times number of texts, the size of a padded chunk; a packed one is smaller. A longer
+            text is a chunk by itself.
 
     Returns:
         For each chunk the numbers of its texts; every text is in one of them. Texts go by length, longest first: those of
