@@ -94,9 +94,9 @@ def compare_results(
 
     Args:
         run: name of the run.
-        before: folder of the base model's results, as ``evaluate`` writes them, which holds a folder of ``language``.
-        after: the same of the run's.
-        language: whose results.
+        before: folder of the base model's results, as ``evaluate`` writes them.
+        after: folder of the run's results.
+        language: the folder in both that is compared.
         metric: in the spelling of ``ir_measures``.
         collection: folder of the collections; None for the one that the results name.
         examples: how many queries of those that gained and lost most get their texts.

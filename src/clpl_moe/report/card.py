@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.evaluate.tasks import read_result
+from clpl_moe.evaluate.tasks import METRICS_FILE, read_result
 from clpl_moe.report.options import CardArguments
 
 if TYPE_CHECKING:
@@ -26,35 +26,25 @@ def card(arguments: CardArguments) -> list[Evaluated]:
     """
     from clpl_moe.train.card import add_results
 
-    results = read_results(arguments.after, arguments.before)
+    results = _read_results(arguments.after, arguments.before)
     add_results(arguments.run, results)
     return results
 
 
-def read_results(after: str | Path, before: str | Path | None = None) -> list[Evaluated]:
-    """Results of a run on each language, beside those of its base model where it has them.
-
-    Raises:
-        UserError: there are none, or those of the base model are of another collection.
-    """
+def _read_results(after: str, before: str | None) -> list[Evaluated]:
+    """Results of a run on each language, beside its base model's where there are any."""
     from clpl_moe.train.card import Evaluated
 
     found = []
-    for path in sorted(Path(after).glob("*/metrics.json")):
+    for path in sorted(Path(after).glob(f"*/{METRICS_FILE}")):
+        language = path.parent.name
         own, base = read_result(path), None
-        if before is not None and (other := Path(before, path.parent.name, path.name)).exists():
+        if before is not None and (other := Path(before, language, METRICS_FILE)).exists():
             base = read_result(other)
             if base["collection_hash"] != own["collection_hash"]:
                 raise UserError(f"{at(other)}: results of another collection than those in {path}")
-        found.append(
-            Evaluated(
-                Path(own["collection"]).resolve().name,
-                path.parent.name,
-                own["split"],
-                own["metrics"],
-                base and base["metrics"],
-            )
-        )
+        name = Path(own["collection"]).resolve().name
+        found.append(Evaluated(name, language, own["split"], own["metrics"], base and base["metrics"]))
     if not found:
         raise UserError(f"{at(after)}: holds no results of clpl_moe.evaluate, expected <language>/metrics.json")
     if before is not None and all(result.before is None for result in found):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import io
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clpl_moe.common.errors import UserError
 
@@ -84,18 +87,10 @@ def plot_curves(curves: Sequence[tuple[str, Series]], title: str, unit: str) -> 
         title: what the value is; stands above.
         unit: of the vertical axis.
     """
-    with style(), _small():
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-
-        figure = Figure(figsize=_SMALL, layout="constrained")
-        axes = figure.subplots()
+    with _small_figure() as figure:
+        axes = _axes(figure, title, "optimizer step", unit, whole_numbers=True)
         for (name, points), color in zip(curves, _colors(len(curves)), strict=True):
             draw_curve(axes, points, name, color)
-        axes.set_title(title, loc="left", weight="bold")
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel(unit)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.ticklabel_format(axis="y", scilimits=(-3, 4))
         if len(curves) > 1:
             figure.legend(loc="outside lower left", ncols=1)
@@ -126,9 +121,9 @@ def plot_expert_load(
         loads: (S, L, N) shares, of which the N of a layer sum to 1.
         layers: (L,) numbers of the layers.
     """
-    with style(), _small():
+    with _small_figure() as figure:
         import numpy as np
-        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
         from matplotlib.ticker import MaxNLocator
 
         shares = np.array(loads, dtype=float)
@@ -137,7 +132,7 @@ def plot_expert_load(
             places, shares = np.concatenate([places, places + 1]), np.concatenate([shares, shares])
         columns = min(3, len(layers))
         rows = -(-len(layers) // columns)
-        figure = Figure(figsize=(_SMALL[0], 0.75 + 0.85 * rows), layout="constrained")
+        figure.set_size_inches(_SMALL[0], 0.75 + 0.85 * rows)
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         experts = shares.shape[2]
         for number, axes in enumerate(panels.flat):
@@ -153,7 +148,7 @@ def plot_expert_load(
             axes.grid(visible=False)
         figure.supxlabel("optimizer step", fontsize=9)
         figure.supylabel("share of tokens", fontsize=9)
-        handles = [_patch(color) for color in _colors(experts)]
+        handles = [Patch(color=color, alpha=0.85) for color in _colors(experts)]
         names = [f"expert {number}" for number in range(experts)]
         figure.legend(handles, names, loc="outside upper left", ncols=min(experts, 4), handlelength=1)
         return figure
@@ -161,32 +156,20 @@ def plot_expert_load(
 
 def plot_changes(changes: Sequence[float], metric: str) -> Figure:
     """How much each query gained or lost, as bars from the best gain to the worst loss."""
-    with style(), _small():
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-
-        figure = Figure(figsize=_SMALL, layout="constrained")
-        axes = figure.subplots()
+    with _small_figure() as figure:
+        title, across = "Change of each query", "queries, from the greatest gain to the greatest loss"
+        axes = _axes(figure, title, across, f"{metric} after − before", whole_numbers=True)
         ordered = sorted(changes, reverse=True)
         axes.bar(range(1, len(ordered) + 1), ordered, width=1, color=[GREEN if c > 0 else VERMILLION for c in ordered])
         axes.axhline(0, color=GREY, linewidth=0.8)
-        axes.set_title("Change of each query", loc="left", weight="bold")
-        axes.set_xlabel("queries, from the greatest gain to the greatest loss")
-        axes.set_ylabel(f"{metric} after − before")
         axes.set_xlim(0.5, len(ordered) + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         return figure
 
 
 def plot_before_after(before: Sequence[float], after: Sequence[float], metric: str) -> Figure:
     """Each query before and after training; queries at the same place make one larger point."""
-    with style(), _small():
-        from collections import Counter
-
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=_SMALL, layout="constrained")
-        axes = figure.subplots()
+    with _small_figure() as figure:
+        axes = _axes(figure, "Before and after", f"{metric} before", f"{metric} after")
         places = Counter((round(x, 3), round(y, 3)) for x, y in zip(before, after, strict=True))
         colors = [GREEN if y > x else VERMILLION if y < x else GREY for x, y in places]
         most = max(places.values())
@@ -195,8 +178,7 @@ def plot_before_after(before: Sequence[float], after: Sequence[float], metric: s
         axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
         x, y = zip(*places, strict=True)
         axes.scatter(x, y, s=sizes, c=colors, alpha=0.6, linewidths=0, zorder=2)
-        axes.set_title("Before and after", loc="left", weight="bold")
-        axes.set(xlim=(-0.08, 1.08), ylim=(-0.08, 1.08), xlabel=f"{metric} before", ylabel=f"{metric} after")
+        axes.set(xlim=(-0.08, 1.08), ylim=(-0.08, 1.08))
         axes.set_aspect("equal", adjustable="box")
         return figure
 
@@ -205,28 +187,32 @@ _SMALL = (3.75, 2.55)  # inches: 360 pixels wide on a page, so that its text is 
 
 
 @contextlib.contextmanager
-def _small() -> Iterator[None]:
-    import matplotlib
+def _small_figure() -> Iterator[Figure]:
+    with style():
+        import matplotlib
+        from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "lines.linewidth": 1.5}):
-        yield
+        matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "lines.linewidth": 1.5})
+        yield Figure(figsize=_SMALL, layout="constrained")
+
+
+def _axes(figure: Figure, title: str, across: str, up: str, *, whole_numbers: bool = False) -> Axes:
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", weight="bold")
+    axes.set(xlabel=across, ylabel=up)
+    if whole_numbers:
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return axes
 
 
 def _colors(count: int) -> list[str]:
     return [PALETTE[number % len(PALETTE)] for number in range(count)]
 
 
-def _patch(color: str) -> Any:
-    from matplotlib.patches import Patch
-
-    return Patch(color=color, alpha=0.85)
-
-
 def svg(figure: Figure, label: str) -> str:
     """A figure as an ``<svg>`` element for a page: no background, lines and text in the page's own colour and font."""
-    import html
-    import re
-
     import matplotlib
 
     drawn = io.StringIO()
