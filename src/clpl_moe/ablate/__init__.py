@@ -70,8 +70,7 @@ def ablate(arguments: AblateArguments) -> Ablation:
     chosen = [run for run in plan.runs if not arguments.only or run.row in arguments.only]
     todo = list({run.folder: run for run in chosen if run.result() is None}.values())
     minings = [job for job in plan.minings if not job.finished and any(run.mined is job for run in todo)]
-    unfinished = sum(run.result() is None for run in chosen)
-    print(f"{len(chosen) - unfinished} of {len(chosen)} runs are finished", file=sys.stderr)
+    print(f"{sum(run.result() is not None for run in chosen)} of {len(chosen)} runs are finished", file=sys.stderr)
     if arguments.dry_run:
         ablation = state()
         jobs: list[MineJob | Run] = [*minings, *todo]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clpl_moe.common.errors import OptionError, UserError
+from clpl_moe.common.errors import OptionError, UserError, require_at_least
 
 _MAPPINGS = ("languages", "rows", "prepare", "mine", "train", "evaluate")
 
@@ -67,8 +67,7 @@ class AblateArguments:
         for name in ("languages", "rows"):
             if not self.mappings[name]:
                 raise OptionError(name, "found nothing, expected at least one")
-        if self.parallel < 1:
-            raise OptionError("parallel", f"found {self.parallel}, expected at least 1")
+        require_at_least(self, parallel=1)
         if Path(self.output).suffix != ".json":
             raise OptionError("output", f"found {self.output}, expected a name ending in .json")
         for name in self.only or ():

@@ -32,12 +32,10 @@ def summarize(plan: Plan, metric: str) -> list[dict[str, Any]]:
         cells = {language: _mean_and_spread(list(found.values())) for language, found in values.items()}
         rows.append({"row": name, "label": label, "languages": cells, "average": _mean_and_spread(averages)})
     for row in rows:
-        for cell, base in [(row["average"], rows[0]["average"])] + [
-            (row["languages"][language], rows[0]["languages"][language]) for language in languages
-        ]:
-            cell["error_change"] = _error_change(cell["mean"], base["mean"])
-        changes = [row["languages"][language]["error_change"] for language in languages]
-        row["error_change_mean"] = None if None in changes else statistics.fmean(changes)
+        changes = [_set_change(row["languages"][name], rows[0]["languages"][name]) for name in languages]
+        _set_change(row["average"], rows[0]["average"])
+        known = [change for change in changes if change is not None]
+        row["error_change_mean"] = statistics.fmean(known) if len(known) == len(changes) else None
     return rows
 
 
@@ -49,8 +47,10 @@ def _mean_and_spread(values: list[float]) -> dict[str, Any]:
     }
 
 
-def _error_change(mean: float | None, base: float | None) -> float | None:
-    return None if mean is None or base is None or base >= 1 else (1 - mean) / (1 - base) - 1
+def _set_change(cell: dict[str, Any], base: dict[str, Any]) -> float | None:
+    known = cell["mean"] is not None and base["mean"] is not None and base["mean"] < 1
+    cell["error_change"] = (1 - cell["mean"]) / (1 - base["mean"]) - 1 if known else None
+    return cell["error_change"]
 
 
 def table_rows(summary: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -25,11 +25,8 @@ def mine(shop: Workshop, job: MineJob, slot: int) -> str:
     """Mine one kind of negatives."""
     with locked(job.folder) as lock:
         write_json(job.folder / OPTIONS_FILE, job.decisive.values)
-        places = {
-            "collection": str(job.collection.directory),
-            "language": job.collection.language,
-            "output": str(job.data),
-        }
+        collection = job.collection
+        places = {"collection": str(collection.directory), "language": collection.language, "output": str(job.data)}
         shop.call("mine", job.options | places, job.folder, slot, lock)
     with job.data.open(encoding="utf-8") as file:
         return f"{sum(1 for _ in file):,} lines"

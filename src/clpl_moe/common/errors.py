@@ -30,6 +30,14 @@ class OptionError(UserError):
         self.fault = fault
 
 
+def require_at_least(options: object, **least: float) -> None:
+    """Raise :class:`OptionError` for the first option that is given and lies below its least value."""
+    for name, lowest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < lowest:
+            raise OptionError(name, f"found {value}, expected at least {lowest}")
+
+
 def at(path: str | Path, line: int | None = None, field: str | None = None) -> str:
     """The place of a fault, as every message begins with it: ``file:line: field 'x'``."""
     place = str(path) if line is None else f"{path}:{line}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from clpl_moe.common.errors import OptionError
+from clpl_moe.common.errors import OptionError, require_at_least
 from clpl_moe.evaluate.metrics import EVALUATION_METRICS, M3_WEIGHTS
 
 _MAIN_METRIC = "nDCG@10"  # of MIRACL
@@ -55,9 +55,7 @@ class EvaluateArguments:
     overwrite: bool = field(default=False, metadata={"help": "replace results of another model, data or settings"})
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "rerank_top"):
-            if getattr(self, name) < 1:
-                raise OptionError(name, f"found {getattr(self, name)}, expected at least 1")
+        require_at_least(self, top_k=1, rerank_top=1)
         weights = self.m3_weights
         if len(weights) != 3 or not all(0 <= weight < float("inf") for weight in weights) or sum(weights[:2]) == 0:
             found = " ".join(map(str, weights))

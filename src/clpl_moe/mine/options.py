@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from clpl_moe.common.errors import OptionError
+from clpl_moe.common.errors import OptionError, require_at_least
 
 Sampling = Literal["top", "random", "score", "corpus"]
 
@@ -36,9 +36,7 @@ class MineArguments:
     overwrite: bool = field(default=False, metadata={"help": "replace the output file"})
 
     def __post_init__(self) -> None:
-        for name, least in (("max_positive_queries", 0), ("reranker_max_len", 8), ("reranker_batch_size", 1)):
-            if (value := getattr(self, name)) < least:
-                raise OptionError(name, f"found {value}, expected at least {least}")
+        require_at_least(self, max_positive_queries=0, reranker_max_len=8, reranker_batch_size=1)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from clpl_moe.common.errors import OptionError
+from clpl_moe.common.errors import require_at_least
 
 
 @dataclass
@@ -27,5 +27,4 @@ class QuickstartArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.max_steps is not None and self.max_steps < 1:
-            raise OptionError("max_steps", f"found {self.max_steps}, expected at least 1")
+        require_at_least(self, max_steps=1)

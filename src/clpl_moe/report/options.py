@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from clpl_moe.common.errors import OptionError
+from clpl_moe.common.errors import OptionError, require_at_least
 
 
 @dataclass
@@ -41,9 +41,7 @@ class ReportArguments:
     def __post_init__(self) -> None:
         if not self.runs:
             raise OptionError("runs", "no run to report on, expected at least one run folder")
-        for name in ("examples", "passages"):
-            if getattr(self, name) < 1:
-                raise OptionError(name, f"found {getattr(self, name)}, expected at least 1")
+        require_at_least(self, examples=1, passages=1)
         if self.after is not None and len(self.after) != len(self.runs):
             raise OptionError("after", f"found {len(self.after)}, expected one for each of the {len(self.runs)} runs")
         if self.before is not None and len(self.before) not in (1, len(self.runs)):

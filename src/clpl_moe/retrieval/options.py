@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from clpl_moe.common.errors import OptionError
+from clpl_moe.common.errors import require_at_least
 from clpl_moe.common.files import refuse_unwritable
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ class EncodingArguments:
 
     def __post_init__(self) -> None:
         # Two tokens only begin and end a text, and a tokenizer that is to cut off more cuts nothing.
-        for name, least in (("query_max_len", 3), ("passage_max_len", 3), ("batch_tokens", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise OptionError(name, f"found {value}, expected at least {least}")
+        require_at_least(self, query_max_len=3, passage_max_len=3, batch_tokens=1)
         if self.cache_dir is not None:
             refuse_unwritable(Path(self.cache_dir, "embeddings"))
 

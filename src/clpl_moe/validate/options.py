@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from clpl_moe.common.errors import OptionError, UserError
+from clpl_moe.common.errors import UserError, require_at_least
 
 
 @dataclass
@@ -38,7 +38,4 @@ class ValidateArguments:
             raise UserError(
                 "no file to validate: name at least one file or folder of training JSONL, or a config of training"
             )
-        for name, least in (("max_faults", 0), ("query_max_len", 3), ("passage_max_len", 3)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise OptionError(name, f"found {value}, expected at least {least}")
+        require_at_least(self, max_faults=0, query_max_len=3, passage_max_len=3)
