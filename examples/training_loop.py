@@ -39,6 +39,7 @@ ROWS = [
 
 def train(model: str, output: str, epochs: int = 3) -> list[float]:
     """Train on :data:`ROWS`, save the encoder to ``output``, and return the loss of each step."""
+    torch.manual_seed(0)
     encoder = Encoder.load(model)
     inject_moe(encoder, MoEConfig(num_experts=2, layers="every:2"))
     optimizer = torch.optim.AdamW(encoder.train().parameters(), lr=2e-5)

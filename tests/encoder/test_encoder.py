@@ -7,11 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
-from transformers.utils import logging as transformers_logging
 
 import clpl_moe
 from clpl_moe import Encoder, MoEConfig, UserError, inject_moe, load_encoder, merge_experts, save_encoder
-from clpl_moe.encoder.load import no_bar_of_weights
 from clpl_moe.encoder.packing import PackedTexts
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings, write_settings
 from helpers.tiny import make_encoder, perturb_experts
@@ -176,6 +174,14 @@ def test_saves_the_heads_it_was_loaded_with(folder, tmp_path):
     encoder.save(folder)  # onto itself
 
 
+def test_heads_that_the_hub_did_not_tell_of_are_not_lost_in_silence(encoder, tmp_path, caplog):
+    encoder.save(tmp_path / "known")
+    assert not caplog.text
+    encoder.head_files = None
+    encoder.save(tmp_path / "unknown")
+    assert "whether the model has sparse and multi-vector heads" in caplog.text
+
+
 def test_settings_that_cannot_be_computed_stop_only_who_uses_them(folder, tmp_path, tiny_encoder):
     model, tokenizer = load_encoder(tiny_encoder)
     base = tmp_path / "base"
@@ -198,25 +204,6 @@ def test_models_of_another_origin_have_the_defaults(tiny_tokenizer):
     assert encoder.settings == EmbeddingSettings()
     assert encoder.max_length == 38
     assert "max_length=38" in repr(encoder)
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_no_bar_of_weights_and_the_setting_is_as_before(folder, tmp_path, capfd, monkeypatch, enabled):
-    from huggingface_hub.utils import are_progress_bars_disabled
-
-    before = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
-    (transformers_logging.enable_progress_bar if enabled else transformers_logging.disable_progress_bar)()
-    try:
-        Encoder.load(folder).save(tmp_path)
-        assert transformers_logging.is_progress_bar_enabled() == enabled
-        assert are_progress_bars_disabled() != enabled
-        with no_bar_of_weights():
-            assert not transformers_logging.is_progress_bar_enabled()
-            assert are_progress_bars_disabled() != enabled  # downloads show theirs
-    finally:
-        transformers_logging.enable_progress_bar()
-    assert before == (True, False)
-    assert capfd.readouterr().err == ""
 
 
 def test_training_keeps_the_length_of_the_base(folder, tmp_path):

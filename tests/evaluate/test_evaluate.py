@@ -282,7 +282,7 @@ def test_a_model_with_code_of_its_own_runs_only_if_trusted(tiny_encoder, collect
         with pytest.raises(SystemExit) as exit:
             command()
         assert exit.value.code == 2
-        assert "--trust_remote_code true" in capsys.readouterr().err.splitlines()[-1]
+        assert "if you trust it, set trust_remote_code to true" in capsys.readouterr().err.splitlines()[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "model"]
     run(model, collections, tmp_path / "out", trust_remote_code=True)
     run(tiny_encoder, collections, tmp_path / "stock")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -133,6 +133,7 @@ def encode_tokenized(
         with refuse_too_large(own, model.device, batch_tokens), torch.inference_mode(), linear:
             return _embed(encoder, own)
 
+    outputs: Generator[Tensor]
     outputs = _map_on_cores(run, todo, workers) if workers > 1 else (run(batch) for batch in todo)
     pending: Callable[[], None] | None = None
     with _evaluation_mode(model), contextlib.closing(outputs):
@@ -266,7 +267,7 @@ def _fetch(output: Tensor, embeddings: Tensor, rows: list[int]) -> Callable[[], 
 
 def _map_on_cores(
     function: Callable[[list[int]], Tensor], batches: Sequence[list[int]], workers: int
-) -> Iterator[Tensor]:
+) -> Generator[Tensor]:
     """``map`` with several batches at a time, among which torch's threads are divided: all threads on one batch wait for
     each other after every operation. Until it ends, the whole process has so many threads for each operation of torch."""
     threads = torch.get_num_threads()

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from clpl_moe.common.errors import UserError
+from clpl_moe.encoder.bars import no_bar_of_weights
 from clpl_moe.encoder.encode import check_finite, encode
 from clpl_moe.encoder.fingerprint import model_fingerprint
+from clpl_moe.encoder.heads import HEAD_FILES, find_heads
 from clpl_moe.encoder.lengths import longest_input
-from clpl_moe.encoder.load import HEAD_FILES, find_heads, load_encoder, no_bar_of_weights, stated_by_folder
+from clpl_moe.encoder.load import load_encoder
 from clpl_moe.encoder.packing import PackedTexts, embed_packed
 from clpl_moe.encoder.precision import autocast, compute_dtype
-from clpl_moe.encoder.settings import EmbeddingSettings, pool, write_settings
+from clpl_moe.encoder.settings import EmbeddingSettings, pool, stated_by_folder, write_settings
 from clpl_moe.moe.inject import refuse_foreign_experts
 from clpl_moe.moe.install import has_experts
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
@@ -41,8 +44,8 @@ class Encoder:
         max_length: longest input in tokens. None: as its folder states, otherwise the tokenizer's limit; no more than the
             model's positions.
         compute_dtype: precision to compute in while the weights are float32. None: bfloat16 where the device is fast at it.
-        head_files: BGE-M3's sparse and multi-vector heads, name to place on this disk, that are saved along. None: it is
-            not known whether there are any.
+        head_files: BGE-M3's sparse and multi-vector heads that are saved along, name to place on this disk. None: it is
+            not known whether the model has any.
 
     Raises:
         UserError: ``settings`` is None and those of the model's folder cannot be computed.
@@ -68,7 +71,7 @@ class Encoder:
         settings: EmbeddingSettings | None = None,
         max_length: int | None = None,
         compute_dtype: torch.dtype | None = None,
-        head_files: Mapping[str, str] | None = None,
+        head_files: Mapping[str, str] | None = MappingProxyType({}),
     ) -> None:
         stated = stated_by_folder(model)
         if settings is None and stated.fault is not None:
@@ -78,7 +81,7 @@ class Encoder:
         self.settings = settings or stated.settings
         self.max_length = max_length or longest_input(model, tokenizer, stated.max_length)
         self.compute_dtype = compute_dtype
-        self.head_files = head_files
+        self.head_files = None if head_files is None else dict(head_files)
 
     @classmethod
     def load(
@@ -188,8 +191,7 @@ class Encoder:
         batch_tokens: int | None,
         progress: bool,
     ) -> Tensor:
-        how = {"max_length": max_length, "batch_tokens": batch_tokens}
-        embeddings = encode(self, texts, kind=kind, progress=progress, **how)
+        embeddings = encode(self, texts, kind=kind, max_length=max_length, batch_tokens=batch_tokens, progress=progress)
         check_finite(embeddings)
         return embeddings
 
@@ -265,6 +267,12 @@ class Encoder:
                 f"a {type(model).__name__} with experts could not be loaded again: merge_experts(model) first, or start"
                 f" from one of {names}"
             )
+        if heads is None and self.head_files is None:
+            logger.warning(
+                "the hub did not say whether the model has sparse and multi-vector heads (%s): %s gets none",
+                ", ".join(HEAD_FILES),
+                folder,
+            )
         folder.mkdir(parents=True, exist_ok=True)
         with no_bar_of_weights():
             model.save_pretrained(folder, state_dict=state_dict)
@@ -280,7 +288,7 @@ class Encoder:
 
     def to(self, device: torch.device | str) -> Encoder:
         """Move the model to a device; in place."""
-        self.model.to(device)
+        self.model.to(device)  # type: ignore[arg-type]
         return self
 
     def train(self, mode: bool = True) -> Encoder:

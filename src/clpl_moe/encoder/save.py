@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from clpl_moe.encoder.encoder import Encoder
-from clpl_moe.encoder.load import HEAD_FILES, find_heads
+from clpl_moe.encoder.heads import HEAD_FILES, find_heads
 from clpl_moe.encoder.settings import EmbeddingSettings
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +27,7 @@ _POOLING = {
     "last_token": ("pooling_mode_lasttoken", "lasttoken"),
 }
 _OLD_PREFIX = "pooling_mode_"
+_STATED = "_clpl_moe_stated"  # the attribute of a model
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,10 @@ def read_settings(folder: str | Path, *, cache_dir: str | None = None, token: st
             pooling, several at once, a projection after it, pooling without the prompt's tokens.
     """
     hub = {"cache_dir": cache_dir, "token": token}
-    modules = _read(folder, "modules.json", list, hub)
+    return _settings_of(folder, _read(folder, "modules.json", list, hub), hub)
+
+
+def _settings_of(folder: str | Path, modules: list[dict[str, Any]] | None, hub: dict[str, Any]) -> EmbeddingSettings:
     if modules is None:
         return EmbeddingSettings()
     pooling, normalize = EmbeddingSettings.pooling, False
@@ -88,14 +92,43 @@ def read_settings(folder: str | Path, *, cache_dir: str | None = None, token: st
     )
 
 
-def read_max_length(folder: str | Path, *, cache_dir: str | None = None, token: str | None = None) -> int | None:
-    """The longest input in tokens that the sentence-transformers files of a model state; None where they state none.
+@dataclass(frozen=True)
+class Stated:
+    """What a model folder states besides weights and tokenizer.
 
-    Raises:
-        UserError: a file is not JSON.
+    Attributes:
+        settings: pooling, normalisation and prompts; the defaults where it states none.
+        max_length: longest input in tokens, where it states one.
+        fault: why its settings cannot be used.
     """
+
+    settings: EmbeddingSettings = field(default_factory=EmbeddingSettings)
+    max_length: int | None = None
+    fault: str | None = None
+
+
+def read_stated(folder: str | Path, *, cache_dir: str | None = None, token: str | None = None) -> Stated:
+    """Settings and length in the sentence-transformers files of a model, as :func:`read_settings` finds them; a fault in
+    them is no error here, since it concerns only those who use them."""
     hub = {"cache_dir": cache_dir, "token": token}
-    modules = _read(folder, "modules.json", list, hub) or []
+    try:
+        modules = _read(folder, "modules.json", list, hub)
+        return Stated(_settings_of(folder, modules, hub), _max_length_of(folder, modules or [], hub))
+    except UserError as error:
+        return Stated(fault=str(error))
+
+
+def remember_stated(model: torch.nn.Module, stated: Stated) -> None:
+    """Keep with a model what its folder states."""
+    setattr(model, _STATED, stated)
+
+
+def stated_by_folder(model: torch.nn.Module) -> Stated:
+    """What :func:`remember_stated` kept with a model; the defaults for other models."""
+    return getattr(model, _STATED, Stated())
+
+
+def _max_length_of(folder: str | Path, modules: list[dict[str, Any]], hub: dict[str, Any]) -> int | None:
     path = next((m.get("path") or "" for m in modules if str(m.get("type", "")).endswith("Transformer")), None)
     if path is None:
         return None
@@ -200,7 +233,7 @@ def _pooling_of(config: dict[str, Any], place: str) -> str:
     return names[modes[0]]
 
 
-def _read(folder: str | Path, name: str, kind: type, hub: dict[str, str | None]) -> Any:
+def _read(folder: str | Path, name: str, kind: type, hub: dict[str, Any]) -> Any:
     """A JSON file of a folder or a hub model, whose value is a ``kind``; None where there is no such file."""
     path = Path(folder, name) if Path(folder).is_dir() else _from_hub(str(folder), name, hub)
     if path is None or not path.is_file():
@@ -214,7 +247,7 @@ def _read(folder: str | Path, name: str, kind: type, hub: dict[str, str | None])
     return value
 
 
-def _from_hub(repository: str, name: str, hub: dict[str, str | None]) -> Path | None:
+def _from_hub(repository: str, name: str, hub: dict[str, Any]) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,

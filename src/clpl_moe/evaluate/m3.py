@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.encoder.encode import batches, default_batch_tokens, refuse_too_large, tokenize
-from clpl_moe.encoder.load import HEAD_FILES, find_heads, read_head
+from clpl_moe.encoder.heads import HEAD_FILES, find_heads, read_head
 from clpl_moe.encoder.onednn import onednn_linear
 from clpl_moe.encoder.precision import autocast
 from clpl_moe.encoder.settings import pool
@@ -62,7 +62,7 @@ class M3Heads:
         for head in (self.sparse, self.multi_vector):
             for tensor in (head.weight, head.bias):
                 digest.update(f"{tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().float().cpu().contiguous().numpy())
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def to(self, device: torch.device) -> M3Heads:
@@ -204,7 +204,8 @@ def _score_block(
     order = sorted(asked)  # the order of the file
     texts = [passages[place] for place in order]
     for batch, tokens in _token_level(encoder, heads, texts, "passage", encoding):
-        pairs, scores = [], []
+        pairs: list[tuple[int, list[int]]] = []  # query within the block, places among its candidates
+        scores = []
         for row, same in enumerate(batch):
             # Once for equal passages: a product rounds by its place in the matrix, and ties are to stay ties.
             ranks: dict[int, list[int]] = {}  # query -> the places of this text among its candidates
@@ -249,10 +250,10 @@ class _QueryIndex:
                 greatest = weights.new_zeros(len(entries)).scatter_reduce(0, inverse, weights, "amax")
                 part = (tokens.dense[row], entries, greatest, tokens.vectors[row, : length - 1].clone())
                 parts.update((i, part) for i in same)
-        dense, entries, weights, vectors = zip(*(parts[i] for i in range(len(queries))))
+        dense, entries, maxima, vectors = map(list, zip(*(parts[i] for i in range(len(queries)))))
         self.dense = torch.stack(dense)  # (n, D)
         self.entries = nn.utils.rnn.pad_sequence(entries, batch_first=True, padding_value=-1)  # (n, E), each once
-        self.weights = nn.utils.rnn.pad_sequence(weights, batch_first=True)  # (n, E)
+        self.weights = nn.utils.rnn.pad_sequence(maxima, batch_first=True)  # (n, E)
         self.vectors = nn.utils.rnn.pad_sequence(vectors, batch_first=True)  # (n, V, C)
         self.counts = torch.tensor([len(v) for v in vectors], device=self.dense.device)  # (n,)
 
@@ -300,8 +301,8 @@ def _embed_tokens(encoder: Encoder, heads: M3Heads, sequences: list[np.ndarray])
     with autocast(model, encoder.dtype):
         states = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
     states = states.float()  # (n, L, D)
-    without = [tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id]
-    without = torch.tensor([i for i in without if i is not None], device=model.device)
+    special = [tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id]
+    without = torch.tensor([i for i in special if i is not None], device=model.device)
     weights = heads.sparse(states).squeeze(-1).relu() * (mask & ~torch.isin(ids, without))  # (n, L)
     vectors = F.normalize(heads.multi_vector(states[:, 1:]), dim=-1) * mask[:, 1:, None]  # (n, L - 1, C)
     dense = F.normalize(pool(states, mask, encoder.settings.pooling), dim=-1)
@@ -318,6 +319,6 @@ def _load_linear(file: str, hidden_size: int) -> nn.Linear:
             f"{at(file)}: found a head for states of width {weight.shape[1]}, the model's are {hidden_size}"
         )
     with torch.device("meta"):
-        linear = nn.Linear(*reversed(weight.shape))
+        linear = nn.Linear(weight.shape[1], weight.shape[0])
     linear.load_state_dict({"weight": weight, "bias": bias}, assign=True)
     return linear.requires_grad_(False)

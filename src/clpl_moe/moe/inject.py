@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def inject_moe(model: Model, config: MoEConfig) -> Model:
         >>> model.encoder.layer[0].intermediate.dense
         Experts(num_experts=4, in_features=8, out_features=16)
     """
-    encoder = getattr(model, "base_model", model)
+    encoder: Any = getattr(model, "base_model", model)
     install_experts(encoder, config)
     become_moe(encoder, config)
     return model
@@ -58,7 +58,7 @@ def merge_experts(model: Model) -> Model:
     Raises:
         ValueError: the encoder has no experts, or those of a folder's own code.
     """
-    encoder = getattr(model, "base_model", model)
+    encoder: Any = getattr(model, "base_model", model)
     refuse_foreign_experts(encoder)
     remove_experts(encoder)
     become_dense(encoder)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.encoder.load import HEAD_FILES, find_heads, read_head
+from clpl_moe.encoder.heads import HEAD_FILES, find_heads, read_head
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,9 @@ from clpl_moe.common.errors import UserError
 from clpl_moe.data.flag_embedding import EncoderOnlyEmbedderM3Trainer
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.encoder import Encoder
-from clpl_moe.encoder.load import HEAD_FILES, load_weights
+from clpl_moe.encoder.heads import HEAD_FILES
 from clpl_moe.encoder.packing import PackedTexts, send
+from clpl_moe.encoder.weights import load_weights
 from clpl_moe.moe.install import layer_states
 from clpl_moe.train.ance import NEGATIVES_FILE, NegativeRefresher
 from clpl_moe.train.arguments import CLPLTrainingArguments
@@ -62,7 +63,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         **kwargs: Any,
     ) -> None:
         # transformers wants to see a dataset where there is evaluation; ours is the evaluator's.
-        dataset = [] if evaluator is not None else None
+        dataset: list[Any] | None = [] if evaluator is not None else None
         super().__init__(eval_dataset=dataset, processing_class=encoder.tokenizer, **kwargs)
         self.encoder = encoder
         self.base_heads = base_heads

@@ -1,0 +1,55 @@
+"""BGE-M3's sparse and multi-vector heads in a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clpl_moe.common.errors import UserError, at
+
+# BGE-M3's sparse and multi-vector heads, as FlagEmbedding names their files.
+HEAD_FILES = ("sparse_linear.pt", "colbert_linear.pt")
+
+
+def find_heads(path: str | Path, **hub: Any) -> dict[str, str]:
+    """Where the sparse and multi-vector heads of a folder or hub model lie on this disk, by file name; those it has.
+
+    Raises:
+        UserError: it cannot be told whether there are heads: no such folder, and the hub gives no answer.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+    if Path(path).is_dir():
+        return {name: str(Path(path) / name) for name in HEAD_FILES if (Path(path) / name).is_file()}
+    found = {}
+    for name in HEAD_FILES:
+        try:
+            found[name] = hf_hub_download(str(path), name, **hub)
+        except (EntryNotFoundError, HFValidationError, OSError) as error:  # HTTP errors are OSErrors
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                continue
+            raise UserError(
+                f"{at(path)}: neither a folder here nor a model that the hub gives, so that it cannot be told whether"
+                f" there are sparse and multi-vector heads ({', '.join(HEAD_FILES)}); check the spelling and the network"
+            ) from None
+    return found
+
+
+def read_head(file: str) -> dict[str, Tensor]:
+    """A head's ``weight`` (C, D) and ``bias`` (C,) from one of the files that :func:`find_heads` finds; on the CPU.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    try:
+        head = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file brings about
+        raise UserError(f"{at(file)}: the head cannot be read ({type(error).__name__})") from None
+    weight, bias = (head.get("weight"), head.get("bias")) if isinstance(head, dict) else (None, None)
+    if isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.dim() == 2 and bias.shape == weight.shape[:1]:
+        return {"weight": weight, "bias": bias}
+    raise UserError(f"{at(file)}: not a head, expected the weight and the bias of a Linear layer")
