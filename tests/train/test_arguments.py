@@ -165,7 +165,7 @@ class TestWithoutAccelerator:
         assert stop.value.code == 2
         err = capsys.readouterr().err
         assert "fp16 needs a CUDA device" in err
-        assert "--fp16 false" in err
+        assert "set fp16 false" in err
         assert not (tmp_path / "out").exists()
         main([*argv, "--dry_run", "true"])
         assert "the run itself would stop here" in capsys.readouterr().out

@@ -18,7 +18,7 @@ _CONFIG_HELP = "YAML file of options, or the name of a packaged one such as ko; 
 
 
 def takes_options(
-    *dataclass_types: type | Callable[[], type],
+    *dataclass_types: type | Callable[[], type | list[type]], shown: Sequence[type] = ()
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Let a function of one instance of each dataclass be called with their fields as keyword arguments.
 
@@ -27,15 +27,20 @@ def takes_options(
     them, go through unchanged. The function's docstring gets the help of each option.
 
     Args:
-        dataclass_types: whose fields the options are. A function returns one at each call, for options that depend on
-            what is registered.
+        dataclass_types: whose fields the options are. A function returns one or several at each call, for options that
+            depend on what is registered, or that take long to import.
+        shown: whose fields signature and docstring show; those of all others come as ``**options``.
 
     Raises:
         UserError: at the call, for an unknown or missing argument or an ill-typed value.
     """
 
     def known_types() -> list[type]:
-        return [known if isinstance(known, type) else known() for known in dataclass_types]
+        found: list[type] = []
+        for known in dataclass_types:
+            given = known if isinstance(known, type) else known()
+            found += given if isinstance(given, list) else [given]
+        return found
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
@@ -44,8 +49,8 @@ def takes_options(
                 return function(*instances, **options)
             return function(*_parse(known_types(), function.__name__, options))
 
-        types = known_types()
-        call.__signature__ = _signature(types, function)  # type: ignore[attr-defined]
+        types = list(shown) or known_types()
+        call.__signature__ = _signature(types, function, bool(shown))  # type: ignore[attr-defined]
         call.__doc__ = _with_help(function.__doc__, types)
         return call
 
@@ -84,7 +89,7 @@ def _has_default(field: Field) -> bool:
     return field.default is not MISSING or field.default_factory is not MISSING
 
 
-def _signature(dataclass_types: Sequence[type], function: Callable[..., Any]) -> inspect.Signature:
+def _signature(dataclass_types: Sequence[type], function: Callable[..., Any], open_end: bool) -> inspect.Signature:
     """Every option as a keyword argument, those without a default first."""
     hints: dict[str, Any] = {}
     for described in (*dataclass_types, function):
@@ -98,6 +103,8 @@ def _signature(dataclass_types: Sequence[type], function: Callable[..., Any]) ->
         parameters.append(
             inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | Path | None)
         )
+    if open_end:
+        parameters.append(inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD, annotation=Any))
     result = hints.get("return", inspect.signature(function).return_annotation)
     return inspect.Signature(parameters, return_annotation=result)
 

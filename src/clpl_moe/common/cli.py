@@ -37,7 +37,7 @@ def command_name(module: str) -> str:
     return f"{_called_as} {module.removeprefix('clpl_moe.')}"
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows every option once (the dashed spelling and ``--no_x`` work but are not listed), each with its default."""
 
     def __init__(self, prog: str) -> None:
@@ -75,7 +75,7 @@ def make_parser(
         cast(Any, tuple(dataclass_types)),
         prog=command_name(prog),
         description=description,
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
         usage=f"{command_name(prog)}{words} [--config FILE.yaml] [--option value ...]",
         allow_abbrev=False,
     )

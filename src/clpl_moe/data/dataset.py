@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import datasets
+from tqdm.auto import tqdm
 
 from clpl_moe import __version__
 from clpl_moe.common.errors import UserError
@@ -111,17 +114,18 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         """Read, check and store one file; later runs take the stored examples as long as the file is unchanged."""
         digest = hash_file(file_path)
         try:
-            dataset = datasets.Dataset.from_generator(
-                _read_for_arrow,
-                features=_FEATURES,
-                cache_dir=self.args.cache_path,
-                gen_kwargs={
-                    "path": str(Path(file_path).resolve()),
-                    "shown": file_path,
-                    "version": f"{__version__}-{digest}",
-                    "with_scores": self.args.knowledge_distillation,
-                },
-            )
+            with _no_bars_of_datasets():
+                dataset = datasets.Dataset.from_generator(
+                    _read_for_arrow,
+                    features=_FEATURES,
+                    cache_dir=self.args.cache_path,
+                    gen_kwargs={
+                        "path": str(Path(file_path).resolve()),
+                        "shown": file_path,
+                        "version": f"{__version__}-{digest}",
+                        "with_scores": self.args.knowledge_distillation,
+                    },
+                )
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None:
@@ -204,6 +208,20 @@ def _read_for_arrow(path: str, shown: str, version: str, with_scores: bool):
     after an update of this package, is read again."""
     del version
     try:
-        yield from read_examples(path, with_scores=with_scores)
+        examples = read_examples(path, with_scores=with_scores)
+        yield from tqdm(examples, desc=f"read {Path(shown).name}", unit="line", delay=2, leave=False)
     except UserError as error:
         raise UserError(str(error).replace(path, shown)) from None
+
+
+@contextlib.contextmanager
+def _no_bars_of_datasets() -> Iterator[None]:
+    """Without the bars of ``datasets``; :func:`_read_for_arrow` has its own for large files."""
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()

@@ -64,7 +64,6 @@ try:
         from FlagEmbedding.finetune.embedder.encoder_only.m3 import (
             EncoderOnlyEmbedderM3Model,
             EncoderOnlyEmbedderM3ModelArguments,
-            EncoderOnlyEmbedderM3Runner,
             EncoderOnlyEmbedderM3Trainer,
             EncoderOnlyEmbedderM3TrainingArguments,
         )
@@ -81,7 +80,6 @@ __all__ = [
     "EmbedderOutput",
     "EncoderOnlyEmbedderM3Model",
     "EncoderOnlyEmbedderM3ModelArguments",
-    "EncoderOnlyEmbedderM3Runner",
     "EncoderOnlyEmbedderM3Trainer",
     "EncoderOnlyEmbedderM3TrainingArguments",
 ]

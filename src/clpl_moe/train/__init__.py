@@ -1,44 +1,58 @@
-"""``python -m clpl_moe.train``: fine-tune an encoder with CLPL and experts."""
+"""Training: fine-tune an encoder for retrieval with the contrastive learning penalty loss and mixture-of-experts layers.
+
+The options are FlagEmbedding's and transformers', with those of :mod:`clpl_moe.train.options` in front. A run leaves the
+model, ``train_config.yaml``, ``metrics.jsonl``, the model card and checkpoints in ``output_dir``, and resumes exactly.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-PROG = "clpl_moe.train"
-DESCRIPTION = "Fine-tune an encoder for retrieval with contrastive learning penalty loss and mixture-of-experts layers."
+from clpl_moe.common.api import takes_options
+from clpl_moe.train.options import OPTIONS
+from clpl_moe.train.result import TrainResult
 
-# The parser's own output: building it takes the imports of FlagEmbedding and transformers, several seconds.
-HELP_FILE = Path(__file__).parent / "help.txt"
+if TYPE_CHECKING:
+    from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
+    from clpl_moe.train.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["TrainResult", "train"]
 
 
-def help_text() -> str:
-    """What ``--help`` shows, from the parser itself; ``scripts/update_help.py`` stores it in :data:`HELP_FILE`."""
-    from clpl_moe.common.cli import make_parser
+def all_options() -> list[type]:
+    """The dataclasses of every option; their parents take seconds to import."""
     from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 
-    return make_parser([CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments], PROG, DESCRIPTION).format_help()
+    return [CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments]
 
 
-def train(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line ``argv`` says.
+@takes_options(all_options, shown=OPTIONS)
+def train(
+    model_args: CLPLModelArguments,
+    data_args: CLPLDataArguments,
+    training_args: CLPLTrainingArguments,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> TrainResult | Plan:
+    """Train, from the beginning or from a checkpoint; with ``dry_run``, check config and data and return the plan.
+
+    Keyword arguments are the options of ``python -m clpl_moe.train --help``, FlagEmbedding's and transformers' among
+    them; ``config`` names a YAML file of options. Under ``torchrun`` the first process writes, and all return.
 
     Raises:
-        UserError: a mistake in the options or the data.
+        UserError: a mistake in the options or the data, before anything is written.
     """
-    from clpl_moe.common.cli import parse
-    from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
-
-    model_args, data_args, training_args = parse(
-        [CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments], PROG, DESCRIPTION, argv
-    )
+    if ignored := [*model_args.without_effect, *training_args.without_effect]:
+        logger.warning("without any effect in this training, and ignored: %s", ", ".join(ignored))
     if training_args.dry_run:
-        from clpl_moe.train.plan import make_plan
+        from clpl_moe.train.dry_run import plan_run
         from clpl_moe.train.resume import check_output_dir
 
         check_output_dir(training_args)
-        print(make_plan(model_args, data_args, training_args))
-        return
+        return plan_run(model_args, data_args, training_args)
     from clpl_moe.train.runner import CLPLRunner
 
-    CLPLRunner(model_args, data_args, training_args).run()
+    return CLPLRunner(model_args, data_args, training_args).run(on_plan)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Sequence
 
+from clpl_moe.common.cli import parse
 from clpl_moe.common.errors import command
-from clpl_moe.train import HELP_FILE, train
+from clpl_moe.train import all_options, train
+from clpl_moe.train.help import help_text
+
+PROG = "clpl_moe.train"
+DESCRIPTION = "Fine-tune an encoder for retrieval with contrastive learning penalty loss and mixture-of-experts layers."
 
 
 @command
@@ -14,9 +21,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
-        print(HELP_FILE.read_text(encoding="utf-8"), end="")
+        print(help_text(PROG, DESCRIPTION), end="")
         return
-    train(argv)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING if first else logging.ERROR)
+    result = train(*parse(all_options(), PROG, DESCRIPTION, argv), on_plan=lambda plan: print(plan, flush=True))
+    if first:
+        print(result)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class CLPLModelArguments(ModelOptions, EncoderOnlyEmbedderM3ModelArguments):
     """The base model and the experts that are put into it."""
 
     def __post_init__(self) -> None:
+        self.without_effect = checks.drop_without_effect(self)
         if self.config_name is not None:
             raise ValueError("config_name has no effect: the base model's own config.json is read, remove it")
         self.moe_config()
@@ -47,7 +48,7 @@ class CLPLDataArguments(DataOptions, AbsEmbedderDataArguments):
 
     def __post_init__(self) -> None:
         if not self.train_data:
-            raise ValueError("train_data is missing: name at least one file or folder of training JSONL (--train_data)")
+            raise ValueError("train_data is missing: name at least one file or folder of training JSONL")
         if isinstance(self.train_data, str):
             self.train_data = [self.train_data]
         checks.check_numbers(self, pad_to_multiple_of=1, max_example_num_per_dataset=1, shuffle_ratio=0)
@@ -87,8 +88,11 @@ class CLPLTrainingArguments(
 
         from clpl_moe.encoder.precision import fast_bfloat16
 
+        self.without_effect = checks.drop_without_effect(self)
+        if self.dev_collection is not None and "do_eval" in self.without_effect:
+            self.without_effect.remove("do_eval")  # there is evaluation
         if not self.output_dir:
-            raise ValueError("output_dir is missing: name the run's folder (--output_dir)")
+            raise ValueError("output_dir is missing: name the folder of the run")
         if self.use_mrl:
             raise ValueError("use_mrl: FlagEmbedding's M3 models do not support it, remove it")
         checks.check_run(self)
@@ -123,6 +127,7 @@ class CLPLTrainingArguments(
         if self.resume_from_checkpoint in ("false", "False", ""):
             self.resume_from_checkpoint = None
         super().__post_init__()
+        checks.drop_without_effect(self)  # some are derived from others
         if self.n_gpu > 1:
             # transformers would take torch's DataParallel, which cannot divide these batches.
             logger.warning(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 from clpl_moe.common.errors import UserError
+from clpl_moe.train.options import WITHOUT_EFFECT
 
 if TYPE_CHECKING:
     from clpl_moe.data.sampler import EpochBatchSampler
@@ -19,6 +21,20 @@ def check_numbers(options: Any, **least: float) -> None:
         value = getattr(options, name)
         if value is not None and not (bound <= value < math.inf):
             raise ValueError(f"{name} is {value}: choose a number of at least {bound}")
+
+
+def drop_without_effect(options: Any) -> list[str]:
+    """Give options without any effect their defaults again; returns the names of those that had another value."""
+    dropped = []
+    for field in fields(options):
+        if field.name in WITHOUT_EFFECT:
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            value = getattr(options, field.name)
+            setattr(options, field.name, default)
+            # The parser reads a default of "no" as false.
+            if value != default and not (default == "no" and value is False):
+                dropped.append(field.name)
+    return dropped
 
 
 def check_run(args: CLPLTrainingArguments) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from clpl_moe.loss.options import LossTermOptions
 from clpl_moe.mine.options import Sampling, SelectionArguments
@@ -18,8 +18,11 @@ def _as_in_mine(name: str, **metadata: Any) -> Any:
 
 @dataclass
 class ModelOptions:
-    """model and experts"""
+    """The experts that are put into the base model."""
 
+    TITLE: ClassVar[str] = "model and experts"
+
+    model_name_or_path: str = field(metadata={"help": "The base model: a folder, or a name on the hub."})
     token: str | None = field(
         default=None,
         metadata={"help": "Hub token; without it, HF_TOKEN of the environment or the stored login."},
@@ -65,7 +68,9 @@ class ModelOptions:
 
 @dataclass
 class DataOptions:
-    """data"""
+    """The data, and how they are cut into groups and tokens."""
+
+    TITLE: ClassVar[str] = "data"
 
     train_data: list[str] = field(
         default_factory=list, metadata={"help": "Files or folders of training JSONL (see data/README.md)."}
@@ -91,7 +96,9 @@ class DataOptions:
 
 @dataclass
 class LossOptions(LossTermOptions):
-    """loss"""
+    """The loss."""
+
+    TITLE: ClassVar[str] = "loss"
 
     mask_duplicates: bool = field(
         default=True, metadata={"help": "Leave out negatives whose text is the query's own positive."}
@@ -102,7 +109,9 @@ class LossOptions(LossTermOptions):
 
 @dataclass
 class RunOptions:
-    """training"""
+    """What is trained, and how the run goes."""
+
+    TITLE: ClassVar[str] = "training"
 
     output_dir: str | None = field(
         default=None, metadata={"help": "Run folder; must be new or empty, unless resuming."}
@@ -184,7 +193,9 @@ class RunOptions:
 
 @dataclass
 class EvaluationOptions:
-    """evaluation in training"""
+    """Evaluation in training."""
+
+    TITLE: ClassVar[str] = "evaluation in training"
 
     dev_collection: str | None = field(
         default=None, metadata={"help": "Collection folder for evaluation in training (see data/README.md)."}
@@ -209,7 +220,9 @@ class EvaluationOptions:
 
 @dataclass
 class RefreshOptions:
-    """negatives mined in training"""
+    """Negatives mined again as training goes on."""
+
+    TITLE: ClassVar[str] = "negatives mined in training"
 
     ance_refresh: str | None = field(
         default=None,
@@ -241,3 +254,24 @@ class RefreshOptions:
     ance_max_positive_ratio: float = _as_in_mine("max_positive_ratio")
     ance_margin: float | None = _as_in_mine("margin")
     ance_max_overlap: float = _as_in_mine("max_overlap")
+
+
+OPTIONS: tuple[type[Any], ...] = (
+    ModelOptions,
+    DataOptions,
+    LossOptions,
+    RunOptions,
+    EvaluationOptions,
+    RefreshOptions,
+)
+
+# Options of FlagEmbedding and transformers that change nothing here. Training always runs, evaluation in training retrieves
+# from a collection, tokenizers are fast ones, and batches are drawn by a sampler of this package.
+WITHOUT_EFFECT = (
+    *("do_train", "do_eval", "do_predict", "use_fast_tokenizer", "mrl_dims"),
+    *("per_device_eval_batch_size", "prediction_loss_only", "eval_accumulation_steps", "eval_do_concat_batches"),
+    *("eval_use_gather_object", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"),
+    *("label_names", "remove_unused_columns", "train_sampling_strategy", "group_by_length", "length_column_name"),
+    *("average_tokens_across_devices", "include_num_input_tokens_seen", "use_liger_kernel", "liger_kernel_config"),
+    *("dataloader_multiprocessing_context", "dataloader_in_order"),
+)

@@ -12,6 +12,7 @@ from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import hash_file, refuse_unwritable
 from clpl_moe.data.schema import data_files
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLTrainingArguments
+from clpl_moe.train.options import WITHOUT_EFFECT
 from clpl_moe.train.stored_config import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def check_same_run(config: dict[str, object], checkpoint: str | Path) -> None:
     if not path.is_file():
         return
     before = load_yaml(path)
-    names = sorted((before.keys() | config.keys()) - {"output_dir", "dry_run"})
+    names = sorted((before.keys() | config.keys()) - {"output_dir", "dry_run", *WITHOUT_EFFECT})
     changed = {name: (before.get(name), config.get(name)) for name in names if before.get(name) != config.get(name)}
     for name in _FIXED_IN_A_RUN:
         if name in changed:

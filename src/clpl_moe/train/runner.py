@@ -9,14 +9,13 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from clpl_moe.common.allocator import keep_freed_memory
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open, write_json
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.dataset import CLPLTrainDataset
-from clpl_moe.data.flag_embedding import EncoderOnlyEmbedderM3Runner
 from clpl_moe.encoder import Encoder
 from clpl_moe.encoder.lengths import check_lengths
 from clpl_moe.encoder.packing import can_pack
@@ -27,11 +26,13 @@ from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.options import EncodingArguments
 from clpl_moe.train.ance import NEGATIVES_FILE, NegativeRefresher
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
-from clpl_moe.train.card import CardFacts, write_model_card
+from clpl_moe.train.card import CardFacts, metrics_at, write_model_card
 from clpl_moe.train.checks import check_batches, check_gathering, check_optimizer
 from clpl_moe.train.heads import make_heads, read_heads
 from clpl_moe.train.metrics_file import METRICS_FILE, read_metrics
 from clpl_moe.train.model import CLPLModel
+from clpl_moe.train.plan import Plan, describe
+from clpl_moe.train.result import TrainResult
 from clpl_moe.train.resume import DATA_FILE, check_output_dir, check_same_data, check_same_run, describe_data
 from clpl_moe.train.settings import resolve_settings
 from clpl_moe.train.stored_config import CONFIG_FILE, resolved_config
@@ -41,8 +42,12 @@ from clpl_moe.train.trainer import CLPLTrainer
 logger = logging.getLogger(__name__)
 
 
-class CLPLRunner(EncoderOnlyEmbedderM3Runner):
-    """FlagEmbedding's runner with CLPL, experts, evaluation in training and exact resume.
+class CLPLRunner:
+    """Model, data and trainer of a run, made from its options.
+
+    Attributes:
+        trainer: ready to train.
+        plan: what the run is.
 
     Raises:
         UserError: anything that the user can mend; before any file is written.
@@ -54,23 +59,34 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
         data_args: CLPLDataArguments,
         training_args: CLPLTrainingArguments,
     ) -> None:
+        self.model_args, self.data_args, self.training_args = model_args, data_args, training_args
         check_output_dir(training_args)
         if training_args.fp16_asked and not torch.accelerator.is_available():
             raise UserError(
-                "fp16 needs a CUDA device and none was found: run on a machine with one, or train on the CPU with"
-                " --fp16 false (configs/quickstart.yaml is made for that)"
+                "fp16 needs a CUDA device and none was found: run on a machine with one, or set fp16 false to train on the"
+                " CPU (configs/quickstart.yaml is made for that)"
             )
         check_optimizer(training_args)
-        # Ours first, since the parent's logs every option at length.
-        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
         self.settings = resolve_settings(model_args, data_args, training_args)
-        self.evaluator = None
         if training_args.use_cpu:
             keep_freed_memory()
-        # The folder was checked above; the parent's own check, which this turns off, ends in a ValueError.
-        training_args.do_train = False
-        super().__init__(model_args, data_args, training_args)
-        training_args.do_train = True
+        set_seed(training_args.seed)
+        self.tokenizer, self.model = self.load_tokenizer_and_model()
+        self.train_dataset = CLPLTrainDataset(data_args, seed=training_args.seed)
+        self.data_collator = self.load_data_collator()
+        self.dev = open_dev_collection(training_args)
+        self.index = open_ance_index(data_args, training_args)
+        self.trainer = self.load_trainer()
+        self.plan = describe(
+            model_args,
+            data_args,
+            training_args,
+            encoder=self.model.model,
+            dataset=self.train_dataset,
+            batches=self.trainer.batch_sampler,
+            dev=self.dev,
+            index=self.index,
+        )
 
     def load_tokenizer_and_model(self) -> tuple[PreTrainedTokenizerBase, CLPLModel]:
         args, training = self.model_args, self.training_args
@@ -130,9 +146,6 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             raise UserError(str(error)) from None
         return tokenizer, model
 
-    def load_train_dataset(self) -> CLPLTrainDataset:
-        return CLPLTrainDataset(self.data_args, seed=self.training_args.seed)
-
     def load_data_collator(self) -> CLPLCollator:
         return CLPLCollator(
             tokenizer=self.tokenizer,
@@ -178,12 +191,10 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             ) from None
 
     def _make_evaluator(self) -> Callable[[Encoder], dict[str, float]] | None:
-        args = self.training_args
-        if args.dev_collection is None:
+        collection = self.dev
+        if collection is None:
             return None
         from clpl_moe.evaluate.evaluation import evaluate_retrieval
-
-        collection = Collection.load(args.dev_collection, args.dev_language, args.dev_split)
 
         def evaluator(encoder: Encoder) -> dict[str, float]:
             metrics = ("nDCG@5", "nDCG@10", "R@100")
@@ -197,11 +208,11 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
 
     def _make_refresher(self) -> NegativeRefresher | None:
         args = self.training_args
-        if args.ance_refresh is None:
+        if self.index is None or args.ance_refresh is None:
             return None
         return NegativeRefresher(
             self.train_dataset,
-            open_ance_index(self.data_args, args),
+            self.index,
             args.ance_selection(),
             self._encoding(),
             every=args.ance_refresh,
@@ -216,34 +227,49 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
             data_args.query_max_len, data_args.passage_max_len, self.training_args.dev_batch_tokens
         )
 
-    def run(self) -> None:
-        """Train, from the beginning or from a checkpoint, and leave the model in the run folder."""
-        output_dir = Path(self.training_args.output_dir)
+    def run(self, on_plan: Callable[[Plan], None] | None = None) -> TrainResult:
+        """Train, from the beginning or from a checkpoint, and leave the model in the run folder.
+
+        Args:
+            on_plan: gets the plan when all has been checked, before the first step.
+        """
+        args, output_dir = self.training_args, Path(self.training_args.output_dir)
         check_batches(self.trainer.batch_sampler)
-        if self.training_args.negatives_cross_device:
-            check_gathering(self.train_dataset.in_batch_negatives, self.data_args, self.training_args.world_size)
-        config = resolved_config(self.model_args, self.data_args, self.training_args)
-        data = describe_data(self.data_args, self.training_args)
-        if self.training_args.resume_from_checkpoint is not None:
-            check_same_run(config, self.training_args.resume_from_checkpoint)
-            check_same_data(data, self.training_args.resume_from_checkpoint)
-            self.training_args.eval_on_start = False  # it was done when the run began
+        if args.negatives_cross_device:
+            check_gathering(self.train_dataset.in_batch_negatives, self.data_args, args.world_size)
+        config = resolved_config(self.model_args, self.data_args, args)
+        data = describe_data(self.data_args, args)
+        checkpoint = args.resume_from_checkpoint
+        if checkpoint is not None:
+            check_same_run(config, checkpoint)
+            check_same_data(data, checkpoint)
+            args.eval_on_start = False  # it was done when the run began
             if self.trainer.refresher is not None:
-                self.trainer.refresher.load(Path(self.training_args.resume_from_checkpoint) / NEGATIVES_FILE)
+                self.trainer.refresher.load(Path(checkpoint) / NEGATIVES_FILE)
         if self.trainer.is_world_process_zero():
             with atomic_open(output_dir / CONFIG_FILE) as file:
                 yaml.safe_dump(config, file, allow_unicode=True, sort_keys=False)
             write_json(output_dir / DATA_FILE, data)
-        checkpoint = self.training_args.resume_from_checkpoint
+            if on_plan is not None:
+                on_plan(self.plan)
         if checkpoint is not None and self.trainer.is_over(checkpoint):
             self.trainer.load_result(checkpoint)
         else:
             self.trainer.train(resume_from_checkpoint=checkpoint)
         self.trainer.save_model()
         self.trainer.save_state()
+        facts = self._card_facts()
         if self.trainer.is_world_process_zero():
-            write_model_card(self._card_facts())
-            print(f"saved to {output_dir}: the model, its card README.md, metrics.jsonl and {CONFIG_FILE}")
+            write_model_card(facts)
+        best = self.trainer.state.best_model_checkpoint
+        return TrainResult(
+            output_dir,
+            before=metrics_at(facts.evaluations, 0),
+            after=metrics_at(facts.evaluations, facts.saved_step) if facts.saved_step > 0 else None,
+            best_checkpoint=None if best is None else output_dir / Path(best).name,
+            metrics_file=output_dir / METRICS_FILE,
+            plan=self.plan,
+        )
 
     def _card_facts(self) -> CardFacts:
         state, encoder = self.trainer.state, self.model.model
@@ -265,12 +291,21 @@ class CLPLRunner(EncoderOnlyEmbedderM3Runner):
         )
 
 
-def open_ance_index(data_args: CLPLDataArguments, training_args: CLPLTrainingArguments) -> PassageIndex:
-    """The passages that refreshes mine from.
+def open_dev_collection(args: CLPLTrainingArguments) -> Collection | None:
+    """The collection of evaluation in training, or None."""
+    if args.dev_collection is None or args.dev_language is None:
+        return None
+    return Collection.load(args.dev_collection, args.dev_language, args.dev_split)
+
+
+def open_ance_index(data_args: CLPLDataArguments, training_args: CLPLTrainingArguments) -> PassageIndex | None:
+    """The passages that refreshes mine from; None without refreshes.
 
     Raises:
         UserError: the collection or the store of positive queries has a fault, or the run wants teacher scores too.
     """
+    if training_args.ance_refresh is None:
+        return None
     if data_args.knowledge_distillation:
         raise UserError(
             "knowledge_distillation needs scores of a teacher, mined negatives have none: unset ance_refresh"

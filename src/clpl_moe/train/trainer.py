@@ -18,7 +18,8 @@ from accelerate import skip_first_batches
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, TrainerState
+from transformers import PrinterCallback, TrainerState
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.data.flag_embedding import EncoderOnlyEmbedderM3Trainer
@@ -80,7 +81,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             drop_last=self.args.dataloader_drop_last,
         )
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
-        self.remove_callback(ProgressCallback)
+        self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # in a notebook another one than on a console
         self.remove_callback(PrinterCallback)
         self.add_callback(EpochCallback(self.batch_sampler))
         self.add_callback(MetricsFileCallback())

@@ -4,12 +4,12 @@ import torch
 from clpl_moe.common.cli import parse
 from clpl_moe.train.__main__ import main
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
-from clpl_moe.train.plan import make_plan
+from clpl_moe.train.dry_run import plan_run
 from helpers.tiny_training import arguments, make_collection, make_runner, write_triplets
 
 
 def plan(argv):
-    return make_plan(*parse([CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments], "", "", argv))
+    return plan_run(*parse([CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments], "", "", argv))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_tokens(tiny_encoder, tiny_tokenizer, data, tmp_path):
     for index in range(11):
         batch = runner.data_collator([runner.train_dataset[(0, index)]])
         tokens += len(batch["texts"].input_ids)
-    assert plan(argv).tokens_per_step == pytest.approx(tokens / 11 * 6, abs=1)
+    assert plan(argv).estimate.tokens_per_step == pytest.approx(tokens / 11 * 6, abs=1)
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tiny_encoder, data, tmp_path, capsys, monkeypatch):
@@ -112,17 +112,17 @@ def test_published_base_model_out_of_reach(data, tmp_path, monkeypatch):
     assert planned.parameters == dense + 24 * (expert + 2 * 1024)
     assert planned.trained_parameters == 24 * (2 * expert + 2 * 1024)
     # Weights in float32, and gradients and two moments of what is trained.
-    assert planned.state_bytes == 4 * planned.parameters + 12 * planned.trained_parameters
+    assert planned.estimate.state_bytes == 4 * planned.parameters + 12 * planned.trained_parameters
 
 
 def test_checkpointing_lowers_the_memory(tiny_encoder, data, tmp_path):
     argv = arguments(tiny_encoder, data, tmp_path / "run")
-    bytes_ = [plan([*argv, "--gradient_checkpointing", value]).activation_bytes for value in ("false", "true")]
+    bytes_ = [plan([*argv, "--gradient_checkpointing", value]).estimate.activation_bytes for value in ("false", "true")]
     assert bytes_[1] < bytes_[0]
 
 
 def test_gradient_caching_lowers_the_memory_of_a_large_batch_to_that_of_a_chunk(tiny_encoder, data, tmp_path):
     argv = [*arguments(tiny_encoder, data, tmp_path / "run"), "--grad_cache_tokens", "50"]
-    batches = [plan([*argv, "--per_device_train_batch_size", size]).activation_bytes for size in ("2", "200")]
+    batches = [plan([*argv, "--per_device_train_batch_size", size]).estimate.activation_bytes for size in ("2", "200")]
     assert batches[0] == batches[1]
-    assert plan(arguments(tiny_encoder, data, tmp_path / "run")).activation_bytes > 2 * batches[0]
+    assert plan(arguments(tiny_encoder, data, tmp_path / "run")).estimate.activation_bytes > 2 * batches[0]

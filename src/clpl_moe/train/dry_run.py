@@ -1,0 +1,185 @@
+"""The plan of a run without the run: config and data are checked, and no weights are loaded."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.data.dataset import CLPLTrainDataset
+from clpl_moe.data.sampler import EpochBatchSampler
+from clpl_moe.encoder.lengths import check_lengths
+from clpl_moe.encoder.load import is_2024_checkpoint, read_config, refuse_unloadable
+from clpl_moe.moe.config import MoEConfig
+from clpl_moe.moe.inject import has_experts, inject_moe
+from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
+from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
+from clpl_moe.train.checks import check_batches, check_optimizer
+from clpl_moe.train.plan import Estimate, Plan, describe
+from clpl_moe.train.runner import open_ance_index, open_dev_collection
+from clpl_moe.train.trainable import choose_trainable
+
+# The shape of the base model of the published recipe, so that its configs can be checked where the hub is out of reach
+# (config.json of BAAI/bge-m3).
+_BGE_M3 = {
+    "model_type": "xlm-roberta",
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "vocab_size": 250002,
+    "max_position_embeddings": 8194,
+    "type_vocab_size": 1,
+}
+_SAMPLE = 256  # examples whose lengths are looked at
+_CHARACTERS_PER_TOKEN = 2.5  # of the XLM-R tokenizer on Korean, Persian and Hindi text: 1.9 to 3.3
+
+
+def plan_run(
+    model_args: CLPLModelArguments, data_args: CLPLDataArguments, training_args: CLPLTrainingArguments
+) -> Plan:
+    """Read config and data as training would, and estimate what the run takes.
+
+    Raises:
+        UserError: training would stop at a fault, too.
+    """
+    check_optimizer(training_args)
+    dataset = CLPLTrainDataset(data_args, seed=training_args.seed)
+    encoder, shape_source, reached = _meta_encoder(model_args)
+    check_lengths(encoder, data_args.query_max_len, data_args.passage_max_len, model_args.model_name_or_path)
+    _choose_trainable(encoder, training_args)
+    plan = describe(
+        model_args,
+        data_args,
+        training_args,
+        encoder=encoder,
+        dataset=dataset,
+        dev=open_dev_collection(training_args),
+        index=open_ance_index(data_args, training_args),
+        batches=_batches(dataset, data_args, training_args),
+    )
+    tokenizer = _tokenizer(model_args) if reached else None
+    example_tokens, longest, with_penalty = _lengths(dataset, data_args, tokenizer)
+    batch = training_args.per_device_train_batch_size
+    of_a_step = min(batch * training_args.world_size * training_args.gradient_accumulation_steps, len(dataset))
+    held_tokens = batch * longest
+    if training_args.grad_cache_tokens is not None:
+        held_tokens = min(held_tokens, training_args.grad_cache_tokens)
+    plan.estimate = Estimate(
+        shape_source=shape_source,
+        with_penalty=with_penalty,
+        tokens_per_step=round(example_tokens * of_a_step),
+        tokens_exact=tokenizer is not None,
+        # Weights in float32, gradients and AdamW's two moments of what is trained.
+        state_bytes=4 * plan.parameters + 12 * plan.trained_parameters,
+        activation_bytes=_activations(encoder.config, held_tokens, training_args),
+    )
+    return plan
+
+
+def _choose_trainable(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> None:
+    try:
+        choose_trainable(
+            encoder,
+            args.trainable,
+            fix_position_embedding=args.fix_position_embedding,
+            fix_encoder=args.fix_encoder,
+            frozen_layers=args.frozen_layers,
+            heads=args.unified_finetuning,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _batches(
+    dataset: CLPLTrainDataset, data_args: CLPLDataArguments, training_args: CLPLTrainingArguments
+) -> EpochBatchSampler:
+    batches = EpochBatchSampler(
+        dataset.part_sizes,
+        training_args.per_device_train_batch_size,
+        training_args.seed,
+        num_processes=training_args.world_size,
+        separate_parts=data_args.same_dataset_within_batch,
+        drop_last=training_args.dataloader_drop_last,
+    )
+    check_batches(batches)
+    return batches
+
+
+def _meta_encoder(args: CLPLModelArguments) -> tuple[PreTrainedModel, str, bool]:
+    """The encoder with experts, shapes only; where its shape comes from; whether the model could be reached."""
+    hub = {"cache_dir": args.cache_dir, "token": args.token}
+    try:
+        values, source, reached = read_config(args.model_name_or_path, **hub), "shape from its config.json", True
+    except UserError:
+        if args.model_name_or_path != "BAAI/bge-m3":
+            raise
+        values, source, reached = _BGE_M3, "known shape, the hub was not reached", False
+    model_type = values.get("model_type")
+    classes = {c.config_class.model_type: c for pair in MOE_CLASSES.items() for c in pair}
+    with torch.device("meta"):
+        if model_type in classes:
+            known = {k: v for k, v in values.items() if k != "model_type" and not (k == "moe" and isinstance(v, str))}
+            encoder = classes[model_type](classes[model_type].config_class.from_dict(known), add_pooling_layer=False)
+        else:
+            with refuse_unloadable(args.model_name_or_path, "encoder", args.trust_remote_code):
+                config = AutoConfig.from_pretrained(
+                    args.model_name_or_path, trust_remote_code=args.trust_remote_code, **hub
+                )
+                encoder = AutoModel.from_config(config, trust_remote_code=args.trust_remote_code)
+        config = args.moe_config()
+        if is_2024_checkpoint(values):
+            config = MoEConfig(
+                values["num_experts"], values["num_experts_per_tok"], values.get("moe") or "intermediate"
+            )
+        if config is not None and not has_experts(encoder):
+            try:
+                inject_moe(encoder, config)
+            except ValueError as error:
+                raise UserError(f"{at(args.model_name_or_path)}: {error}") from None
+    return encoder, source, reached
+
+
+def _tokenizer(args: CLPLModelArguments) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(
+            args.model_name_or_path,
+            trust_remote_code=args.trust_remote_code,
+            token=args.token,
+            cache_dir=args.cache_dir,
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _lengths(
+    dataset: CLPLTrainDataset, data_args: CLPLDataArguments, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[float, int, float]:
+    """Mean tokens of an example, tokens of the longest one, share of negatives with queries."""
+
+    def count(texts: list[str], limit: int) -> int:
+        if tokenizer is not None:
+            return sum(map(len, tokenizer(texts, truncation=True, max_length=limit)["input_ids"])) if texts else 0
+        return sum(min(limit, round(len(text) / _CHARACTERS_PER_TOKEN) + 2) for text in texts)
+
+    totals, negatives, answered = [], 0, 0
+    for index in range(0, len(dataset), max(1, len(dataset) // _SAMPLE)):
+        example = dataset[(0, index)]
+        queries = [example.query, *(q for queries in example.negative_queries for q in queries)]
+        totals.append(count(queries, data_args.query_max_len) + count(example.passages, data_args.passage_max_len))
+        negatives += len(example.negative_queries)
+        answered += sum(bool(queries) for queries in example.negative_queries)
+    return sum(totals) / len(totals), max(totals), answered / max(1, negatives)
+
+
+def _activations(config, tokens: int, args: CLPLTrainingArguments) -> int:
+    """Bytes kept for the backward pass of ``tokens`` on one device, a rough figure.
+
+    Per token and layer about 16 hidden-sized and 3 FFN-sized values (attention without its score matrix); gradient
+    checkpointing keeps one hidden-sized value a layer and one whole layer.
+    """
+    width = 2 if args.bf16 or args.fp16_asked else 4
+    layer = (16 * config.hidden_size + 3 * config.intermediate_size) * width
+    layers = config.num_hidden_layers
+    per_token = layers * config.hidden_size * width + layer if args.gradient_checkpointing else layers * layer
+    return tokens * per_token
