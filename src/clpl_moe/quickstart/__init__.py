@@ -16,6 +16,7 @@ from clpl_moe.common.cli import read_config
 from clpl_moe.evaluate import Evaluation, evaluate
 from clpl_moe.quickstart.options import QuickstartArguments
 from clpl_moe.small_encoder import small_encoder
+from clpl_moe.train import train
 
 __all__ = ["Quickstart", "QuickstartArguments", "quickstart"]
 
@@ -73,8 +74,6 @@ def quickstart(arguments: QuickstartArguments) -> Quickstart:
 
 
 def _train(arguments: QuickstartArguments, resume: bool) -> None:
-    from clpl_moe.train import train
-
     options: dict[str, Any] = {"model_name_or_path": arguments.model, "output_dir": arguments.output_dir}
     if arguments.max_steps is not None:
         options |= dict.fromkeys(("max_steps", "eval_steps", "save_steps"), arguments.max_steps)
@@ -83,7 +82,7 @@ def _train(arguments: QuickstartArguments, resume: bool) -> None:
         options["resume_from_checkpoint"] = "true"
     else:
         _tell(f"2 of 3: training, to {arguments.output_dir}")
-    train(["--config", _CONFIG, *(word for name, value in options.items() for word in (f"--{name}", str(value)))])
+    train(config=_CONFIG, **options)
 
 
 def _tell(step: str) -> None:
