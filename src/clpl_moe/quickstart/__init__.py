@@ -1,7 +1,7 @@
 """The quickstart: a small encoder, trained on the Korean sample and evaluated before and after, on a CPU in minutes.
 
-It trains by the packaged config ``quickstart``. A step whose result exists is not repeated, so that a run that was stopped
-goes on where it stopped.
+It trains by the packaged config ``quickstart``. An encoder that exists is not written again, and a run that was stopped goes
+on where it stopped.
 """
 
 from __future__ import annotations
