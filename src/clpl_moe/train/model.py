@@ -16,7 +16,7 @@ from clpl_moe.loss import CLPLLoss
 from clpl_moe.moe.balance import pop_router_terms, put_router_records, take_router_records, track_routers
 from clpl_moe.moe.inject import has_experts
 from clpl_moe.train.grad_cache import cached_forward, chunks_by_tokens
-from clpl_moe.train.unified import UnifiedBatch, UnifiedModel, teacher_targets
+from clpl_moe.train.unified import UnifiedModel, teacher_targets
 
 Features = dict[str, Tensor] | list[dict[str, Tensor]]
 
@@ -128,7 +128,9 @@ class CLPLModel(UnifiedModel):
             terms["distillation"] = distillation.detach()
         if self.unified_finetuning:
             mask = self._get_queries_attention_mask(queries)
-            loss, unified_terms = self.unified_loss(loss, UnifiedBatch(query, passage, mask, targets, own_only))
+            loss, unified_terms = self.unified_loss(
+                loss, query, passage, query_mask=mask, targets=targets, own_only=own_only
+            )
             terms |= unified_terms
         router = pop_router_terms(self.model) if has_experts(self.model) else None
         if router is not None:

@@ -1,8 +1,7 @@
-"""FlagEmbedding's M3 model with those of its losses mended that fail or train too slowly."""
+"""FlagEmbedding's M3 model; those of its losses that fail or train too slowly are mended here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,25 +12,6 @@ from clpl_moe.data.flag_embedding import EncoderOnlyEmbedderM3Model
 from clpl_moe.encoder.packing import send
 from clpl_moe.encoder.settings import pool
 from clpl_moe.loss import gather_rows
-
-
-@dataclass
-class UnifiedBatch:
-    """What the unified loss needs of a batch.
-
-    Attributes:
-        query: dense (B, D), sparse and multi-vector embeddings of the queries.
-        passage: the same three of the passages, dense (B·G, D).
-        query_mask: (B, L), 1 where a query's token is no padding.
-        targets: (B, G) from teacher scores, or None.
-        own_only: whether each query has its own negatives only.
-    """
-
-    query: tuple[Tensor, ...]
-    passage: tuple[Tensor, ...]
-    query_mask: Tensor
-    targets: Tensor | None
-    own_only: bool
 
 
 class UnifiedModel(EncoderOnlyEmbedderM3Model):
@@ -47,13 +27,29 @@ class UnifiedModel(EncoderOnlyEmbedderM3Model):
             compute = self._compute_in_batch_neg_loss
         return compute(query, passages, teacher_targets=targets, compute_score_func=self.compute_dense_score)[1]
 
-    def unified_loss(self, dense_loss: Tensor, batch: UnifiedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """FlagEmbedding's joint loss of dense, sparse, multi-vector and summed scores; all but ``dense_loss`` see this
-        process's passages only."""
-        own_only, targets = batch.own_only, batch.targets
+    def unified_loss(
+        self,
+        dense_loss: Tensor,
+        query: tuple[Tensor, ...],
+        passage: tuple[Tensor, ...],
+        *,
+        query_mask: Tensor,
+        targets: Tensor | None,
+        own_only: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """FlagEmbedding's joint loss of dense, sparse, multi-vector and summed scores, and its terms.
+
+        Args:
+            dense_loss: the only part that sees other processes' passages.
+            query: dense (B, D), sparse and multi-vector embeddings of the queries.
+            passage: the same three of the passages, dense (B·G, D).
+            query_mask: (B, L), 1 where a query's token is no padding.
+            targets: (B, G) from teacher scores, or None.
+            own_only: whether each query has its own negatives only.
+        """
         compute = self._compute_no_in_batch_neg_loss if own_only else self._compute_in_batch_neg_loss
-        query_dense, query_sparse, query_colbert = batch.query
-        passage_dense, passage_sparse, passage_colbert = batch.passage
+        query_dense, query_sparse, query_colbert = query
+        passage_dense, passage_sparse, passage_colbert = passage
         sparse_scores, sparse_loss = compute(
             query_sparse, passage_sparse, teacher_targets=targets, compute_score_func=self.compute_sparse_score
         )
@@ -62,7 +58,7 @@ class UnifiedModel(EncoderOnlyEmbedderM3Model):
             passage_colbert,
             teacher_targets=targets,
             compute_score_func=self.compute_colbert_score,
-            q_mask=batch.query_mask,
+            q_mask=query_mask,
         )
         dense_scores = self.compute_dense_score(query_dense, passage_dense)  # (B, B·G)
         if own_only:
