@@ -10,6 +10,7 @@ from clpl_moe.encoder import packing
 from clpl_moe.encoder.add_norm import add_norm
 from clpl_moe.encoder.packing import PackedTexts, embed_packed
 from clpl_moe.moe import layer as layer_module
+from clpl_moe.moe.kernel_choice import is_exact_gelu
 from clpl_moe.moe.layer import RoutedTokens
 from helpers.kernel_devices import DEVICES
 from helpers.tiny import DENSE_CLASSES, make_encoder, make_moe
@@ -70,7 +71,12 @@ def use_kernels(monkeypatch, used):
         return used and type(output) in packing._OUTPUTS and not routed
 
     monkeypatch.setattr(packing, "_closes_in_one_pass", closes)
-    monkeypatch.setattr(layer_module, "routes_in_kernels", lambda tokens, *_: used and tokens.dtype == HALF)
+
+    def choose_kernel(tokens, weight, top_k, *, router, activation):
+        fuses = used and tokens.dtype == HALF and top_k == 1 and router.fused_as and is_exact_gelu(activation)
+        return "fused" if fuses else "sliced"
+
+    monkeypatch.setattr(layer_module, "choose_kernel", choose_kernel)
 
 
 ENCODERS = {

@@ -11,7 +11,7 @@ from torch import nn
 from clpl_moe import MoEConfig, inject_moe, merge_experts
 from clpl_moe.moe.balance import pop_router_terms, track_routers
 from clpl_moe.moe.inject import expert_parameters, ffn_parameters, stack_2024_experts
-from clpl_moe.moe.install import _DenseOutput, has_experts, layer_states
+from clpl_moe.moe.install import DenseOutput, has_experts, layer_states
 from clpl_moe.moe.layer import RoutedOutput
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from helpers.tiny import DENSE_CLASSES, make_batch, make_encoder, make_moe
@@ -306,7 +306,7 @@ def test_the_sorted_order_is_kept_through_the_output_linear():
     other = make_moe(num_experts=4)
     for layer in other.encoder.layer:
         layer.intermediate.hands_over = False
-        layer.output = _DenseOutput(layer.output)
+        layer.output = DenseOutput(layer.output)
     found = real(other, batch)
     torch.testing.assert_close(found, expected)
     found.pow(3).sum().backward()

@@ -134,7 +134,7 @@ def test_in_a_layer(router, device, monkeypatch):
     """With padding, and what the router leaves for the balance loss: as without the kernels, about."""
     direction, results = torch.randn(6, 20, 32, generator=torch.Generator().manual_seed(3)), []
     for used in (True, False):
-        monkeypatch.setattr(layer_module, "routes_in_kernels", lambda *_, used=used: used)
+        monkeypatch.setattr(layer_module, "choose_kernel", lambda *_, used=used, **__: "fused" if used else "sliced")
         encoder = make_moe(num_experts=3, router=router).to(device=device, dtype=torch.bfloat16).train()
         track_routers(encoder)
         ids = torch.randint(4, 50, (6, 20), generator=torch.Generator().manual_seed(2)).to(device)

@@ -4,15 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from clpl_moe.moe.layer import (
-    Experts,
-    LayerState,
-    MoEFFNIntermediate,
-    MoEFFNOutput,
-    MoEIntermediate,
-    MoEOutput,
-    Router,
-)
+from clpl_moe.moe.experts import Experts
+from clpl_moe.moe.layer import MoEFFNIntermediate, MoEFFNOutput, MoEIntermediate, MoEOutput
+from clpl_moe.moe.layer_state import LayerState
+from clpl_moe.moe.router import router_class
 
 HIDDEN, FFN = 6, 10
 ROUTERS = ["straight_through", "softmax_topk", "topk_softmax"]
@@ -20,7 +15,7 @@ SIZES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 3)]
 
 
 def make_router(kind, num_experts, top_k, features=HIDDEN):
-    router = Router(features, num_experts, top_k, kind).double()
+    router = router_class(kind)(features, num_experts, top_k).double()
     nn.init.normal_(router.weight)
     return router
 
@@ -37,26 +32,26 @@ def set_mask(state, mask):
     state.set_tokens(None if mask is None else mask.flatten().nonzero().squeeze(1))
 
 
-def assignments(x, router):
+def assignments(x, router, kind):
     """The experts of one token and their weights, from the routers' definition."""
     logits = router.weight @ x
     chosen = sorted(range(len(logits)), key=lambda e: -logits[e].item())[: router.top_k]
     p = torch.exp(logits) / torch.exp(logits).sum()
-    if router.kind == "straight_through":  # the value of p over its sum, the gradient of p over a constant
+    if kind == "straight_through":  # the value of p over its sum, the gradient of p over a constant
         constant = sum(p[e].item() for e in chosen)
         return [(e, p[e] / constant) for e in chosen]
-    if router.kind == "softmax_topk":
+    if kind == "softmax_topk":
         return [(e, p[e] * len(logits) / router.top_k) for e in chosen]
     return [(e, torch.exp(logits[e]) / sum(torch.exp(logits[c]) for c in chosen)) for e in chosen]
 
 
-def loop(hidden, mask, router, compute):
+def loop(hidden, mask, router, kind, compute):
     """``compute(expert, token)`` weighted and summed, one real token at a time; zeros at padding."""
     rows = []
     for b in range(hidden.shape[0]):
         for i in range(hidden.shape[1]):
             if mask is None or mask[b, i]:
-                parts = [w * compute(e, hidden[b, i]) for e, w in assignments(hidden[b, i], router)]
+                parts = [w * compute(e, hidden[b, i]) for e, w in assignments(hidden[b, i], router, kind)]
                 rows.append(sum(parts))
             else:
                 rows.append(torch.zeros(len(compute(0, hidden[b, i])), dtype=hidden.dtype))
@@ -72,7 +67,7 @@ def make_layer(target, kind, num_experts, top_k):
         module = MoEIntermediate(make_router(kind, num_experts, top_k), first, activation, state)
 
         def by_loop(hidden, residual, mask):
-            mixed = loop(hidden, mask, module.router, lambda e, x: first.weight[e] @ x + first.bias[e])
+            mixed = loop(hidden, mask, module.router, kind, lambda e, x: first.weight[e] @ x + first.bias[e])
             return activation(mixed)
 
         return (lambda hidden, residual: module(hidden)), by_loop, [module], state
@@ -80,7 +75,7 @@ def make_layer(target, kind, num_experts, top_k):
         module = MoEOutput(make_router(kind, num_experts, top_k), first, nn.Identity(), nn.Identity(), state)
 
         def by_loop(hidden, residual, mask):
-            mixed = loop(hidden, mask, module.router, lambda e, x: first.weight[e] @ x + first.bias[e])
+            mixed = loop(hidden, mask, module.router, kind, lambda e, x: first.weight[e] @ x + first.bias[e])
             return mixed + residual.repeat(1, 1, 2)[..., :FFN]
 
         return (lambda h, r: module(h, r.repeat(1, 1, 2)[..., :FFN])), by_loop, [module], state
@@ -91,7 +86,7 @@ def make_layer(target, kind, num_experts, top_k):
         def expert(e, x):
             return second.weight[e] @ activation(first.weight[e] @ x + first.bias[e]) + second.bias[e]
 
-        return norm(loop(hidden, mask, one.router, expert) + residual)
+        return norm(loop(hidden, mask, one.router, kind, expert) + residual)
 
     return (lambda hidden, residual: two(one(hidden), residual)), by_loop, [one, two], state
 
@@ -152,58 +147,3 @@ def test_padding_only(target):
     torch.testing.assert_close(found, by_loop(hidden, hidden, mask))
     found.sum().backward()
     assert not modules[0].dense.weight.grad.any()
-
-
-@pytest.mark.parametrize("kind", ROUTERS)
-@pytest.mark.parametrize(("num_experts", "top_k"), SIZES)
-def test_weights_sum_to_one(kind, num_experts, top_k):
-    """softmax_topk only while the router is undecided, as it is at the start."""
-    router = make_router(kind, num_experts, top_k)
-    if kind == "softmax_topk":
-        router.reset_parameters(0.02)
-        assert router.weight.std() < 1e-7
-    weights = router(torch.randn(7, HIDDEN, dtype=torch.float64), LayerState()).weights
-    torch.testing.assert_close(weights.sum(1), torch.ones(7, dtype=torch.float64), rtol=0, atol=1e-6)
-    if kind == "straight_through" and top_k == 1:
-        assert (weights == 1).all()
-
-
-def test_scores_are_computed_in_float32_under_autocast():
-    router = make_router("straight_through", 4, 2).float()
-    x = torch.randn(64, HIDDEN)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = router(x, LayerState())
-    outside = router(x, LayerState())
-    assert inside.weights.dtype == torch.float32
-    assert torch.equal(inside.weights, outside.weights)
-    assert torch.equal(inside.rows, outside.rows)
-
-
-def test_slots_are_sorted_by_expert_and_found_again():
-    router = make_router("straight_through", 4, 2)
-    x = torch.randn(9, HIDDEN, dtype=torch.float64)
-    assignment = router(x, LayerState())
-    experts = (x @ router.weight.T).topk(2).indices  # (T, k)
-    assert assignment.sizes == [int((experts == e).sum()) for e in range(4)]
-    assert torch.equal(assignment.rows[assignment.inverse].view(9, 2), torch.arange(9).unsqueeze(1).expand(9, 2))
-    slot_experts = torch.arange(4).repeat_interleave(torch.tensor(assignment.sizes))
-    assert torch.equal(slot_experts[assignment.inverse].view(9, 2), experts)
-
-
-def test_experts_from_a_linear_and_back():
-    linear = nn.Linear(4, 5, dtype=torch.bfloat16)
-    experts = Experts.from_linear(linear, 3)
-    assert experts.weight.shape == (3, 5, 4)
-    assert experts.weight.dtype == torch.bfloat16
-    with torch.no_grad():
-        experts.weight[1] += 3
-        experts.bias[2] -= 3
-    merged = experts.merged()
-    assert merged.weight.dtype == torch.bfloat16
-    torch.testing.assert_close(merged.weight, linear.weight + 1, rtol=0, atol=0.02)
-    torch.testing.assert_close(merged.bias, linear.bias - 1, rtol=0, atol=0.02)
-
-
-def test_descriptions_name_the_sizes():
-    assert repr(make_experts(2, 3, 4)) == "Experts(num_experts=2, in_features=3, out_features=4)"
-    assert "num_experts=2, top_k=1, kind='topk_softmax'" in repr(make_router("topk_softmax", 2, 1))

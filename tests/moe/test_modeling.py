@@ -63,10 +63,15 @@ def test_code_travels_with_the_weights(tmp_path):
     make_moe().save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.glob("*.py")} == {
         "modeling_clpl_moe.py",
-        "install.py",
-        "layer.py",
-        "dispatch.py",
         "config.py",
+        "dispatch.py",
+        "experts.py",
+        "install.py",
+        "kernel_choice.py",
+        "layer.py",
+        "layer_state.py",
+        "padding_hooks.py",
+        "router.py",
     }
 
 
@@ -81,6 +86,7 @@ def test_the_code_that_travels_needs_only_torch_and_transformers(tmp_path):
                     "collections",
                     "copy",
                     "dataclasses",
+                    "difflib",
                     "inspect",
                     "math",
                     "threading",

@@ -17,7 +17,7 @@ sys.modules["triton"] = None
 import torch
 from clpl_moe import MoEConfig, inject_moe
 from clpl_moe.encoder.packing import PackedTexts, add_norm, embed_packed
-from clpl_moe.moe.dispatch import routed_gelu
+from clpl_moe.moe.kernel_choice import routed_gelu
 from helpers.tiny import make_encoder
 assert add_norm is None and routed_gelu is None
 encoder = inject_moe(make_encoder(), MoEConfig(2, 1))

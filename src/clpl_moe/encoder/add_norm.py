@@ -1,10 +1,10 @@
 """The end of an encoder's attention and feed-forward blocks on a CUDA device: sum with the residual and layer norm in one pass.
 
-Under autocast to bfloat16 the sum is taken and normalised in float32, and the next Linear layers want it in bfloat16: in single
-operations that reads and writes the tokens four times over, and more often in the backward pass. Here each value is read once
-and written in both precisions at once. Results that the experts left in their own order are read from where they are.
+Under autocast to bfloat16 the sum is taken and normalised in float32, and the next Linear layers take it in bfloat16. Single
+operations read and write the tokens four times for this, and more often in the backward pass. Here each value is read once
+and written in both precisions at once. Results that the experts left in their own order are read from their places.
 
-Sums that several blocks contribute to are written by block and summed afterwards, so that results repeat exactly. Triton
+Sums over several blocks are written by block and added afterwards, so that results repeat exactly. Triton
 comes with torch's CUDA builds; its interpreter runs all this on a CPU.
 """
 
@@ -186,7 +186,7 @@ class _AddNorm(torch.autograd.Function):
             HAS_PARTS=need_parts,
         )
         grad_weight = grad_bias = None
-        if need_parts:
+        if parts is not None:
             grad_weight, grad_bias = parts.sum(0)
             grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype)
         return grad_x, grad_residual, grad_weight, grad_bias, None, None

@@ -19,9 +19,10 @@ within the modules work as ever. Other encoders, and layers that something wraps
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any, TypeGuard, get_args
 
 import numpy as np
 import torch
@@ -53,50 +54,55 @@ from transformers.models.xlm_roberta.modeling_xlm_roberta import (
 from clpl_moe.encoder.settings import check_pooling, pool
 from clpl_moe.moe.dispatch import cast, linear_dtype
 from clpl_moe.moe.install import has_experts, layer_states
+from clpl_moe.moe.kernel_choice import triton_compiles
 from clpl_moe.moe.layer import RoutedOutput, RoutedTokens
 
+varlen_attn: Callable[..., Any] | None = None
+add_norm: Callable[..., tuple[Tensor, ...]] | None = None
 try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.11
-    varlen_attn = None
-try:
-    from clpl_moe.encoder.add_norm import add_norm
-    from clpl_moe.moe.triton_support import can_compile
-except ImportError:  # no Triton, as in torch's CPU builds
-    add_norm = None
+    import torch.nn.attention.varlen as varlen
 
-_ENCODERS = (XLMRobertaModel, RobertaModel, BertModel)
-_EMBEDDINGS = (XLMRobertaEmbeddings, RobertaEmbeddings, BertEmbeddings)
-_LAYERS = (XLMRobertaLayer, RobertaLayer, BertLayer)
-_ATTENTIONS = (XLMRobertaSelfAttention, RobertaSelfAttention, BertSelfAttention)
-_OUTPUTS = (
-    XLMRobertaSelfOutput,
-    XLMRobertaOutput,
-    RobertaSelfOutput,
-    RobertaOutput,
-    BertSelfOutput,
-    BertOutput,
-    RoutedOutput,
+    varlen_attn = varlen.varlen_attn
+except ImportError:  # before torch 2.11
+    pass
+try:
+    import clpl_moe.encoder.add_norm as kernel
+
+    add_norm = kernel.add_norm
+except ImportError:  # no Triton, as in torch's CPU builds
+    pass
+
+StockEncoder = XLMRobertaModel | RobertaModel | BertModel
+StockEmbeddings = XLMRobertaEmbeddings | RobertaEmbeddings | BertEmbeddings
+StockLayer = XLMRobertaLayer | RobertaLayer | BertLayer
+StockAttention = XLMRobertaSelfAttention | RobertaSelfAttention | BertSelfAttention
+StockOutput = (
+    XLMRobertaSelfOutput
+    | XLMRobertaOutput
+    | RobertaSelfOutput
+    | RobertaOutput
+    | BertSelfOutput
+    | BertOutput
+    | RoutedOutput
+)
+_ENCODERS, _EMBEDDINGS, _LAYERS, _ATTENTIONS, _OUTPUTS = map(
+    get_args, (StockEncoder, StockEmbeddings, StockLayer, StockAttention, StockOutput)
 )
 
 
-@dataclass(eq=False)
 class PackedTexts:
     """n texts as one stream of T tokens.
 
     Attributes:
         input_ids: (T,) int64, on any device.
-        lengths: (n,) int64, each at least 1; always on the CPU, so that nobody waits for a device to learn them.
+        lengths: (n,) int64, each at least 1; always on the CPU, so that reading them waits for no device.
         offsets: (n + 1,) int64 beside ``input_ids``: where each text begins, and T. Follows from ``lengths``.
     """
 
-    input_ids: Tensor
-    lengths: Tensor
-    offsets: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.offsets is None:
-            self.offsets = send(F.pad(self.lengths.cumsum(0), (1, 0)), self.input_ids.device)
+    def __init__(self, input_ids: Tensor, lengths: Tensor, offsets: Tensor | None = None) -> None:
+        self.input_ids = input_ids
+        self.lengths = lengths
+        self.offsets = send(F.pad(lengths.cumsum(0), (1, 0)), input_ids.device) if offsets is None else offsets
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[int] | np.ndarray]) -> PackedTexts:
@@ -108,8 +114,8 @@ class PackedTexts:
         lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
         if empty := (lengths == 0).nonzero().flatten().tolist():
             raise ValueError(f"text {empty[0]} has no tokens: a packed text has one at least")
-        ids = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences]) if len(sequences) else []
-        return cls(torch.as_tensor(ids, dtype=torch.int64), lengths)
+        parts = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+        return cls(torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts])), lengths)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -134,21 +140,27 @@ class PackedTexts:
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """``tensor`` on ``device``, which nobody waits for: copies from memory that is not page-locked begin only when a GPU
-    has done all before them."""
+    """``tensor`` on ``device``, copied without waiting: a copy from memory that is not page-locked begins only when a GPU
+    has done everything before it."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
-def can_pack(encoder: nn.Module) -> bool:
+def can_pack(encoder: nn.Module) -> TypeGuard[StockEncoder]:
     """Whether :func:`embed_packed` runs ``encoder`` without padding: XLM-R, RoBERTa or BERT, also with experts."""
     # Exact classes: a subclass may compute something else. With experts, it is the stock classes' forward.
-    if getattr(type(encoder), "forward", None) not in [stock.forward for stock in _ENCODERS]:
+    if not isinstance(encoder, _ENCODERS) or type(encoder).forward not in [stock.forward for stock in _ENCODERS]:
         return False
     if encoder.config.is_decoder or type(encoder.embeddings) not in _EMBEDDINGS:
         return False
-    return all(type(layer) in _LAYERS and type(layer.attention.self) in _ATTENTIONS for layer in encoder.encoder.layer)
+    layers = _layers(encoder)
+    are_stock = all(type(layer) in _LAYERS and type(layer.attention.self) in _ATTENTIONS for layer in layers)
+    return are_stock and len(layers) == len(encoder.encoder.layer)
+
+
+def _layers(encoder: StockEncoder) -> list[StockLayer]:
+    return [layer for layer in encoder.encoder.layer if isinstance(layer, StockLayer)]
 
 
 def embed_packed(encoder: PreTrainedModel, packed: PackedTexts, *, pooling: str, normalize: bool = False) -> Tensor:
@@ -173,8 +185,10 @@ def embed_packed(encoder: PreTrainedModel, packed: PackedTexts, *, pooling: str,
     check_pooling(pooling)
     if len(packed) == 0:
         return torch.zeros(0, encoder.config.hidden_size, device=packed.input_ids.device)
-    embed = _embed_stream if can_pack(encoder) else _embed_padded
-    embeddings = embed(encoder, packed, pooling)
+    if can_pack(encoder):
+        embeddings = _embed_stream(encoder, packed, pooling)
+    else:
+        embeddings = _embed_padded(encoder, packed, pooling)
     embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     return F.normalize(embeddings, dim=-1) if normalize else embeddings
 
@@ -191,7 +205,7 @@ def _embed_padded(encoder: PreTrainedModel, packed: PackedTexts, pooling: str) -
 
 @dataclass
 class _Stream:
-    """What attention has to know of the texts.
+    """The texts as attention sees them.
 
     Attributes:
         flash: whether variable-length flash attention does all texts at once.
@@ -206,7 +220,7 @@ class _Stream:
     runs: list[tuple[int, int]]
 
 
-def _embed_stream(encoder: PreTrainedModel, packed: PackedTexts, pooling: str) -> Tensor:
+def _embed_stream(encoder: StockEncoder, packed: PackedTexts, pooling: str) -> Tensor:
     flash = _flash_fits(encoder, packed.input_ids.device)
     lengths = packed.lengths.tolist()
     runs = [(length, len(list(same))) for length, same in groupby(lengths)]
@@ -217,7 +231,7 @@ def _embed_stream(encoder: PreTrainedModel, packed: PackedTexts, pooling: str) -
         runs = [(length, len(list(same))) for length, same in groupby(sorted(lengths))]
     stream = _Stream(flash, packed.offsets.int(), max(lengths), runs)
     rows = {"cls": packed.offsets[:-1], "last_token": packed.offsets[1:] - 1, "mean": None}[pooling]  # (n,)
-    layers = encoder.encoder.layer
+    layers = _layers(encoder)
     parts = [encoder.embeddings, *layers]
     trained = [any(parameter.requires_grad for parameter in part.parameters()) for part in parts]
     graph = torch.is_grad_enabled()
@@ -237,7 +251,7 @@ def _embed_stream(encoder: PreTrainedModel, packed: PackedTexts, pooling: str) -
     return embeddings if order is None else embeddings[send(order.argsort(), embeddings.device)]
 
 
-def _positions(encoder: PreTrainedModel, packed: PackedTexts) -> Tensor:
+def _positions(encoder: StockEncoder, packed: PackedTexts) -> Tensor:
     """(T,) int64, the position of each token as the encoder's own embeddings count it."""
     ids, starts = packed.input_ids, packed.offsets[:-1]
     # The first token of each token's text; with the size given, the device is not waited for.
@@ -253,7 +267,7 @@ def _positions(encoder: PreTrainedModel, packed: PackedTexts) -> Tensor:
 
 
 def _run_layer(
-    layer: nn.Module, hidden: tuple[Tensor, ...], stream: _Stream, rows: Tensor | None
+    layer: StockLayer, hidden: tuple[Tensor, ...], stream: _Stream, rows: Tensor | None
 ) -> tuple[Tensor, ...]:
     """One transformer layer, (1, T, D) to (1, T, D), or to (1, n, D) for ``rows`` (n,), one token of each text.
 
@@ -266,16 +280,19 @@ def _run_layer(
 
     if not (layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()):
         return run(*hidden)
-    checkpoint = layer._gradient_checkpointing_func
+    checkpoint = getattr(
+        layer, "_gradient_checkpointing_func", None
+    )  # transformers sets it with gradient_checkpointing
+    assert checkpoint is not None
     if not hidden[0].requires_grad and getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
         hidden = hidden[0].detach().requires_grad_(), *hidden[1:]  # the reentrant kind has no gradients otherwise
     return checkpoint(run, *hidden)
 
 
-def _layer(layer: nn.Module, hidden: tuple[Tensor, ...], stream: _Stream, rows: Tensor | None) -> tuple[Tensor, ...]:
+def _layer(layer: StockLayer, hidden: tuple[Tensor, ...], stream: _Stream, rows: Tensor | None) -> tuple[Tensor, ...]:
     for module in (layer.intermediate, layer.output):
-        if hasattr(module, "state"):  # experts: every token that they are shown is real
-            module.state.set_tokens(None)
+        if (state := getattr(module, "state", None)) is not None:  # experts: every token that they are shown is real
+            state.set_tokens(None)
     attention = layer.attention.self
     shape = (-1, attention.num_attention_heads, attention.attention_head_size)
     kept = hidden if rows is None else tuple(states[:, rows] for states in hidden)
@@ -295,25 +312,25 @@ def _with_cast(hidden: Tensor) -> tuple[Tensor, ...]:
 
 def _close(output: nn.Module, hidden: Tensor | RoutedTokens, residual: Tensor) -> tuple[Tensor, ...]:
     """A block's output module: Linear, dropout, sum with the residual (1, T, D), and layer norm."""
-    if not _closes_in_one_pass(output, hidden, residual):
+    if add_norm is None or not _closes_in_one_pass(output, hidden, residual):
         return _with_cast(output(hidden, residual))
-    slots = None
     if isinstance(hidden, RoutedTokens):
-        hidden, slots = hidden.values.unsqueeze(0), hidden.assignment.inverse
-    hidden = output.dropout(output.dense(hidden))
-    norm = output.LayerNorm
-    states = add_norm(hidden.squeeze(0), residual.squeeze(0), norm.weight, norm.bias, norm.eps, slots)
+        values, slots = hidden.values.unsqueeze(0), hidden.assignment.inverse
+    else:
+        values, slots = hidden, None
+    values, norm = output.dropout(output.dense(values)), output.LayerNorm
+    states = add_norm(values.squeeze(0), residual.squeeze(0), norm.weight, norm.bias, norm.eps, slots)
     return tuple(part.unsqueeze(0) for part in states)
 
 
-def _closes_in_one_pass(output: nn.Module, hidden: Tensor | RoutedTokens, residual: Tensor) -> bool:
+def _closes_in_one_pass(output: nn.Module, hidden: Tensor | RoutedTokens, residual: Tensor) -> TypeGuard[StockOutput]:
     """Whether :func:`~clpl_moe.encoder.add_norm.add_norm` does: in half precision on a GPU, for modules that it knows."""
-    if add_norm is None or linear_dtype(residual) not in (torch.float16, torch.bfloat16):
+    if linear_dtype(residual) not in (torch.float16, torch.bfloat16):
         return False
     if isinstance(hidden, RoutedTokens) and (hidden.assignment.mixed or hidden.assignment.top_k > 1):
         return False
     known = type(output) in _OUTPUTS and type(output.LayerNorm) is nn.LayerNorm
-    return known and not torch.compiler.is_compiling() and can_compile(residual.device)
+    return known and not torch.compiler.is_compiling() and triton_compiles(residual.device)
 
 
 def _grouped_attention(query: Tensor, key: Tensor, value: Tensor, stream: _Stream, dropout: float) -> Tensor:
@@ -343,11 +360,11 @@ def _flash_attention(query: Tensor, key: Tensor, value: Tensor, stream: _Stream,
     return torch.ops.aten._flash_attention_forward(query, key, value, *arguments)[0]
 
 
-def _flash_fits(encoder: PreTrainedModel, device: torch.device) -> bool:
+def _flash_fits(encoder: StockEncoder, device: torch.device) -> bool:
     """Whether torch's variable-length flash attention takes this encoder's queries, keys and values."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    attention = encoder.encoder.layer[0].attention.self
+    attention = _layers(encoder)[0].attention.self
     dtype = linear_dtype(attention.query.weight)
     width = attention.attention_head_size
     fits = dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256
@@ -355,7 +372,7 @@ def _flash_fits(encoder: PreTrainedModel, device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def _running(encoder: PreTrainedModel) -> Iterator[None]:
+def _running(encoder: StockEncoder) -> Iterator[None]:
     """Tells experts that this is the pass itself, and not what checkpointing repeats of it."""
     states = [state for _, state, _ in layer_states(encoder)] if has_experts(encoder) else []
     for state in states:

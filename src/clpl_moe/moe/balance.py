@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .install import layer_states
-from .layer import Router, RouterRecord
+from .layer_state import RouterRecord
+from .router import Router
 
 
 @dataclass

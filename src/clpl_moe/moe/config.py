@@ -1,4 +1,4 @@
-"""What the experts are: how many, where, and how tokens reach them."""
+"""The settings of experts: how many, where, and how tokens reach them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 TARGETS = ("intermediate", "output", "ffn")
-ROUTERS = ("straight_through", "softmax_topk", "topk_softmax")
 
 
 @dataclass
@@ -35,8 +34,8 @@ class MoEConfig:
         default="straight_through",
         metadata={
             "help": "how experts are weighted: straight_through learns at every top_k; softmax_topk is Switch's rule,"
-            " scaled; topk_softmax is that of the 2024 checkpoints, whose router does not learn at top_k 1",
-            "choices": list(ROUTERS),
+            " scaled; topk_softmax is the rule of the 2024 checkpoints, whose router does not learn at top_k 1; or the name"
+            " of a router of your own (clpl_moe.moe.register_router)",
         },
     )
     router_init_std: float = field(default=0.02, metadata={"help": "standard deviation of the router's first weights"})
@@ -50,8 +49,7 @@ class MoEConfig:
             raise ValueError(f"top_k is {self.top_k} but there are {self.num_experts} experts: lower it or add experts")
         if self.target not in TARGETS:
             raise ValueError(f"target is {self.target!r}: choose one of {', '.join(TARGETS)}")
-        if self.router not in ROUTERS:
-            raise ValueError(f"router is {self.router!r}: choose one of {', '.join(ROUTERS)}")
+        _check_router(self.router)
         std = self.router_init_std
         if not isinstance(std, (int, float)) or not (math.isfinite(std) and std >= 0):
             raise ValueError(f"router_init_std is {std!r}: choose a number of at least 0")
@@ -70,10 +68,12 @@ class MoEConfig:
             if step.isdigit() and int(step) > 0:
                 # From the last layer down: sparse upcycling (arXiv:2212.05055) converts the last layers first.
                 return sorted(range(num_layers - 1, -1, -int(step)))
-        chosen = self.layers
-        if isinstance(chosen, str):
-            parts = [part.strip() for part in chosen.split(",")]
+        chosen: list[int] | None
+        if isinstance(self.layers, str):
+            parts = [part.strip() for part in self.layers.split(",")]
             chosen = [int(part) for part in parts] if all(part.isdigit() for part in parts) else None
+        else:
+            chosen = self.layers
         if (
             not isinstance(chosen, (list, tuple))
             or not chosen
@@ -88,3 +88,10 @@ class MoEConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as they stand in a model folder's ``config.json``."""
         return asdict(self)
+
+
+def _check_router(name: str) -> None:
+    # The routers need torch, which settings do without until some are made.
+    from .router import router_class
+
+    router_class(name)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .config import MoEConfig
+from .experts import Experts
 from .install import has_experts, install_experts, remove_experts
-from .layer import Experts, Router
 from .modeling_clpl_moe import become_dense, become_moe, register_classes
+from .router import Router
 
 # Whoever injects or loads experts with this package may load the saved folder with AutoModel afterwards.
 register_classes()

@@ -1,26 +1,62 @@
-"""Install experts in an encoder's layers, with the hooks that tell them which tokens are padding, and take them out."""
+"""Put experts into an encoder's layers, and take them out."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
 from .config import MoEConfig
-from .layer import (
-    Experts,
-    LayerState,
-    MoEFFNIntermediate,
-    MoEFFNOutput,
-    MoEIntermediate,
-    MoEOutput,
-    RoutedOutput,
-    Router,
-)
+from .experts import Experts
+from .layer import MoEFFNIntermediate, MoEFFNOutput, MoEIntermediate, MoEOutput, RoutedOutput
+from .layer_state import LayerState
+from .padding_hooks import add_padding_hooks, remove_padding_hooks
+from .router import Router, router_class
 
-# The name under which an encoder passes the real tokens down to its layers.
-_TOKENS = "moe_tokens"
+
+class DenseIntermediate(nn.Module):
+    """The first half of a dense feed-forward part: Linear and activation."""
+
+    dense: nn.Linear
+    intermediate_act_fn: nn.Module
+
+    def __init__(self, moe: MoEIntermediate) -> None:
+        """With the mean of the experts' weights."""
+        super().__init__()
+        self.dense = moe.dense.merged()
+        self.intermediate_act_fn = moe.intermediate_act_fn
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, L, hidden) to (B, L, ffn)."""
+        return self.intermediate_act_fn(self.dense(hidden))
+
+
+class DenseOutput(nn.Module):
+    """The second half of a dense feed-forward part: Linear, dropout, sum with the residual and layer norm."""
+
+    dense: nn.Linear
+    dropout: nn.Module
+    LayerNorm: nn.LayerNorm
+
+    def __init__(self, moe: MoEOutput | MoEFFNOutput | RoutedOutput) -> None:
+        """With the mean of the experts' weights, where ``moe`` has experts."""
+        super().__init__()
+        self.dense = moe.dense.merged() if isinstance(moe.dense, Experts) else moe.dense
+        self.dropout = moe.dropout
+        self.LayerNorm = moe.LayerNorm
+
+    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """(B, L, ffn) and the residual (B, L, hidden) to (B, L, hidden)."""
+        return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
+
+
+class TransformerLayer(nn.Module):
+    """The parts by which a layer of XLM-R, BERT or RoBERTa is known, for type checkers; no such object is made."""
+
+    attention: nn.Module
+    intermediate: DenseIntermediate
+    output: DenseOutput
 
 
 def install_experts(encoder: nn.Module, config: MoEConfig) -> None:
@@ -32,15 +68,11 @@ def install_experts(encoder: nn.Module, config: MoEConfig) -> None:
     if has_experts(encoder):
         raise ValueError("the encoder has experts already: merge_experts(model) makes it dense again")
     layers = find_layers(encoder)
-    chosen = config.resolve_layers(len(layers))
-    for index in chosen:
-        _check_layer(layers[index], config.target)
+    chosen = [layers[index] for index in config.resolve_layers(len(layers))]
+    for layer in chosen:
+        _check_layer(layer, config.target)
     _check_forward(encoder)
-    for index in chosen:
-        _install_in_layer(layers[index], config)
-    states = [state for _, state, _ in layer_states(encoder)]
-    encoder.register_forward_pre_hook(_PassTokens(states), with_kwargs=True)
-    encoder.register_forward_hook(_EndCall(states), always_call=True)
+    add_padding_hooks(encoder, {layer.attention: _install_in_layer(layer, config) for layer in chosen})
 
 
 def remove_experts(encoder: nn.Module) -> None:
@@ -52,12 +84,14 @@ def remove_experts(encoder: nn.Module) -> None:
     if not has_experts(encoder):
         raise ValueError("the encoder has no experts to merge")
     for layer in find_layers(encoder):
-        if isinstance(layer.intermediate, MoEIntermediate):
-            layer.intermediate = _Dense(layer.intermediate)
-        if isinstance(layer.output, (MoEOutput, MoEFFNOutput, RoutedOutput)):
-            layer.output = _DenseOutput(layer.output)
-        _remove_hooks(layer.attention)
-    _remove_hooks(encoder)
+        intermediate: nn.Module = layer.intermediate
+        output: nn.Module = layer.output
+        if isinstance(intermediate, MoEIntermediate):
+            layer.intermediate = DenseIntermediate(intermediate)
+        if isinstance(output, (MoEOutput, MoEFFNOutput, RoutedOutput)):
+            layer.output = DenseOutput(output)
+        remove_padding_hooks(layer.attention)
+    remove_padding_hooks(encoder)
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -68,32 +102,31 @@ def has_experts(model: nn.Module) -> bool:
 def layer_states(encoder: nn.Module) -> list[tuple[int, LayerState, Router]]:
     """Number, shared state and router of each layer with experts, in order."""
     return [
-        (index, module.state, module.router)
+        (index, getattr(half, "state"), getattr(half, "router"))  # noqa: B009 - only halves with experts have them
         for index, layer in enumerate(find_layers(encoder))
-        for module in (layer.intermediate, layer.output)
-        if hasattr(module, "router")
+        for half in (layer.intermediate, layer.output)
+        if hasattr(half, "router")
     ]
 
 
-def find_layers(encoder: nn.Module) -> list[nn.Module]:
+def find_layers(encoder: nn.Module) -> list[TransformerLayer]:
     """The transformer layers of an encoder, in order.
 
     Raises:
         ValueError: no module has ``attention``, ``intermediate.dense`` and ``output.dense``.
     """
-    layers = [
-        module
-        for module in encoder.modules()
-        if all(hasattr(module, name) for name in ("attention", "intermediate", "output"))
-        and hasattr(module.intermediate, "dense")
-        and hasattr(module.output, "dense")
-    ]
+    layers = [module for module in encoder.modules() if _is_layer(module)]
     if not layers:
         raise ValueError(
             f"{type(encoder).__name__} has no layers with attention, intermediate.dense and output.dense, as XLM-R, BERT"
             " and RoBERTa have: it can have neither experts nor frozen_layers"
         )
     return layers
+
+
+def _is_layer(module: nn.Module) -> TypeGuard[TransformerLayer]:
+    has_parts = all(hasattr(module, name) for name in ("attention", "intermediate", "output"))
+    return has_parts and hasattr(module.intermediate, "dense") and hasattr(module.output, "dense")
 
 
 _INTERMEDIATE = {"dense", "intermediate_act_fn"}
@@ -109,16 +142,19 @@ def _unfit(module: nn.Module, parts: set[str]) -> str | None:
     return f"{type(module).__name__} consists of {', '.join(sorted(found))}, expected {', '.join(sorted(parts))}"
 
 
-def _check_layer(layer: nn.Module, target: str) -> None:
-    replaced = {"intermediate": _INTERMEDIATE, "output": _OUTPUT}
-    for name in replaced if target == "ffn" else (target,):
-        module = getattr(layer, name)
-        problem = _unfit(module, replaced[name])
+def _check_layer(layer: TransformerLayer, target: str) -> None:
+    halves: list[tuple[DenseIntermediate | DenseOutput, set[str]]] = []
+    if target != "output":
+        halves.append((layer.intermediate, _INTERMEDIATE))
+    if target != "intermediate":
+        halves.append((layer.output, _OUTPUT))
+    for half, parts in halves:
+        problem = _unfit(half, parts)
         if problem is not None:
             raise ValueError(f"{problem}, as in XLM-R, BERT and RoBERTa: experts cannot take its place")
-        if not isinstance(module.dense, nn.Linear) or module.dense.bias is None:
+        if not isinstance(half.dense, nn.Linear) or half.dense.bias is None:
             raise ValueError(
-                f"{type(module).__name__}.dense is {module.dense}, expected a Linear with bias: experts are put in before"
+                f"{type(half).__name__}.dense is {half.dense}, expected a Linear with bias: experts are put in before"
                 " adapters and quantization"
             )
     if getattr(layer, "chunk_size_feed_forward", 0):
@@ -136,116 +172,37 @@ def _check_forward(encoder: nn.Module) -> None:
         )
 
 
-def _install_in_layer(layer: nn.Module, config: MoEConfig) -> None:
-    intermediate, output, state = layer.intermediate, layer.output, LayerState()
-    routed = output.dense if config.target == "output" else intermediate.dense
-    router = Router(routed.in_features, config.num_experts, config.top_k, config.router)
-    router.to(device=routed.weight.device, dtype=routed.weight.dtype)
-    if router.weight.device.type != "meta":
-        router.reset_parameters(config.router_init_std)
+def _install_in_layer(layer: TransformerLayer, config: MoEConfig) -> LayerState:
+    """Put experts in the place of the layer's halves that ``config.target`` names; returns their state."""
+    first, second, state = layer.intermediate, layer.output, LayerState()
+    router = _make_router(second.dense if config.target == "output" else first.dense, config)
 
     def experts(linear: nn.Linear) -> Experts:
         return Experts.from_linear(linear, config.num_experts)
 
+    new: dict[str, nn.Module] = {}
     if config.target == "intermediate":
         # An output module of another build gets what it got from the dense layer.
-        hands_over = _unfit(output, _OUTPUT) is None
-        layer.intermediate = MoEIntermediate(
-            router, experts(intermediate.dense), intermediate.intermediate_act_fn, state, hands_over
+        hands_over = _unfit(second, _OUTPUT) is None
+        new["intermediate"] = MoEIntermediate(
+            router, experts(first.dense), first.intermediate_act_fn, state, hands_over
         )
         if hands_over:
-            layer.output = RoutedOutput(output.dense, output.dropout, output.LayerNorm, state)
+            new["output"] = RoutedOutput(second.dense, second.dropout, second.LayerNorm, state)
     elif config.target == "output":
-        layer.output = MoEOutput(router, experts(output.dense), output.dropout, output.LayerNorm, state)
+        new["output"] = MoEOutput(router, experts(second.dense), second.dropout, second.LayerNorm, state)
     else:
-        layer.intermediate = MoEFFNIntermediate(
-            router, experts(intermediate.dense), intermediate.intermediate_act_fn, state
-        )
-        layer.output = MoEFFNOutput(experts(output.dense), output.dropout, output.LayerNorm, state)
-    for module in (layer.intermediate, layer.output):
-        module.train(layer.training)
-    layer.attention.register_forward_pre_hook(_TakeTokens(state), with_kwargs=True)
+        new["intermediate"] = MoEFFNIntermediate(router, experts(first.dense), first.intermediate_act_fn, state)
+        new["output"] = MoEFFNOutput(experts(second.dense), second.dropout, second.LayerNorm, state)
+    for name, half in new.items():
+        setattr(layer, name, half.train(layer.training))
+    return state
 
 
-class _PassTokens:
-    """Before an encoder's forward: tells its layers which tokens are real.
-
-    The tokens travel as a keyword argument rather than as an attribute, since gradient checkpointing runs a layer again
-    in the backward pass, when other batches have gone through: arguments are then the original ones.
-    """
-
-    def __init__(self, states: list[LayerState]) -> None:
-        self.states = states
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        for state in self.states:
-            state.set_running(True)
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        tokens = None
-        # A number that only the device knows: on CUDA this waits for it, once a batch, and only where a mask is given.
-        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
-            tokens = mask.flatten().nonzero().squeeze(1)
-        return args, {**kwargs, _TOKENS: tokens}
-
-
-class _EndCall:
-    """After an encoder's forward, also one that failed."""
-
-    def __init__(self, states: list[LayerState]) -> None:
-        self.states = states
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        for state in self.states:
-            state.set_running(False)
-
-
-class _TakeTokens:
-    """Before a layer's attention: keeps the real tokens for the layer's experts; attention does not see them."""
-
-    def __init__(self, state: LayerState) -> None:
-        self.state = state
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if self.state.is_running() and _TOKENS not in kwargs:
-            raise RuntimeError(
-                "the encoder does not hand keyword arguments down to its layers, so that they cannot be told which tokens"
-                " are padding: experts do not work in it"
-            )
-        self.state.set_tokens(kwargs.pop(_TOKENS, None))
-        return args, kwargs
-
-
-_HOOKS = (_PassTokens, _EndCall, _TakeTokens)
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, _HOOKS)]:
-            del hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-            module._forward_hooks_always_called.pop(key, None)
-
-
-class _Dense(nn.Module):
-    """A dense ``intermediate`` with merged weights."""
-
-    def __init__(self, moe: MoEIntermediate) -> None:
-        super().__init__()
-        self.dense = moe.dense.merged()
-        self.intermediate_act_fn = moe.intermediate_act_fn
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.intermediate_act_fn(self.dense(hidden))
-
-
-class _DenseOutput(nn.Module):
-    """A dense ``output``, with merged weights where it had experts."""
-
-    def __init__(self, moe: MoEOutput | MoEFFNOutput | RoutedOutput) -> None:
-        super().__init__()
-        self.dense = moe.dense.merged() if isinstance(moe.dense, Experts) else moe.dense
-        self.dropout = moe.dropout
-        self.LayerNorm = moe.LayerNorm
-
-    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
+def _make_router(dense: nn.Linear, config: MoEConfig) -> Router:
+    """A router for experts that are copies of ``dense``, with its device and dtype."""
+    router = router_class(config.router)(dense.in_features, config.num_experts, config.top_k)
+    router.to(device=dense.weight.device, dtype=dense.weight.dtype)
+    if router.weight.device.type != "meta":
+        router.reset_parameters(config.router_init_std)
+    return router

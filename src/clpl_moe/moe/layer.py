@@ -1,4 +1,4 @@
-"""Router, experts, and the feed-forward modules that use them.
+"""The feed-forward modules that a router and experts make up.
 
 A token's way through a layer with experts:
 
@@ -17,177 +17,14 @@ experts stops at the shapes.
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from .dispatch import (
-    Assignment,
-    assign,
-    cast,
-    expert_linear,
-    gather,
-    mixes_all,
-    pick,
-    restore,
-    routed_gelu,
-    routes_in_kernels,
-    scores,
-)
-
-
-class LayerState:
-    """What a layer's attention and feed-forward modules have to share: which tokens are real, and the record.
-
-    What belongs to a forward pass is kept for each thread by itself, so that threads can share a model. Copies and
-    pickles of a model start without it, and without records.
-    """
-
-    def __init__(self, tracking: bool = False) -> None:
-        self.tracking = tracking  # whether training forwards leave records; off, since records hold on to the graph
-        self.records: list[RouterRecord] = []
-        self._pass = threading.local()
-
-    # torch.compile takes values of one thread for constants: it has to leave these to Python.
-
-    @torch.compiler.disable
-    def get_tokens(self) -> Tensor | None:
-        """Indices of the real tokens in the flattened batch; None where all are real."""
-        return getattr(self._pass, "tokens", None)
-
-    @torch.compiler.disable
-    def set_tokens(self, tokens: Tensor | None) -> None:
-        """Set what :meth:`get_tokens` returns in this thread."""
-        self._pass.tokens = tokens
-
-    @torch.compiler.disable
-    def is_running(self) -> bool:
-        """Whether the encoder's own pass is under way, and not what gradient checkpointing repeats of it."""
-        return getattr(self._pass, "running", False)
-
-    @torch.compiler.disable
-    def set_running(self, running: bool) -> None:
-        """Set what :meth:`is_running` returns in this thread."""
-        self._pass.running = running
-
-    def __reduce__(self) -> tuple:
-        return LayerState, (self.tracking,)
-
-
-@dataclass
-class RouterRecord:
-    """What one call of one router leaves for losses and logs; N experts.
-
-    Attributes:
-        counts: (N,) float32, assignments to each expert; they sum to tokens times ``top_k``.
-        probability_sums: (N,) with a graph, the sum over tokens of each expert's softmax probability.
-        z_sum: scalar with a graph, the sum over tokens of the squared log-sum-exp of the logits.
-    """
-
-    counts: Tensor
-    probability_sums: Tensor
-    z_sum: Tensor
-
-
-class Router(nn.Module):
-    """Scores experts and weights the ``top_k`` best of each token.
-
-    The weights of ``p = softmax(logits)`` at the chosen experts C, by kind:
-
-    - ``straight_through``: ``p / sum(p[C])`` with a denominator that counts as a constant in the backward pass. In value
-      it is ``topk_softmax`` (1 at ``top_k`` 1, so that the layer computes what the dense one did), but the gradient is
-      that of the probability, and the router learns at every ``top_k``.
-    - ``softmax_topk``: ``p · N / top_k``, Switch's rule (arXiv:2101.03961) scaled so that weights sum to 1 while the
-      router is undecided. Its first weights are close to 0, which keeps the function at injection.
-    - ``topk_softmax``: softmax over the chosen logits only. At ``top_k`` 1 the router has no gradient.
-    """
-
-    def __init__(self, in_features: int, num_experts: int, top_k: int, kind: str) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, in_features))
-        self.top_k = top_k
-        self.kind = kind
-
-    def reset_parameters(self, std: float) -> None:
-        """Draw the weights from N(0, std²); for ``softmax_topk`` a thousandth of a thousandth of it."""
-        nn.init.normal_(self.weight, std=std * 1e-6 if self.kind == "softmax_topk" else std)
-
-    def extra_repr(self) -> str:
-        experts, features = self.weight.shape
-        return f"in_features={features}, num_experts={experts}, top_k={self.top_k}, kind={self.kind!r}"
-
-    def forward(self, x: Tensor, state: LayerState) -> Assignment:
-        """Assign x (T, in) to experts; in training, leaves a record in ``state`` where that tracks."""
-        num_experts = self.weight.shape[0]
-        with torch.autocast(x.device.type, enabled=False):
-            logits = scores(x, self.weight)  # (T, N)
-            if mixes_all(num_experts, self.top_k):
-                # All kinds agree where all experts are chosen; nothing has to be sorted.
-                counts = torch.full((num_experts,), x.shape[0], device=x.device)
-                assignment = Assignment(logits.softmax(-1), counts)
-            else:
-                chosen_logits, experts = logits.topk(self.top_k, dim=-1)  # (T, k)
-                if self.kind == "topk_softmax":
-                    weights = chosen_logits.softmax(-1)
-                else:
-                    chosen = logits.softmax(-1).gather(-1, experts)
-                    if self.kind == "straight_through":
-                        weights = chosen / chosen.sum(-1, keepdim=True).detach()
-                    else:
-                        weights = chosen * (num_experts / self.top_k)
-                unit = self.top_k == 1 and self.kind != "softmax_topk"
-                assignment = assign(experts, weights, num_experts, unit=unit)
-            self.record(state, logits, assignment.counts)
-        return assignment
-
-    def record(self, state: LayerState, logits: Tensor, counts: Tensor) -> None:
-        """In training, leave a record of logits (T, N) and of how many tokens went to each expert (N,), where that tracks."""
-        if not (state.tracking and self.training):
-            return
-        record = RouterRecord(
-            counts=counts.float(),
-            probability_sums=logits.softmax(-1).sum(0),
-            z_sum=logits.logsumexp(-1).square().sum(),
-        )
-        # What checkpointing repeats has to be computed as before, but is not to be counted twice.
-        if state.is_running():
-            state.records.append(record)
-
-
-class Experts(nn.Module):
-    """N Linear layers in one parameter: weight (N, out, in), bias (N, out)."""
-
-    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(num_experts, out_features))
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, num_experts: int) -> Experts:
-        """Copies of ``linear``, in its dtype and on its device (sparse upcycling, arXiv:2212.05055)."""
-        experts = cls(0, linear.in_features, linear.out_features)
-        experts.weight = nn.Parameter(linear.weight.detach().expand(num_experts, -1, -1).clone())
-        experts.bias = nn.Parameter(linear.bias.detach().expand(num_experts, -1).clone())
-        return experts
-
-    def merged(self) -> nn.Linear:
-        """A Linear with the mean of the experts' weights."""
-        _, out_features, in_features = self.weight.shape
-        linear = nn.Linear(in_features, out_features, device=self.weight.device, dtype=self.weight.dtype)
-        with torch.no_grad():
-            linear.weight.copy_(self.weight.mean(0))
-            linear.bias.copy_(self.bias.mean(0))
-        return linear
-
-    def extra_repr(self) -> str:
-        experts, out_features, in_features = self.weight.shape
-        return f"num_experts={experts}, in_features={in_features}, out_features={out_features}"
-
-    def forward(self, x: Tensor, assignment: Assignment, weigh: bool = True) -> Tensor:
-        """Apply each expert to its part of x; shapes as in :func:`clpl_moe.moe.dispatch.expert_linear`."""
-        return expert_linear(x, self.weight, self.bias, assignment, weigh=weigh)
+from .dispatch import Assignment, cast, gather, pick, restore
+from .experts import Experts
+from .kernel_choice import choose_kernel, routed_gelu
+from .layer_state import LayerState
+from .router import Router
 
 
 class RoutedTokens:
@@ -235,25 +72,31 @@ class MoEIntermediate(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor | RoutedTokens:
         """(B, L, hidden) to (B, L, ffn)."""
         tokens = real_tokens(hidden, self.state)
-        if self._runs_in_kernels(tokens):
-            routed = self._route_in_kernels(tokens)
+        if self._fuses(tokens):
+            routed = self._fused(tokens)
         else:
             assignment = self.router(tokens, self.state)
             mixed = self.dense(gather(tokens, assignment), assignment)
             routed = RoutedTokens(self.intermediate_act_fn(mixed), assignment)
         return routed if self.hands_over else back_in_place(routed, self.state, hidden.shape[:-1])
 
-    def _runs_in_kernels(self, tokens: Tensor) -> bool:
+    def _fuses(self, tokens: Tensor) -> bool:
         router, experts = self.router, self.dense
-        # An adapter around the experts has to be called, and softmax_topk's weights are not 1.
-        plain = type(experts) is Experts and type(router) is Router and router.kind != "softmax_topk"
-        return plain and routes_in_kernels(tokens, experts.weight, router.top_k, self.intermediate_act_fn)
+        # An adapter around the experts or the router has to be called.
+        if type(experts) is not Experts or not isinstance(router, Router):
+            return False
+        options = {"router": router, "activation": self.intermediate_act_fn}
+        return choose_kernel(tokens, experts.weight, router.top_k, **options) == "fused"
 
-    def _route_in_kernels(self, tokens: Tensor) -> RoutedTokens:
+    def _fused(self, tokens: Tensor) -> RoutedTokens:
         router, experts = self.router, self.dense
-        learns = router.kind == "straight_through"
+        assert routed_gelu is not None
         values, logits, rows, slots, counts = routed_gelu(
-            tokens, router.weight, cast(experts.weight), cast(experts.bias), learns=learns
+            tokens,
+            router.weight,
+            cast(experts.weight),
+            cast(experts.bias),
+            learns=router.fused_as == "straight_through",
         )
         router.record(self.state, logits, counts)
         weights = logits.new_ones(1).expand(len(rows), 1)
@@ -266,7 +109,7 @@ class RoutedOutput(nn.Module):
     The Linear acts on single tokens, so that they are put back in place only after it.
     """
 
-    def __init__(self, dense: nn.Linear, dropout: nn.Module, norm: nn.Module, state: LayerState) -> None:
+    def __init__(self, dense: nn.Linear, dropout: nn.Module, norm: nn.LayerNorm, state: LayerState) -> None:
         super().__init__()
         self.dense = dense
         self.dropout = dropout
@@ -283,7 +126,9 @@ class RoutedOutput(nn.Module):
 class MoEOutput(nn.Module):
     """Takes the place of a layer's ``output``: experts instead of its Linear, then its dropout and layer norm."""
 
-    def __init__(self, router: Router, dense: Experts, dropout: nn.Module, norm: nn.Module, state: LayerState) -> None:
+    def __init__(
+        self, router: Router, dense: Experts, dropout: nn.Module, norm: nn.LayerNorm, state: LayerState
+    ) -> None:
         super().__init__()
         self.router = router
         self.dense = dense
@@ -314,7 +159,7 @@ class MoEFFNIntermediate(MoEIntermediate):
 class MoEFFNOutput(nn.Module):
     """Second half of whole-FFN experts."""
 
-    def __init__(self, dense: Experts, dropout: nn.Module, norm: nn.Module, state: LayerState) -> None:
+    def __init__(self, dense: Experts, dropout: nn.Module, norm: nn.LayerNorm, state: LayerState) -> None:
         super().__init__()
         self.dense = dense
         self.dropout = dropout

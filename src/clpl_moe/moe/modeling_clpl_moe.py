@@ -1,8 +1,8 @@
 """XLM-R, RoBERTa and BERT encoders with experts, as transformers loads and saves them.
 
-This file and its siblings ``install.py``, ``layer.py``, ``dispatch.py`` and ``config.py`` travel with every saved model
-folder, so that ``AutoModel.from_pretrained(folder, trust_remote_code=True)`` works where ``clpl_moe`` is not installed.
-They import nothing but torch and transformers. Each class has a ``model_type`` of its own: a loader that does not know the experts
+This file and the siblings that it needs travel with every saved model folder, so that
+``AutoModel.from_pretrained(folder, trust_remote_code=True)`` works where ``clpl_moe`` is not installed. They import only
+torch, transformers and each other. Each class has a ``model_type`` of its own: a loader that does not know the experts
 stops, instead of replacing them by random weights.
 """
 
@@ -26,15 +26,15 @@ from transformers import (
 from transformers import initialization as init
 
 from .config import MoEConfig
+from .experts import Experts
 from .install import install_experts
-from .layer import Experts, Router
+from .router import Router
 
 
 class MoEXLMRobertaConfig(XLMRobertaConfig):
     """XLM-R configuration; ``moe`` holds the fields of :class:`MoEConfig`."""
 
     model_type = "clpl_moe_xlm_roberta"
-    _auto_class = "AutoConfig"
     moe: dict | None = None
 
 
@@ -42,7 +42,6 @@ class MoERobertaConfig(RobertaConfig):
     """RoBERTa configuration; ``moe`` holds the fields of :class:`MoEConfig`."""
 
     model_type = "clpl_moe_roberta"
-    _auto_class = "AutoConfig"
     moe: dict | None = None
 
 
@@ -50,14 +49,13 @@ class MoEBertConfig(BertConfig):
     """BERT configuration; ``moe`` holds the fields of :class:`MoEConfig`."""
 
     model_type = "clpl_moe_bert"
-    _auto_class = "AutoConfig"
     moe: dict | None = None
 
 
-class _MoEMixin:
+class MoEModel(PreTrainedModel):
     """Installs the experts that the configuration names, after the dense layers were built."""
 
-    _auto_class = "AutoModel"
+    config_class: type[PretrainedConfig]
 
     def __init__(self, config: PretrainedConfig, *args, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
@@ -73,30 +71,35 @@ class _MoEMixin:
             super()._init_weights(module)
 
 
-class MoEXLMRobertaModel(_MoEMixin, XLMRobertaModel):
+class MoEXLMRobertaModel(MoEModel, XLMRobertaModel):
     """XLM-R encoder with experts."""
 
     config_class = MoEXLMRobertaConfig
 
 
-class MoERobertaModel(_MoEMixin, RobertaModel):
+class MoERobertaModel(MoEModel, RobertaModel):
     """RoBERTa encoder with experts."""
 
     config_class = MoERobertaConfig
 
 
-class MoEBertModel(_MoEMixin, BertModel):
+class MoEBertModel(MoEModel, BertModel):
     """BERT encoder with experts."""
 
     config_class = MoEBertConfig
 
 
 # Dense model class -> the class of the same encoder with experts.
-MOE_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
+MOE_CLASSES: dict[type[PreTrainedModel], type[MoEModel]] = {
     XLMRobertaModel: MoEXLMRobertaModel,
     RobertaModel: MoERobertaModel,
     BertModel: MoEBertModel,
 }
+
+# Their code is saved with them, and the folder's config.json names it.
+for _moe_class in MOE_CLASSES.values():
+    _moe_class.register_for_auto_class("AutoModel")
+    _moe_class.config_class.register_for_auto_class("AutoConfig")
 
 
 def register_classes() -> None:
@@ -111,10 +114,9 @@ def become_moe(encoder: nn.Module, config: MoEConfig) -> None:
 
     An encoder of another class keeps its own: it can be trained, but not saved as a model folder.
     """
-    moe_class = MOE_CLASSES.get(type(encoder))
-    if moe_class is not None:
+    if isinstance(encoder, PreTrainedModel) and (moe_class := MOE_CLASSES.get(type(encoder))) is not None:
         _change_class(encoder, moe_class)
-        encoder.config.moe = config.to_dict()
+        encoder.config.update({"moe": config.to_dict()})
 
 
 def become_dense(encoder: nn.Module) -> None:
@@ -127,14 +129,15 @@ def become_dense(encoder: nn.Module) -> None:
                 del encoder.config.auto_map
 
 
-def _change_class(encoder: nn.Module, new: type[PreTrainedModel]) -> None:
+def _change_class(encoder: PreTrainedModel, new: type[PreTrainedModel]) -> None:
     # A copy, since other models may share the configuration object; submodules read theirs, and need the same one.
     old, config = encoder.config, copy.deepcopy(encoder.config)
+    assert new.config_class is not None
     config.__class__ = new.config_class
     config.architectures = [new.__name__]
     for module in encoder.modules():
         if getattr(module, "config", None) is old:
-            module.config = config
+            module.config = config  # type: ignore[assignment]
     encoder.__class__ = new
     # transformers learns how to return a class's hidden states and attentions when one is made; this makes no layers.
     PreTrainedModel.__init__(new.__new__(new), copy.deepcopy(config))

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, get_args
 
 from clpl_moe.loss.options import LossTermOptions
 from clpl_moe.mine.options import Sampling, SelectionArguments
-from clpl_moe.moe.config import ROUTERS, TARGETS, MoEConfig
+from clpl_moe.moe.config import TARGETS, MoEConfig
 
 
 def _as_in_mine(name: str, **metadata: Any) -> Any:
@@ -46,8 +46,8 @@ class ModelOptions:
     router: str = field(
         default="straight_through",
         metadata={
-            "help": "How experts are weighted; topk_softmax is that of the 2024 code, whose router does not learn at top_k 1.",
-            "choices": list(ROUTERS),
+            "help": "How experts are weighted: straight_through, softmax_topk, topk_softmax (of the 2024 code, whose router"
+            " does not learn at top_k 1), or a router of your own, registered before."
         },
     )
     router_init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the router's first weights."})
