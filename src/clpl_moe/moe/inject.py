@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def inject_moe(model: Model, config: MoEConfig) -> Model:
         >>> model.encoder.layer[0].intermediate.dense
         Experts(num_experts=4, in_features=8, out_features=16)
     """
-    encoder: Any = getattr(model, "base_model", model)
+    encoder = encoder_of(model)
     install_experts(encoder, config)
     become_moe(encoder, config)
     return model
@@ -59,11 +59,19 @@ def merge_experts(model: Model) -> Model:
     Raises:
         ValueError: the encoder has no experts, or those of a folder's own code.
     """
-    encoder: Any = getattr(model, "base_model", model)
+    encoder = encoder_of(model)
     refuse_foreign_experts(encoder)
     remove_experts(encoder)
     become_dense(encoder)
     return model
+
+
+def encoder_of(model: object) -> nn.Module:
+    """The encoder within a model, a ``clpl_moe.Encoder``, or itself; raises :class:`TypeError` where there is none."""
+    encoder = getattr(model, "base_model", model)
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(f"expected an encoder or a model around one, found {type(model).__name__}")
+    return encoder
 
 
 def refuse_foreign_experts(encoder: nn.Module) -> None:
@@ -78,7 +86,7 @@ def refuse_foreign_experts(encoder: nn.Module) -> None:
 
 def expert_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters of experts and routers; empty where the model has none."""
-    refuse_foreign_experts(getattr(model, "base_model", model))
+    refuse_foreign_experts(encoder_of(model))
     if not has_experts(model):
         return []
     prefixes = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, (Experts, Router)))

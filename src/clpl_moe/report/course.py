@@ -49,7 +49,7 @@ class RunCourse:
 
         try:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-            layers = MoEConfig(**config["moe"]).resolve_layers(config["num_hidden_layers"])
+            layers = MoEConfig(layers=config["moe"]["layers"]).resolve_layers(config["num_hidden_layers"])
         except (OSError, ValueError, KeyError, TypeError):
             layers = []
         return layers if len(layers) == count else list(range(count))
