@@ -209,7 +209,7 @@ def test_a_file_that_takes_the_corpus_place_changes_nothing_and_one_that_is_chan
     write(tmp_path / "ko")
     collection = Collection.load(tmp_path, "ko", "dev")
     path.write_text("something else\n")
-    with pytest.raises(UserError, match="corpus.jsonl: was changed while it was in use"):
+    with pytest.raises(UserError, match="corpus.jsonl: changed while it was in use"):
         list(collection.passages)
 
 

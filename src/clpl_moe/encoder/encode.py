@@ -1,12 +1,12 @@
-"""Texts to embeddings, for corpora of any size.
+"""Encode texts without gradients, for corpora of any size.
 
 1. Equal texts are encoded once.
-2. Texts are tokenised a part at a time, their token ids kept as 32-bit integers.
-3. Batches are cut from the longest text to the shortest, each as large as a budget of tokens allows, so that a
-   budget that does not fit in memory shows at the start.
-4. Each batch is one stream of tokens without padding (:mod:`clpl_moe.encoder.packing`; padded for encoders that this
-   does not know), runs in bfloat16 where the device is fast at that, is pooled and normalised in float32, and goes to
-   the place of its texts in the result. On a CPU each core has a batch of its own.
+2. Texts are tokenized a part at a time; token ids are kept as 32-bit integers.
+3. Batches go from the longest text to the shortest. Each is as large as a budget of tokens allows, so that a budget that
+   does not fit in memory fails at the start.
+4. Each batch is one stream of tokens without padding (:mod:`clpl_moe.encoder.packing`; encoders of an unknown build get
+   padded batches). It runs in bfloat16 where the device is fast at it, and embeddings are normalised in float32. On a CPU
+   each core has a batch of its own.
 """
 
 from __future__ import annotations
@@ -52,10 +52,9 @@ def encode(
     batch_tokens: int | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """Embed texts with an encoder, on the device where it lies.
+    """Embed texts on the device where the encoder lies.
 
-    The model's training mode is left as it was, and so is the global random state. Threads may share a model that is in
-    evaluation mode.
+    The model's mode and the global random state stay as they were. Threads may share a model in evaluation mode.
 
     Args:
         encoder: its model's output has ``last_hidden_state``.
@@ -138,7 +137,7 @@ def encode_tokenized(
     pending: Callable[[], None] | None = None
     with _evaluation_mode(model), contextlib.closing(outputs):
         for batch, output in zip(todo, outputs):
-            # The batch before is taken off the device now, when that has this one to work on.
+            # The batch before is taken off the device now, while the device works on this one.
             if pending is not None:
                 pending()
             pending = _fetch(output, embeddings, batch)
@@ -150,13 +149,14 @@ def encode_tokenized(
     return embeddings[torch.from_numpy(texts.places)]
 
 
-def check_finite(embeddings: Tensor) -> None:
-    """Raise :class:`UserError` where an encoder gave NaN or infinite values: a ranking by them is noise."""
+def check_finite(embeddings: Tensor) -> Tensor:
+    """Give embeddings (n, D) back; :class:`UserError` where some are NaN or infinite, since a ranking by them is noise."""
     if broken := int((~torch.isfinite(embeddings).all(dim=1)).sum()):
         raise UserError(
             f"the encoder gives NaN or infinite embeddings ({broken} of {len(embeddings)} texts): its"
             " weights are broken, or the precision is too low for them (try float32)"
         )
+    return embeddings
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(init=False, eq=False)
 class Encoder:
-    """An encoder, ready to encode, to train and to save.
+    """Model, tokenizer and all that decides their embeddings: to encode, to train, to save.
 
     Args:
         model: its output has ``last_hidden_state``. With experts it can be saved if it is an XLM-R, RoBERTa or BERT.
@@ -170,7 +170,8 @@ class Encoder:
             UserError: ``max_length`` is beyond the encoder's positions, a batch does not fit in memory, embeddings are not
                 finite.
         """
-        return self._encode(texts, "query", max_length, batch_tokens, progress)
+        how = {"max_length": max_length, "batch_tokens": batch_tokens}
+        return check_finite(encode(self, texts, kind="query", progress=progress, **how))
 
     def encode_passages(
         self,
@@ -181,19 +182,8 @@ class Encoder:
         progress: bool = True,
     ) -> Tensor:
         """Embed passages, each with the passage prompt; otherwise as :meth:`encode_queries`."""
-        return self._encode(texts, "passage", max_length, batch_tokens, progress)
-
-    def _encode(
-        self,
-        texts: Sequence[str],
-        kind: Literal["query", "passage"],
-        max_length: int | None,
-        batch_tokens: int | None,
-        progress: bool,
-    ) -> Tensor:
-        embeddings = encode(self, texts, kind=kind, max_length=max_length, batch_tokens=batch_tokens, progress=progress)
-        check_finite(embeddings)
-        return embeddings
+        how = {"max_length": max_length, "batch_tokens": batch_tokens}
+        return check_finite(encode(self, texts, kind="passage", progress=progress, **how))
 
     def embed(
         self,
@@ -211,8 +201,8 @@ class Encoder:
             max_length: longest text in tokens, prompt included; the rest is cut off. None: the encoder's.
 
         Returns:
-            (n, D) float32 on the model's device, in the order of the batch. Within an autocast block in that precision's
-            computation, otherwise in the encoder's ``dtype``.
+            (n, D) float32 on the model's device, in the order of the batch; computed in the precision of a surrounding
+            autocast block, otherwise in the encoder's ``dtype``.
 
         Raises:
             ValueError: texts without ``kind``.
@@ -220,7 +210,6 @@ class Encoder:
         if not isinstance(batch, (Mapping, PackedTexts)):
             batch = self._pack(batch, kind, max_length or self.max_length)
         model, pooling, normalize = self.model, self.settings.pooling, self.settings.normalize
-        # A surrounding autocast block goes first.
         inside = torch.is_autocast_enabled(self.device.type)
         dtype = torch.get_autocast_dtype(self.device.type) if inside else self.dtype
         with autocast(model, dtype):

@@ -18,7 +18,7 @@ def find_heads(path: str | Path, **hub: Any) -> dict[str, str]:
     """Where the sparse and multi-vector heads of a folder or hub model lie on this disk, by file name; those it has.
 
     Raises:
-        UserError: it cannot be told whether there are heads: no such folder, and the hub gives no answer.
+        UserError: there is no such folder, and the hub gives no answer.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
@@ -47,7 +47,7 @@ def read_head(file: str) -> dict[str, Tensor]:
     """
     try:
         head = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file brings about
+    except Exception as error:  # damaged files raise errors of many kinds
         raise UserError(f"{at(file)}: the head cannot be read ({type(error).__name__})") from None
     weight, bias = (head.get("weight"), head.get("bias")) if isinstance(head, dict) else (None, None)
     if isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.dim() == 2 and bias.shape == weight.shape[:1]:

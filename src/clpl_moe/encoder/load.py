@@ -137,7 +137,7 @@ def _load_tokenizer(path: str, trust_remote_code: bool, hub: dict[str, Any]) -> 
 
 @contextlib.contextmanager
 def refuse_unloadable(path: str, what: str, trusted: bool) -> Iterator[None]:
-    """Whatever a damaged or foreign folder brings about, while ``what`` is loaded from it, as a :class:`UserError`."""
+    """Turn every error of loading ``what`` from a damaged or foreign folder into a :class:`UserError`."""
     try:
         yield
     except Exception as error:  # the tokenizers library raises plain ones

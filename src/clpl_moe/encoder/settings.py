@@ -1,7 +1,7 @@
-"""How an encoder's token states become one embedding: pooling, normalisation and prompts of a model folder.
+"""Pooling, normalisation, prompts and length of a model folder, and pooling itself.
 
-They are kept in the files of sentence-transformers, where every tool of the field looks for them. Those files
-have two formats; both are read, and the older one is written, since sentence-transformers 5 and 6 load it.
+They stand in the files of sentence-transformers, where every tool of the field looks for them. These files have two
+formats; both are read, and the older one is written, since sentence-transformers 5 and 6 load it.
 """
 
 from __future__ import annotations

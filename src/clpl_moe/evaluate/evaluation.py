@@ -1,4 +1,4 @@
-"""Evaluate an encoder on a collection: encode, search, score. The command and training share it."""
+"""Evaluate an encoder on a collection: encode, search, score. The command and training call it."""
 
 from __future__ import annotations
 

@@ -2,16 +2,16 @@
 
 As in the M3 report (Chen et al. 2024, arXiv:2402.03216, sections 3.2 and 4.1):
 
-1. ``sparse``: the weight of a token is relu(sparse_linear(state)), that of a vocabulary entry the greatest of its tokens'
-   weights; the score is the sum over the entries that both texts have of the weights' product. Special tokens have none.
-2. ``multi-vec``: each token but the first has a vector, colbert_linear(state) scaled to length 1; the score is the mean over
-   the query's vectors of the greatest dot product with one of the passage's (late interaction).
+1. ``sparse``: a token's weight is relu(sparse_linear(state)); a vocabulary entry has the greatest weight of its tokens,
+   special tokens have none. The score is the sum of the products of both texts' weights, over the entries that they share.
+2. ``multi-vec``: each token but the first has a vector, colbert_linear(state) scaled to length 1. The score is the mean, over
+   the query's vectors, of the greatest dot product with a vector of the passage (late interaction).
 3. ``dense+sparse`` and ``all``: weighted means, by default with the report's weights on MIRACL, 1 (dense), 0.3 (sparse), 1
    (multi-vec). The report sums; a mean gives the same ranking.
 
-The report takes the candidates of sparse retrieval, too, for ``sparse`` and ``dense+sparse``; here all are ranked among those
-of the dense retrieval. For each block of queries a candidate is encoded once, a batch at a time, and scored against all the
-queries that have it: memory holds the vectors of one block's queries and of one batch.
+For ``sparse`` and ``dense+sparse`` the report also takes candidates of sparse retrieval; here all scores rank the candidates
+of dense retrieval. For each block of queries a candidate is encoded once, in batches, and scored against all queries that
+have it: memory holds the vectors of one block's queries and of one batch.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class M3Heads:
         return digest.hexdigest()
 
     def to(self, device: torch.device) -> M3Heads:
-        """The same on ``device``."""
+        """The heads on ``device``."""
         return M3Heads(self.sparse.to(device), self.multi_vector.to(device))
 
 
@@ -110,7 +110,7 @@ def rerank(
         UserError: a batch does not fit in memory.
     """
     wanted = {passage_id for ids in candidates.values() for passage_id in ids}
-    # Ids and texts may lie on disk: they are gone through once.
+    # Ids may lie on disk: they are read once.
     places = {identifier: place for place, identifier in enumerate(collection.passage_ids) if identifier in wanted}
     texts = dict(zip(collection.query_ids, collection.queries))
     scores = score_candidates(
@@ -207,7 +207,7 @@ def _score_block(
         pairs: list[tuple[int, list[int]]] = []  # query within the block, places among its candidates
         scores = []
         for row, same in enumerate(batch):
-            # Once for equal passages: a product rounds by its place in the matrix, and ties are to stay ties.
+            # Once for equal passages: products round by their place in the matrix, and ties must stay ties.
             ranks: dict[int, list[int]] = {}  # query -> the places of this text among its candidates
             for query, rank in (pair for i in same for pair in asked[order[i]]):
                 ranks.setdefault(query, []).append(rank)
@@ -220,7 +220,7 @@ def _score_block(
 
 @dataclass
 class _Tokens:
-    """What n texts of up to L tokens, padded on the right, give.
+    """The model's outputs for n texts of up to L tokens, padded on the right.
 
     Attributes:
         ids: (n, L) int64.
@@ -276,7 +276,7 @@ class _QueryIndex:
 def _token_level(
     encoder: Encoder, heads: M3Heads, texts: list[str], kind: Literal["query", "passage"], encoding: EncodingArguments
 ) -> Iterator[tuple[list[list[int]], _Tokens]]:
-    """Batches of distinct texts, longest first: for each text its places in ``texts``, and what the batch gives."""
+    """Batches of distinct texts, longest first: for each text its places in ``texts``, and the batch's outputs."""
     length = encoding.query_max_len if kind == "query" else encoding.passage_max_len
     tokenized = tokenize(encoder, texts, kind=kind, max_length=length)
     places: list[list[int]] = [[] for _ in tokenized.sequences]

@@ -12,6 +12,7 @@ import numpy as np
 
 from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import atomic_open
+from clpl_moe.encoder.bars import no_bar_of_weights
 from clpl_moe.encoder.fingerprint import model_fingerprint
 from clpl_moe.encoder.lengths import max_positions
 from clpl_moe.mine.index import PassageIndex
@@ -39,7 +40,8 @@ class Reranker:
         from sentence_transformers import CrossEncoder
 
         try:
-            self._model = CrossEncoder(name, max_length=max_length, trust_remote_code=trust_remote_code)
+            with no_bar_of_weights():
+                self._model = CrossEncoder(name, max_length=max_length, trust_remote_code=trust_remote_code)
         except Exception as error:  # whatever a damaged or foreign folder brings about
             raise OptionError("reranker", f"{name} cannot be loaded: {' '.join(str(error).split())}") from None
         model = self._model.model

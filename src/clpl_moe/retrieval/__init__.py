@@ -1,1 +1,1 @@
-"""Retrieval: encode a collection, search it exactly, score the result. Mining and every evaluation use it."""
+"""Retrieval that mining, evaluation and training share: collections, embeddings of a corpus on disk, exact search."""

@@ -3,8 +3,8 @@
 ``<dir>/<lang>/`` holds ``corpus.jsonl`` (``id``, ``title``, ``text``, optionally ``split``),
 ``{split}_queries.jsonl`` (``id``, ``text``) and ``{split}_qrels.jsonl`` (``qid``, ``docid``, ``relevance``).
 
-A corpus may be larger than the memory: its texts stay in the file, and what is kept of a passage is its id and the place of
-its line.
+A corpus may be larger than the memory: texts stay in the file, and memory holds each passage's id and the place of its
+line.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Collection:
     def load(cls, directory: str | Path, language: str, split: str) -> Collection:
         """Read and check a collection.
 
-        As trec_eval does, a relevant passage that the corpus lacks counts as one that is never found: that is
-        warned of, as are queries without a relevant passage.
+        As in trec_eval, a relevant passage that the corpus lacks counts as never found. Such passages, and queries without
+        a relevant passage, bring a warning.
 
         Raises:
             UserError: a file is missing or empty, a line is broken, an id stands twice, a field is missing or
@@ -82,7 +82,7 @@ class Collection:
         return cls(directory, language, split, passage_ids, passages, query_ids, queries, qrels, reserved)
 
     def own_passages(self) -> dict[str, int]:
-        """Query id -> row of the passage that is the query itself: of the same id, its text within, and not judged relevant.
+        """Query id -> row of the passage that is the query itself: same id, contains its text, not judged relevant.
 
         In some sets of BEIR (ArguAna, Quora) queries are passages, too; there a query must not find itself.
         """
@@ -121,7 +121,7 @@ def load_passages(directory: str | Path, language: str) -> Sequence[str]:
 
 
 class _LazyTexts(Sequence[str]):
-    """Strings that are made when they are asked for."""
+    """Strings that are made on access."""
 
     def _get(self, place: int) -> str:
         raise NotImplementedError
@@ -140,7 +140,7 @@ class _LazyTexts(Sequence[str]):
 
 
 class _PackedTexts(_LazyTexts):
-    """Short strings, one after another in memory: a list of them takes several times as much."""
+    """Short strings in one block of memory; a list of strings takes several times as much."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()
@@ -158,10 +158,10 @@ class _PackedTexts(_LazyTexts):
 
 
 class _CorpusTexts(_LazyTexts):
-    """The passages of a corpus file that was checked, read by the places of their lines.
+    """The passages of a checked corpus file, read from the places of their lines.
 
     Args:
-        path: the file. It is kept open, so that another one of its name changes nothing.
+        path: the file. It stays open, so that a new file of this name changes nothing.
         starts: the byte where each passage's line begins.
     """
 
@@ -185,7 +185,7 @@ class _CorpusTexts(_LazyTexts):
             # Blank lines may follow. `loads` of bytes knows the byte-order mark.
             return _passage_text(json.loads(os.pread(self._file, end - start, start).partition(b"\n")[0]))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{at(self._path)}: was changed while it was in use; start again") from None
+            raise UserError(f"{at(self._path)}: changed while it was in use; start again") from None
 
 
 def add_texts(digest: hashlib._Hash, texts: Iterable[str]) -> None:
@@ -203,7 +203,7 @@ def hash_texts(texts: Iterable[str]) -> str:
 
 
 def check_language(language: str) -> None:
-    """Raise :class:`UserError` where a language cannot name a folder inside another one; results are written there."""
+    """Raise :class:`UserError` where a language cannot be the name of a folder; results are written to it."""
     if language in ("", ".", "..") or language != Path(language).name or "\0" in language:
         raise UserError(f"language: found {language!r}, expected the name of a folder, such as ko")
 
@@ -249,7 +249,7 @@ def _read_corpus(path: Path) -> tuple[_PackedTexts, _CorpusTexts, dict[str, str]
         starts.append(start)
         lines.append(line)
         hashes.append(hash(identifier))
-    # Sorted hashes take a tenth of the memory of a dictionary of ids; what has equal ones is compared.
+    # Sorted hashes take a tenth of the memory of a dictionary of ids; ids of equal hashes are compared.
     order = np.argsort(hashes, kind="stable")
     ordered = np.asarray(hashes)[order]
     pairs = np.flatnonzero(ordered[1:] == ordered[:-1])

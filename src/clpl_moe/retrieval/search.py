@@ -19,8 +19,8 @@ def search(
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` passages of the greatest dot product with each query, best first.
 
-    Equal scores are ordered by the lower index, also at the cut after ``k``, so that the result does not
-    depend on how ``topk`` breaks ties. Memory beyond the inputs: ``1024 * chunk_size`` scores and the result.
+    Of equal scores the lower index goes first, also at the cut after ``k``: the result does not depend on how ``topk``
+    breaks ties. Memory beyond the inputs: ``1024 * chunk_size`` scores and the result.
 
     Args:
         queries: (Q, D), on the device that is to compute.
@@ -45,7 +45,7 @@ def search(
             scores, columns = _top(block @ chunk, k)  # (block, min(k, chunk))
             indices = columns + start
             if start > 0:
-                # What was found before has lower indices and stands first: a stable sort keeps that order.
+                # Earlier results have lower indices and stand first: a stable sort keeps this order.
                 scores = torch.cat([best[number][0], scores], dim=1)
                 indices = torch.cat([best[number][1], indices], dim=1)
                 scores, order = scores.sort(dim=1, descending=True, stable=True)
@@ -65,7 +65,7 @@ def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns = columns.sort(dim=1).values
     values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
     columns = columns.gather(1, order)
-    # Where a score equal to the last one was left out, topk chose as it liked: rare, so the slow way.
+    # Where the cut separates equal scores, topk chose any of them: rare, so the slow way.
     cut_tie = (scores >= values[:, -1:]).sum(dim=1) > k
     if cut_tie.any():
         columns[cut_tie] = scores[cut_tie].sort(dim=1, descending=True, stable=True).indices[:, :k]

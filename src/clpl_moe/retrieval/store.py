@@ -1,11 +1,11 @@
 """Embeddings of a corpus on disk, in shards that survive a kill.
 
-1. A folder is named by a hash of all that decides the embeddings: weights, tokenizer, settings and texts. Other content
-   has another folder, so what is found is always right.
-2. The texts are cut into shards. One is read and tokenized in a thread while the encoder works on the one before.
-3. The embeddings of a shard are written in 16-bit floats to a file that gets its name when it is whole. A file that is there
-   is not computed again: an interrupted job begins where it stopped.
-4. Several processes (``torchrun``) take the shards by turn and read all.
+1. A hash of weights, tokenizer, settings and texts names the folder. Other content has another folder, so existing shards
+   are always valid.
+2. The texts are cut into shards. A thread reads and tokenizes the next shard while the encoder works on the current one.
+3. The embeddings of a shard are written in 16-bit floats to a file that gets its name when it is complete. Only missing
+   shards are computed: an interrupted job goes on where it stopped.
+4. Several processes (``torchrun``) share the missing shards, and each process reads all shards.
 
 Memory holds the texts and token ids of two shards, whatever the size of the corpus.
 """
@@ -44,7 +44,7 @@ SHARD_TEXTS = 4096  # what a kill loses at most, a second on a large GPU and min
 
 
 class EmbeddingShards:
-    """The embeddings of N texts in the files of a folder; what is asked for is read from there.
+    """The embeddings of N texts in the files of a folder, read on access.
 
     ``shards[start:stop]`` is a float16 tensor (stop - start, D), ``shards[[row, …]]`` a float32 one (rows, D), both on the
     CPU.
@@ -55,7 +55,7 @@ class EmbeddingShards:
         dimensions: D.
 
     Attributes:
-        encoded: how many of the texts were encoded by this call; the others had been found.
+        encoded: how many texts this process encoded; the others were found or encoded by other processes.
     """
 
     def __init__(self, folder: Path, length: int, dimensions: int) -> None:
@@ -80,7 +80,7 @@ class EmbeddingShards:
         return self.folder / f"{number:06d}.npy"
 
     def has(self, number: int) -> bool:
-        """Whether a shard's file is there and whole."""
+        """Whether a shard's file exists and is complete."""
         with contextlib.suppress(OSError, ValueError, EOFError):
             found = np.load(self.file(number), mmap_mode="r")
             return found.dtype == np.float16 and found.shape == (len(self.rows(number)), self.shape[1])
@@ -132,16 +132,16 @@ def encode_passages(
     cache: Path | None = None,
     progress: bool = True,
 ) -> Tensor | EmbeddingShards:
-    """Embed passages, in memory or in a folder of shards, where none is encoded that is there already.
+    """Embed passages in memory, or in a folder of shards of which only missing ones are computed.
 
-    With a folder and ``torch.distributed``, each process encodes its part; all have to call this, and all can read all.
+    With a folder and ``torch.distributed``, all processes have to call this; each encodes its part, and each can read all.
 
     Args:
-        encoder: what encodes, on the device that is to compute.
+        encoder: on the device that is to compute.
         texts: the passages. With a folder they are read several times, front to back.
         encoding: length and batch size.
         cache: folder for folders of shards; None: in memory.
-        progress: whether to show a bar, and to say what was found.
+        progress: whether to show a bar, and to print how many shards were found.
 
     Returns:
         (N, D): a float32 tensor on the CPU, or shards, in 16-bit floats.
@@ -158,10 +158,10 @@ def encode_passages(
     shards = _open(encoder, texts, length, cache)
     _wait()  # for the folder
     if not shards.folder.is_dir():
-        raise UserError(f"{at(shards.folder)}: not there, although another process made it; all need the same disk")
+        raise UserError(f"{at(shards.folder)}: not found, although another process made it; all need the same disk")
     missing = [number for number in range(shards.count) if not shards.has(number)]
     own = [number for number in missing if number % world == rank]
-    _wait()  # until all have seen what is missing
+    _wait()  # until all processes have the same list
     progress = progress and rank == 0
     if progress:
         found = f"{shards.count - len(missing):,} of {shards.count:,} shards found"
@@ -224,8 +224,8 @@ def _open(encoder: Encoder, texts: Sequence[str], length: int, cache: Path) -> E
 def cache_folder(encoding: EncodingArguments, beside: Path) -> Iterator[Path]:
     """The folder where a command keeps embeddings.
 
-    The one that the user names stays. Else it is ``beside``, which stays when the block is interrupted, so that the same
-    command goes on from there, and goes away when the block has ended well.
+    A folder that the user names stays. Otherwise it is ``beside``, which is removed at the end of the block; after an
+    interruption it stays, and the same command goes on from there.
     """
     if encoding.cache_dir is not None:
         yield Path(encoding.cache_dir)
@@ -252,7 +252,7 @@ def processes() -> Iterator[bool]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # They only wait for each other, the others also while the first one searches.
+    # Processes only wait for each other, sometimes for long: while the first one searches.
     dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:
         yield process()[0] == 0

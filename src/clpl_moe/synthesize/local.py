@@ -41,11 +41,16 @@ class LocalModel:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from clpl_moe.encoder.bars import no_bar_of_weights
+
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 model, padding_side="left", trust_remote_code=trust_remote_code
             )
-            self._model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust_remote_code)
+            with no_bar_of_weights():
+                self._model = AutoModelForCausalLM.from_pretrained(
+                    model, dtype="auto", trust_remote_code=trust_remote_code
+                )
         except Exception as error:  # the tokenizers library raises plain ones, that of the weights its own
             raise UserError(f"{model}: cannot be loaded as a language model: {' '.join(str(error).split())}") from None
         if self._tokenizer.pad_token is None:

@@ -168,9 +168,11 @@ queries = torch.nn.functional.normalize({pooled[settings.pooling]}, dim=-1)
 With clpl_moe, to train on or to evaluate:
 
 ```python
-from clpl_moe import load_encoder
+from clpl_moe import Encoder
 
-encoder, tokenizer = load_encoder("{name}")
+encoder = Encoder.load("{name}")
+queries = encoder.encode_queries(["…"])
+passages = encoder.encode_passages(["…"])
 ```
 
 ```bash
