@@ -1,6 +1,6 @@
 """Extension of griffe: the package's docstrings and signatures as the pages of the API show them.
 
-Roles such as ``:class:`~clpl_moe.loss.CLPLLoss` `` become links, and tables of reStructuredText stay as they look. A function
+Roles such as ``:class:`~clpl_moe.loss.CLPLLoss` `` become plain names, and tables of reStructuredText stay as they look. A function
 of options has the signature of its Python form.
 """
 
@@ -11,8 +11,13 @@ from typing import Any
 
 import griffe
 
-_ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc):`~?([\w.]+)`")
+_ROLE = re.compile(r":(class|func|meth|mod|data|attr|exc):`~?([\w.]+)`")
 _TABLE = re.compile(r"^( *)=+ +=[= ]*\n(?:.+\n)+", re.MULTILINE)
+
+
+def _named(match: re.Match) -> str:
+    kind, name = match.groups()
+    return f"`{name if kind == 'mod' else name.rpartition('.')[2]}`"
 
 
 class PackageDocstrings(griffe.Extension):
@@ -22,7 +27,7 @@ class PackageDocstrings(griffe.Extension):
         """Replace what Markdown would show as it stands."""
         if obj.docstring is None:
             return
-        text = _ROLE.sub(lambda match: f"`{match[1].rpartition('.')[2]}`", obj.docstring.value)
+        text = _ROLE.sub(_named, obj.docstring.value)
         text = _TABLE.sub(lambda match: f"{match[1]}```text\n{match[0]}{match[1]}```\n", text)
         obj.docstring.value = re.sub(r"^ *::\n\n", "", text, flags=re.MULTILINE)
 
