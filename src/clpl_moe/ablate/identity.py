@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ class CommandOptions:
         return given, decisive
 
     def _resolve(
-        self, part: str, types: list[type], place: str, given: dict[str, Any], required: dict[str, Any]
+        self, part: str, types: Sequence[type], place: str, given: dict[str, Any], required: dict[str, Any]
     ) -> Decisive:
         from clpl_moe.train.stored_config import resolved_config
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clpl_moe.common.errors import OptionError, UserError, require_at_least
+from clpl_moe.common.options import option
 
 _MAPPINGS = ("languages", "rows", "prepare", "mine", "train", "evaluate")
 
@@ -21,45 +22,34 @@ class AblateArguments:
         mappings: those options that are mappings, as dictionaries.
     """
 
-    model: str = field(metadata={"help": "base model: folder or hub name"})
-    languages: str = field(
-        metadata={
-            "help": "mapping: language -> `collection` (folder that holds a folder per language) or `squad` (files to"
-            " prepare one from), and optionally `mine`, `train`, `evaluate`: options for this language"
-        }
+    model: str = option("base model: folder or hub name")
+    languages: str = option(
+        "mapping: language -> `collection` (folder that holds a folder per language) or `squad` (files to"
+        " prepare one from), and optionally `mine`, `train`, `evaluate`: options for this language"
     )
-    rows: str = field(
-        metadata={
-            "help": "mapping: row -> `label`, `mine` and `train` (options that differ from the shared ones; `train: false` is"
-            " the base model), `seeds`; the first row is what the others are compared with"
-        }
+    rows: str = option(
+        "mapping: row -> `label`, `mine` and `train` (options that differ from the shared ones; `train: false` is"
+        " the base model), `seeds`; the first row is what the others are compared with"
     )
-    prepare: str = field(default="{}", metadata={"help": "mapping: options of clpl_moe.prepare, for `squad`"})
-    mine: str = field(default="{}", metadata={"help": "mapping: options of clpl_moe.mine that all rows share"})
-    train: str = field(
-        default="{}",
-        metadata={
-            "help": "mapping: options of clpl_moe.train that all rows share; {collection}, {language} and {train_data} in a"
-            " value stand for those of the run"
-        },
+    prepare: str = option("mapping: options of clpl_moe.prepare, for `squad`", "{}")
+    mine: str = option("mapping: options of clpl_moe.mine that all rows share", "{}")
+    train: str = option(
+        "mapping: options of clpl_moe.train that all rows share; {collection}, {language} and {train_data} in a"
+        " value stand for those of the run",
+        "{}",
     )
-    evaluate: str = field(default="{}", metadata={"help": "mapping: options of clpl_moe.evaluate"})
-    seeds: list[int] = field(default_factory=lambda: [42, 43, 44], metadata={"help": "seeds of the training"})
-    metric: str = field(default="nDCG@5", metadata={"help": "metric of the table"})
-    runs: str = field(default="runs/ablation", metadata={"help": "folder of all runs; finished ones are not repeated"})
-    output: str = field(
-        default="runs/ablation/ablation.json",
-        metadata={"help": "JSON file of the results; table (.md) and picture (.png) lie beside it"},
+    evaluate: str = option("mapping: options of clpl_moe.evaluate", "{}")
+    seeds: list[int] = option("seeds of the training", [42, 43, 44])
+    metric: str = option("metric of the table", "nDCG@5")
+    runs: str = option("folder of all runs; finished ones are not repeated", "runs/ablation")
+    output: str = option(
+        "JSON file of the results; table (.md) and picture (.png) lie beside it", "runs/ablation/ablation.json"
     )
-    only: list[str] | None = field(
-        default=None, metadata={"help": "rows to run now; the table has the others as far as they are finished"}
-    )
-    parallel: int = field(
-        default=1, metadata={"help": "runs at a time; they share the processor's cores and take one GPU each"}
-    )
-    keep_models: bool = field(default=False, metadata={"help": "keep every run's weights, not only its results"})
-    dry_run: bool = field(default=False, metadata={"help": "say which runs are finished and which are not, and stop"})
-    overwrite: bool = field(default=False, metadata={"help": "replace the results of another configuration"})
+    only: list[str] | None = option("rows to run now; the table has the others as far as they are finished", None)
+    parallel: int = option("runs at a time; they share the processor's cores and take one GPU each", 1)
+    keep_models: bool = option("keep every run's weights, not only its results", False)
+    dry_run: bool = option("say which runs are finished and which are not, and stop", False)
+    overwrite: bool = option("replace the results of another configuration", False)
     mappings: dict[str, dict[str, Any]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

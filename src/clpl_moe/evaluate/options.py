@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from clpl_moe.common.errors import OptionError, require_at_least
+from clpl_moe.common.options import option
 from clpl_moe.evaluate.metrics import EVALUATION_METRICS, M3_WEIGHTS
 
 _MAIN_METRIC = "nDCG@10"  # of MIRACL
@@ -14,45 +15,37 @@ _MAIN_METRIC = "nDCG@10"  # of MIRACL
 class EvaluateArguments:
     """Which models to evaluate on which collections."""
 
-    model: list[str] = field(metadata={"help": "model folders or hub names; several give one table"})
-    collection: str = field(metadata={"help": "folder that holds a collection per language"})
-    languages: list[str] = field(metadata={"help": "languages: the folders in it"})
-    output: str = field(
-        metadata={
-            "help": "folder for results. A folder per language (of several models: per model and language) holds run.trec"
-            " (retrieved passages), qrels.trec (judgements) and metrics.json (metrics, and hashes of model and data); with"
-            " m3_scores also run.KIND.trec for each kind of score and metrics.m3.json. Beside them stand per_query.csv"
-            " (language, query id, text and each model's metrics of each query) and, for several models,"
-            " significance.json (each pair compared)"
-        }
+    model: list[str] = option("model folders or hub names; several give one table")
+    collection: str = option("folder that holds a collection per language")
+    languages: list[str] = option("languages: the folders in it")
+    output: str = option(
+        "folder for results. A folder per language (of several models: per model and language) holds run.trec"
+        " (retrieved passages), qrels.trec (judgements) and metrics.json (metrics, and hashes of model and data); with"
+        " m3_scores also run.KIND.trec for each kind of score and metrics.m3.json. Beside them stand per_query.csv"
+        " (language, query id, text and each model's metrics of each query) and, for several models,"
+        " significance.json (each pair compared)"
     )
-    split: str = field(default="dev", metadata={"help": "which queries and judgements"})
-    metrics: list[str] = field(
-        default_factory=lambda: list(EVALUATION_METRICS),
-        metadata={"help": "metrics, in the spelling of ir_measures; RR is the reciprocal rank (MRR), AP is MAP"},
+    split: str = option("which queries and judgements", "dev")
+    metrics: list[str] = option(
+        "metrics, in the spelling of ir_measures; RR is the reciprocal rank (MRR), AP is MAP", list(EVALUATION_METRICS)
     )
-    top_k: int = field(default=1000, metadata={"help": "passages retrieved for each query"})
-    compare_metric: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "metrics by which each pair of models is compared: a two-sided paired randomisation test over the"
-            " queries of each language, with Holm's correction for the number of pairs; not given: nDCG@10, or the"
-            " first of metrics where that lacks it"
-        },
+    top_k: int = option("passages retrieved for each query", 1000)
+    compare_metric: list[str] | None = option(
+        "metrics by which each pair of models is compared: a two-sided paired randomisation test over the"
+        " queries of each language, with Holm's correction for the number of pairs; not given: nDCG@10, or the"
+        " first of metrics where that lacks it",
+        None,
     )
-    m3_scores: bool = field(
-        default=False,
-        metadata={
-            "help": "also rank the first passages of the dense run by the scores of BGE-M3's heads: sparse, multi-vec,"
-            " dense+sparse and all (weighted means); a model without sparse_linear.pt and colbert_linear.pt gets dense results only"
-        },
+    m3_scores: bool = option(
+        "also rank the first passages of the dense run by the scores of BGE-M3's heads: sparse, multi-vec,"
+        " dense+sparse and all (weighted means); a model without sparse_linear.pt and colbert_linear.pt gets dense results only",
+        False,
     )
-    rerank_top: int = field(default=200, metadata={"help": "with m3_scores: how many passages of the dense run"})
-    m3_weights: list[float] = field(
-        default_factory=lambda: list(M3_WEIGHTS),
-        metadata={"help": "with m3_scores: weights of the dense, sparse and multi-vec score in the sums"},
+    rerank_top: int = option("with m3_scores: how many passages of the dense run", 200)
+    m3_weights: list[float] = option(
+        "with m3_scores: weights of the dense, sparse and multi-vec score in the sums", list(M3_WEIGHTS)
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace results of another model, data or settings"})
+    overwrite: bool = option("replace results of another model, data or settings", False)
 
     def __post_init__(self) -> None:
         require_at_least(self, top_k=1, rerank_top=1)

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from clpl_moe.common.errors import OptionError, require_at_least
+from clpl_moe.common.options import option
 
 
 @dataclass
 class ReportArguments:
     """What to report on, and where to."""
 
-    output: str = field(metadata={"help": "folder for the page and its pictures"})
-    runs: list[str] = field(
-        default_factory=list, metadata={"help": "run folders of clpl_moe.train or of clpl_moe.ablate"}
+    output: str = option("folder for the page and its pictures")
+    runs: list[str] = option("run folders of clpl_moe.train or of clpl_moe.ablate", [])
+    before: list[str] | None = option(
+        "folder of the base model's results (of clpl_moe.evaluate: holds a folder per language), or its run folder"
+        " of clpl_moe.ablate; one for all runs, or one for each",
+        None,
     )
-    before: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "folder of the base model's results (of clpl_moe.evaluate: holds a folder per language), or its run folder"
-            " of clpl_moe.ablate; one for all runs, or one for each"
-        },
+    after: list[str] | None = option(
+        "folders of the runs' results, one for each; runs of clpl_moe.ablate bring their own", None
     )
-    after: list[str] | None = field(
-        default=None,
-        metadata={"help": "folders of the runs' results, one for each; runs of clpl_moe.ablate bring their own"},
-    )
-    collection: str | None = field(
-        default=None, metadata={"help": "folder of the collections; not given: the one that the results name"}
-    )
-    languages: list[str] | None = field(
-        default=None, metadata={"help": "languages to compare; not given: all that both results have"}
-    )
-    metric: str = field(default="nDCG@5", metadata={"help": "what queries are compared by"})
-    examples: int = field(default=5, metadata={"help": "queries shown of those that gained and lost most"})
-    passages: int = field(default=3, metadata={"help": "passages shown of each, before and after"})
-    title: str | None = field(default=None, metadata={"help": "title of the page"})
-    overwrite: bool = field(default=False, metadata={"help": "replace the report that is there"})
+    collection: str | None = option("folder of the collections; not given: the one that the results name", None)
+    languages: list[str] | None = option("languages to compare; not given: all that both results have", None)
+    metric: str = option("what queries are compared by", "nDCG@5")
+    examples: int = option("queries shown of those that gained and lost most", 5)
+    passages: int = option("passages shown of each, before and after", 3)
+    title: str | None = option("title of the page", None)
+    overwrite: bool = option("replace the report that is there", False)
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -54,6 +46,6 @@ class ReportArguments:
 class CardArguments:
     """Whose card, and which results."""
 
-    run: str = field(metadata={"help": "run folder of clpl_moe.train"})
-    after: str = field(metadata={"help": "folder of its results, which holds a folder per language"})
-    before: str | None = field(default=None, metadata={"help": "folder of the base model's results"})
+    run: str = option("run folder of clpl_moe.train")
+    after: str = option("folder of its results, which holds a folder per language")
+    before: str | None = option("folder of the base model's results", None)
