@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from clpl_moe.mine.index import PassageIndex, comparable
 from clpl_moe.mine.options import SelectionArguments
 from clpl_moe.mine.rank import MiningQuery, Ranking, rank_passages
-from clpl_moe.mine.select import select_negatives
+from clpl_moe.mine.select import NegativeMiner
 from clpl_moe.prepare.__main__ import main as prepare
 from clpl_moe.retrieval.collection import Collection, normalize_text
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
@@ -90,10 +90,10 @@ def measure(squad: Path, language: str, work: Path, encoder, encoding, negatives
     for name, options in SETTINGS.items():
         given = {key: value for key, value in (_NONE | options).items() if value is not None}
         selection = SelectionArguments(negatives=negatives, **given)
-        counts: Counter[str] = Counter()
+        miner = NegativeMiner(index=index, selection=selection)
         false = total = without = fewer = 0
         distance = 0.0
-        for query, mined in zip(queries, select_negatives(queries, ranking, index, selection, seed=42, counts=counts)):
+        for query, mined in zip(queries, miner.select(queries, ranking)):
             false += sum(holds(place, query) for place in mined.places)
             total += len(mined.places)
             without += not mined.places
@@ -108,7 +108,7 @@ def measure(squad: Path, language: str, work: Path, encoder, encoding, negatives
             "queries_without_negatives": round(without / len(queries), 5),
             "queries_with_fewer": round(fewer / len(queries), 5),
             "mean_distance_below_positive": round(distance / total, 5) if selection.sampling != "corpus" else None,
-            **counts,
+            **miner.counts,
         }
     return {
         "passages": len(index),

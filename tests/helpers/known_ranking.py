@@ -7,7 +7,7 @@ import torch
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.mine.options import SelectionArguments
 from clpl_moe.mine.rank import MiningQuery, Ranking
-from clpl_moe.mine.select import select_negatives
+from clpl_moe.mine.select import NegativeMiner
 from clpl_moe.retrieval.collection import Collection
 from helpers.mining import make_collection
 
@@ -34,4 +34,5 @@ def found(index, *, positives=(2,), excluded=(), keys=("q",), seed=0, reranker=N
         positive_scores = [[SCORES[p] for p in q.positives] for q in queries]
         ranking = Ranking(torch.tensor(SCORES)[places], places, positive_scores)
     counts = Counter() if counts is None else counts
-    return list(select_negatives(queries, ranking, index, selection, seed=seed, counts=counts, reranker=reranker))
+    miner = NegativeMiner(index=index, selection=selection, seed=seed, counts=counts, reranker=reranker)
+    return list(miner.select(queries, ranking))

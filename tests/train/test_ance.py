@@ -209,17 +209,17 @@ KILLED = """
 import os, signal, sys
 from clpl_moe.train import ance
 
-stock, calls = ance.mine_negatives, 0
+stock, calls = ance.NegativeMiner.mine, 0
 
-def mine_negatives(*args, **kwargs):
+def mine(*args):
     global calls
     calls += 1
-    for number, mined in enumerate(stock(*args, **kwargs)):
+    for number, mined in enumerate(stock(*args)):
         if (calls, number) == (int(sys.argv[1]), 5):
             os.kill(os.getpid(), signal.SIGKILL)
         yield mined
 
-ance.mine_negatives = mine_negatives
+ance.NegativeMiner.mine = mine
 from clpl_moe.train.__main__ import main
 main(sys.argv[2:])
 """

@@ -31,10 +31,10 @@ class OptionError(UserError):
 
 
 def require_at_least(options: object, **least: float) -> None:
-    """Raise :class:`OptionError` for the first option that is given and lies below its least value."""
+    """Raise :class:`OptionError` for the first option that is given and is not a finite value of at least its least."""
     for name, lowest in least.items():
         value = getattr(options, name)
-        if value is not None and value < lowest:
+        if value is not None and not lowest <= value < float("inf"):
             raise OptionError(name, f"found {value}, expected at least {lowest}")
 
 

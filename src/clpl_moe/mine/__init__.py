@@ -50,6 +50,7 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
     """
     from clpl_moe.mine.index import PassageIndex
     from clpl_moe.mine.lines import training_lines
+    from clpl_moe.mine.select import NegativeMiner
     from clpl_moe.retrieval.collection import Collection
     from clpl_moe.retrieval.store import cache_folder, encode_passages, processes
 
@@ -58,7 +59,6 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
     refuse_existing(arguments.output, arguments.overwrite)
     collection = Collection.load(arguments.collection, arguments.language, arguments.split)
     index = PassageIndex.load(collection)
-    counts: Counter[str] = Counter()
     beside = Path(f"{arguments.output}.embeddings")
     with processes() as first, cache_folder(encoding, beside) as cache:
         # Only in here each process has a GPU of its own.
@@ -77,9 +77,17 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
                 batch_size=arguments.reranker_batch_size,
                 trust_remote_code=encoding.trust_remote_code,
             )
-        lines = training_lines(
-            encoder, collection, index, arguments, selection, encoding, counts, reranker=reranker, cache=cache
+        miner = NegativeMiner(
+            index=index,
+            selection=selection,
+            encoding=encoding,
+            encoder=encoder,
+            seed=arguments.seed,
+            reranker=reranker,
+            cache=cache,
         )
+        counts = miner.counts
+        lines = training_lines(miner, collection, arguments.max_positive_queries)
         line = next(lines, None)  # before a file is opened, of which a kill while encoding would leave something
         if line is None:
             why = "; ".join(f"{name}: {count:,}" for name, count in (+counts).items())

@@ -8,48 +8,23 @@ Prompts are not written into the texts: training and evaluation add them.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from clpl_moe.encoder import Encoder
-from clpl_moe.mine.index import PassageIndex
-from clpl_moe.mine.options import MineArguments, SelectionArguments
 from clpl_moe.mine.rank import MiningQuery
-from clpl_moe.mine.rerank import Reranker
-from clpl_moe.mine.select import mine_negatives
+from clpl_moe.mine.select import NegativeMiner
 from clpl_moe.retrieval.collection import Collection
-from clpl_moe.retrieval.options import EncodingArguments
 
 
-def training_lines(
-    encoder: Encoder | None,
-    collection: Collection,
-    index: PassageIndex,
-    arguments: MineArguments,
-    selection: SelectionArguments,
-    encoding: EncodingArguments,
-    counts: Counter[str],
-    *,
-    reranker: Reranker | None = None,
-    cache: Path | None = None,
-    progress: bool = True,
-) -> Iterator[dict[str, Any]]:
+def training_lines(miner: NegativeMiner, collection: Collection, most: int) -> Iterator[dict[str, Any]]:
     """The training lines of a collection's queries, one at a time.
 
     Args:
-        encoder: ranks the passages; None with ``sampling: corpus``, which does not.
+        miner: finds their negatives in the collection; its counts count what was taken, and what was not and why.
         collection: queries and judgements.
-        index: of the collection.
-        arguments: how many known queries of a negative are written, and the seed.
-        selection: which passages to take.
-        encoding: lengths and batch size.
-        counts: counts what was taken, and what was not and why.
-        reranker: scores the window anew.
-        cache: folder for embeddings of passages and the reranker's scores, from which an interrupted run goes on.
-        progress: whether to show bars.
+        most: queries written for a negative, drawn from more that it is known to answer.
     """
+    index, counts = miner.index, miner.counts
     counts["queries"] += len(collection.queries)
     counts["passages kept out: reserved to another split"] += index.reserved
     counts["passages kept out: empty or same text as another"] += index.repeated
@@ -65,27 +40,12 @@ def training_lines(
         queries.append(MiningQuery(query_id, text, relevant, excluded))
     if not queries:
         return
-    found = mine_negatives(
-        queries,
-        index,
-        selection,
-        encoder=encoder,
-        encoding=encoding,
-        seed=arguments.seed,
-        counts=counts,
-        reranker=reranker,
-        cache=cache,
-        progress=progress,
-    )
-    for query, negatives in zip(queries, found, strict=True):
+    for query, negatives in zip(queries, miner.mine(queries), strict=True):
         if not negatives.places:
             counts["queries dropped: no passage was left"] += 1
             continue
-        draw = random.Random(f"{arguments.seed} {query.key} queries")
-        negative_queries = [
-            _draw_queries(index.negative_queries(place), arguments.max_positive_queries, draw)
-            for place in negatives.places
-        ]
+        draw = random.Random(f"{miner.seed} {query.key} queries")
+        negative_queries = [_draw_queries(index.negative_queries(place), most, draw) for place in negatives.places]
         scores: dict[str, list[float]] = {}
         if negatives.scores is not None and negatives.positive_scores is not None:
             highest = max(negatives.positive_scores)
@@ -95,7 +55,7 @@ def training_lines(
         counts["negatives"] += len(negatives.places)
         counts["negatives with known queries"] += sum(map(bool, negative_queries))
         counts["known queries of negatives"] += sum(map(len, negative_queries))
-        counts["queries with fewer negatives than asked for"] += len(negatives.places) < selection.negatives
+        counts["queries with fewer negatives than asked for"] += len(negatives.places) < miner.selection.negatives
         yield {
             "query": query.text,
             "pos": [index.texts[place] for place in query.positives],

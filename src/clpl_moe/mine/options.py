@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from clpl_moe.common.errors import OptionError, require_at_least
+from clpl_moe.common.options import option
 
 Sampling = Literal["top", "random", "score", "corpus"]
 
@@ -15,25 +16,19 @@ Sampling = Literal["top", "random", "score", "corpus"]
 class MineArguments:
     """What to mine from, and what to write."""
 
-    model: str = field(metadata={"help": "model folder or hub name; normally the model that is to be trained"})
-    collection: str = field(metadata={"help": "folder that holds a collection per language"})
-    language: str = field(metadata={"help": "language: the folder in it"})
-    output: str = field(metadata={"help": "JSONL file to write"})
-    split: str = field(default="train", metadata={"help": "which queries and judgements"})
-    max_positive_queries: int = field(
-        default=4,
-        metadata={"help": "known queries written for a negative at most, drawn from more"},
+    model: str = option("model folder or hub name; normally the model that is to be trained")
+    collection: str = option("folder that holds a collection per language")
+    language: str = option("language: the folder in it")
+    output: str = option("JSONL file to write")
+    split: str = option("which queries and judgements", "train")
+    max_positive_queries: int = option("known queries written for a negative at most, drawn from more", 4)
+    reranker: str | None = option(
+        "cross encoder (folder or hub name) that scores passages up to rank_to anew; all limits go by its scores", None
     )
-    reranker: str | None = field(
-        default=None,
-        metadata={
-            "help": "cross encoder (folder or hub name) that scores passages up to rank_to anew; all limits go by its scores"
-        },
-    )
-    reranker_max_len: int = field(default=512, metadata={"help": "longest pair in tokens; the rest is cut off"})
-    reranker_batch_size: int = field(default=32, metadata={"help": "pairs that the reranker takes at once"})
-    seed: int = field(default=42, metadata={"help": "decides every draw"})
-    overwrite: bool = field(default=False, metadata={"help": "replace the output file"})
+    reranker_max_len: int = option("longest pair in tokens; the rest is cut off", 512)
+    reranker_batch_size: int = option("pairs that the reranker takes at once", 32)
+    seed: int = option("decides every draw", 42)
+    overwrite: bool = option("replace the output file", False)
 
     def __post_init__(self) -> None:
         require_at_least(self, max_positive_queries=0, reranker_max_len=8, reranker_batch_size=1)
@@ -45,35 +40,25 @@ class SelectionArguments:
 
     # Chosen with benchmarks/false_negatives.py. The limit of 95% halves the false negatives of a multilingual E5 on Korean; to
     # rank 200 it leaves a third as many questions without any negative as to rank 60.
-    rank_from: int = field(
-        default=2, metadata={"help": "first rank of the window; rank 1 is too often right but not judged"}
+    rank_from: int = option("first rank of the window; rank 1 is too often right but not judged", 2)
+    rank_to: int = option("last rank of the window; known positives have no rank", 200)
+    negatives: int = option("negatives for each query; training draws some each time", 8)
+    sampling: Sampling = option(
+        "the window's first passages; any of it, all equally likely; any, similar ones more likely; or any passage"
+        " of the whole corpus, without ranking and scores",
+        "top",
     )
-    rank_to: int = field(default=200, metadata={"help": "last rank of the window; known positives have no rank"})
-    negatives: int = field(default=8, metadata={"help": "negatives for each query; training draws some each time"})
-    sampling: Sampling = field(
-        default="top",
-        metadata={
-            "help": "the window's first passages; any of it, all equally likely; any, similar ones more likely; or any passage"
-            " of the whole corpus, without ranking and scores"
-        },
+    sampling_temperature: float = option("of sampling score: a passage's weight is exp(score / temperature)", 0.02)
+    max_positive_ratio: float = option(
+        "highest score of a negative, as a share of the lowest positive's; 0: no such limit", 0.95
     )
-    sampling_temperature: float = field(
-        default=0.02, metadata={"help": "of sampling score: a passage's weight is exp(score / temperature)"}
+    margin: float | None = option(
+        "how far below the lowest positive's score a negative's must be; not given: no such limit", None
     )
-    max_positive_ratio: float = field(
-        default=0.95,
-        metadata={"help": "highest score of a negative, as a share of the lowest positive's; 0: no such limit"},
-    )
-    margin: float | None = field(
-        default=None,
-        metadata={"help": "how far below the lowest positive's score a negative's must be; not given: no such limit"},
-    )
-    max_overlap: float = field(
-        default=0.8,
-        metadata={
-            "help": "share of the shorter text that a negative and a positive may have in common, in pieces of 5 characters;"
-            " 1: no such limit"
-        },
+    max_overlap: float = option(
+        "share of the shorter text that a negative and a positive may have in common, in pieces of 5 characters;"
+        " 1: no such limit",
+        0.8,
     )
 
     def __post_init__(self) -> None:

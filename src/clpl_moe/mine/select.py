@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from clpl_moe.encoder import Encoder
@@ -47,105 +47,94 @@ class Negatives:
     positive_scores: list[float] | None
 
 
-def mine_negatives(
-    queries: Sequence[MiningQuery],
-    index: PassageIndex,
-    selection: SelectionArguments,
-    *,
-    encoder: Encoder | None,
-    encoding: EncodingArguments,
-    seed: int | str,
-    counts: Counter[str],
-    reranker: Reranker | None = None,
-    cache: Path | None = None,
-    progress: bool = True,
-) -> Iterator[Negatives]:
-    """The negatives of each query, in their order.
+@dataclass(kw_only=True)
+class NegativeMiner:
+    """Finds the negatives of queries.
 
     Args:
-        queries: each with a positive at least.
         index: of the corpus.
         selection: which passages to take.
-        encoder: ranks the passages, by cosine whatever its settings say; None with ``sampling: corpus`` only.
         encoding: lengths and batch size.
+        encoder: ranks the passages, by cosine whatever its settings say; None with ``sampling: corpus`` only.
         seed: of all draws, together with each query's key.
         counts: counts what was left out, and why.
         reranker: scores the window anew.
         cache: folder for embeddings of passages and the reranker's scores, from which an interrupted run goes on.
         progress: whether to show bars.
     """
-    ranking = None
-    if selection.sampling != "corpus":
-        if encoder is None:
-            raise ValueError(f"sampling '{selection.sampling}' ranks passages, expected an encoder")
-        ranking = rank_passages(
-            queries, index, selection.rank_to, encoder=encoder, encoding=encoding, cache=cache, progress=progress
-        )
-    yield from select_negatives(
-        queries, ranking, index, selection, seed=seed, counts=counts, reranker=reranker, cache=cache, progress=progress
-    )
 
+    index: PassageIndex
+    selection: SelectionArguments
+    encoding: EncodingArguments = field(default_factory=EncodingArguments)
+    encoder: Encoder | None = None
+    seed: int | str = 42
+    counts: Counter[str] = field(default_factory=Counter)
+    reranker: Reranker | None = None
+    cache: Path | None = None
+    progress: bool = True
 
-def select_negatives(
-    queries: Sequence[MiningQuery],
-    ranking: Ranking | None,
-    index: PassageIndex,
-    selection: SelectionArguments,
-    *,
-    seed: int | str,
-    counts: Counter[str],
-    reranker: Reranker | None = None,
-    cache: Path | None = None,
-    progress: bool = True,
-) -> Iterator[Negatives]:
-    """The second half of :func:`mine_negatives`, whose arguments it takes, after :func:`rank_passages`.
+    def mine(self, queries: Sequence[MiningQuery]) -> Iterator[Negatives]:
+        """The negatives of each query, in their order; each query has a positive at least.
 
-    ``ranking`` is None with ``sampling: corpus``.
-    """
-    if ranking is None:
-        for query in queries:
-            draw = random.Random(f"{seed} {query.key}")
-            yield Negatives(_take(shuffled(len(index), draw), query, index, selection, counts), None, None)
-        return
-    for start in _bar(range(0, len(queries), _QUERIES_AT_ONCE), "rerank", reranker is not None and progress):
-        found = []
-        for row in range(start, min(start + _QUERIES_AT_ONCE, len(queries))):
-            candidates = list(zip(ranking.places[row].tolist(), ranking.scores[row].tolist()))
-            candidates = without_known_answers(candidates, queries[row])[: selection.rank_to]
-            found.append(Scored(queries[row], candidates, ranking.positive_scores[row]))
-        if reranker is not None:
-            found = rescore(found, index, reranker, cache)
-        for one in found:
-            draw = random.Random(f"{seed} {one.query.key}")
-            window = one.candidates[selection.rank_from - 1 :]
-            allowed = below_ceiling(window, one.positive_scores, selection)
-            counts["passages left out: nearly as similar as a positive"] += len(window) - len(allowed)
-            places = _take(in_order(allowed, selection, draw), one.query, index, selection, counts)
-            score_of = dict(allowed)
-            places.sort(key=[place for place, _ in allowed].index)
-            yield Negatives(places, [score_of[place] for place in places], one.positive_scores)
+        With ``torch.distributed`` and a cache, processes share the encoding of the passages (all have to call this).
+        """
+        ranking = None
+        if self.selection.sampling != "corpus":
+            if self.encoder is None:
+                raise ValueError(f"sampling '{self.selection.sampling}' ranks passages, expected an encoder")
+            ranking = rank_passages(
+                queries,
+                self.index,
+                self.selection.rank_to,
+                encoder=self.encoder,
+                encoding=self.encoding,
+                cache=self.cache,
+                progress=self.progress,
+            )
+        yield from self.select(queries, ranking)
 
+    def select(self, queries: Sequence[MiningQuery], ranking: Ranking | None) -> Iterator[Negatives]:
+        """The second half of :meth:`mine`, after the ranking; None with ``sampling: corpus``."""
+        if ranking is None:
+            for query in queries:
+                yield Negatives(self._take(shuffled(len(self.index), self._draw(query)), query), None, None)
+            return
+        starts = range(0, len(queries), _QUERIES_AT_ONCE)
+        for start in _bar(starts, "rerank", self.reranker is not None and self.progress):
+            found = []
+            for row in range(start, min(start + _QUERIES_AT_ONCE, len(queries))):
+                candidates = list(zip(ranking.places[row].tolist(), ranking.scores[row].tolist()))
+                candidates = without_known_answers(candidates, queries[row])[: self.selection.rank_to]
+                found.append(Scored(queries[row], candidates, ranking.positive_scores[row]))
+            if self.reranker is not None:
+                found = rescore(found, self.index, self.reranker, self.cache)
+            yield from map(self._select, found)
 
-def _take(
-    places: Iterator[int],
-    query: MiningQuery,
-    index: PassageIndex,
-    selection: SelectionArguments,
-    counts: Counter[str],
-) -> list[int]:
-    """The first of the places that are neither known to answer the query nor copies of a positive."""
-    copies = CopyFilter(query, index, selection.max_overlap)
-    taken: list[int] = []
-    for place in places:
-        if len(taken) == selection.negatives:
-            break
-        if place in query.excluded:
-            continue
-        if copies.is_copy(place):
-            counts["passages left out: nearly the same text as a positive"] += 1
-            continue
-        taken.append(place)
-    return taken
+    def _select(self, scored: Scored) -> Negatives:
+        window = scored.candidates[self.selection.rank_from - 1 :]
+        allowed = below_ceiling(window, scored.positive_scores, self.selection)
+        self.counts["passages left out: nearly as similar as a positive"] += len(window) - len(allowed)
+        taken = set(self._take(in_order(allowed, self.selection, self._draw(scored.query)), scored.query))
+        best_first = [(place, score) for place, score in allowed if place in taken]
+        return Negatives([p for p, _ in best_first], [score for _, score in best_first], scored.positive_scores)
+
+    def _take(self, places: Iterator[int], query: MiningQuery) -> list[int]:
+        """The first of the places that are neither known to answer the query nor copies of a positive."""
+        copies = CopyFilter(query, self.index, self.selection.max_overlap)
+        taken: list[int] = []
+        for place in places:
+            if len(taken) == self.selection.negatives:
+                break
+            if place in query.excluded:
+                continue
+            if copies.is_copy(place):
+                self.counts["passages left out: nearly the same text as a positive"] += 1
+                continue
+            taken.append(place)
+        return taken
+
+    def _draw(self, query: MiningQuery) -> random.Random:
+        return random.Random(f"{self.seed} {query.key}")
 
 
 def _bar(values: Sequence[int], label: str, shown: bool) -> Iterable[int]:

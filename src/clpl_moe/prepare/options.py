@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from clpl_moe.common.errors import OptionError, UserError
+from clpl_moe.common.options import option
 from clpl_moe.prepare.source import Source, registered_sources
 from clpl_moe.retrieval.collection import check_language
 
@@ -18,13 +19,12 @@ class PrepareArguments:
         reader: the source that was chosen, with its options.
     """
 
-    output: str = field(metadata={"help": "folder for collections"})
-    language: str | None = field(
-        default=None,
-        metadata={"help": "name of the collection's folder inside output, such as ko; with miracl its language"},
+    output: str = option("folder for collections")
+    language: str | None = option(
+        "name of the collection's folder inside output, such as ko; with miracl its language", None
     )
-    titles: bool = field(default=True, metadata={"help": "give each passage the title of its article"})
-    overwrite: bool = field(default=False, metadata={"help": "replace the collection that is there"})
+    titles: bool = option("give each passage the title of its article", True)
+    overwrite: bool = option("replace the collection that is there", False)
 
     if TYPE_CHECKING:  # the options of the sources
 
@@ -46,11 +46,11 @@ class PrepareArguments:
             found = " and ".join(named) or "none"
             raise UserError(f"found {found}, expected one of {', '.join(most)} and {last}")
         chosen = sources[named[0]]
-        own = {option.name for option in fields(chosen)}
-        for option in fields(self):
-            users = [name for name, cls in sources.items() if option.name in {own.name for own in fields(cls)}]
-            if users and option.name not in own and getattr(self, option.name) != option.default:
-                raise OptionError(option.name, f"goes with {' and '.join(users)}, not with {chosen.name}")
+        own = {known.name for known in fields(chosen)}
+        for known in fields(self):
+            users = [name for name, cls in sources.items() if known.name in {f.name for f in fields(cls)}]
+            if users and known.name not in own and getattr(self, known.name) != known.default:
+                raise OptionError(known.name, f"goes with {' and '.join(users)}, not with {chosen.name}")
         return chosen(**{name: getattr(self, name) for name in own})
 
 
@@ -60,16 +60,13 @@ def prepare_arguments() -> type[PrepareArguments]:
     helps: dict[str, list[str]] = {}
     for cls in registered_sources():
         types = get_type_hints(cls)
-        for option in fields(cls):
-            text = option.metadata.get("help", "")
-            if option.name == cls.name:
-                kinds[option.name] = (types[option.name] | None, None)
-                helps[option.name] = [text]
+        for known in fields(cls):
+            text = known.metadata.get("help", "")
+            if known.name == cls.name:
+                kinds[known.name] = (types[known.name] | None, None)
+                helps[known.name] = [text]
             else:
-                kinds[option.name] = (types[option.name], option.default)
-                helps.setdefault(option.name, []).append(f"with {cls.name}: {text}")
-    options = [
-        (name, kind, field(default=default, metadata={"help": "; ".join(helps[name])}))
-        for name, (kind, default) in kinds.items()
-    ]
+                kinds[known.name] = (types[known.name], known.default)
+                helps.setdefault(known.name, []).append(f"with {cls.name}: {text}")
+    options = [(name, kind, option("; ".join(helps[name]), default)) for name, (kind, default) in kinds.items()]
     return make_dataclass("PrepareArguments", options, bases=(PrepareArguments,), kw_only=True)

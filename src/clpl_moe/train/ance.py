@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from clpl_moe.encoder import Encoder
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.mine.options import SelectionArguments
 from clpl_moe.mine.rank import MiningQuery
-from clpl_moe.mine.select import mine_negatives
+from clpl_moe.mine.select import NegativeMiner
 from clpl_moe.retrieval.options import EncodingArguments
 
 NEGATIVES_FILE = "negatives.jsonl"
@@ -126,17 +125,16 @@ class NegativeRefresher:
             Figures for the log.
         """
         start = time.perf_counter()
-        found = mine_negatives(
-            self._queries,
-            self.index,
-            self.selection,
-            encoder=encoder,
+        miner = NegativeMiner(
+            index=self.index,
+            selection=self.selection,
             encoding=self.encoding,
+            encoder=encoder,
             seed=f"{self.seed}-{step}",
-            counts=Counter(),
             cache=self.folder,
             progress=False,
         )
+        found = miner.mine(self._queries)
         places = {number: mined.places for number, mined in zip(self._numbers, found, strict=True) if mined.places}
         # Devices may round differently: all take the first process's.
         places = gather(places if first else None)[0]

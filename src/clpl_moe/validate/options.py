@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from clpl_moe.common.errors import UserError, require_at_least
+from clpl_moe.common.options import option
 
 
 @dataclass
 class ValidateArguments:
     """Which files to look at, and how training will read them."""
 
-    train_data: list[str] = field(
-        default_factory=list, metadata={"help": "files or folders of training JSONL; not given: those of config"}
+    train_data: list[str] = option("files or folders of training JSONL; not given: those of config", [])
+    config: str | None = option(
+        "YAML file of training: its data, limits, tokenizer, prompts and whether it needs scores", None
     )
-    config: str | None = field(
-        default=None,
-        metadata={"help": "YAML file of training: its data, limits, tokenizer, prompts and whether it needs scores"},
-    )
-    tokenizer: str | None = field(
-        default=None,
-        metadata={"help": "model folder or hub name whose tokens are counted; not given: that of config"},
-    )
-    query_max_len: int | None = field(
-        default=None, metadata={"help": "longest query in tokens; not given: that of config"}
-    )
-    passage_max_len: int | None = field(
-        default=None, metadata={"help": "longest passage in tokens; not given: that of config"}
-    )
-    knowledge_distillation: bool = field(
-        default=False, metadata={"help": "expect pos_scores and neg_scores in every line, also without config"}
-    )
-    max_faults: int = field(default=50, metadata={"help": "faults shown of each file; the rest is counted"})
+    tokenizer: str | None = option("model folder or hub name whose tokens are counted; not given: that of config", None)
+    query_max_len: int | None = option("longest query in tokens; not given: that of config", None)
+    passage_max_len: int | None = option("longest passage in tokens; not given: that of config", None)
+    knowledge_distillation: bool = option("expect pos_scores and neg_scores in every line, also without config", False)
+    max_faults: int = option("faults shown of each file; the rest is counted", 50)
 
     def __post_init__(self) -> None:
         if not self.train_data and self.config is None:

@@ -10,11 +10,12 @@ The JSONL files may be compressed (``.jsonl.gz``). A split takes the queries tha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.options import option
 from clpl_moe.prepare.files import read_passages, read_qrels, read_texts
 from clpl_moe.prepare.source import Passage, Source, Split, register_source
 
@@ -26,8 +27,8 @@ class Beir(Source):
 
     id_field: ClassVar[str] = "_id"
 
-    beir: str = field(metadata={"help": "folder with corpus.jsonl, queries.jsonl and qrels/<split>.tsv"})
-    splits: list[str] | None = field(default=None, metadata={"help": "splits to read, all unless named"})
+    beir: str = option("folder with corpus.jsonl, queries.jsonl and qrels/<split>.tsv")
+    splits: list[str] | None = option("splits to read, all unless named", None)
 
     def files(self) -> list[str]:
         return [self.beir]

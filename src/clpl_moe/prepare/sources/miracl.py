@@ -15,12 +15,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 from clpl_moe.common.errors import OptionError, UserError, at
+from clpl_moe.common.options import option
 from clpl_moe.prepare.files import read_passages, read_qrels, read_table
 from clpl_moe.prepare.source import Passage, Source, Split, register_source
 from clpl_moe.retrieval.collection import check_id
@@ -42,11 +43,9 @@ class Miracl(Source):
 
     id_field: ClassVar[str] = "docid"
 
-    miracl: str = field(metadata={"help": f"MIRACL in this language: {', '.join(sorted(PARTS))}"})
-    source: str | None = field(
-        default=None, metadata={"help": "folder that holds its files, where there is no network"}
-    )
-    splits: list[str] | None = field(default=None, metadata={"help": "train, dev or both; both unless named"})
+    miracl: str = option(f"MIRACL in this language: {', '.join(sorted(PARTS))}")
+    source: str | None = option("folder that holds its files, where there is no network", None)
+    splits: list[str] | None = option("train, dev or both; both unless named", None)
 
     def __post_init__(self) -> None:
         if self.miracl not in PARTS:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from clpl_moe.common.errors import OptionError, UserError, at, type_name
 from clpl_moe.common.files import json_fault, refuse_lone_surrogates
+from clpl_moe.common.options import option
 from clpl_moe.prepare.articles import Article, Question, make_collection
 from clpl_moe.prepare.source import Source, register_source
 from clpl_moe.retrieval.collection import check_id
@@ -26,9 +27,9 @@ class Squad(Source):
 
     note: ClassVar[str] = "; dev questions are in none of the files that training reads"
 
-    squad: list[str] = field(metadata={"help": "JSON files in SQuAD's shape"})
-    dev_share: float = field(default=0.2, metadata={"help": "share of the articles whose questions are for dev"})
-    seed: int = field(default=42, metadata={"help": "decides which articles are for dev"})
+    squad: list[str] = option("JSON files in SQuAD's shape")
+    dev_share: float = option("share of the articles whose questions are for dev", 0.2)
+    seed: int = option("decides which articles are for dev", 42)
 
     def __post_init__(self) -> None:
         if not 0 <= self.dev_share <= 1:
