@@ -73,7 +73,7 @@ class DataOptions:
     TITLE: ClassVar[str] = "data"
 
     train_data: list[str] = field(
-        default_factory=list, metadata={"help": "Files or folders of training JSONL (see data/README.md)."}
+        default_factory=list, metadata={"help": "Files or folders of training JSONL (see docs/data-formats.md)."}
     )
     train_group_size: int = field(default=8, metadata={"help": "Passages per query: one positive, the rest negatives."})
     query_max_len: int = field(
@@ -198,7 +198,7 @@ class EvaluationOptions:
     TITLE: ClassVar[str] = "evaluation in training"
 
     dev_collection: str | None = field(
-        default=None, metadata={"help": "Collection folder for evaluation in training (see data/README.md)."}
+        default=None, metadata={"help": "Collection folder for evaluation in training (see docs/data-formats.md)."}
     )
     dev_language: str | None = field(default=None, metadata={"help": "Language folder within dev_collection."})
     dev_split: str = field(default="dev", metadata={"help": "Split of dev_collection: its queries and qrels."})
@@ -232,7 +232,7 @@ class RefreshOptions:
         },
     )
     ance_collection: str | None = field(
-        default=None, metadata={"help": "Collection folder that negatives are mined from (see data/README.md)."}
+        default=None, metadata={"help": "Collection folder that negatives are mined from (see docs/data-formats.md)."}
     )
     ance_language: str | None = field(default=None, metadata={"help": "Language folder within ance_collection."})
     ance_split: str = field(
