@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clpl_moe.common.errors import OptionError
@@ -16,6 +17,7 @@ from clpl_moe.loss.options import CLPLOptions, LossTermOptions
 from clpl_moe.mine.options import SelectionArguments
 from clpl_moe.train import checks
 from clpl_moe.train.compat import prefer_activation_checkpointing
+from clpl_moe.train.device import choose_device
 from clpl_moe.train.options import (
     DataOptions,
     EvaluationOptions,
@@ -84,10 +86,6 @@ class CLPLTrainingArguments(
     """
 
     def __post_init__(self) -> None:
-        import torch
-
-        from clpl_moe.encoder.precision import fast_bfloat16
-
         self.without_effect = checks.drop_without_effect(self)
         if self.dev_collection is not None and "do_eval" in self.without_effect:
             self.without_effect.remove("do_eval")  # there is evaluation
@@ -101,28 +99,7 @@ class CLPLTrainingArguments(
         checks.check_evaluation(self)
         checks.check_refreshes(self)
         self.fp16_asked = self.fp16
-        # Asked for before the parent looks at devices: without it, processes on a machine without accelerators do not
-        # find each other.
-        if not self.use_cpu and not torch.accelerator.is_available():
-            logger.warning("no GPU was found: training on the CPU, where BGE-M3 takes days (use_cpu true: meant so)")
-            self.use_cpu = True
-        device = torch.device("cpu" if self.use_cpu else torch.accelerator.current_accelerator().type)
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and fast_bfloat16(device)
-        elif self.bf16 and not fast_bfloat16(device):
-            logger.warning(
-                "bf16 is emulated on this %s, and slow: --bf16 false, with --fp16 true on a GPU", device.type
-            )
-        if self.fp16 and self.use_cpu:
-            self.fp16 = False
-        if self.logging_nan_inf_filter is None:
-            self.logging_nan_inf_filter = self.fp16_asked
-        if self.fsdp and self.use_cpu:
-            logger.warning("fsdp is for GPUs: these processes hold the whole model each")
-        if self.dataloader_num_workers is None:
-            self.dataloader_num_workers = 0 if self.use_cpu else 2
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        choose_device(self)
         prefer_activation_checkpointing(self)
         if self.resume_from_checkpoint in ("false", "False", ""):
             self.resume_from_checkpoint = None
@@ -136,6 +113,11 @@ class CLPLTrainingArguments(
                 self.n_gpu,
             )
             self._n_gpu = 1
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.output_dir or "")
 
     @property
     def encode_dtype(self) -> torch.dtype | None:

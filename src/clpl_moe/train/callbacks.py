@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import (
     EarlyStoppingCallback,
@@ -16,6 +16,9 @@ from transformers import (
 
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.train.metrics_file import METRICS_FILE, append, cut_back
+
+if TYPE_CHECKING:
+    from clpl_moe.train.arguments import CLPLTrainingArguments
 
 
 class EpochCallback(TrainerCallback):
@@ -61,17 +64,21 @@ class EarlyStopping(EarlyStoppingCallback):
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         # transformers looks it up when it saves, and does not find it in a run that began without early stopping.
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        _saved_callbacks(state).setdefault(type(self).__name__, self.state())
         self.early_stopping_patience_counter = _waited(state)
 
 
 def _waited(state: TrainerState) -> int:
     """For how many evaluations a run had not improved when its state was saved."""
-    callback = state.stateful_callbacks.get(EarlyStopping.__name__, {})
+    callback = _saved_callbacks(state).get(EarlyStopping.__name__, {})
     return callback.get("attributes", {}).get("early_stopping_patience_counter", 0)
 
 
-def waited_enough(state: TrainerState, args: TrainingArguments) -> bool:
+def _saved_callbacks(state: TrainerState) -> dict[str, Any]:
+    return cast("dict[str, Any]", state.stateful_callbacks)  # transformers' annotation has a list
+
+
+def waited_enough(state: TrainerState, args: CLPLTrainingArguments) -> bool:
     """Whether early stopping had ended a run when its state was saved."""
     return args.early_stopping_patience is not None and _waited(state) >= args.early_stopping_patience
 

@@ -75,7 +75,7 @@ class CardFacts:
 
 def write_model_card(facts: CardFacts) -> None:
     """Write ``README.md`` of a finished run into its folder."""
-    with atomic_open(Path(facts.training_args.output_dir, CARD)) as file:
+    with atomic_open(facts.training_args.folder / CARD) as file:
         file.write(model_card(facts))
 
 
@@ -85,7 +85,7 @@ def model_card(facts: CardFacts) -> str:
 
     model_args, data_args, args = facts.model_args, facts.data_args, facts.training_args
     base, experts = model_args.model_name_or_path, facts.experts is not None
-    name = Path(args.output_dir).resolve().name
+    name = args.folder.resolve().name
     results = _in_training(facts)
     languages = list(dict.fromkeys(x for x in (args.dev_language, args.ance_language) if x is not None))
     header = ModelCardData(
@@ -129,7 +129,7 @@ def model_card(facts: CardFacts) -> str:
         table,
         "All options stand in `train_config.yaml`, the course of the run in `metrics.jsonl`.",
         "## Use",
-        _use(args.output_dir if not Path(args.output_dir).is_absolute() else name, experts, facts.settings),
+        _use(str(args.folder) if not args.folder.is_absolute() else name, experts, facts.settings),
         "## Citation",
         _CITATION,
     ]
@@ -183,7 +183,7 @@ python -m clpl_moe.evaluate --model {name} --collection COLLECTIONS --languages 
 def _in_training(facts: CardFacts) -> list[Evaluated]:
     """The evaluation of the saved model, where there was one, and the evaluation before training."""
     args, saved = facts.training_args, metrics_at(facts.evaluations, facts.saved_step)
-    if saved is None:
+    if saved is None or args.dev_collection is None or args.dev_language is None:
         return []
     before = metrics_at(facts.evaluations, 0) if facts.saved_step > 0 else None
     name = Path(args.dev_collection).resolve().name

@@ -184,7 +184,7 @@ def check_optimizer(args: CLPLTrainingArguments) -> None:
     from torch import nn
     from transformers import Trainer, get_scheduler
 
-    name = getattr(args.optim, "value", args.optim)
+    name = str(getattr(args.optim, "value", args.optim))
     if any(family in name for family in ("galore", "apollo", "lomo")):  # they look at the model's own modules
         return
     steps = args.max_steps if args.max_steps > 0 else 10_000

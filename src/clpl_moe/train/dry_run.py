@@ -116,11 +116,13 @@ def _meta_encoder(args: CLPLModelArguments) -> tuple[PreTrainedModel, str, bool]
             raise
         values, source, reached = _BGE_M3, "known shape, the hub was not reached", False
     model_type = values.get("model_type")
-    classes = {c.config_class.model_type: c for pair in MOE_CLASSES.items() for c in pair}
+    configs = [(c, c.config_class) for pair in MOE_CLASSES.items() for c in pair]
+    classes = {config_class.model_type: (c, config_class) for c, config_class in configs if config_class is not None}
     with torch.device("meta"):
         if model_type in classes:
             known = {k: v for k, v in values.items() if k != "model_type" and not (k == "moe" and isinstance(v, str))}
-            encoder = classes[model_type](classes[model_type].config_class.from_dict(known), add_pooling_layer=False)
+            encoder_class, config_class = classes[model_type]
+            encoder = encoder_class(config_class.from_dict(known), add_pooling_layer=False)
         else:
             with refuse_unloadable(args.model_name_or_path, "encoder", args.trust_remote_code):
                 config = AutoConfig.from_pretrained(

@@ -48,7 +48,7 @@ class CLPLModel(UnifiedModel):
 
     def __init__(
         self,
-        base_model: dict[str, nn.Module],
+        base_model: dict[str, nn.Module | None],
         *,
         loss: CLPLLoss,
         settings: EmbeddingSettings,

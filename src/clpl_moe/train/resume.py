@@ -35,7 +35,7 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
     Raises:
         UserError: the folder is not empty and holds no run that is to be resumed, or there is no such checkpoint.
     """
-    output_dir = Path(args.output_dir)
+    output_dir = args.folder
     resume = args.resume_from_checkpoint
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{at(output_dir)}: a file is in the way of the run folder; name another --output_dir")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from clpl_moe.common.allocator import keep_freed_memory
@@ -110,7 +111,7 @@ class CLPLRunner:
                 inject_moe(encoder, config)
             except ValueError as error:
                 raise UserError(f"{at(args.model_name_or_path)}: {error}") from None
-        base = {"model": encoder, "colbert_linear": None, "sparse_linear": None}
+        base: dict[str, nn.Module | None] = {"model": encoder, "colbert_linear": None, "sparse_linear": None}
         self.base_heads = read_heads(
             args.model_name_or_path, required=training.unified_finetuning, cache_dir=args.cache_dir, token=args.token
         )
@@ -217,7 +218,7 @@ class CLPLRunner:
             self._encoding(),
             every=args.ance_refresh,
             seed=args.seed,
-            folder=Path(args.output_dir) / "embeddings",
+            folder=args.folder / "embeddings",
         )
 
     def _encoding(self) -> EncodingArguments:
@@ -233,7 +234,7 @@ class CLPLRunner:
         Args:
             on_plan: gets the plan when all has been checked, before the first step.
         """
-        args, output_dir = self.training_args, Path(self.training_args.output_dir)
+        args, output_dir = self.training_args, self.training_args.folder
         check_batches(self.trainer.batch_sampler)
         if args.negatives_cross_device:
             check_gathering(self.train_dataset.in_batch_negatives, self.data_args, args.world_size)
@@ -274,7 +275,7 @@ class CLPLRunner:
     def _card_facts(self) -> CardFacts:
         state, encoder = self.trainer.state, self.model.model
         best = state.best_model_checkpoint if self.training_args.load_best_model_at_end else None
-        course = Path(self.training_args.output_dir, METRICS_FILE)
+        course = self.training_args.folder / METRICS_FILE
         records = read_metrics(course) if course.exists() else []
         return CardFacts(
             self.model_args,
@@ -304,11 +305,12 @@ def open_ance_index(data_args: CLPLDataArguments, training_args: CLPLTrainingArg
     Raises:
         UserError: the collection or the store of positive queries has a fault, or the run wants teacher scores too.
     """
-    if training_args.ance_refresh is None:
+    args = training_args
+    if args.ance_refresh is None or args.ance_collection is None or args.ance_language is None:
         return None
     if data_args.knowledge_distillation:
         raise UserError(
             "knowledge_distillation needs scores of a teacher, mined negatives have none: unset ance_refresh"
         )
-    collection = Collection.load(training_args.ance_collection, training_args.ance_language, training_args.ance_split)
-    return PassageIndex.load(collection, training_args.ance_positive_queries)
+    collection = Collection.load(args.ance_collection, args.ance_language, args.ance_split)
+    return PassageIndex.load(collection, args.ance_positive_queries)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 CONFIG_FILE = "train_config.yaml"
 
 
-def resolved_config(*groups: object) -> dict[str, object]:
+def resolved_config(*groups: Any) -> dict[str, object]:
     """All options of the argument dataclasses as plain values, without secrets, as ``--config`` reads them."""
     values: dict[str, object] = {}
     for group in groups:

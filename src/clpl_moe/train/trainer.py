@@ -18,7 +18,7 @@ from accelerate import skip_first_batches
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerState
+from transformers import PrinterCallback, TrainerControl, TrainerState
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from clpl_moe.common.errors import UserError
@@ -121,18 +121,14 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             accumulation, step = self.args.gradient_accumulation_steps, self.state.global_step
             steps_per_epoch = max(1, count_steps(self.batch_sampler, self.args)[0])
             if self.refresher.due(step, steps_per_epoch):
-                self._refresh_negatives(steps_per_epoch)
+                encoder, first = self._current_encoder(), self.is_world_process_zero()
+                self.log(self.refresher.refresh(encoder, step, steps_per_epoch, self._gather_objects, first))
                 # Worker processes have made batches ahead, with the old negatives.
                 done = step % steps_per_epoch * accumulation
                 self._fresh = epoch_iterator, iter(skip_first_batches(self.get_train_dataloader(), done))
             if self._fresh is not None and self._fresh[0] is epoch_iterator:
                 epoch_iterator = self._fresh[1]
         return super().get_batch_samples(epoch_iterator, num_batches, device)
-
-    def _refresh_negatives(self, steps_per_epoch: int) -> None:
-        encoder = self._current_encoder()
-        first = self.is_world_process_zero()
-        self.log(self.refresher.refresh(encoder, self.state.global_step, steps_per_epoch, self._gather_objects, first))
 
     def _current_encoder(self) -> Encoder:
         return dataclasses.replace(self.encoder, model=self.accelerator.unwrap_model(self.model).model)
@@ -208,7 +204,8 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - start, 2)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
+        self.control = control
         return metrics
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -237,12 +234,12 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             self.refresher.save(folder / NEGATIVES_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model if model is None else model)
-        load_weights(model.model, resume_from_checkpoint)
-        if model.unified_finetuning:
+        trained: CLPLModel = self.accelerator.unwrap_model(self.model if model is None else model)
+        load_weights(trained.model, resume_from_checkpoint)
+        if trained.unified_finetuning:
             for name in HEAD_FILES:
                 state = torch.load(Path(resume_from_checkpoint) / name, map_location="cpu", weights_only=True)
-                getattr(model, Path(name).stem).load_state_dict(state)
+                getattr(trained, Path(name).stem).load_state_dict(state)
 
     def is_over(self, checkpoint: str | Path) -> bool:
         """Whether a run that resumes from a checkpoint has no step left: transformers would train one more."""
