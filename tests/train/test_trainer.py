@@ -10,7 +10,6 @@ from transformers import TrainerCallback
 from clpl_moe.encoder import Encoder, load_encoder
 from clpl_moe.evaluate import evaluation
 from clpl_moe.train.__main__ import main
-from clpl_moe.train.resume import newest_checkpoint
 from helpers.calls import Calls
 from helpers.tiny_training import arguments, make_collection, make_runner, read_metrics, refused, write_triplets
 
@@ -166,7 +165,7 @@ def test_folder_that_holds_a_run_is_refused_and_left(run, tiny_encoder, data, ca
     for dry_run in (False, True):
         err = refused(arguments(tiny_encoder, data, run, dry_run=dry_run), capsys)
         assert f"{run}: the folder is not empty" in err
-        assert "--resume_from_checkpoint true" in err
+        assert "set resume_from_checkpoint true" in err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     err = refused(arguments(tiny_encoder, data, run / "README.md"), capsys)
     assert "a file is in the way" in err
@@ -368,16 +367,6 @@ def test_metrics_of_an_overwritten_time_are_dropped(tiny_encoder, data, tmp_path
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 3, "loss": 1}\n{"step": 4, "lo')
     runner.run()
     assert {record["step"] for record in read_metrics(tmp_path / "run")} == {1}
-
-
-def test_newest_checkpoint(tmp_path):
-    assert newest_checkpoint(tmp_path / "nowhere") is None
-    for name, state in (("2", "{}"), ("10", "{}"), ("12", None), ("13", "{"), ("x", "{}")):
-        folder = tmp_path / f"checkpoint-{name}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_saved_state_is_json(run):

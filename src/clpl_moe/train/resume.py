@@ -19,8 +19,7 @@ logger = logging.getLogger(__name__)
 
 DATA_FILE = "train_data.json"
 
-
-# What a checkpoint's weights and optimizer state are of; they do not fit a run that changes one of these.
+# Weights and optimizer state of a checkpoint do not fit a run that changes one of these.
 _FIXED_IN_A_RUN = (
     "num_experts", "top_k", "moe_target", "moe_layers", "router", "trainable", "frozen_layers", "unified_finetuning",
     "colbert_dim", "fix_encoder", "fix_position_embedding",
@@ -30,7 +29,7 @@ _FIXED_IN_A_RUN = (
 
 
 def check_output_dir(args: CLPLTrainingArguments) -> None:
-    """Resolve ``resume_from_checkpoint: true`` and refuse a folder that holds something else than the run to resume.
+    """Resolve ``resume_from_checkpoint: true`` and refuse a folder that holds anything but the run to resume.
 
     Raises:
         UserError: the folder is not empty and holds no run that is to be resumed, or there is no such checkpoint.
@@ -38,13 +37,13 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
     output_dir = args.folder
     resume = args.resume_from_checkpoint
     if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"{at(output_dir)}: a file is in the way of the run folder; name another --output_dir")
+        raise UserError(f"{at(output_dir)}: a file is in the way of the run folder; name another output_dir")
     refuse_unwritable(output_dir / CONFIG_FILE)
     if resume is None:
         if output_dir.exists() and any(output_dir.iterdir()):
             raise UserError(
-                f"{at(output_dir)}: the folder is not empty; name another --output_dir, or go on with the run in it:"
-                " --resume_from_checkpoint true"
+                f"{at(output_dir)}: the folder is not empty; name another output_dir, or set resume_from_checkpoint true to go"
+                " on with the run in it"
             )
     elif resume.lower() == "true":
         newest = newest_checkpoint(output_dir)
@@ -53,21 +52,19 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
             raise UserError(f"{at(output_dir)}: no run to resume, found neither a checkpoint nor {CONFIG_FILE}")
         args.resume_from_checkpoint = None if newest is None else str(newest)
     elif not (Path(resume) / "trainer_state.json").is_file():
-        raise UserError(f"{at(resume)}: not a checkpoint of a run (no trainer_state.json); --resume_from_checkpoint")
+        raise UserError(f"{at(resume)}: resume_from_checkpoint names no checkpoint of a run (no trainer_state.json)")
     elif Path(resume).resolve() == output_dir.resolve():
-        raise UserError(
-            f"{at(resume)}: a run, and no checkpoint; --resume_from_checkpoint true goes on with its newest"
-        )
+        raise UserError(f"{at(resume)}: a run, and no checkpoint; resume_from_checkpoint true goes on with its newest")
     elif Path(resume).resolve().parent != output_dir.resolve() and output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(
-            f"{at(output_dir)}: the folder is not empty, and not the run that {resume} is of; name another --output_dir"
+            f"{at(output_dir)}: the folder is not empty, and not the run that {resume} belongs to; name another output_dir"
         )
     checkpoint = args.resume_from_checkpoint
     # DeepSpeed and FSDP have names of their own.
     if checkpoint is not None and not any(any(Path(checkpoint).glob(name)) for name in ("optimizer*", "global_step*")):
         raise UserError(
             f"{at(checkpoint)}: holds no state of an optimizer (a run's folder, or made with save_only_model), so that it"
-            f" cannot be resumed; begin a new run with its weights: --model_name_or_path {checkpoint}"
+            f" cannot be resumed; begin a new run with its weights: model_name_or_path {checkpoint}"
         )
 
 
@@ -75,8 +72,8 @@ def check_same_run(config: dict[str, object], checkpoint: str | Path) -> None:
     """Compare the options of a resumed run with those that its checkpoint was made with, where these are still known.
 
     Raises:
-        UserError: an option differs that the checkpoint does not fit. Others are warned of: the run is then not the one
-            that it would have been.
+        UserError: an option differs that the checkpoint does not fit. Other differences, which only change the result, are
+            warned of.
     """
     path = Path(checkpoint).parent / CONFIG_FILE
     if not path.is_file():
@@ -89,7 +86,7 @@ def check_same_run(config: dict[str, object], checkpoint: str | Path) -> None:
             old, new = changed[name]
             raise UserError(
                 f"{name} is {new}, but the run to resume has {old} ({path}): resume it with that, or begin a new run with"
-                f" its weights: --model_name_or_path {checkpoint} and another --output_dir"
+                f" its weights: model_name_or_path {checkpoint} and another output_dir"
             )
     if changed:
         what = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
@@ -97,7 +94,7 @@ def check_same_run(config: dict[str, object], checkpoint: str | Path) -> None:
 
 
 def describe_data(data_args: CLPLDataArguments, training_args: CLPLTrainingArguments) -> dict[str, Any]:
-    """What decides which example comes when, besides the options: the files' contents and the number of processes."""
+    """The contents of the files and the number of processes, which besides the options decide the order of the examples."""
     world = training_args.world_size
     return {
         "files": [[str(path), hash_file(path)] for path in data_files(data_args.train_data)],
@@ -107,10 +104,10 @@ def describe_data(data_args: CLPLDataArguments, training_args: CLPLTrainingArgum
 
 
 def check_same_data(now: dict[str, Any], checkpoint: str | Path) -> None:
-    """Compare :func:`describe_data` of a resumed run with that of the run that its checkpoint is of.
+    """Compare :func:`describe_data` of a resumed run with the run of its checkpoint.
 
     Raises:
-        UserError: the data's contents differ (another path is none), or the number of processes and with it the batch:
+        UserError: the contents of the data differ (another path is no difference), or the number of processes and the batch:
             some examples would be seen twice in an epoch, others not at all.
     """
     path = Path(checkpoint).parent / DATA_FILE
@@ -128,8 +125,8 @@ def check_same_data(now: dict[str, Any], checkpoint: str | Path) -> None:
         new = [name for name, digest in now["files"] if digest not in known]
         raise UserError(
             f"{at(new[0]) if new else 'train_data'}: not the data of the run to resume, as {path} lists them: put these"
-            " back, or begin a new run on the new data, from this one's weights if you like: --model_name_or_path"
-            f" {checkpoint} and another --output_dir"
+            " back, or begin a new run on the new data, from this one's weights if you like: model_name_or_path"
+            f" {checkpoint} and another output_dir"
         )
     if processes == now["processes"]:
         return
