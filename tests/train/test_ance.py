@@ -276,7 +276,7 @@ def test_weights_and_random_state_are_left_alone(world, tiny_encoder, tmp_path):
     before = {name: p.clone() for name, p in runner.model.named_parameters()}
     state = torch.get_rng_state()
     runner.trainer.state.global_step = 3
-    runner.trainer._refresh_negatives(6)
+    runner.trainer.refresh_negatives(runner.trainer.refresher, 6)
     assert torch.get_rng_state().equal(state)
     assert all(module.training for module in runner.model.modules())
     assert all(p.equal(before[name]) for name, p in runner.model.named_parameters())

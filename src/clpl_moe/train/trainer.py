@@ -121,14 +121,18 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             accumulation, step = self.args.gradient_accumulation_steps, self.state.global_step
             steps_per_epoch = max(1, count_steps(self.batch_sampler, self.args)[0])
             if self.refresher.due(step, steps_per_epoch):
-                encoder, first = self._current_encoder(), self.is_world_process_zero()
-                self.log(self.refresher.refresh(encoder, step, steps_per_epoch, self._gather_objects, first))
+                self.refresh_negatives(self.refresher, steps_per_epoch)
                 # Worker processes have made batches ahead, with the old negatives.
                 done = step % steps_per_epoch * accumulation
                 self._fresh = epoch_iterator, iter(skip_first_batches(self.get_train_dataloader(), done))
             if self._fresh is not None and self._fresh[0] is epoch_iterator:
                 epoch_iterator = self._fresh[1]
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def refresh_negatives(self, refresher: NegativeRefresher, steps_per_epoch: int) -> None:
+        """Mine negatives again with the current weights, which stay as they are, as does the random state."""
+        encoder, first = self._current_encoder(), self.is_world_process_zero()
+        self.log(refresher.refresh(encoder, self.state.global_step, steps_per_epoch, self._gather_objects, first))
 
     def _current_encoder(self) -> Encoder:
         return dataclasses.replace(self.encoder, model=self.accelerator.unwrap_model(self.model).model)
