@@ -285,6 +285,5 @@ def test_the_site_builds_without_warnings(tmp_path):
     pytest.importorskip("material")
     argv = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     built = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    assert "WARNING" not in built.stderr
+    assert built.returncode == 0, built.stderr  # --strict fails on a warning
     assert (tmp_path / "site/imgs/clpl.png").is_file()
