@@ -86,3 +86,15 @@ def test_two_processes_do_what_one_does_with_their_joint_batch(tiny_encoder, tmp
             if "loss" in a:
                 for term in ("loss", "contrastive", "negative_similarity", "learning_rate", "grad_norm"):
                     assert b[term] == pytest.approx(a[term], rel=1e-3, abs=1e-4), (name, term, a["step"])
+
+
+@pytest.mark.slow
+def test_only_the_first_process_prints(tiny_encoder, tmp_path):
+    data = write_triplets(tmp_path / "train.jsonl", 8)
+    argv = arguments(tiny_encoder, data, tmp_path / "run", max_steps=1, use_cpu=True, use_fast_tokenizer=False)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, "-m", "clpl_moe.train", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for line in ("base model  ", "saved to ", "Next: "):
+        assert done.stdout.count(line) == 1
+    assert done.stderr.count("without any effect") == 1

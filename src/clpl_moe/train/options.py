@@ -25,7 +25,7 @@ class ModelOptions:
     model_name_or_path: str = field(metadata={"help": "The base model: a folder, or a name on the hub."})
     token: str | None = field(
         default=None,
-        metadata={"help": "Hub token; without it, HF_TOKEN of the environment or the stored login."},
+        metadata={"help": "Token for the hub; not given: HF_TOKEN of the environment, or the stored login."},
     )
     num_experts: int = field(
         default=2,
@@ -78,7 +78,7 @@ class DataOptions:
     train_group_size: int = field(default=8, metadata={"help": "Passages per query: one positive, the rest negatives."})
     query_max_len: int = field(
         default=32,
-        metadata={"help": "Longest query in tokens, also of the negatives' queries; longer ones are cut."},
+        metadata={"help": "Longest query in tokens, the queries of negatives included; longer ones are cut."},
     )
     passage_max_len: int = field(default=128, metadata={"help": "Longest passage in tokens; longer ones are cut."})
     queries_per_negative: int = field(
@@ -86,11 +86,11 @@ class DataOptions:
     )
     query_instruction_for_retrieval: str | None = field(
         default=None,
-        metadata={"help": "Prompt before each query; without it, the base model folder's own prompt."},
+        metadata={"help": "Prompt before each query; not given: the prompt in the base model's folder."},
     )
     passage_instruction_for_retrieval: str | None = field(
         default=None,
-        metadata={"help": "Prompt before each passage; without it, the base model folder's own prompt."},
+        metadata={"help": "Prompt before each passage; not given: the prompt in the base model's folder."},
     )
 
 
@@ -133,14 +133,13 @@ class RunOptions:
     frozen_layers: int = field(
         default=0,
         metadata={
-            "help": "So many of the lowest layers stay as they are, and the embeddings with them: faster, less memory;"
-            " 0: none."
+            "help": "How many of the lowest layers are frozen, and the embeddings with them: faster, less memory; 0: none."
         },
     )
     sentence_pooling_method: str | None = field(
         default=None,
         metadata={
-            "help": "How tokens become one embedding; without it, as the base model's folder says, else cls.",
+            "help": "How tokens become one embedding; not given: as the base model's folder says, or cls.",
             "choices": ["cls", "mean", "last_token"],
         },
     )
@@ -154,7 +153,7 @@ class RunOptions:
     grad_cache_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens per chunk of gradient caching: large batches in the memory of this many tokens; none: off."
+            "help": "Tokens per chunk of gradient caching: a large batch takes the memory of one chunk; not given: off."
         },
     )
     bf16: bool | None = field(
@@ -166,13 +165,9 @@ class RunOptions:
     )
     dataloader_num_workers: int | None = field(
         default=None,
-        metadata={
-            "help": "Processes that tokenise; not given: 2 beside an accelerator, so that it does not wait, else 0."
-        },
+        metadata={"help": "Processes that tokenise; not given: 2 with an accelerator, 0 on a CPU."},
     )
-    logging_steps: float = field(
-        default=10, metadata={"help": "Log every so many steps, or share of all steps below 1."}
-    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs; below 1: share of all steps."})
     logging_nan_inf_filter: bool | None = field(
         default=None,
         metadata={
@@ -214,7 +209,7 @@ class EvaluationOptions:
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Stop after so many evaluations without improvement of metric_for_best_model."},
+        metadata={"help": "Evaluations without improvement of metric_for_best_model after which training stops."},
     )
 
 
@@ -227,8 +222,8 @@ class RefreshOptions:
     ance_refresh: str | None = field(
         default=None,
         metadata={
-            "help": "Mine negatives again with the current weights: epoch (before each but the first), or every so many"
-            " steps; none: off. The whole corpus of ance_collection is encoded each time."
+            "help": "Mine negatives again with the current weights: epoch (before each but the first), or a number of"
+            " steps; not given: never. The whole corpus of ance_collection is encoded each time."
         },
     )
     ance_collection: str | None = field(
