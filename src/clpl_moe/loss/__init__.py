@@ -5,22 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from clpl_moe.loss.options import CLPLOptions, Penalty
+from clpl_moe.loss.options import CLPLOptions
 
 if TYPE_CHECKING:
     from clpl_moe.loss.clpl import CLPLLoss, CLPLOutput
-    from clpl_moe.loss.distributed import gather_rows
     from clpl_moe.loss.sentence_transformers import SentenceTransformerCLPLLoss
 
-__all__ = ["CLPLLoss", "CLPLOptions", "CLPLOutput", "Penalty", "SentenceTransformerCLPLLoss", "gather_rows"]
+__all__ = ["CLPLLoss", "CLPLOptions", "CLPLOutput", "SentenceTransformerCLPLLoss"]
 
 # These need torch, which the options do without.
-_MODULES = {
-    "CLPLLoss": "clpl",
-    "CLPLOutput": "clpl",
-    "SentenceTransformerCLPLLoss": "sentence_transformers",
-    "gather_rows": "distributed",
-}
+_MODULES = {"CLPLLoss": "clpl", "CLPLOutput": "clpl", "SentenceTransformerCLPLLoss": "sentence_transformers"}
 
 
 def __getattr__(name: str) -> Any:

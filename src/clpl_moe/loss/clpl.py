@@ -5,15 +5,14 @@ For a query *i* with a positive passage, hard negatives and, optionally, other p
 1. ``CL_i`` is the cross entropy of the query's cosine similarities to these passages, divided by a temperature.
 2. ``PEN_i`` is the mean, over the pairs of a hard negative of *i* and a query that this negative does answer (a negative
    query), of one minus their cosine similarity. It keeps a negative near its own queries while the contrastive term pushes
-   it away. With ``penalty="contrastive"`` it is the mean of the pairs' own cross entropy instead: each negative query has
-   to find its passage among the batch's, as query *i* has to, so that each pair is one more training example.
+   it away. With ``penalty="contrastive"`` it is the mean of the pairs' own cross entropy instead: each is one more example.
 3. ``CLPL_i = (1 - λ) · CL_i + λ · PEN_i``; where *i* has no such pair, ``CLPL_i = CL_i``.
 4. The loss is the mean over the queries, plus, where asked for, γ times the mean cross entropy of the positives'
    similarities to all queries of the batch (each positive has to find its query).
 
 Source: J. Yu, "Efficient fine-tuning methodology of text embedding models for information retrieval: contrastive
-learning penalty (CLP)", arXiv:2412.17364, equation 3, with the mean of its published implementation. The contrastive penalty is this project's; the
-direction from passage to query is that of Z. Li et al., arXiv:2308.03281, section 3.3.
+learning penalty (CLP)", arXiv:2412.17364, equation 3, with the mean of its published implementation. The contrastive
+penalty is this project's; the direction from passage to query is that of Z. Li et al., arXiv:2308.03281, section 3.3.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ class CLPLOutput:
         penalty: mean of ``PEN_i`` over the queries that have a penalty, 0 where none has.
         positive_similarity: mean cosine of a query and its positive (detached).
         negative_similarity: mean cosine of a query and its own negatives (detached); None where groups have none.
-        negative_query_similarity: mean cosine of a negative and the queries that it answers, the drift that the
-            penalty is there to stop (detached); None where the batch has no such query.
+        negative_query_similarity: mean cosine of a negative and the queries that it answers (detached); None without any.
         symmetric: mean cross entropy from positives to queries; None without ``symmetric_weight``.
         added: all weighted terms but the contrastive one, to be added to a loss that takes its place.
     """
@@ -54,53 +52,24 @@ class CLPLOutput:
     added: tuple[Tensor, ...] = ()
 
     def terms(self) -> dict[str, Tensor]:
-        """The detached terms that the batch has, for a log: without pairs there is no penalty, rather than one of 0, so
-        that a mean over steps is one over the steps that have it."""
+        """The detached terms that the batch has, for a log; without pairs there is no penalty, rather than one of 0."""
         absent = {"loss", "added"} | ({"penalty"} if self.negative_query_similarity is None else set())
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in absent}
         return {name: value.detach() for name, value in values.items() if value is not None}
 
 
 @dataclass
-class _Pairs:
-    """Pairs of a negative and a query that it answers.
-
-    Attributes:
-        queries: (M, D), the negative queries.
-        rows: (M,), for each the row of its negative among the passages.
-    """
-
-    queries: Tensor
-    rows: Tensor
-
-
-@dataclass
 class _Batch:
-    """A batch of embeddings whose dot products are cosines.
+    """A batch of embeddings whose dot products are cosines; pairs are those of a negative and a query that it answers."""
 
-    Attributes:
-        query: (B, D).
-        passages: (B·G, D), G for each query, its positive first.
-        group: G.
-        positives: (B,), the row of each query's positive among the passages.
-        pairs: None where no negative has a query.
-        queries: (B + M, D), the query of each group and of each pair.
-        rows: (B + M,), the row of the passage that answers each of them.
-        candidates: (P, D), the passages that queries choose from: those of all processes where gathered.
-        offset: the row of the first of ``passages`` among the candidates.
-        ids: (P,), equal for equal texts of candidates, or None.
-    """
-
-    query: Tensor
-    passages: Tensor
-    group: int
-    positives: Tensor
-    pairs: _Pairs | None
-    queries: Tensor
-    rows: Tensor
-    candidates: Tensor
-    offset: int
-    ids: Tensor | None
+    query: Tensor  # (B, D)
+    passages: Tensor  # (B·G, D), G for each query, its positive first
+    group: int  # G
+    queries: Tensor  # (B + M, D), the query of each group and of each pair
+    rows: Tensor  # (B + M,), the row of the passage that answers each of them
+    candidates: Tensor  # (P, D), the passages that queries choose from: those of all processes where gathered
+    offset: int  # the row of the first of ``passages`` among the candidates
+    ids: Tensor | None  # (P,), equal for equal texts of candidates
 
 
 class CLPLLoss(CLPLOptions, nn.Module):
@@ -121,13 +90,7 @@ class CLPLLoss(CLPLOptions, nn.Module):
         symmetric_weight: γ, the weight of the term from positives to the queries of this process; 0 leaves it out.
 
     Each is an attribute too, which may be changed during training. ``dataclasses.replace`` makes a loss with other options.
-
-    Inputs:
-        See :meth:`forward`.
-
-    Recommendations:
-        Give each negative the queries that it answers where they are known (other questions about the passage), or let a
-        language model write one. A negative without any only lacks the penalty.
+    A negative without a query that it answers only lacks the penalty.
 
     Example:
         >>> import torch
@@ -170,12 +133,11 @@ class CLPLLoss(CLPLOptions, nn.Module):
         _check_shapes(query, passages, negative_queries, negative_index, passage_ids)
         with torch.autocast(query.device.type, enabled=False):
             batch = self._prepare(query, passages, negative_queries, negative_index, passage_ids)
-            contrastive = self._cross_entropy(batch.query, batch.positives, batch)  # (B,) CL
+            contrastive = self._cross_entropy(batch.query, batch.rows[: len(query)], batch)  # (B,) CL
             losses, penalty, pair_similarity = contrastive, contrastive.new_zeros(()), None
             added = []
-            if batch.pairs is not None:
-                pair_similarity = (batch.passages[batch.pairs.rows] * batch.pairs.queries).sum(-1)  # (M,)
-                penalties, has_pair = self._penalties(batch, batch.pairs, pair_similarity)  # (B,) PEN
+            if len(batch.queries) > len(query):
+                penalties, has_pair, pair_similarity = self._penalties(batch)  # (B,) PEN, (B,), (M,)
                 mixed = (1 - self.penalty_weight) * contrastive + self.penalty_weight * penalties
                 losses = torch.where(has_pair, mixed, contrastive)  # (B,) CLPL
                 penalty = penalties.sum() / has_pair.sum()
@@ -185,7 +147,7 @@ class CLPLLoss(CLPLOptions, nn.Module):
                 symmetric = self._symmetric(batch)
                 added.append(self.symmetric_weight * symmetric)
                 loss = loss + added[-1]
-            own = batch.passages.view(len(batch.query), batch.group, -1)
+            own = batch.passages.view(len(query), batch.group, -1)
             similarity = torch.einsum("bd,bgd->bg", batch.query, own).detach()
             return CLPLOutput(
                 loss=loss,
@@ -214,16 +176,14 @@ class CLPLLoss(CLPLOptions, nn.Module):
 
         query, passages = prepared(query), prepared(passages)
         group = len(passages) // len(query)
-        positives = torch.arange(len(query), device=query.device) * group
-        pairs, queries, rows = None, query, positives
+        queries, rows = query, torch.arange(len(query), device=query.device) * group
         if negative_queries is not None and negative_index is not None and len(negative_queries) > 0:
-            pairs = _Pairs(prepared(negative_queries), negative_index)
-            queries, rows = torch.cat([query, pairs.queries]), torch.cat([positives, pairs.rows])
+            queries, rows = torch.cat([query, prepared(negative_queries)]), torch.cat([rows, negative_index])
         candidates, offset = passages, 0
         if self.gather_across_devices:
             candidates, offset = gather_rows(passages)
             ids = None if ids is None else gather_rows(ids)[0]
-        return _Batch(query, passages, group, positives, pairs, queries, rows, candidates, offset, ids)
+        return _Batch(query, passages, group, queries, rows, candidates, offset, ids)
 
     def _cross_entropy(self, queries: Tensor, rows: Tensor, batch: _Batch) -> Tensor:
         """(M,) cross entropy of ``queries`` (M, D), each to find the passage of its row (M,) among the candidates."""
@@ -242,25 +202,25 @@ class CLPLLoss(CLPLOptions, nn.Module):
             similarities = similarities.masked_fill(ignored, -torch.inf)
         return F.cross_entropy(similarities / self.temperature, target, reduction="none")
 
-    def _penalties(self, batch: _Batch, pairs: _Pairs, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) mean penalty of each query's pairs, whose similarity is (M,); (B,) whether a query has a pair."""
+    def _penalties(self, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,) mean penalty of each query's pairs; (B,) whether it has one; (M,) the pairs' similarities."""
+        queries, rows = batch.queries[len(batch.query) :], batch.rows[len(batch.query) :]
+        negatives = batch.passages[rows]  # (M, D)
+        similarity = (negatives * queries).sum(-1)  # (M,)
         if self.penalty == "contrastive":
-            of_pairs = self._cross_entropy(pairs.queries, pairs.rows, batch)  # (M,)
+            of_pairs = self._cross_entropy(queries, rows, batch)  # (M,)
         elif self.normalize:
             of_pairs = 1 - similarity
         else:
-            of_pairs = 1 - F.cosine_similarity(batch.passages[pairs.rows], pairs.queries)
-        owner = pairs.rows // batch.group  # (M,) the query whose negative this is
+            of_pairs = 1 - F.cosine_similarity(negatives, queries)
+        owner = rows // batch.group  # (M,) the query whose negative this is
         zeros = of_pairs.new_zeros(len(batch.query))
         number = zeros.index_add(0, owner, torch.ones_like(of_pairs))
-        return zeros.index_add(0, owner, of_pairs) / number.clamp(min=1), number > 0
+        return zeros.index_add(0, owner, of_pairs) / number.clamp(min=1), number > 0, similarity
 
     def _symmetric(self, batch: _Batch) -> Tensor:
-        """Mean cross entropy of positives, each to find its query among all queries of this process.
-
-        Other queries whose passage has the positive's text are left out.
-        """
-        positives = batch.passages[batch.positives]  # (B, D)
+        """Mean cross entropy of positives, each to find its query among this process's but others of an equal passage."""
+        positives = batch.passages[:: batch.group]  # (B, D)
         target = torch.arange(len(positives), device=positives.device)
         # (B + M,) one number for each text
         text = batch.rows if batch.ids is None else batch.ids[batch.offset + batch.rows]
@@ -288,13 +248,11 @@ def _check_shapes(
     passage_ids: Tensor | None,
 ) -> None:
     if query.ndim != 2 or passages.ndim != 2 or query.shape[1] != passages.shape[1]:
+        found = f"query is {tuple(query.shape)} and passages {tuple(passages.shape)}"
+        raise ValueError(f"{found}: expected (B, D) and (B·G, D)")
+    if len(query) == 0 or len(passages) == 0 or len(passages) % len(query):
         raise ValueError(
-            f"query is {tuple(query.shape)} and passages {tuple(passages.shape)}: expected (B, D) and (B·G, D)"
-        )
-    if query.shape[0] == 0 or passages.shape[0] == 0 or passages.shape[0] % query.shape[0]:
-        raise ValueError(
-            f"{passages.shape[0]} passages for {query.shape[0]} queries: expected the same number for each query,"
-            " the positive first"
+            f"{len(passages)} passages for {len(query)} queries: expected the same number for each, the positive first"
         )
     if passage_ids is not None and passage_ids.shape != passages.shape[:1]:
         raise ValueError(f"passage_ids is {tuple(passage_ids.shape)}: expected ({passages.shape[0]},)")

@@ -12,8 +12,7 @@ from torch import Tensor
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     """Rows of all processes in the order of their ranks, and where this process's begin.
 
-    Gradients flow back to the process that a row came from, summed over the processes that used it. Without a process
-    group, or with one process, the rows themselves.
+    Gradients flow back to the process that a row came from, summed over the processes that used it.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows, 0

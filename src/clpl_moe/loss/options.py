@@ -6,6 +6,8 @@ import math
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, get_args
 
+from clpl_moe.common.options import option
+
 Penalty = Literal["cosine", "contrastive"]
 
 
@@ -13,27 +15,18 @@ Penalty = Literal["cosine", "contrastive"]
 class LossTermOptions:
     """Options that training has under these names too: its options are a subclass."""
 
-    temperature: float = field(default=0.02, metadata={"help": "Divides the similarities in the contrastive term."})
-    penalty_weight: float = field(
-        default=0.1, metadata={"help": "λ: the penalty's share of the loss; 0 is the plain contrastive loss."}
-    )
+    temperature: float = option("Divides the similarities in the contrastive term.", 0.02)
+    penalty_weight: float = option("λ: the penalty's share of the loss; 0 is the plain contrastive loss.", 0.1)
     _: KW_ONLY
-    penalty: Penalty = field(
-        default="cosine",
-        metadata={
-            "help": "The penalty: distance of negatives from their queries, as published, or contrastive: these queries have"
-            " to find the negatives among the step's passages.",
-        },
+    penalty: Penalty = option(
+        "The penalty: distance of negatives from their queries, as published, or contrastive: these queries have"
+        " to find the negatives among the step's passages.",
+        "cosine",
     )
-    symmetric_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the term in which each positive has to find its query; 0: none."}
-    )
-    in_batch_negatives: bool = field(
-        default=True, metadata={"help": "Whether other queries' passages are negatives too."}
-    )
-    false_negative_margin: float | None = field(
-        default=None,
-        metadata={"help": "Leave out negatives more similar to the query than its positive by over this margin."},
+    symmetric_weight: float = option("Weight of the term in which each positive has to find its query; 0: none.", 0.0)
+    in_batch_negatives: bool = option("Whether other queries' passages are negatives too.", True)
+    false_negative_margin: float | None = option(
+        "Leave out negatives more similar to the query than its positive by over this margin.", None
     )
 
 
@@ -50,13 +43,9 @@ class CLPLOptions(LossTermOptions):
 
     def __post_init__(self) -> None:
         if not (_is_number(self.temperature) and 0 < self.temperature < math.inf):
-            raise ValueError(
-                f"temperature is {self.temperature}: the similarities are divided by it, choose a number above 0, such as 0.02"
-            )
+            raise ValueError(f"temperature is {self.temperature}: choose a number above 0, such as 0.02")
         if not (_is_number(self.penalty_weight) and 0 <= self.penalty_weight <= 1):
-            raise ValueError(
-                f"penalty_weight is {self.penalty_weight}: it is the penalty's share of the loss, choose a number from 0 to 1"
-            )
+            raise ValueError(f"penalty_weight is {self.penalty_weight}: choose a number from 0 to 1")
         if self.penalty not in get_args(Penalty):
             raise ValueError(f"penalty is {self.penalty!r}: choose one of {', '.join(get_args(Penalty))}")
         if not (_is_number(self.symmetric_weight) and 0 <= self.symmetric_weight < math.inf):
@@ -64,10 +53,7 @@ class CLPLOptions(LossTermOptions):
         if self.false_negative_margin is not None and not math.isfinite(self.false_negative_margin):
             raise ValueError(f"false_negative_margin is {self.false_negative_margin}: choose a finite number, or None")
         if self.gather_across_devices and not self.in_batch_negatives:
-            raise ValueError(
-                "gather_across_devices adds other processes' passages as negatives, in_batch_negatives=False forbids"
-                " even this process's own: set in_batch_negatives=True"
-            )
+            raise ValueError("gather_across_devices needs the batch's own negatives too: set in_batch_negatives=True")
         self.temperature = float(self.temperature)
         self.penalty_weight = float(self.penalty_weight)
         self.symmetric_weight = float(self.symmetric_weight)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _with_options(signature: inspect.Signature) -> inspect.Signature:
-    """The signature of a constructor, whose last parameter stands for the loss's options, with each of these."""
+    """A constructor's signature with the loss's options in place of its last parameter."""
     _, *own, _ = signature.parameters.values()
     names = {parameter.name for parameter in own}
     shared = inspect.signature(CLPLOptions).parameters.values()
@@ -29,7 +29,7 @@ class SentenceTransformerCLPLLoss(nn.Module):
     """:class:`~clpl_moe.loss.CLPLLoss` of the columns of a data set.
 
     Args:
-        model: the model that is trained.
+        model: a text model: empty texts and equal ones are told by their tokens.
         temperature: divides the similarities in the contrastive term.
         penalty_weight: λ, the share of the penalty.
         num_negatives: how many columns of negatives there are; the trainer hands columns over without names.
@@ -37,9 +37,6 @@ class SentenceTransformerCLPLLoss(nn.Module):
             queries. Needed to tell the empty ones.
         options: ``in_batch_negatives``, ``false_negative_margin`` and the others of :class:`~clpl_moe.loss.CLPLLoss`.
             A passage of the text of a query's positive is never one of its negatives.
-
-    Requirements:
-        1. A text model: the empty texts and the equal ones are told by their tokens.
 
     Inputs:
         Columns of text in this order, whatever their names; there are no labels.
@@ -56,9 +53,7 @@ class SentenceTransformerCLPLLoss(nn.Module):
 
         An empty string stands for a query that a negative does not have.
 
-    Recommendations:
-        Batches of ``BatchSamplers.NO_DUPLICATES`` are not needed: equal passages are recognised. They do harm
-        where several rows have empty strings, which that sampler takes for duplicates.
+    ``BatchSamplers.NO_DUPLICATES`` is not needed, and does harm where several rows have empty strings.
 
     Example:
         ::
@@ -136,7 +131,7 @@ class SentenceTransformerCLPLLoss(nn.Module):
 
     @property
     def citation(self) -> str:
-        """BibTeX entry of the paper, for the model card."""
+        """BibTeX of the paper, for the model card."""
         return """
 @misc{yu2024efficient,
     title={Efficient fine-tuning methodology of text embedding models for information retrieval:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from clpl_moe.data.flag_embedding import EncoderOnlyEmbedderM3Model
 from clpl_moe.encoder.packing import send
 from clpl_moe.encoder.settings import pool
-from clpl_moe.loss import gather_rows
+from clpl_moe.loss.distributed import gather_rows
 
 
 class UnifiedModel(EncoderOnlyEmbedderM3Model):
