@@ -27,10 +27,10 @@ import importlib.util
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == {REMOVED!r} else real(name, package)
 import clpl_moe.data.flag_embedding as parents, sys
-print(parents.EncoderOnlyEmbedderM3Runner.__name__, {REMOVED!r} in sys.modules)
+print(parents.EncoderOnlyEmbedderM3Trainer.__name__, {REMOVED!r} in sys.modules)
 """
     done = run(code)
-    assert done.stdout.split() == ["EncoderOnlyEmbedderM3Runner", "False"], done.stderr[-2000:]
+    assert done.stdout.split() == ["EncoderOnlyEmbedderM3Trainer", "False"], done.stderr[-2000:]
 
 
 @pytest.mark.slow

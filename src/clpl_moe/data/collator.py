@@ -17,11 +17,9 @@ from clpl_moe.encoder.packing import PackedTexts
 class CLPLCollator(AbsEmbedderCollator):
     """Tokenises a batch; negative queries get the length of queries.
 
-    Args:
-        packing: give all texts of the step as one :class:`PackedTexts`; texts that are equal after prompts and truncation
-            come once, share their dropout, and count once in the routers' losses. ``pad_to_multiple_of`` and
-            ``sub_batch_size`` have no effect then.
-        kwargs: FlagEmbedding's.
+    With ``packing`` all texts of the step are one :class:`PackedTexts`; texts that are equal after prompts and truncation
+    come once, share their dropout, and count once in the routers' losses. ``pad_to_multiple_of`` and ``sub_batch_size``
+    have no effect then.
     """
 
     packing: bool = False
@@ -38,14 +36,14 @@ class CLPLCollator(AbsEmbedderCollator):
             negative query its number there, int64: ``query_rows`` (B,), ``passage_rows`` (B·G,),
             ``negative_query_rows`` (M,) or None.
         """
-        passages = [text for example in examples for text in example.passages]
-        negative_queries, negative_index = [], []
-        row = 0
+        passages: list[str] = []
+        negative_queries: list[str] = []
+        negative_index: list[int] = []
         for example in examples:
-            for place, queries in enumerate(example.negative_queries, 1):
-                negative_queries += queries
-                negative_index += [row + place] * len(queries)
-            row += len(example.passages)
+            for row, known in enumerate(example.negative_queries, len(passages) + 1):
+                negative_queries += known
+                negative_index += [row] * len(known)
+            passages += example.passages
         scores = None
         if examples[0].teacher_scores is not None:
             scores = [score for example in examples for score in example.teacher_scores or ()]
@@ -92,10 +90,7 @@ class CLPLCollator(AbsEmbedderCollator):
         size = self.sub_batch_size
         if not size or size < 0:
             return padded
-        return [
-            {name: values[start : start + size] for name, values in padded.items()}
-            for start in range(0, len(texts), size)
-        ]
+        return [{name: rows[i : i + size] for name, rows in padded.items()} for i in range(0, len(texts), size)]
 
 
 def text_id(text: str) -> int:

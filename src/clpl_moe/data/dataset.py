@@ -18,8 +18,7 @@ from clpl_moe.common.files import hash_file
 from clpl_moe.data.flag_embedding import AbsEmbedderTrainDataset
 from clpl_moe.data.schema import data_files, read_examples
 
-# A draw: the epoch and the number of the example. Random choices for an example depend on these two and the seed only,
-# so that worker processes and resumed runs choose alike.
+# Epoch and number of an example. Its random choices depend on these and the seed only, so that resumed runs choose alike.
 Draw = tuple[int, int]
 
 _FEATURES = datasets.Features(
@@ -41,7 +40,6 @@ class Example:
     """One query with its group, prompts applied.
 
     Attributes:
-        query: the query.
         passages: the positive, then ``train_group_size - 1`` negatives.
         negative_queries: for each of these negatives the queries that it answers, possibly none.
         teacher_scores: one for each passage, or None.
@@ -65,8 +63,8 @@ class Negatives(Protocol):
 class CLPLTrainDataset(AbsEmbedderTrainDataset):
     """Examples of all files of ``train_data``, checked line by line as they are read.
 
-    Indexed by :data:`Draw`. The positive, the negatives and the negative queries of an example are a function of the seed,
-    the epoch and the example's number. Once ``mined`` is set, negatives come from it.
+    Indexed by :data:`Draw`: seed, epoch and number decide the positive, negatives and negative queries. Once ``mined`` is
+    set, negatives come from it.
 
     As in FlagEmbedding, a file or folder whose name ends in ``no_in_batch_neg`` has no in-batch negatives. With
     ``same_dataset_within_batch``, a folder's files with fewer than ``small_threshold`` examples are joined, and left out
@@ -81,14 +79,12 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         self.seed = seed
         self.shuffle_ratio = args.shuffle_ratio
         parts: list[datasets.Dataset] = []
-        self.part_sizes: list[int] = []
         self.in_batch_negatives: list[bool] = []
         for path in args.train_data:
-            own_negatives = Path(path).stem.endswith("no_in_batch_neg")
-            for part in self._load_path(path):
-                parts.append(part)
-                self.part_sizes.append(len(part))
-                self.in_batch_negatives.append(not own_negatives)
+            parts += self._load_path(path)
+            own_only = Path(path).stem.endswith("no_in_batch_neg")
+            self.in_batch_negatives += [not own_only] * (len(parts) - len(self.in_batch_negatives))
+        self.part_sizes = [len(part) for part in parts]
         if not parts:
             raise UserError(
                 f"small_threshold is {args.small_threshold} and drop_threshold {args.drop_threshold}: no file of"
@@ -141,12 +137,9 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
 
     def group_size(self, part: int) -> int:
         """Passages per query in one part; FlagEmbedding's ``type`` can lower it."""
-        first = self.dataset[sum(self.part_sizes[:part])]
-        if first["type"] == "only_1neg":
-            return 2
-        if first["type"] == "symmetric_class":
-            return min(len(first["neg"]) + 1, self.args.train_group_size)
-        return self.args.train_group_size
+        first, size = self.dataset[sum(self.part_sizes[:part])], self.args.train_group_size
+        lowered = {"only_1neg": 2, "symmetric_class": min(len(first["neg"]) + 1, size)}
+        return lowered.get(first["type"], size)
 
     def __getitem__(self, draw: Draw) -> Example:
         epoch, index = draw
@@ -204,9 +197,7 @@ def _sample(rng: random.Random, available: int, wanted: int) -> list[int]:
 
 
 def _read_for_arrow(path: str, shown: str, version: str, with_scores: bool):
-    """Generator behind the stored dataset. ``version`` is part of the store's name only: a changed file, and any file
-    after an update of this package, is read again."""
-    del version
+    del version  # part of the store's name only: a changed file, or any after an update of this package, is read again
     try:
         examples = read_examples(path, with_scores=with_scores)
         yield from tqdm(examples, desc=f"read {Path(shown).name}", unit="line", delay=2, leave=False)
@@ -216,7 +207,7 @@ def _read_for_arrow(path: str, shown: str, version: str, with_scores: bool):
 
 @contextlib.contextmanager
 def _no_bars_of_datasets() -> Iterator[None]:
-    """Without the bars of ``datasets``; :func:`_read_for_arrow` has its own for large files."""
+    # _read_for_arrow has a bar of its own for large files.
     if datasets.are_progress_bars_disabled():
         yield
         return

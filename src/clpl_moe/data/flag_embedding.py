@@ -29,10 +29,9 @@ def _removed_module() -> Iterator[None]:
     if _REMOVED in sys.modules or importlib.util.find_spec(_REMOVED) is not None:
         yield
         return
-    stand_in = ModuleType(_REMOVED)
+    stand_in = sys.modules[_REMOVED] = ModuleType(_REMOVED)
     for name in _NAMES_OF_IT:
         setattr(stand_in, name, _unavailable(name))
-    sys.modules[_REMOVED] = stand_in
     try:
         yield
     finally:
@@ -55,13 +54,13 @@ def _version(package: str) -> str:
 
 try:
     with _removed_module():
-        from FlagEmbedding.abc.finetune.embedder import (
+        from FlagEmbedding.abc.finetune.embedder import (  # noqa: F401
             AbsEmbedderCollator,
             AbsEmbedderDataArguments,
             AbsEmbedderTrainDataset,
             EmbedderOutput,
         )
-        from FlagEmbedding.finetune.embedder.encoder_only.m3 import (
+        from FlagEmbedding.finetune.embedder.encoder_only.m3 import (  # noqa: F401
             EncoderOnlyEmbedderM3Model,
             EncoderOnlyEmbedderM3ModelArguments,
             EncoderOnlyEmbedderM3Trainer,
@@ -72,14 +71,3 @@ except ImportError as error:
         f"training is built on FlagEmbedding, which cannot be imported: {error}. Found {_version('FlagEmbedding')} and"
         f" {_version('transformers')}; install versions that work together: pip install --upgrade clpl-moe"
     ) from error
-
-__all__ = [
-    "AbsEmbedderCollator",
-    "AbsEmbedderDataArguments",
-    "AbsEmbedderTrainDataset",
-    "EmbedderOutput",
-    "EncoderOnlyEmbedderM3Model",
-    "EncoderOnlyEmbedderM3ModelArguments",
-    "EncoderOnlyEmbedderM3Trainer",
-    "EncoderOnlyEmbedderM3TrainingArguments",
-]

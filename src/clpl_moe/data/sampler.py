@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
+from itertools import accumulate
 
 from torch.utils.data import Sampler
 
@@ -21,8 +22,6 @@ class EpochBatchSampler(Sampler[list[Draw]]):
     Args:
         part_sizes: number of examples of each part of the dataset.
         batch_size: examples per process and batch.
-        seed: of the shuffling.
-        process_index, num_processes: this process, and how many there are.
         separate_parts: whether each global batch takes examples of one part only.
         drop_last: whether to leave out a part's last, incomplete batch.
     """
@@ -38,9 +37,8 @@ class EpochBatchSampler(Sampler[list[Draw]]):
         separate_parts: bool = False,
         drop_last: bool = False,
     ) -> None:
-        starts = [sum(part_sizes[:i]) for i in range(len(part_sizes))]
-        parts = [list(range(start, start + size)) for start, size in zip(starts, part_sizes)]
-        self.parts = parts if separate_parts else [[index for part in parts for index in part]]
+        ends = list(accumulate(part_sizes)) if separate_parts else [sum(part_sizes)]
+        self.parts = [range(start, end) for start, end in zip([0, *ends], ends)]
         self.batch_size = batch_size
         self.seed = seed
         self.process_index = process_index

@@ -1,7 +1,6 @@
 """The format of training data, and the faults of lines that do not follow it.
 
-One JSON object a line: FlagEmbedding's format, and the negative queries, which are the queries that a hard negative
-answers:
+One JSON object a line: FlagEmbedding's format, and the negative queries (the queries that a hard negative answers):
 
 - ``query`` (string), ``pos`` (list of strings, at least one), ``neg`` (list of strings, at least one);
 - ``neg_q``, optional: the negative queries, a list as long as ``neg``, each entry a string, a list of strings or null;
@@ -23,10 +22,7 @@ from clpl_moe.common.cli import command_name
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import inspect_line, read_lines
 
-SUFFIXES = (".jsonl", ".json")
-
-# The largest number of float32, in which losses are computed.
-_LARGEST_SCORE = 3.4028234663852886e38
+_LARGEST_SCORE = 3.4028234663852886e38  # of float32, in which losses are computed
 
 
 @dataclass(frozen=True)
@@ -41,17 +37,16 @@ class Fault:
 
 
 def find_faults(record: dict[str, Any], *, scores_required: bool = False) -> Iterator[Fault]:
-    """All faults of one line.
-
-    Args:
-        record: the parsed line.
-        scores_required: whether teacher scores must be there (knowledge distillation).
-    """
-    yield from _string(record, "query", required=True)
+    """All faults of a parsed line; with ``scores_required`` (knowledge distillation) it needs teacher scores."""
+    if "query" in record:
+        yield from _text("query", record["query"])
+    else:
+        yield Fault("query", "is missing, expected a string")
     for field in ("pos", "neg"):
-        yield from _strings(record, field)
+        yield from _passages(record, field)
     for field in ("prompt", "type"):
-        yield from _string(record, field, required=False)
+        if not isinstance(value := record.get(field), str | None):
+            yield Fault(field, f"found {_found(value)}, expected a string")
     yield from _negative_queries(record)
     for field, texts in (("pos_scores", "pos"), ("neg_scores", "neg")):
         yield from _scores(record, field, texts, scores_required)
@@ -78,16 +73,7 @@ def normalise(record: dict[str, Any], *, keep_scores: bool = False) -> dict[str,
 
 
 def check_line(number: int, raw: bytes, *, scores_required: bool = False) -> tuple[dict[str, Any] | None, list[str]]:
-    """The faults of a line, which validation reports and training refuses.
-
-    Args:
-        number: of the line, from 1.
-        raw: its bytes.
-        scores_required: whether teacher scores must be there (knowledge distillation).
-
-    Returns:
-        The line as an object (None where it is no object), and all its faults, without file and line number.
-    """
+    """Line ``number`` (from 1) as an object, or None, and its faults, which validation reports and training refuses."""
     record, faults = inspect_line(number, raw)
     if record is not None:
         faults += map(str, find_faults(record, scores_required=scores_required))
@@ -115,7 +101,7 @@ def read_examples(path: str | Path, *, with_scores: bool = False) -> Iterator[di
 
 
 def data_files(paths: list[str]) -> list[Path]:
-    """The files that the option ``train_data`` names; of a folder its ``.jsonl`` and ``.json`` files in order of names.
+    """The files that ``train_data`` names; of a folder its ``.jsonl`` and ``.json`` files in order of names.
 
     Raises:
         UserError: a path does not exist, or a folder holds no such file.
@@ -123,7 +109,7 @@ def data_files(paths: list[str]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+            found = sorted(p for p in path.iterdir() if p.suffix in (".jsonl", ".json") and p.is_file())
             if not found:
                 raise UserError(f"{at(path)}: the folder holds no .jsonl or .json file, expected training data")
             files += found
@@ -140,27 +126,23 @@ def _found(value: Any) -> str:
     return {str: "a string", bool: "a boolean", list: "a list", dict: "an object"}.get(type(value), "a number")
 
 
-def _blank(value: Any) -> bool:
-    return isinstance(value, str) and (not value or value.isspace())
+def _text(field: str, value: Any, expected: str = "a string", in_place_of_empty: str = "text") -> Iterator[Fault]:
+    if not isinstance(value, str):
+        yield Fault(field, f"found {_found(value)}, expected {expected}")
+    elif not value.strip():
+        yield Fault(field, f"found an empty string, expected {in_place_of_empty}")
 
 
-def _string(record: dict[str, Any], field: str, *, required: bool) -> Iterator[Fault]:
+def _texts(field: str, values: list[Any]) -> Iterator[Fault]:
+    for index, value in enumerate(values):
+        yield from _text(f"{field}[{index}]", value)
+
+
+def _passages(record: dict[str, Any], field: str) -> Iterator[Fault]:
     value = record.get(field)
-    if field not in record or (value is None and not required):
-        if required:
-            yield Fault(field, "is missing, expected a string")
-    elif not isinstance(value, str):
-        yield Fault(field, f"found {_found(value)}, expected a string")
-    elif required and _blank(value):
-        yield Fault(field, "found an empty string, expected text")
-
-
-def _strings(record: dict[str, Any], field: str) -> Iterator[Fault]:
     if field not in record:
         yield Fault(field, "is missing, expected a list of strings")
-        return
-    value = record[field]
-    if not isinstance(value, list):
+    elif not isinstance(value, list):
         yield Fault(field, f"found {_found(value)}, expected a list of strings")
     elif not value:
         yield Fault(field, "found an empty list, expected at least one passage")
@@ -168,51 +150,38 @@ def _strings(record: dict[str, Any], field: str) -> Iterator[Fault]:
         yield from _texts(field, value)
 
 
-def _texts(field: str, values: list[Any]) -> Iterator[Fault]:
-    for index, value in enumerate(values):
-        if not isinstance(value, str):
-            yield Fault(f"{field}[{index}]", f"found {_found(value)}, expected a string")
-        elif _blank(value):
-            yield Fault(f"{field}[{index}]", "found an empty string, expected text")
+def _beside(record: dict[str, Any], field: str, texts: str, expected: str, entries: str) -> Iterator[Fault]:
+    """Faults of a list whose entries belong to those of the list ``texts``; not those of the entries themselves."""
+    value, beside = record[field], record.get(texts)
+    if not isinstance(value, list):
+        yield Fault(field, f"found {_found(value)}, expected {expected}")
+    elif isinstance(beside, list) and len(value) != len(beside):
+        yield Fault(field, f"found {len(value)} {entries}, expected {len(beside)}, one for each entry of '{texts}'")
 
 
 def _negative_queries(record: dict[str, Any]) -> Iterator[Fault]:
     value = record.get("neg_q")
     if value is None:
         return
-    if not isinstance(value, list):
-        yield Fault("neg_q", f"found {_found(value)}, expected a list as long as 'neg'")
-        return
-    negatives = record.get("neg")
-    if isinstance(negatives, list) and len(value) != len(negatives):
-        yield Fault("neg_q", f"found {len(value)} entries, expected {len(negatives)}, one for each entry of 'neg'")
-    for index, entry in enumerate(value):
+    yield from _beside(record, "neg_q", "neg", "a list as long as 'neg'", "entries")
+    for index, entry in enumerate(value if isinstance(value, list) else ()):
+        field = f"neg_q[{index}]"
         if isinstance(entry, list):
-            yield from _texts(f"neg_q[{index}]", entry)
-        elif entry is not None and not isinstance(entry, str):
-            yield Fault(f"neg_q[{index}]", f"found {_found(entry)}, expected a string, a list of strings or null")
-        elif _blank(entry):
-            yield Fault(f"neg_q[{index}]", "found an empty string, expected text, or null where there is no query")
+            yield from _texts(field, entry)
+        elif entry is not None:
+            expected = "a string, a list of strings or null"
+            yield from _text(field, entry, expected, "text, or null where there is no query")
 
 
 def _scores(record: dict[str, Any], field: str, texts: str, required: bool) -> Iterator[Fault]:
     value = record.get(field)
     if value is None:
         if required:
-            yield Fault(
-                field,
-                f"is missing, expected numbers, one for each entry of '{texts}' (knowledge_distillation)",
-            )
+            expected = f"numbers, one for each entry of '{texts}' (knowledge_distillation)"
+            yield Fault(field, f"is missing, expected {expected}")
         return
-    if not isinstance(value, list):
-        yield Fault(field, f"found {_found(value)}, expected a list of numbers")
-        return
-    if isinstance(record.get(texts), list) and len(value) != len(record[texts]):
-        yield Fault(
-            field,
-            f"found {len(value)} numbers, expected {len(record[texts])}, one for each entry of '{texts}'",
-        )
-    for index, score in enumerate(value):
+    yield from _beside(record, field, texts, "a list of numbers", "numbers")
+    for index, score in enumerate(value if isinstance(value, list) else ()):
         if isinstance(score, bool) or not isinstance(score, (int, float)):
             yield Fault(f"{field}[{index}]", f"found {_found(score)}, expected a number")
         elif not abs(score) <= _LARGEST_SCORE:  # an int may be larger than any float
