@@ -9,8 +9,8 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from clpl_moe.common.cli import nearest, parse_values, read_config, reads_config
-from clpl_moe.common.errors import UserError
+from clpl_moe.common.cli import nearest, parse, parse_values, read_config, reads_config
+from clpl_moe.common.errors import UserError, command
 
 Result = TypeVar("Result")
 
@@ -50,9 +50,34 @@ def takes_options(
             return function(*_parse(known_types(), function.__name__, options))
 
         types = list(shown) or known_types()
+        call.option_types = known_types  # type: ignore[attr-defined]
         call.__signature__ = _signature(types, function, bool(shown))  # type: ignore[attr-defined]
         call.__doc__ = _with_help(function.__doc__, types)
         return call
+
+    return decorate
+
+
+def command_of(
+    function: Callable[..., Result], description: str, positional: str | None = None, **hooks: Callable[..., Any]
+) -> Callable[[Callable[[Result], None]], Callable[..., None]]:
+    """Make the command of a verb's function from a function that prints its result.
+
+    Args:
+        function: of :func:`takes_options`.
+        description: for ``--help``.
+        positional: option that may also be written as bare words.
+        hooks: further arguments of ``function``.
+    """
+
+    def decorate(show: Callable[[Result], None]) -> Callable[..., None]:
+        @command
+        def main(argv: Sequence[str] | None = None) -> None:
+            types = function.option_types()  # type: ignore[attr-defined]
+            options = parse(types, f"clpl_moe.{function.__name__}", description, argv, positional)
+            show(function(*options, **hooks))
+
+        return main
 
     return decorate
 

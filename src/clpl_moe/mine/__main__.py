@@ -1,26 +1,13 @@
 """The command ``python -m clpl_moe.mine``."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-from clpl_moe.common.cli import parse, print_counts
-from clpl_moe.common.errors import command
-from clpl_moe.mine import mine
-from clpl_moe.mine.options import MineArguments, SelectionArguments
-from clpl_moe.retrieval.options import EncodingArguments
+from clpl_moe.common.api import command_of
+from clpl_moe.common.cli import print_counts
+from clpl_moe.mine import Mined, mine
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    options = parse(
-        [MineArguments, SelectionArguments, EncodingArguments],
-        prog="clpl_moe.mine",
-        description="Mine hard negatives and the queries that they are known to answer: training data.",
-        argv=argv,
-    )
-    if (mined := mine(*options)) is not None:
+@command_of(mine, "Mine hard negatives and the queries that they are known to answer: training data.")
+def main(mined: Mined | None) -> None:
+    if mined is not None:  # of several processes only the first one has it
         print_counts(mined.counts)
         print(f"wrote {mined.path}")
 

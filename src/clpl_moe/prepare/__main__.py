@@ -1,25 +1,12 @@
 """The command ``python -m clpl_moe.prepare``."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-from clpl_moe.common.cli import parse, print_counts
-from clpl_moe.common.errors import command
-from clpl_moe.prepare import prepare
-from clpl_moe.prepare.options import prepare_arguments
+from clpl_moe.common.api import command_of
+from clpl_moe.common.cli import print_counts
+from clpl_moe.prepare import Prepared, prepare
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    (arguments,) = parse(
-        [prepare_arguments()],
-        prog="clpl_moe.prepare",
-        description="Turn SQuAD-shaped files, MIRACL or a folder in BEIR's layout into a retrieval collection.",
-        argv=argv,
-    )
-    prepared = prepare(arguments)
+@command_of(prepare, "Turn SQuAD-shaped files, MIRACL or a folder in BEIR's layout into a retrieval collection.")
+def main(prepared: Prepared) -> None:
     print_counts(prepared.counts)
     print(f"wrote {prepared.folder}{prepared.note}")
 

@@ -1,26 +1,14 @@
 """The command ``python -m clpl_moe.report``."""
 
-from __future__ import annotations
+from pathlib import Path
 
-from collections.abc import Sequence
-
-from clpl_moe.common.cli import parse
-from clpl_moe.common.errors import command
+from clpl_moe.common.api import command_of
 from clpl_moe.report import report
-from clpl_moe.report.options import ReportArguments
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    (arguments,) = parse(
-        [ReportArguments],
-        prog="clpl_moe.report",
-        description="Make a page of runs: their course, and what they changed for each query.",
-        argv=argv,
-        positional="runs",
-    )
-    print(f"wrote {report(arguments)}")
+@command_of(report, "Make a page of runs: their course, and what they changed for each query.", positional="runs")
+def main(page: Path) -> None:
+    print(f"wrote {page}")
 
 
 if __name__ == "__main__":
