@@ -52,7 +52,7 @@ def test_equals_flag_embedding(tiny_encoder, encoding, batch_size, weights):
     encoder = open_encoder(str(tiny_encoder), encoding)
     heads = load_heads(tiny_encoder, 32)
     candidates = [list(range(len(PASSAGES)))] * len(QUERIES)
-    scores = torch.cat(score_candidates(encoder, heads, QUERIES, PASSAGES, candidates, encoding, progress=False))
+    scores = torch.cat(score_candidates(encoder, heads, QUERIES, PASSAGES, candidates, encoding))
     names = {"dense": "dense", "sparse": "sparse", "multi-vec": "colbert"}
     names |= {"dense+sparse": "sparse+dense", "all": "colbert+sparse+dense"}
     found = {"dense": scores[:, 0], **combine(scores, weights)}
@@ -88,7 +88,7 @@ def test_scores_by_hand(tiny_encoder, encoding):
     first, second = lexical("aab"), lexical("ba c")
     sparse = sum(first[i] * second[i] for i in first.keys() & second.keys())
     multi = (vectors("aab") @ vectors("ba c").T).max(1).values.mean().item()
-    ((found,),) = score_candidates(encoder, heads, ["aab"], ["ba c"], [[0]], encoding, progress=False)
+    ((found,),) = score_candidates(encoder, heads, ["aab"], ["ba c"], [[0]], encoding)
     assert found[1].item() == pytest.approx(sparse, abs=1e-6)
     assert found[2].item() == pytest.approx(multi, abs=1e-6)
 
@@ -98,13 +98,13 @@ def test_blocks_batches_and_candidates_do_not_change_a_score(tiny_encoder, encod
     heads = load_heads(tiny_encoder, 32)
     queries, passages = [*QUERIES, QUERIES[0]], [*PASSAGES, PASSAGES[0]]
     everything = [list(range(len(passages)))] * len(queries)
-    full = score_candidates(encoder, heads, queries, passages, everything, encoding, progress=False)
+    full = score_candidates(encoder, heads, queries, passages, everything, encoding)
     torch.testing.assert_close(full[0], full[-1], atol=1e-6, rtol=0)
     assert all(torch.equal(own[0], own[-1]) for own in full)  # equal texts
     monkeypatch.setattr(m3, "_QUERIES_AT_ONCE", 2)
     some = [[5, 0], [], [6, 2, 4], [3], [1]]
     tight = EncodingArguments(40, 40, batch_tokens=1, dtype="float32")
-    found = score_candidates(encoder, heads, queries, passages, some, tight, progress=False)
+    found = score_candidates(encoder, heads, queries, passages, some, tight)
     for own, places, complete in zip(found, some, full):
         torch.testing.assert_close(own, complete[places], atol=1e-6, rtol=0)
 
@@ -125,7 +125,7 @@ def test_memory_holds_one_batch(tiny_encoder, encoding, monkeypatch):
     passages = [f"passage {i:03}" for i in range(90)]
     candidates = [[i, i + 1, 50] for i in range(30)]
     queries = [f"q{i:02}" for i in range(30)]
-    score_candidates(encoder, heads, queries, passages, candidates, encoding, progress=False)
+    score_candidates(encoder, heads, queries, passages, candidates, encoding)
     assert sum(n for n, _ in shapes) == 30 + 32
     assert max(n * length for n, length in shapes) <= 70
 
@@ -136,8 +136,8 @@ def test_rerank_maps_ids_and_texts(tiny_encoder, encoding, tmp_path):
     )
     encoder = open_encoder(str(tiny_encoder), encoding)
     heads = load_heads(tiny_encoder, 32)
-    runs = rerank(encoder, heads, collection, {"q1": ["p3", "p0"], "q0": ["p1"]}, encoding, progress=False)
-    expected = score_candidates(encoder, heads, [QUERIES[1]], PASSAGES, [[3, 0]], encoding, progress=False)[0]
+    runs = rerank(encoder, heads, collection, {"q1": ["p3", "p0"], "q0": ["p1"]}, encoding)
+    expected = score_candidates(encoder, heads, [QUERIES[1]], PASSAGES, [[3, 0]], encoding)[0]
     assert list(runs) == ["sparse", "multi-vec", "dense+sparse", "all"]
     for kind, values in combine(expected).items():
         assert list(runs[kind]) == ["q1", "q0"]
@@ -159,7 +159,7 @@ def test_experts_and_their_padding(encoding, tiny_tokenizer, tmp_path):
     heads = m3.M3Heads(torch.nn.Linear(32, 1), torch.nn.Linear(32, 16))
     everything = [list(range(len(PASSAGES)))] * len(QUERIES)
     wide, single = (
-        score_candidates(encoder, heads, QUERIES, PASSAGES, everything, options, progress=False)
+        score_candidates(encoder, heads, QUERIES, PASSAGES, everything, options)
         for options in (EncodingArguments(40, 40, 1000), EncodingArguments(40, 40, 1))
     )
     torch.testing.assert_close(wide, single, atol=1e-5, rtol=0)

@@ -5,6 +5,7 @@ import pytest
 
 from clpl_moe.evaluate import evaluate
 from clpl_moe.evaluate.metrics import M3_SCORES
+from clpl_moe.evaluate.tasks import model_labels
 from helpers.evaluating import changed_copy, make_collection, read_csv, run, table
 
 
@@ -88,7 +89,14 @@ def test_an_interrupted_overwrite_leaves_no_metrics_beside_a_run_of_something_el
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clpl_moe.evaluate.compute.write_trec_run", interrupted)
+    monkeypatch.setattr("clpl_moe.evaluate.evaluation.write_trec_run", interrupted)
     with pytest.raises(SystemExit):
         run(tiny_encoder, collections, tmp_path / "out", query_prompt="x", overwrite="true")
     assert not (tmp_path / "out" / "ko" / "metrics.json").exists()
+
+
+def test_labels():
+    assert model_labels(["runs/a", "runs/b"]) == ["a", "b"]
+    assert model_labels(["x/best", "y/best", "hub/other"]) == ["x_best", "y_best", "hub_other"]
+    assert model_labels(["same", "same"]) == ["same_1", "same_2"]
+    assert model_labels(["/"]) == ["root"]

@@ -3,9 +3,8 @@
 For each language ``OUTPUT/<language>/`` (with several models ``OUTPUT/<model>/<language>/``) gets ``run.trec``,
 ``qrels.trec`` and ``metrics.json``. ``m3_scores`` also ranks each dense run's first passages by BGE-M3's sparse and
 multi-vector scores (:mod:`clpl_moe.evaluate.m3`): ``run.<score>.trec`` and ``metrics.m3.json``. ``OUTPUT/per_query.csv``
-has the values of each query, and for several models ``OUTPUT/significance.json`` tests each pair
-(:mod:`clpl_moe.evaluate.significance`). Embeddings lie on disk: an interrupted encoding resumes, the search reads them
-in parts, and under ``torchrun`` each process encodes its share.
+has the values of each query, ``OUTPUT/significance.json`` a test of each pair of models. Embeddings lie on disk: an
+interrupted encoding resumes, the search reads them in parts, and under ``torchrun`` each process encodes its share.
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ from pathlib import Path
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import OptionError
 from clpl_moe.common.files import write_json
-from clpl_moe.evaluate.labels import distinct_models, model_labels
 from clpl_moe.evaluate.metrics import check_metrics, evaluate_run, read_trec_run
 from clpl_moe.evaluate.options import EvaluateArguments
-from clpl_moe.evaluate.query_table import refuse_other_table, write_query_table
-from clpl_moe.evaluate.results import Evaluation, Result
+from clpl_moe.evaluate.results import Evaluation, Result, refuse_other_table, write_query_table
 from clpl_moe.evaluate.significance import TEST, compare_results
+from clpl_moe.evaluate.tasks import CurrentEncoder, distinct_models, model_labels, plan_tasks
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.options import EncodingArguments
 
@@ -38,8 +36,7 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evalu
     Raises:
         UserError: a fault in a collection, an unknown model or metric, results of something else in the way.
     """
-    from clpl_moe.evaluate.compute import compute
-    from clpl_moe.evaluate.tasks import CurrentEncoder, plan_tasks
+    from clpl_moe.evaluate.evaluation import rank_by_embeddings, rerank_by_heads
     from clpl_moe.retrieval.store import processes
 
     check_metrics(arguments.metrics)
@@ -54,14 +51,14 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evalu
         current = CurrentEncoder(encoding)
         tasks = plan_tasks(dict(zip(models, model_labels(models))), collections, arguments, encoding, current)
         if arguments.m3_scores and not any(task.heads for task in tasks):
-            raise OptionError(
-                "m3_scores", "no model has sparse and multi-vector heads (sparse_linear.pt, colbert_linear.pt)"
-            )
+            fault = "no model has sparse and multi-vector heads (sparse_linear.pt, colbert_linear.pt)"
+            raise OptionError("m3_scores", fault)
         refuse_other_table(evaluation.table)
         for task in tasks:
             found = None if arguments.overwrite else task.finished()
             if found is None:
-                found = compute(task, current.open(task.model), arguments, encoding)
+                work = rerank_by_heads if task.heads else rank_by_embeddings
+                found = work(task, current.open(task.model), arguments, encoding)
             elif first:
                 print(f"{task.file}: the same model, collection and settings; not computed again", file=sys.stderr)
             if not first or found is None:
@@ -70,10 +67,8 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evalu
                 metrics = found["metrics"][score] if task.heads else found["metrics"]
                 _, per_query = evaluate_run(task.collection.qrels, read_trec_run(path), arguments.metrics)
                 about = found | task.names
-                language = task.collection.language
-                evaluation.results.append(
-                    Result(task.model, task.label, language, score, metrics, per_query, task.folder, about)
-                )
+                names = (task.model, task.label, task.collection.language, score)
+                evaluation.results.append(Result(*names, metrics, per_query, task.folder, about))
     if not first:
         return evaluation
     write_query_table(evaluation.table, collections, evaluation.results, arguments.metrics)

@@ -1,21 +1,39 @@
-"""Evaluate an encoder on a collection: encode, search, score. The command and training call it."""
+"""Evaluate an encoder on a collection: encode, search, score. Training calls it, and the command with its tasks."""
 
 from __future__ import annotations
 
 import itertools
+import platform
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from clpl_moe.evaluate.metrics import DEFAULT_METRICS, check_metrics, evaluate_run
+from clpl_moe import __version__
+from clpl_moe.common.files import write_json
+from clpl_moe.evaluate import m3
+from clpl_moe.evaluate.metrics import (
+    DEFAULT_METRICS,
+    DENSE,
+    M3_SCORES,
+    check_metrics,
+    evaluate_run,
+    read_trec_run,
+    run_file,
+    write_trec_qrels,
+    write_trec_run,
+)
+from clpl_moe.evaluate.tasks import M3_FILE, METRICS_FILE, Task
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.search import search
-from clpl_moe.retrieval.store import EmbeddingShards, encode_passages, encode_queries
+from clpl_moe.retrieval.store import EmbeddingShards, cache_folder, encode_passages, encode_queries, process
 
 if TYPE_CHECKING:
     from clpl_moe.encoder import Encoder
+    from clpl_moe.evaluate.options import EvaluateArguments
     from clpl_moe.retrieval.options import EncodingArguments
 
 
@@ -34,8 +52,8 @@ class RetrievalResult:
     metrics: dict[str, float]
     per_query: dict[str, dict[str, float]] = field(repr=False)
     run: dict[str, dict[str, float]] = field(repr=False)
-    seconds: dict[str, float] = field(default_factory=dict, repr=False)
-    encoded: int = 0
+    seconds: dict[str, float] = field(repr=False)
+    encoded: int
 
 
 def evaluate_retrieval(
@@ -89,3 +107,75 @@ def evaluate_retrieval(
     clock("score")
     encoded = passages.encoded if isinstance(passages, EmbeddingShards) else len(passages)
     return RetrievalResult(means, per_query, run, seconds, encoded)
+
+
+def rank_by_embeddings(
+    task: Task, encoder: Encoder, arguments: EvaluateArguments, encoding: EncodingArguments
+) -> dict[str, Any] | None:
+    """Do a task of the command; returns the content of its file of metrics, None in a process that does not write."""
+    collection, folder = task.collection, task.folder
+    with cache_folder(encoding, beside=folder / ".embeddings") as cache:
+        if process()[0] > 0:
+            encode_passages(encoder, collection.passages, encoding, cache=cache, progress=False)
+            return None
+        print(
+            f"{task.model} on {collection.language}: {len(collection.passages):,} passages,"
+            f" {len(collection.queries):,} queries, {encoder.model.device.type}, {task.key['settings']['dtype']}",
+            file=sys.stderr,
+        )
+        result = evaluate_retrieval(
+            encoder, collection, encoding, top_k=arguments.top_k, metrics=arguments.metrics, cache=cache
+        )
+        content = {
+            "metrics": result.metrics,
+            **_describe(task, encoder, result.seconds),
+            "passages_per_second": round(result.encoded / result.seconds["encode_passages"], 1),
+        }
+        # metrics.json vouches for the run file beside it: removed first, written last. Scores of heads were of the old run.
+        for file in (METRICS_FILE, M3_FILE, *map(run_file, M3_SCORES)):
+            (folder / file).unlink(missing_ok=True)
+        write_trec_qrels(folder / "qrels.trec", collection.qrels)
+        write_trec_run(folder / run_file(DENSE), result.run, tag=Path(task.model).name)
+        write_json(task.file, content)
+    return content
+
+
+def rerank_by_heads(
+    task: Task, encoder: Encoder, arguments: EvaluateArguments, encoding: EncodingArguments
+) -> dict[str, Any] | None:
+    """Do a task whose run of the embeddings is written; as :func:`rank_by_embeddings`."""
+    if process()[0] > 0:  # the passages are few: the first process does it alone
+        return None
+    started = time.perf_counter()
+    heads = m3.load_heads(task.model, encoder.model.config.hidden_size)
+    assert heads is not None  # the plan has looked
+    dense = read_trec_run(task.folder / run_file(DENSE))
+    candidates = {query_id: list(scores)[: arguments.rerank_top] for query_id, scores in dense.items()}
+    runs = m3.rerank(encoder, heads, task.collection, candidates, encoding, weights=arguments.m3_weights)
+    qrels = task.collection.qrels
+    content = {
+        "metrics": {score: evaluate_run(qrels, run, arguments.metrics)[0] for score, run in runs.items()},
+        **_describe(task, encoder, {"rerank": time.perf_counter() - started}),
+    }
+    task.file.unlink(missing_ok=True)
+    for score, path in task.runs.items():
+        write_trec_run(path, runs[score], tag=f"{Path(task.model).name}_{score}")
+    write_json(task.file, content)
+    return content
+
+
+def _describe(task: Task, encoder: Encoder, seconds: dict[str, float]) -> dict[str, Any]:
+    return {
+        **task.names,
+        "passages": len(task.collection.passages),
+        "queries": len(task.collection.queries),
+        "judged_queries": len(task.collection.qrels),
+        **task.key,
+        "seconds": {step: round(value, 3) for step, value in seconds.items()},
+        "device": str(encoder.model.device),
+        "versions": {
+            "clpl_moe": __version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "transformers", "ir_measures")},
+        },
+    }

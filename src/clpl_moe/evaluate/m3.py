@@ -9,9 +9,8 @@ As in the M3 report (Chen et al. 2024, arXiv:2402.03216, sections 3.2 and 4.1):
 3. ``dense+sparse`` and ``all``: weighted means, by default with the report's weights on MIRACL, 1 (dense), 0.3 (sparse), 1
    (multi-vec). The report sums; a mean gives the same ranking.
 
-For ``sparse`` and ``dense+sparse`` the report also takes candidates of sparse retrieval; here all scores rank the candidates
-of dense retrieval. For each block of queries a candidate is encoded once, in batches, and scored against all queries that
-have it: memory holds the vectors of one block's queries and of one batch.
+Unlike in the report, all scores rank the candidates of dense retrieval. For each block of queries a candidate is encoded
+once, in batches, and scored against all queries that have it: memory holds the vectors of one block and of one batch.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -44,14 +43,8 @@ if TYPE_CHECKING:
 _QUERIES_AT_ONCE = 512
 
 
-@dataclass
-class M3Heads:
-    """The heads of a BGE-M3 model.
-
-    Attributes:
-        sparse: token state (D) to weight (1).
-        multi_vector: token state (D) to vector (C).
-    """
+class M3Heads(NamedTuple):
+    """The heads of a BGE-M3 model: token state (D) to weight (1), and to vector (C)."""
 
     sparse: nn.Linear
     multi_vector: nn.Linear
@@ -59,15 +52,11 @@ class M3Heads:
     def fingerprint(self) -> str:
         """Hash of the weights."""
         digest = hashlib.sha256()
-        for head in (self.sparse, self.multi_vector):
+        for head in self:
             for tensor in (head.weight, head.bias):
                 digest.update(f"{tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
-
-    def to(self, device: torch.device) -> M3Heads:
-        """The heads on ``device``."""
-        return M3Heads(self.sparse.to(device), self.multi_vector.to(device))
 
 
 def load_heads(name: str | Path, hidden_size: int) -> M3Heads | None:
@@ -90,18 +79,8 @@ def rerank(
     encoding: EncodingArguments,
     *,
     weights: Sequence[float] = M3_WEIGHTS,
-    progress: bool = True,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Score candidates in each of ``M3_SCORES``.
-
-    Args:
-        encoder: the encoder, in evaluation mode, on the device that is to compute.
-        heads: its heads.
-        collection: where the texts are.
-        candidates: query id -> passage ids.
-        encoding: lengths and batch size.
-        weights: of the dense, the sparse and the multi-vector score; none negative, the first two not both 0.
-        progress: whether to show a bar.
+    """Score candidates (query id -> passage ids) in each of ``M3_SCORES``.
 
     Returns:
         kind -> query id -> passage id -> score, in the order of ``candidates``.
@@ -113,15 +92,9 @@ def rerank(
     # Ids may lie on disk: they are read once.
     places = {identifier: place for place, identifier in enumerate(collection.passage_ids) if identifier in wanted}
     texts = dict(zip(collection.query_ids, collection.queries))
-    scores = score_candidates(
-        encoder,
-        heads,
-        [texts[query_id] for query_id in candidates],
-        collection.passages,
-        [[places[passage_id] for passage_id in ids] for ids in candidates.values()],
-        encoding,
-        progress=progress,
-    )
+    queries = [texts[query_id] for query_id in candidates]
+    wanted_places = [[places[passage_id] for passage_id in ids] for ids in candidates.values()]
+    scores = score_candidates(encoder, heads, queries, collection.passages, wanted_places, encoding)
     runs: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in M3_SCORES}
     for (query_id, ids), own in zip(candidates.items(), scores):
         for kind, values in combine(own, weights).items():
@@ -130,7 +103,8 @@ def rerank(
 
 
 def combine(scores: Tensor, weights: Sequence[float] = M3_WEIGHTS) -> dict[str, Tensor]:
-    """The scores (n,) of each of ``M3_SCORES`` from dense, sparse and multi-vector ones (n, 3), in float32."""
+    """The scores (n,) of each of ``M3_SCORES`` from dense, sparse and multi-vector ones (n, 3), in float32; no weight of
+    those three is negative, the first two are not both 0."""
     dense, sparse, multi_vector = scores.unbind(1)
     w_dense, w_sparse, w_multi = weights
     both = w_dense * dense + w_sparse * sparse
@@ -149,35 +123,20 @@ def score_candidates(
     passages: Sequence[str],
     candidates: Sequence[Sequence[int]],
     encoding: EncodingArguments,
-    *,
-    progress: bool = True,
 ) -> list[Tensor]:
-    """Dense, sparse and multi-vector score of each candidate.
+    """Dense, sparse and multi-vector score of each candidate: for each query (candidates, 3) float32 on the CPU.
 
-    Args:
-        encoder: the encoder.
-        heads: its heads.
-        queries: n texts.
-        passages: texts; only those that are candidates are read.
-        candidates: for each query places in ``passages``, none twice.
-        encoding: lengths and batch size.
-        progress: whether to show a bar.
-
-    Returns:
-        for each query (candidates, 3) float32 on the CPU.
+    ``candidates`` are for each query places in ``passages``, none twice; only those passages are read.
     """
-    heads = heads.to(encoder.model.device)
-    results = [torch.zeros(len(own), 3) for own in candidates]
-    total = 0
-    blocks = [
-        range(start, min(start + _QUERIES_AT_ONCE, len(queries))) for start in range(0, len(queries), _QUERIES_AT_ONCE)
-    ]
-    for block in blocks:
-        total += len({place for query in block for place in candidates[query]})
-    bar = tqdm(total=total, desc="rerank", unit="passage", disable=not progress, leave=False)
+    for head in heads:
+        head.to(encoder.model.device)
+    blocks = [slice(start, start + _QUERIES_AT_ONCE) for start in range(0, len(queries), _QUERIES_AT_ONCE)]
+    total = sum(len({place for own in candidates[block] for place in own}) for block in blocks)
+    results = []
+    bar = tqdm(total=total, desc="rerank", unit="passage", leave=False)
     with bar, onednn_linear(encoder.model, encoder.dtype):
         for block in blocks:
-            _score_block(encoder, heads, queries, passages, candidates, block, encoding, results, bar)
+            results += _score_block(encoder, heads, queries[block], passages, candidates[block], encoding, bar)
     return results
 
 
@@ -188,23 +147,21 @@ def _score_block(
     queries: Sequence[str],
     passages: Sequence[str],
     candidates: Sequence[Sequence[int]],
-    block: range,
     encoding: EncodingArguments,
-    results: list[Tensor],
     bar: tqdm,
-) -> None:
-    """Fill in ``results`` for the queries of ``block``."""
-    asked: dict[int, list[tuple[int, int]]] = {}  # passage -> query within the block, place among its candidates
-    for row, query in enumerate(block):
-        for rank, place in enumerate(candidates[query]):
-            asked.setdefault(place, []).append((row, rank))
+) -> list[Tensor]:
+    results = [torch.zeros(len(own), 3) for own in candidates]
+    asked: dict[int, list[tuple[int, int]]] = {}  # passage -> query, place among its candidates
+    for query, own in enumerate(candidates):
+        for rank, place in enumerate(own):
+            asked.setdefault(place, []).append((query, rank))
     if not asked:
-        return
-    index = _QueryIndex(encoder, heads, [queries[query] for query in block], encoding)
+        return results
+    index = _QueryIndex(encoder, heads, list(queries), encoding)
     order = sorted(asked)  # the order of the file
     texts = [passages[place] for place in order]
     for batch, tokens in _token_level(encoder, heads, texts, "passage", encoding):
-        pairs: list[tuple[int, list[int]]] = []  # query within the block, places among its candidates
+        pairs: list[tuple[int, list[int]]] = []  # query, places among its candidates
         scores = []
         for row, same in enumerate(batch):
             # Once for equal passages: products round by their place in the matrix, and ties must stay ties.
@@ -214,27 +171,20 @@ def _score_block(
             pairs += ranks.items()
             scores.append(index.score(list(ranks), tokens, row))
         for (query, places), values in zip(pairs, torch.cat(scores).cpu()):  # one wait for the device a batch
-            results[block[query]][places] = values
+            results[query][places] = values
         bar.update(sum(map(len, batch)))
+    return results
 
 
 @dataclass
 class _Tokens:
-    """The model's outputs for n texts of up to L tokens, padded on the right.
+    """The model's outputs for n texts of up to L tokens, padded on the right."""
 
-    Attributes:
-        ids: (n, L) int64.
-        lengths: of each text, in tokens.
-        dense: (n, D), of length 1.
-        weights: (n, L), at least 0; 0 for special tokens and padding.
-        vectors: (n, L - 1, C), of length 1; 0 for padding.
-    """
-
-    ids: Tensor
-    lengths: list[int]
-    dense: Tensor
-    weights: Tensor
-    vectors: Tensor
+    ids: Tensor  # (n, L) int64
+    lengths: list[int]  # of each text, in tokens
+    dense: Tensor  # (n, D), of length 1
+    weights: Tensor  # (n, L), at least 0; 0 for special tokens and padding
+    vectors: Tensor  # (n, L - 1, C), of length 1; 0 for padding
 
 
 class _QueryIndex:
@@ -315,10 +265,8 @@ def _load_linear(file: str, hidden_size: int) -> nn.Linear:
     if not (weight.isfinite().all() and bias.isfinite().all()):
         raise UserError(f"{at(file)}: holds NaN or infinite weights")
     if weight.shape[1] != hidden_size:
-        raise UserError(
-            f"{at(file)}: found a head for states of width {weight.shape[1]}, the model's are {hidden_size}"
-        )
-    with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0])
+        found = f"found a head for states of width {weight.shape[1]}"
+        raise UserError(f"{at(file)}: {found}, the model's are {hidden_size}")
+    linear = nn.Linear(*weight.T.shape, device="meta")
     linear.load_state_dict({"weight": weight, "bias": bias}, assign=True)
     return linear.requires_grad_(False)

@@ -12,12 +12,10 @@ from clpl_moe.common.files import atomic_open
 Run = Mapping[str, Mapping[str, float]]
 
 DEFAULT_METRICS = ("nDCG@5", "nDCG@10", "R@100")
-
 # Of the evaluation command: those above and what the literature on MIRACL reports besides (RR@10 is MRR@10, AP is MAP).
 EVALUATION_METRICS = ("nDCG@5", "nDCG@10", "nDCG@20", "R@100", "R@1000", "RR@10", "AP")
 
-# The kinds of score that passages are ranked by, each with its own run file: the embeddings' similarity, and those of BGE-M3's
-# heads and their sums (clpl_moe.evaluate.m3).
+# The kinds of score, each with its own run file: the embeddings' similarity, and those of BGE-M3's heads and their sums.
 DENSE = "dense"
 M3_SCORES = ("sparse", "multi-vec", "dense+sparse", "all")
 # Of dense, sparse and multi-vec in the sums: the M3 report's on MIRACL.
@@ -29,9 +27,25 @@ def run_file(score: str) -> str:
     return "run.trec" if score == DENSE else f"run.{score}.trec"
 
 
-def check_metrics(metrics: Sequence[str]) -> None:
-    """Raise :class:`UserError` if ``ir_measures`` does not know one of the names."""
-    _parse(metrics)
+def check_metrics(metrics: Sequence[str]) -> dict[str, Any]:
+    """The measures of ``ir_measures`` by name; raises :class:`UserError` for a name that it does not know."""
+    import ir_measures
+
+    measures = {}
+    for name in metrics:
+        try:
+            measure = ir_measures.parse_measure(name)
+            cutoff = measure.params.get("cutoff", 1)
+            if not isinstance(cutoff, int) or cutoff < 1:
+                raise ValueError  # trec_eval would crash
+            # A name may parse but lack its cutoff, or be of a program that does not run here.
+            ir_measures.calc([measure], {"q": {"p": 1}}, {"q": {"p": 1.0}})
+        except Exception:
+            raise UserError(
+                f"metric '{name}' is unknown to ir_measures, or cannot be computed here; expected names such as nDCG@10, R@100, RR@10, AP"
+            ) from None
+        measures[name] = measure
+    return measures
 
 
 def evaluate_run(
@@ -51,13 +65,10 @@ def evaluate_run(
 
     Returns:
         metric -> mean, and query id -> metric -> value.
-
-    Raises:
-        UserError: ``ir_measures`` does not know a metric.
     """
     import ir_measures
 
-    measures = _parse(metrics)
+    measures = check_metrics(metrics)
     # In the order and precision of a run file, so that both score the same.
     ranked = {query_id: dict(_ranked(scores)) for query_id, scores in run.items()}
     result = ir_measures.calc(list(measures.values()), qrels, ranked)
@@ -84,11 +95,7 @@ def write_trec_run(path: str | Path, run: Run, tag: str) -> None:
 
 
 def read_trec_run(path: str | Path) -> dict[str, dict[str, float]]:
-    """Read a run file: query id -> passage id -> score, in the order of the file.
-
-    Raises:
-        UserError: a line that is none of a run file; with file and line.
-    """
+    """Read a run file: query id -> passage id -> score, in its order; raises :class:`UserError` for a line of another form."""
     run: dict[str, dict[str, float]] = {}
     with Path(path).open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -96,9 +103,8 @@ def read_trec_run(path: str | Path) -> dict[str, dict[str, float]]:
                 query_id, _, passage_id, _, score, _ = line.split()
                 run.setdefault(query_id, {})[passage_id] = float(score)
             except ValueError:
-                raise UserError(
-                    f"{at(path, number)}: found {line.strip()!r}, expected 'query-id Q0 passage-id rank score tag'"
-                ) from None
+                expected = "'query-id Q0 passage-id rank score tag'"
+                raise UserError(f"{at(path, number)}: found {line.strip()!r}, expected {expected}") from None
     return run
 
 
@@ -116,23 +122,3 @@ def _ranked(scores: Mapping[str, float]) -> list[tuple[str, float]]:
 
     ranked = sorted(((float(np.float32(score)), passage_id) for passage_id, score in scores.items()), reverse=True)
     return [(passage_id, score) for score, passage_id in ranked]
-
-
-def _parse(metrics: Sequence[str]) -> dict:
-    import ir_measures
-
-    measures = {}
-    for name in metrics:
-        try:
-            measure = ir_measures.parse_measure(name)
-            cutoff = measure.params.get("cutoff", 1)
-            if not isinstance(cutoff, int) or cutoff < 1:
-                raise ValueError  # trec_eval would crash
-            # A name may parse but lack its cutoff, or be of a program that does not run here.
-            ir_measures.calc([measure], {"q": {"p": 1}}, {"q": {"p": 1.0}})
-        except Exception:
-            raise UserError(
-                f"metric '{name}' is unknown to ir_measures, or cannot be computed here; expected names such as nDCG@10, R@100, RR@10, AP"
-            ) from None
-        measures[name] = measure
-    return measures

@@ -52,14 +52,12 @@ class EvaluateArguments:
         weights = self.m3_weights
         if len(weights) != 3 or not all(0 <= weight < float("inf") for weight in weights) or sum(weights[:2]) == 0:
             found = " ".join(map(str, weights))
-            raise OptionError(
-                "m3_weights", f"found {found}, expected three of at least 0, with dense or sparse above 0"
-            )
+            expected = "expected three of at least 0, with dense or sparse above 0"
+            raise OptionError("m3_weights", f"found {found}, {expected}")
         for name in self.compared_metrics:
             if name not in self.metrics:
-                raise OptionError(
-                    "compare_metric", f"found {name}, expected some of metrics: {', '.join(self.metrics)}"
-                )
+                expected = f"expected some of metrics: {', '.join(self.metrics)}"
+                raise OptionError("compare_metric", f"found {name}, {expected}")
 
     @property
     def compared_metrics(self) -> list[str]:

@@ -1,14 +1,20 @@
-"""What an evaluation found, and its tables as text."""
+"""What an evaluation found: its tables as text, and ``per_query.csv``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import atomic_open
 from clpl_moe.evaluate.metrics import DENSE
 from clpl_moe.evaluate.significance import TEST
+from clpl_moe.retrieval.collection import Collection
+
+_COLUMNS = ["language", "query_id", "query"]  # of per_query.csv, before those of the metrics
 
 
 @dataclass
@@ -55,45 +61,70 @@ class Evaluation:
     table: Path
 
     def __str__(self) -> str:
-        parts = [format_results(self.results)] if self.results else []
+        parts = [_format_results(self.results)] if self.results else []
         if self.comparisons:
-            parts.append(f"{format_comparisons(self.comparisons)}\n{TEST}")
+            parts.append(f"{_format_comparisons(self.comparisons)}\n{TEST}")
         return "\n\n".join(parts)
 
 
-def format_results(results: Sequence[Result]) -> str:
-    """An aligned table: a row per model, kind of score and language, and the average over several languages."""
+def _format_results(results: Sequence[Result]) -> str:
+    """A row per model, kind of score and language, and the average over several languages."""
     names = list(results[0].metrics)
-    several = any(r.score != DENSE for r in results)
-    rows = [["model", *(["score"] if several else []), "language", "queries", *names]]
+    rows = [["model", "score", "language", "queries", *names]]
     for model, score in dict.fromkeys((r.model, r.score) for r in results):
         own = [r for r in results if (r.model, r.score) == (model, score)]
-        first = [own[0].label, *([score] if several else [])]
-        for result in own:
-            values = [f"{result.metrics[n]:.4f}" for n in names]
-            rows.append([*first, result.language, str(len(result.per_query)), *values])
+        for r in own:
+            values = [f"{r.metrics[name]:.4f}" for name in names]
+            rows.append([r.label, score, r.language, str(len(r.per_query)), *values])
         if len(own) > 1:
-            means = [f"{sum(r.metrics[n] for r in own) / len(own):.4f}" for n in names]
-            rows.append([*first, "average", "", *means])
-    return _align(rows, left=3 if several else 2)
+            means = [f"{sum(r.metrics[name] for r in own) / len(own):.4f}" for name in names]
+            rows.append([own[0].label, score, "average", "", *means])
+    return _align(rows, left=3)
 
 
-def format_comparisons(comparisons: Sequence[dict[str, Any]]) -> str:
-    """An aligned table: a row per language, kind of score, metric and pair of models."""
-    several = any(c["score"] != DENSE for c in comparisons)
-    heading = ["second - first", *(["score"] if several else []), "language", "metric"]
-    rows = [[*heading, "difference", "better", "worse", "p", "p (Holm)"]]
+def _format_comparisons(comparisons: Sequence[dict[str, Any]]) -> str:
+    """A row per language, kind of score, metric and pair of models."""
+    rows = [["second - first", "score", "language", "metric", "difference", "better", "worse", "p", "p (Holm)"]]
     for c in comparisons:
-        first = [f"{c['second']} - {c['first']}", *([c["score"]] if several else []), c["language"], c["metric"]]
         numbers = [f"{c['difference']:+.4f}", str(c["better"]), str(c["worse"]), f"{c['p']:.4f}", f"{c['p_holm']:.4f}"]
-        rows.append([*first, *numbers])
-    return _align(rows, left=len(heading))
+        rows.append([f"{c['second']} - {c['first']}", c["score"], c["language"], c["metric"], *numbers])
+    return _align(rows, left=4)
 
 
-def _align(rows: Sequence[Sequence[str]], left: int) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+def _align(rows: list[list[str]], left: int) -> str:
+    """Columns of equal width, without the second one (score) where it is ``dense`` throughout."""
+    if all(row[1] == DENSE for row in rows[1:]):
+        rows, left = [[row[0], *row[2:]] for row in rows], left - 1
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         words = [w.ljust(n) if column < left else w.rjust(n) for column, (w, n) in enumerate(zip(row, widths))]
         lines.append("  ".join(words).rstrip())
     return "\n".join(lines)
+
+
+def refuse_other_table(path: Path) -> None:
+    """Raise :class:`UserError` where the file is not a table of ours. An earlier table is made anew from the run files."""
+    if path.exists():
+        heading = f"{','.join(_COLUMNS)},".encode()
+        with path.open("rb") as file:
+            if file.read(len(heading)) != heading:
+                raise UserError(
+                    f"{at(path)}: found another file, expected none or an earlier table; name another output"
+                )
+
+
+def write_query_table(
+    path: Path, collections: Mapping[str, Collection], results: Sequence[Result], metrics: Sequence[str]
+) -> None:
+    """A row for each judged query, a column for each metric of each model and kind of score."""
+    values = {(result.language, result.system): result.per_query for result in results}
+    systems = list(dict.fromkeys(result.system for result in results))
+    with atomic_open(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*_COLUMNS, *(f"{name} {system}" for name in metrics for system in systems)])
+        for language, collection in collections.items():
+            for query_id, text in zip(collection.query_ids, collection.queries):
+                if query_id in collection.qrels:
+                    row = (values[language, system][query_id][name] for name in metrics for system in systems)
+                    writer.writerow([language, query_id, text, *row])

@@ -34,14 +34,11 @@ class Comparison:
     """Two systems compared by one metric over the same queries.
 
     Attributes:
-        first: name of the one.
-        second: name of the other.
         queries: how many queries both have.
         difference: mean of the second minus mean of the first.
-        better: for how many queries the second has the higher value.
-        worse: for how many it has the lower one.
+        better: for how many queries the second has the higher value; ``worse``: the lower one.
         p: of the two-sided randomisation test.
-        p_holm: the same, corrected for the number of pairs; below 0.05, the difference counts as real.
+        p_holm: p corrected for the number of pairs; below 0.05, the difference counts as real.
     """
 
     first: str
@@ -54,16 +51,8 @@ class Comparison:
     p_holm: float
 
 
-def compare(systems: Mapping[str, Mapping[str, float]], resamples: int = RESAMPLES, seed: int = 0) -> list[Comparison]:
-    """Test every pair of systems.
-
-    Args:
-        systems: name -> query id -> value of the metric; all have the same queries.
-        resamples: random sign patterns for each pair.
-        seed: decides these patterns; each pair has the same.
-
-    Returns:
-        a comparison for each pair, in the order of ``systems``.
+def compare(systems: Mapping[str, Mapping[str, float]]) -> list[Comparison]:
+    """Test every pair of systems (name -> query id -> value of the metric), in their order.
 
     Raises:
         ValueError: the systems have different queries, or none.
@@ -74,19 +63,10 @@ def compare(systems: Mapping[str, Mapping[str, float]], resamples: int = RESAMPL
     values = {name: np.array([of[query_id] for query_id in ids]) for name, of in systems.items()}
     pairs = list(combinations(values, 2))
     differences = [values[second] - values[first] for first, second in pairs]
-    p = [randomisation_test(difference, resamples, seed) for difference in differences]
+    p = [randomisation_test(difference) for difference in differences]
     return [
-        Comparison(
-            first=first,
-            second=second,
-            queries=len(ids),
-            difference=float(difference.mean()),
-            better=int((difference > 0).sum()),
-            worse=int((difference < 0).sum()),
-            p=raw,
-            p_holm=corrected,
-        )
-        for (first, second), difference, raw, corrected in zip(pairs, differences, p, holm(p), strict=True)
+        Comparison(*pair, len(ids), float(d.mean()), int((d > 0).sum()), int((d < 0).sum()), raw, corrected)
+        for pair, d, raw, corrected in zip(pairs, differences, p, holm(p), strict=True)
     ]
 
 
@@ -113,12 +93,11 @@ def randomisation_test(differences: np.ndarray, resamples: int = RESAMPLES, seed
 def holm(p: Sequence[float]) -> list[float]:
     """Holm's corrected p-values, in the order of ``p``: the i-th smallest of m is multiplied by m - i + 1, none falls below
     one before it, and none exceeds 1."""
-    corrected = [0.0] * len(p)
-    highest = 0.0
-    for rank, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        highest = max(highest, min(1.0, p[index] * (len(p) - rank)))
-        corrected[index] = highest
-    return corrected
+    factors = np.arange(len(p), 0, -1)
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty(len(p))
+    corrected[order] = np.maximum.accumulate(np.minimum(np.asarray(p)[order] * factors, 1))
+    return corrected.tolist()
 
 
 def compare_results(results: Sequence[Result], metrics: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,14 +1,14 @@
 """The plan of an evaluation: which model is ranked on which collection, and where the results go.
 
-Results belong to content, never to a name: a task's key holds hashes of weights and collection, and the settings. Equal
-content is not computed again; other content in the same folder is refused.
+Results are known by content: a task's key holds hashes of weights and collection, and the settings. Equal content is not
+computed again; other content in the same folder is refused.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ class Task:
 
     @property
     def names(self) -> dict[str, str]:
-        """Names and places, which may differ from those at the time when the results were computed."""
+        """Names and places, which may have changed since the results were computed."""
         return {
             "model": self.model,
             "language": self.collection.language,
@@ -63,11 +63,7 @@ class Task:
         return _read(self.file) if all(path.is_file() for path in self.runs.values()) else None
 
     def refuse_other_results(self) -> None:
-        """Raise :class:`UserError` where results of something else are in the way.
-
-        ``metrics.json`` vouches for all run files of its folder: a killed command may have left those of heads without
-        ``metrics.m3.json``.
-        """
+        """Raise :class:`UserError` where results of something else are in the way."""
         remedy = "name another output, or set overwrite to replace it"
         if self.file.exists():
             found = _read(self.file) or {}
@@ -75,7 +71,9 @@ class Task:
                 raise UserError(
                     f"{at(self.file)}: holds results of something else (other {', '.join(differing)}); {remedy}"
                 )
-        elif not self.heads:
+        elif (
+            not self.heads
+        ):  # metrics.json vouches for the run files of heads, too: a killed command may have left some
             for path in (self.folder / run_file(score) for score in (DENSE, *M3_SCORES)):
                 if path.exists():
                     raise UserError(f"{at(path)}: a run file without {self.file.name} is in the way; {remedy}")
@@ -90,7 +88,6 @@ class CurrentEncoder:
         self._encoder: Encoder | None = None
 
     def open(self, name: str) -> Encoder:
-        """The encoder of that name."""
         if self._encoder is None or self._name != name:
             self._encoder = None
             self._encoder, self._name = open_encoder(name, self.encoding), name
@@ -119,19 +116,37 @@ def plan_tasks(
         heads_hash = _hash_heads(model, encoder) if arguments.m3_scores else None
         for language, collection in collections.items():
             folder = Path(arguments.output, label if len(labels) > 1 else "", language)
-            settings = encoding.describe(encoder)
-            settings |= {"top_k": arguments.top_k, "metrics": list(arguments.metrics)}
-            hashes = {"model_hash": model_hash, "collection_hash": collection.fingerprint()}
-            tasks.append(Task(model, label, collection, folder, {**hashes, "settings": settings}))
+            settings = encoding.describe(encoder) | {"top_k": arguments.top_k, "metrics": list(arguments.metrics)}
+            key = {"model_hash": model_hash, "collection_hash": collection.fingerprint(), "settings": settings}
+            tasks.append(Task(model, label, collection, folder, key))
             if heads_hash is not None:
-                settings = {**settings, "rerank_top": arguments.rerank_top, "m3_weights": arguments.m3_weights}
-                key = {**hashes, "settings": settings, "heads_hash": heads_hash}
+                settings = settings | {"rerank_top": arguments.rerank_top, "m3_weights": arguments.m3_weights}
+                key = key | {"settings": settings, "heads_hash": heads_hash}
                 tasks.append(Task(model, label, collection, folder, key, heads=True))
     for task in tasks:
         refuse_unwritable(task.file)
         if not arguments.overwrite:
             task.refuse_other_results()
     return tasks
+
+
+def distinct_models(models: Sequence[str]) -> list[str]:
+    """The models, each once; two spellings of one folder count as one model."""
+    return list({_parts(name): name for name in reversed(models)}.values())[::-1]
+
+
+def model_labels(models: Sequence[str]) -> list[str]:
+    """A short name for each model: the last part of its path, with as many parts before it as make all names differ."""
+    parts = [_parts(name) for name in models]
+    for depth in range(1, max(map(len, parts)) + 1):
+        labels = ["_".join(p[-depth:]) for p in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{label}_{number}" for number, label in enumerate(labels, 1)]
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return Path(name).resolve().parts[1:] or ("root",) if Path(name).exists() else tuple(name.split("/"))
 
 
 def _hash_heads(model: str, encoder: Encoder) -> str | None:
@@ -149,11 +164,7 @@ def _hash_heads(model: str, encoder: Encoder) -> str | None:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """The content of a ``metrics.json``: metrics, names and hashes of model and collection, settings.
-
-    Raises:
-        UserError: there is no such file, or it is not one of ``clpl_moe.evaluate``.
-    """
+    """The content of a ``metrics.json``; raises :class:`UserError` where there is none of ``clpl_moe.evaluate``."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content["metrics"], dict) and {"collection", "collection_hash", "split"} <= content.keys():
