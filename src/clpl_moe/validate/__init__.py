@@ -13,11 +13,14 @@ without fault come
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from clpl_moe.common.api import takes_options
-from clpl_moe.validate.files import FileReport, validate_files
+from clpl_moe.common.errors import UserError
+from clpl_moe.data.schema import data_files
+from clpl_moe.validate.files import FileReport, validate_file
 from clpl_moe.validate.options import ValidateArguments
 from clpl_moe.validate.reading import open_reading
 
@@ -28,11 +31,11 @@ __all__ = ["FileReport", "Validation", "validate"]
 class Validation:
     """What was found, file by file."""
 
-    files: list[FileReport]
+    files: list[FileReport] = field(default_factory=list)
 
     @property
     def faults(self) -> int:
-        """Faults of all files; training takes the data where there is none."""
+        """Of all files; training takes the data where there is none."""
         return sum(report.faults for report in self.files)
 
 
@@ -48,9 +51,16 @@ def validate(arguments: ValidateArguments, done: Callable[[FileReport], None] | 
         UserError: the options cannot be used, the config is one that training refuses, or there is no such tokenizer.
     """
     paths, reading = open_reading(arguments)
-    reports = []
-    for report in validate_files(paths, reading, arguments.max_faults):
-        reports.append(report)
-        if done is not None:
-            done(report)
-    return Validation(reports)
+    found = Validation()
+    for path in paths:
+        try:
+            reports: Iterable[FileReport] = (
+                validate_file(file, reading, arguments.max_faults) for file in data_files([path])
+            )
+        except UserError as error:
+            reports = [FileReport(Path(path), 1, messages=[str(error)])]
+        for report in reports:
+            found.files.append(report)
+            if done is not None:
+                done(report)
+    return found

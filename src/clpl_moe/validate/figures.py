@@ -20,16 +20,13 @@ _BLOCK = 1 << 20  # characters whose tokens and scripts are counted at once
 class Figures:
     """Figures of the lines without fault of one file.
 
-    Args:
-        reading: how training reads its texts.
-
     Attributes:
         examples: number of lines.
         per_query: ``pos`` and ``neg`` -> how many of them each line has.
         answered: number of negatives with queries.
         repeats: name of a repetition -> how often.
         first: name of a repetition -> number of the first line with it.
-        lengths: kind of text -> lengths of all texts of that kind.
+        lengths: kind of text -> lengths of all its texts.
     """
 
     def __init__(self, reading: Reading) -> None:
@@ -50,12 +47,8 @@ class Figures:
         """Take in a line without faults."""
         example = normalise(record)
         self.examples += 1
-        texts = {
-            "query": [example["query"]],
-            "pos": example["pos"],
-            "neg": example["neg"],
-            "neg_q": [query for queries in example["negative_queries"] for query in queries],
-        }
+        negative_queries = [query for queries in example["negative_queries"] for query in queries]
+        texts = dict(zip(KINDS, ([example["query"]], example["pos"], example["neg"], negative_queries)))
         for kind, some in texts.items():
             self._texts[kind] += some
             self._waiting += sum(map(len, some))
@@ -85,9 +78,9 @@ class Figures:
         for kind, texts in self._texts.items():
             self.lengths[kind].extend(self._measure(kind, texts))
             codes = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32)
-            counts = np.bincount(codes, minlength=len(self._characters[kind]))
-            counts[: len(self._characters[kind])] += self._characters[kind]
-            self._characters[kind] = counts
+            before = self._characters[kind]  # how often each code point occurs
+            self._characters[kind] = np.bincount(codes, minlength=len(before))
+            self._characters[kind][: len(before)] += before
             texts.clear()
         self._waiting = 0
 
@@ -105,13 +98,9 @@ class Figures:
     @property
     def letters(self) -> dict[str, Counter[str]]:
         """Kind of text -> script -> number of letters."""
-        return {kind: count_scripts(counts) for kind, counts in self._characters.items()}
-
-
-def count_scripts(characters: np.ndarray) -> Counter[str]:
-    """Script -> number of letters, of how often each code point occurs (an array that they index)."""
-    scripts: Counter[str] = Counter()
-    for code in np.flatnonzero(characters):
-        if script := script_of(chr(code)):
-            scripts[script] += int(characters[code])
-    return scripts
+        letters: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+        for kind, counts in self._characters.items():
+            for code in np.flatnonzero(counts):
+                if script := script_of(chr(code)):
+                    letters[kind][script] += int(counts[code])
+        return letters

@@ -1,8 +1,7 @@
-"""Checking training files: every fault of every line, by the check that training uses."""
+"""Every fault of every line of a training file, by the check that training uses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from tqdm.auto import tqdm
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import read_lines
-from clpl_moe.data.schema import check_line, data_files
+from clpl_moe.data.schema import check_line
 from clpl_moe.validate.figures import Figures
 from clpl_moe.validate.reading import Reading
 
@@ -34,26 +33,8 @@ class FileReport:
     figures: Figures | None = None
 
 
-def validate_files(paths: Sequence[str], reading: Reading, max_faults: int | None = None) -> Iterator[FileReport]:
-    """A report of each file as it is done; ``max_faults`` limits the messages of each."""
-    for path in paths:
-        try:
-            files = data_files([path])
-        except UserError as error:
-            yield FileReport(Path(path), 1, messages=[str(error)])
-            continue
-        for file in files:
-            yield validate_file(file, reading, max_faults)
-
-
-def validate_file(path: str | Path, reading: Reading, max_faults: int | None = None) -> FileReport:
-    """Check one file to its end.
-
-    Args:
-        path: a file of training JSONL.
-        reading: how training reads it.
-        max_faults: faults whose messages are kept; None: all.
-    """
+def validate_file(path: str | Path, reading: Reading, max_faults: int = 50) -> FileReport:
+    """Check one file to its end; ``max_faults`` limits the messages that are kept."""
     path = Path(path)
     report, figures = FileReport(path), Figures(reading)
     size = path.stat().st_size if path.is_file() else None
@@ -61,8 +42,8 @@ def validate_file(path: str | Path, reading: Reading, max_faults: int | None = N
         try:
             for number, _, raw in read_lines(path):
                 record, faults = check_line(number, raw, scores_required=reading.scores_required)
-                room = None if max_faults is None else max(0, max_faults - len(report.messages))
-                report.messages += [f"{at(path, number)}: {fault}" for fault in faults[:room]]
+                report.messages += [f"{at(path, number)}: {fault}" for fault in faults]
+                del report.messages[max_faults:]
                 report.faults += len(faults)
                 report.faulty_lines += bool(faults)
                 if record is not None and not faults:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from clpl_moe.common.cli import parse
 from clpl_moe.common.errors import UserError, at
@@ -13,6 +13,7 @@ from clpl_moe.validate.options import ValidateArguments
 
 KINDS = ("query", "pos", "neg", "neg_q")
 Count = Callable[[list[str]], list[int]]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,13 @@ class Reading:
     """
 
     count: Count | None = None
-    limits: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(KINDS))
-    prompts: dict[str, str] = field(default_factory=lambda: dict.fromkeys(KINDS, ""))
+    limits: dict[str, int | None] = field(default_factory=lambda: _by_kind(None, None))
+    prompts: dict[str, str] = field(default_factory=lambda: _by_kind("", ""))
     scores_required: bool = False
+
+
+def _by_kind(query: Value, passage: Value) -> dict[str, Value]:
+    return dict(zip(KINDS, (query, passage, passage, query)))
 
 
 def open_reading(arguments: ValidateArguments) -> tuple[list[str], Reading]:
@@ -39,60 +44,44 @@ def open_reading(arguments: ValidateArguments) -> tuple[list[str], Reading]:
         UserError: the config is one that training refuses, or the tokenizer cannot be loaded.
     """
     if arguments.config is None:
-        limits = (arguments.query_max_len, arguments.passage_max_len)
-        prompts: tuple[str, str] = ("", "")
-        count: Count | None = None
-        if arguments.tokenizer is not None:
-            from clpl_moe.encoder.settings import read_settings
+        limits = _by_kind(arguments.query_max_len, arguments.passage_max_len)
+        required = arguments.knowledge_distillation
+        if arguments.tokenizer is None:
+            return arguments.train_data, Reading(limits=limits, scores_required=required)
+        from clpl_moe.encoder.settings import read_settings
 
-            settings = read_settings(arguments.tokenizer)
-            prompts = (settings.query_prompt, settings.passage_prompt)
-            count = load_counter(arguments.tokenizer)
-        return arguments.train_data, _reading(count, limits, prompts, arguments.knowledge_distillation)
+        settings = read_settings(arguments.tokenizer)
+        prompts = _by_kind(settings.query_prompt, settings.passage_prompt)
+        return arguments.train_data, Reading(_load_counter(arguments.tokenizer), limits, prompts, required)
     from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
     from clpl_moe.train.settings import resolve_settings
 
     # Nothing is written: the folder only has to be named.
     argv = ["--config", arguments.config, "--output_dir", "none"]
     for name in ("query_max_len", "passage_max_len", "tokenizer"):
-        if getattr(arguments, name) is not None:
-            argv += [f"--{'tokenizer_name' if name == 'tokenizer' else name}", str(getattr(arguments, name))]
+        if (value := getattr(arguments, name)) is not None:
+            argv += [f"--{'tokenizer_name' if name == 'tokenizer' else name}", str(value)]
     argv += ["--train_data", *arguments.train_data] if arguments.train_data else []
     model, data, training = parse(
         [CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments], "clpl_moe.validate", "", argv
     )
     settings = resolve_settings(model, data, training)
     hub = {"cache_dir": model.cache_dir, "token": model.token, "trust_remote_code": model.trust_remote_code}
+    count: Count | None = None
     try:
-        count = load_counter(model.tokenizer_name or model.model_name_or_path, **hub)
+        count = _load_counter(model.tokenizer_name or model.model_name_or_path, **hub)
     except UserError as error:
         if arguments.tokenizer is not None:
             raise
         print(f"{error}; lengths are in characters (set tokenizer to count tokens)", file=sys.stderr)
-        count = None
-    limits = (data.query_max_len, data.passage_max_len)
+    limits = _by_kind(data.query_max_len, data.passage_max_len)
+    prompts = _by_kind(settings.query_prompt, settings.passage_prompt)
     required = data.knowledge_distillation or arguments.knowledge_distillation
-    return data.train_data, _reading(count, limits, (settings.query_prompt, settings.passage_prompt), required)
+    return data.train_data, Reading(count, limits, prompts, required)
 
 
-def _reading(
-    count: Count | None, limits: tuple[int | None, int | None], prompts: tuple[str, str], required: bool
-) -> Reading:
-    is_passage = [kind in ("pos", "neg") for kind in KINDS]
-    return Reading(
-        count,
-        {kind: limits[passage] for kind, passage in zip(KINDS, is_passage)},
-        {kind: prompts[passage] for kind, passage in zip(KINDS, is_passage)},
-        required,
-    )
-
-
-def load_counter(name: str, **hub: Any) -> Count:
-    """A function that counts tokens of texts, special ones included, as a model's tokenizer makes them.
-
-    Raises:
-        UserError: there is no such tokenizer, or it cannot be reached.
-    """
+def _load_counter(name: str, **hub: Any) -> Count:
+    """A function that counts the tokens of texts, special ones included, as a model's tokenizer makes them."""
     from transformers import AutoTokenizer
 
     try:
