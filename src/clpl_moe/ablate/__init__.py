@@ -53,16 +53,14 @@ def ablate(arguments: AblateArguments) -> Ablation:
         UserError: a mistake in the configuration, other results in the way.
     """
     from clpl_moe.ablate import results, work
-    from clpl_moe.ablate.plan import MineJob, Run, make_plan
-    from clpl_moe.ablate.table import markdown, summarize, table_rows
-    from clpl_moe.ablate.workshop import Workshop
+    from clpl_moe.ablate.plan import make_plan
 
     plan = make_plan(arguments)
 
-    def state() -> Ablation:
-        rows = summarize(plan, arguments.metric)
-        table = f"{results.question(arguments)}\n\n{markdown(table_rows(rows))}"
-        return Ablation(rows, table, Path(arguments.output))
+    def state(**jobs: Any) -> Ablation:
+        rows = results.summarize(plan, arguments.metric)
+        table = f"{results.question(arguments)}\n\n{results.markdown(results.table_rows(rows))}"
+        return Ablation(rows, table, Path(arguments.output), **jobs)
 
     if not arguments.dry_run:
         results.refuse_other_results(arguments)
@@ -72,11 +70,8 @@ def ablate(arguments: AblateArguments) -> Ablation:
     minings = [job for job in plan.minings if not job.finished and any(run.mined is job for run in todo)]
     print(f"{sum(run.result() is not None for run in chosen)} of {len(chosen)} runs are finished", file=sys.stderr)
     if arguments.dry_run:
-        ablation = state()
-        jobs: list[MineJob | Run] = [*minings, *todo]
-        ablation.to_do = {str(job): job.folder for job in jobs}
-        return ablation
-    shop = Workshop(arguments.parallel)
+        return state(to_do={str(job): job.folder for job in (*minings, *todo)})
+    shop = work.Workshop(arguments.parallel)
     for collection in plan.collections:
         if not collection.finished:
             print(f"collection {collection.language}: {work.prepare(collection)}", file=sys.stderr)
@@ -84,12 +79,8 @@ def ablate(arguments: AblateArguments) -> Ablation:
     for run in [run for run in todo if run.mined is not None and not run.mined.finished]:
         todo.remove(run)
         failed[str(run)] = "its negatives could not be mined"
-    failed |= shop.run_all(
-        todo,
-        lambda run, slot: work.train_and_evaluate(shop, run, arguments.keep_models, arguments.metric, slot),
-        "runs",
-    )
-    ablation = state()
+    keep, metric = arguments.keep_models, arguments.metric
+    failed |= shop.run_all(todo, lambda run, slot: work.train_and_evaluate(shop, run, keep, metric, slot), "runs")
+    ablation = state(failed=failed)
     results.write_results(arguments, plan, ablation.rows, ablation.table)
-    ablation.failed = failed
     return ablation

@@ -1,26 +1,99 @@
-"""The results of an ablation on disk: JSON, Markdown and picture."""
+"""The results of an ablation: mean and spread over the seeds as table, JSON and picture."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from clpl_moe.ablate.identity import digest
 from clpl_moe.ablate.options import AblateArguments
 from clpl_moe.ablate.plan import Plan
-from clpl_moe.ablate.table import table_rows
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import atomic_open, refuse_existing, refuse_unwritable, write_json
 from clpl_moe.common.machine import machine, versions, without_folders
+from clpl_moe.report.text import percent
 
 
-def identity(arguments: AblateArguments) -> str:
-    """A hash of all that the configuration compares."""
-    values = {"seeds": arguments.seeds, "metric": arguments.metric, "model": arguments.model}
-    return digest(values | arguments.mappings)
+def summarize(plan: Plan, metric: str) -> list[dict[str, Any]]:
+    """For each row: mean and spread (standard deviation over seeds, None of one) of the metric per language and of the
+    languages' average, and how the error, 1 - metric, differs from the first row's (-0.1: a tenth less).
+
+    ``average`` is over languages, seed by seed, and is None until all are there. ``error_change`` of the average compares
+    average errors; ``error_change_mean`` is the mean of the languages' changes.
+    """
+    languages = [collection.language for collection in plan.collections]
+    rows: list[dict[str, Any]] = []
+    for name, label in plan.labels.items():
+        values: dict[str, dict[int | None, float]] = {language: {} for language in languages}
+        for run in plan.runs:
+            if run.row == name and (value := run.metric(metric)) is not None:
+                values[run.collection.language][run.seed] = value
+        seeds = dict.fromkeys(seed for found in values.values() for seed in found)
+        averages = [
+            statistics.fmean(found[seed] for found in values.values())
+            for seed in seeds
+            if all(seed in found for found in values.values())
+        ]
+        cells = {language: _mean_and_spread(list(found.values())) for language, found in values.items()}
+        rows.append({"row": name, "label": label, "languages": cells, "average": _mean_and_spread(averages)})
+    for row in rows:
+        changes = [_set_change(row["languages"][name], rows[0]["languages"][name]) for name in languages]
+        _set_change(row["average"], rows[0]["average"])
+        known = [change for change in changes if change is not None]
+        row["error_change_mean"] = statistics.fmean(known) if len(known) == len(changes) else None
+    return rows
+
+
+def _mean_and_spread(values: list[float]) -> dict[str, Any]:
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+    }
+
+
+def _set_change(cell: dict[str, Any], base: dict[str, Any]) -> float | None:
+    known = cell["mean"] is not None and base["mean"] is not None and base["mean"] < 1
+    cell["error_change"] = (1 - cell["mean"]) / (1 - base["mean"]) - 1 if known else None
+    return cell["error_change"]
+
+
+def table_rows(summary: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The lines of the table, column -> text."""
+
+    def cell(value: dict[str, Any]) -> str:
+        if value["mean"] is None:
+            return "–"
+        return f"{value['mean']:.4f}" + ("" if value["spread"] is None else f" ± {value['spread']:.4f}")
+
+    lines = []
+    for number, row in enumerate(summary):
+        runs = [len(value["values"]) for value in row["languages"].values()]
+        changes = [percent(value["error_change"]) for value in row["languages"].values()]
+        lines.append(
+            {
+                "method": row["label"],
+                "seeds": str(min(runs)) if min(runs) == max(runs) else f"{min(runs)}–{max(runs)}",
+                **{language: cell(value) for language, value in row["languages"].items()},
+                "average": cell(row["average"]),
+                "error": "" if number == 0 else percent(row["average"]["error_change"]),
+                "error by language": "" if number == 0 else ", ".join(changes),
+            }
+        )
+    return lines
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The table in Markdown."""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|---|" + "--:|" * (len(columns) - 1)]
+    lines += ["| " + " | ".join(row[column] for column in columns) + " |" for row in rows]
+    return "\n".join(lines)
 
 
 def question(arguments: AblateArguments) -> str:
@@ -31,12 +104,18 @@ def question(arguments: AblateArguments) -> str:
     )
 
 
+def _identity(arguments: AblateArguments) -> str:
+    """A hash of all that the configuration compares."""
+    values = {"seeds": arguments.seeds, "metric": arguments.metric, "model": arguments.model}
+    return digest(values | arguments.mappings)
+
+
 def refuse_other_results(arguments: AblateArguments) -> None:
     """Raise :class:`UserError` where results of another configuration would be replaced unasked."""
     path = Path(arguments.output)
     refuse_unwritable(path)
     try:
-        if json.loads(path.read_text(encoding="utf-8"))["ablation"] == identity(arguments):
+        if json.loads(path.read_text(encoding="utf-8"))["ablation"] == _identity(arguments):
             return
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -48,11 +127,12 @@ def write_results(arguments: AblateArguments, plan: Plan, summary: list[dict[str
     """Write JSON, Markdown and, where matplotlib is installed, the picture."""
     path = Path(arguments.output)
     results = [(run, run.result()) for run in plan.runs]
-    finished = [(run, result) for run, result in results if result is not None]
-    precisions = {result["dtype"] for _, result in finished}
-    precisions |= {result["training"]["precision"] for _, result in finished if result["training"]}
+    finished = [result for _, result in results if result is not None]
+    precisions = {result["dtype"] for result in finished}
+    precisions |= {result["training"]["precision"] for result in finished if result["training"]}
+    of_run = ("language", "seed", "key", "metrics", "dtype", "training", "machine")
     content = {
-        "ablation": identity(arguments),
+        "ablation": _identity(arguments),
         "question": question(arguments),
         "command": shlex.join(["python", "-m", "clpl_moe.ablate", *without_folders(sys.argv[1:])]),
         "machine": machine(),
@@ -66,23 +146,51 @@ def write_results(arguments: AblateArguments, plan: Plan, summary: list[dict[str
         "rows": table_rows(summary),
         "measurements": {
             "summary": summary,
-            "runs": [
-                {
-                    "row": run.row,
-                    **{k: result[k] for k in ("language", "seed", "key", "metrics", "dtype", "training")},
-                    "machine": result["machine"],
-                }
-                for run, result in finished
-            ],
-            "missing": [str(run) for run, result in results if result is None],
+            "runs": [{"row": run.row, **{k: found[k] for k in of_run}} for run, found in results if found is not None],
+            "missing": [str(run) for run, found in results if found is None],
         },
     }
     write_json(path, content)
     with atomic_open(path.with_suffix(".md")) as file:
         file.write(f"{table}\n")
-    from clpl_moe.ablate.picture import plot_comparison
-
     try:
-        plot_comparison(summary, arguments.metric, path.with_suffix(".png"))
+        _plot(summary, arguments.metric, path.with_suffix(".png"))
     except UserError as error:
         print(f"no picture: {error}", file=sys.stderr)
+
+
+def _plot(summary: Sequence[dict[str, Any]], metric: str, output: Path) -> None:
+    """A panel for each language and for their average: of each row mean, spread, and each seed's value."""
+    from clpl_moe.report.charts import BLUE, GREY, INK, save, style
+
+    with style():
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        names = list(summary[0]["languages"])
+        panels = [(name, [row["languages"][name] for row in summary]) for name in names]
+        if len(names) > 1:
+            panels.append(("average", [row["average"] for row in summary]))
+        figure = Figure(figsize=(2.2 + 2.6 * len(panels), 1.1 + 0.38 * len(summary)), layout="constrained")
+        all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (title, cells) in zip(all_axes, panels, strict=True):
+            for place, cell in enumerate(cells):
+                if cell["mean"] is None:
+                    continue
+                color = GREY if place == 0 else BLUE
+                axes.errorbar(
+                    cell["mean"], place, xerr=cell["spread"], fmt="o", color=color, markersize=6, capsize=3, zorder=3
+                )
+                if len(cell["values"]) > 1:
+                    axes.plot(cell["values"], [place] * len(cell["values"]), "|", color=color, alpha=0.5, markersize=9)
+            if cells[0]["mean"] is not None:
+                axes.axvline(cells[0]["mean"], color=GREY, linewidth=1, linestyle=(0, (3, 3)), zorder=1)
+            axes.set_title(title, weight="bold")
+            axes.set_xlabel(metric)
+            axes.xaxis.set_major_locator(MaxNLocator(3, prune="both"))
+            axes.margins(x=0.12)
+            axes.grid(axis="y", visible=False)
+        all_axes[0].set_yticks(range(len(summary)), [row["label"] for row in summary])
+        all_axes[0].set_ylim(len(summary) - 0.5, -0.5)
+        all_axes[0].tick_params(axis="y", labelcolor=INK, length=0)
+        save(figure, output)

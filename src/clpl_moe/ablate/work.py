@@ -1,28 +1,138 @@
-"""What is done for each job of the plan: prepare a collection, mine negatives, train and evaluate a run."""
+"""Does the jobs of the plan, several at a time: prepare a collection, mine negatives, train and evaluate a run.
+
+Mining, training and evaluation are commands in processes of their own.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import queue
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clpl_moe.ablate.identity import OPTIONS_FILE
 from clpl_moe.ablate.plan import RUN_FILE, CollectionJob, MineJob, Run
-from clpl_moe.ablate.workshop import Workshop, locked
-from clpl_moe.common.files import write_json
-from clpl_moe.common.machine import machine, versions
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import atomic_open, write_json
+from clpl_moe.common.machine import machine, usable_cores, versions
 from clpl_moe.evaluate.tasks import METRICS_FILE, read_result
 from clpl_moe.report.course import RunCourse
 
+Job = TypeVar("Job")
+
+
+class CommandError(Exception):
+    """A command of a run failed; with the last thing it said."""
+
+
+class Workshop:
+    """Runs jobs, ``parallel`` of them at a time; processes that are under way end with it."""
+
+    def __init__(self, parallel: int) -> None:
+        import torch
+
+        self.parallel = parallel
+        # Processes that wait for each other on busy cores are slower than one after the other.
+        cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or usable_cores()
+        self.threads = max(1, cores // parallel)
+        self.gpus = torch.cuda.device_count()
+        self.processes: set[subprocess.Popen] = set()
+        self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(parallel):
+            self.slots.put(slot)
+
+    def run_all(self, jobs: Sequence[Job], work: Callable[[Job, int], str], name: str) -> dict[str, str]:
+        """Do all jobs; returns those that failed, with the reason. Shows a bar, and a line for each job, on stderr."""
+        from tqdm import tqdm
+
+        failed: dict[str, str] = {}
+        if not jobs:
+            return failed
+
+        def do(job: Job) -> str:
+            slot = self.slots.get()
+            try:
+                return work(job, slot)
+            finally:
+                self.slots.put(slot)
+
+        with tqdm(total=len(jobs), desc=name, unit="job") as bar, ThreadPoolExecutor(self.parallel) as pool:
+            futures = {pool.submit(do, job): job for job in jobs}
+            try:
+                for future in as_completed(futures):
+                    job = futures[future]
+                    try:
+                        bar.write(f"{job}: {future.result()}", file=sys.stderr)
+                    except (CommandError, UserError, OSError) as error:
+                        failed[str(job)] = str(error)
+                        bar.write(f"{job}: FAILED, {error}", file=sys.stderr)
+                    bar.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(self.processes):
+                    process.terminate()
+                raise
+        return failed
+
+    def call(self, module: str, options: dict[str, Any], folder: Path, slot: int, lock: int) -> None:
+        """Run ``python -m clpl_moe.<module>`` with these options; its output is appended to the folder's ``log.txt``."""
+        import yaml
+
+        config, log = folder / f"{module}.yaml", folder / "log.txt"
+        with atomic_open(config) as file:
+            yaml.safe_dump(options, file, allow_unicode=True, sort_keys=False)
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
+        if self.gpus:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self.gpus)))).split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)]
+        argv = [sys.executable, "-m", f"clpl_moe.{module}", "--config", str(config)]
+        with log.open("ab") as output:
+            start = output.tell()
+            # The child holds the folder's lock, too: if this process is killed, nobody else works there meanwhile.
+            process = subprocess.Popen(argv, stdout=output, stderr=output, env=environment, pass_fds=(lock,))
+        self.processes.add(process)
+        try:
+            code = process.wait()
+        finally:
+            self.processes.discard(process)
+        if code:
+            raise CommandError(f"{module} ended with code {code}: {_last_words(log, start)} ({log})")
+
+
+def _last_words(log: Path, start: int) -> str:
+    """The error, or else the last line, of a log from a byte on."""
+    said = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines[-20:] if line.startswith("error: ")]
+    return (errors or lines or ["it said nothing"])[-1]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """A folder in which nobody else works, as long as the yielded file descriptor is open in any process."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{at(folder)}: another process works in this folder; wait for it to end") from None
+        yield file.fileno()
+
 
 def prepare(job: CollectionJob) -> str:
-    """Make a collection from its files."""
     counts = job.prepare.reader.write(job.directory / job.language, job.prepare.titles)
     return ", ".join(f"{counts[name]:,} {name}" for name in ("passages", "train queries", "dev queries"))
 
 
 def mine(shop: Workshop, job: MineJob, slot: int) -> str:
-    """Mine one kind of negatives."""
     with locked(job.folder) as lock:
         write_json(job.folder / OPTIONS_FILE, job.decisive.values)
         collection = job.collection
@@ -33,7 +143,7 @@ def mine(shop: Workshop, job: MineJob, slot: int) -> str:
 
 
 def train_and_evaluate(shop: Workshop, run: Run, keep_model: bool, metric: str, slot: int) -> str:
-    """Do one run, or the rest of one."""
+    """Do a run, or the rest of one."""
     with locked(run.folder) as lock:
         write_json(run.folder / OPTIONS_FILE, run.decisive.values)
         model = run.folder / "model"
@@ -64,13 +174,16 @@ def train_and_evaluate(shop: Workshop, run: Run, keep_model: bool, metric: str, 
             "versions": versions(),
         }
         write_json(run.folder / RUN_FILE, content)
-        if run.train is not None:
-            _tidy(model, keep_model)
+        for path in model.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        for pattern in () if keep_model else ("*.safetensors", "*.bin", "*.pt"):
+            for path in model.glob(pattern):
+                path.unlink()
     return f"{metric} {run.metric(metric):.4f}"
 
 
 def _fill(options: dict[str, Any], run: Run) -> dict[str, Any]:
-    """The options of training with the run's places in them."""
+    """The options of training with the run's places for placeholders."""
     places = {"{collection}": str(run.collection.directory), "{language}": run.collection.language}
     if run.mined is not None:
         places["{train_data}"] = str(run.mined.data)
@@ -93,13 +206,3 @@ def _training(run: Run, model: Path) -> dict[str, Any] | None:
     options = run.decisive.values
     precision = "bfloat16" if options["train.bf16"] else "float16" if options["train.fp16"] else "float32"
     return {"steps": end["step"], "seconds": round(end["train_runtime"], 1), "precision": precision}
-
-
-def _tidy(model: Path, keep_model: bool) -> None:
-    """Remove checkpoints, and the weights of a run of which only the results are wanted."""
-    for path in model.glob("checkpoint-*"):
-        shutil.rmtree(path)
-    if not keep_model:
-        for pattern in ("*.safetensors", "*.bin", "*.pt"):
-            for path in model.glob(pattern):
-                path.unlink()

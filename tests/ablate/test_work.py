@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from clpl_moe.ablate.workshop import CommandError, Workshop, locked
+from clpl_moe.ablate.work import CommandError, Workshop, locked
 from clpl_moe.common.errors import UserError
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from clpl_moe.ablate.table import markdown, summarize, table_rows
+from clpl_moe.ablate.results import markdown, summarize, table_rows
 from helpers.ablation import finish, make_collection, plan
 
 
