@@ -7,7 +7,7 @@ from clpl_moe.common.errors import UserError
 
 
 def test_a_failed_job_is_reported_and_the_rest_goes_on():
-    def work(job, slot):
+    def work(job):
         if job == "b":
             raise CommandError("out of luck")
         done.append(job)
@@ -22,7 +22,7 @@ def test_the_reason_of_a_failure_is_none_of_an_earlier_one(tmp_path, monkeypatch
     (tmp_path / "log.txt").write_text("error: of an earlier time\n")
     monkeypatch.setattr(sys, "executable", "false")
     with (tmp_path / "lock").open("w") as lock, pytest.raises(CommandError, match="code 1: it said nothing"):
-        Workshop(1).call("train", {}, tmp_path, 0, lock.fileno())
+        Workshop(1).call("train", {}, tmp_path, lock.fileno())
 
 
 def test_cores_are_shared_between_runs(monkeypatch):

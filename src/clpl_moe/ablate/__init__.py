@@ -75,12 +75,12 @@ def ablate(arguments: AblateArguments) -> Ablation:
     for collection in plan.collections:
         if not collection.finished:
             print(f"collection {collection.language}: {work.prepare(collection)}", file=sys.stderr)
-    failed = shop.run_all(minings, lambda job, slot: work.mine(shop, job, slot), "negatives")
+    failed = shop.run_all(minings, lambda job: work.mine(shop, job), "negatives")
     for run in [run for run in todo if run.mined is not None and not run.mined.finished]:
         todo.remove(run)
         failed[str(run)] = "its negatives could not be mined"
     keep, metric = arguments.keep_models, arguments.metric
-    failed |= shop.run_all(todo, lambda run, slot: work.train_and_evaluate(shop, run, keep, metric, slot), "runs")
+    failed |= shop.run_all(todo, lambda run: work.train_and_evaluate(shop, run, keep, metric), "runs")
     ablation = state(failed=failed)
     results.write_results(arguments, plan, ablation.rows, ablation.table)
     return ablation

@@ -17,6 +17,9 @@ from typing import Any
 from clpl_moe.common.cli import parse_values
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import hash_file
+from clpl_moe.evaluate.options import EvaluateArguments
+from clpl_moe.mine.options import MineArguments, SelectionArguments
+from clpl_moe.retrieval.options import EncodingArguments
 
 OPTIONS_FILE = "options.json"
 
@@ -66,10 +69,8 @@ class Decisive:
         except (OSError, ValueError):
             return False
         now = json.loads(json.dumps(self.values, default=str))
-        new = {name: self.values[name] for name in now.keys() - then.keys()}
-        return all(name in now and now[name] == value for name, value in then.items()) and all(
-            name in self.defaults and self.defaults[name] == value for name, value in new.items()
-        )
+        new = {name: value for name, value in self.values.items() if name not in then}
+        return then.items() <= now.items() and new.items() <= self.defaults.items()
 
     def find(self, root: Path, name: str) -> Path:
         """The folder in ``root`` with this content, whatever it is called, or else the one to make."""
@@ -78,7 +79,7 @@ class Decisive:
 
 
 class _Contents(dict[str, str]):
-    """Path -> hash of its content, or the name itself for a model of the hub."""
+    """Path -> hash of its content; a model of the hub stays as it is."""
 
     def __missing__(self, name: str) -> str:
         self[name] = content_hash(Path(name)) if Path(name).exists() else name
@@ -95,24 +96,18 @@ class CommandOptions:
 
     def mine(self, place: str, values: dict[str, Any]) -> tuple[dict[str, Any], Decisive]:
         """The options to call ``mine`` with, and the decisive ones."""
-        from clpl_moe.mine.options import MineArguments, SelectionArguments
-        from clpl_moe.retrieval.options import EncodingArguments
-
-        types = [MineArguments, SelectionArguments, EncodingArguments]
         places = {"collection": "-", "language": "-", "output": "-"}
         required = {"model": self.model, **places}
         given = required | values | places
+        types = [MineArguments, SelectionArguments, EncodingArguments]
         decisive = self._resolve("mine", types, place, given, required)
-        for name in ("model", "reranker"):
-            if (model := decisive.values[f"mine.{name}"]) is not None:
-                decisive.values[f"mine.{name}"] = self.contents[model]
+        for name in ("mine.model", "mine.reranker"):
+            if (model := decisive.values[name]) is not None:
+                decisive.values[name] = self.contents[model]
         return given, decisive
 
     def evaluate(self, place: str, values: dict[str, Any]) -> tuple[dict[str, Any], Decisive]:
         """The options to call ``evaluate`` with, and the decisive ones."""
-        from clpl_moe.evaluate.options import EvaluateArguments
-        from clpl_moe.retrieval.options import EncodingArguments
-
         required = {"model": "-", "collection": "-", "languages": "-", "output": "-"}
         given = values | required
         decisive = self._resolve("evaluate", [EvaluateArguments, EncodingArguments], place, given, required)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,9 @@ class Plan:
     """All that a configuration asks for, checked. ``runs`` has one entry per row, language and seed."""
 
     collections: list[CollectionJob]
-    minings: list[MineJob] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
-    labels: dict[str, str] = field(default_factory=dict)
+    minings: list[MineJob]
+    runs: list[Run]
+    labels: dict[str, str]
 
 
 def make_plan(arguments: AblateArguments) -> Plan:
@@ -108,17 +108,24 @@ def make_plan(arguments: AblateArguments) -> Plan:
     """
     check_metrics([arguments.metric])
     root = Path(arguments.runs)
-    plan = Plan([_collection(name, spec, arguments, root) for name, spec in arguments.mappings["languages"].items()])
+    languages = arguments.mappings["languages"]
+    collections = [_collection(name, spec, arguments, root) for name, spec in languages.items()]
     options = CommandOptions(arguments.model)
-    minings: dict[str, MineJob] = {}
-    folders: dict[str, Path] = {}
+    minings: dict[str, MineJob] = {}  # by key
+    folders: dict[str, Path] = {}  # of runs, by key
+    runs, labels = [], {}
     for row, given in arguments.mappings["rows"].items():
-        _check_name(f"rows: '{row}'", row)
+        if not isinstance(row, str) or row != Path(row).name or row in ("", ".", "..") or row != row.strip():
+            raise UserError(f"rows: '{row}': expected a name that can be one of a folder")
         spec = mapping(f"rows: '{row}'", {} if given is None else given, {"label", "mine", "train", "seeds"})
-        plan.labels[row] = str(spec.get("label") or row)
-        for collection in plan.collections:
+        labels[row] = str(spec.get("label") or row)
+        for collection in collections:
             place = f"rows: '{row}', language '{collection.language}'"
-            own = _own_options(place, arguments, collection.language, spec)
+            own: dict[str, dict[str, Any]] = {}
+            # A row's options go before a language's, and these before the shared ones.
+            for part in ("mine", "train", "evaluate"):
+                sources = (arguments.mappings[part], languages[collection.language].get(part), spec.get(part))
+                own[part] = {k: v for x in sources for k, v in mapping(f"{place}: {part}", x or {}).items()}
             data = Decisive({"collection": collection.key, "language": collection.language})
             evaluate, decisive = options.evaluate(f"{place}: evaluate", own["evaluate"])
             decisive |= data
@@ -141,25 +148,8 @@ def make_plan(arguments: AblateArguments) -> Plan:
                 name = "-".join([row, collection.language, *([] if seed is None else [f"seed{seed}"])])
                 folder = folders.setdefault(of_run.key, of_run.find(root / "runs", name))
                 seeded = None if train is None else train | {"seed": seed}
-                plan.runs.append(Run(row, seed, model, collection, mined, seeded, evaluate, of_run, folder))
-    plan.minings = list(minings.values())
-    return plan
-
-
-def _own_options(
-    place: str, arguments: AblateArguments, language: str, row: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Options of each part: a row's go before a language's, and these before the shared ones."""
-    own: dict[str, dict[str, Any]] = {}
-    for part in ("mine", "train", "evaluate"):
-        sources = (arguments.mappings[part], arguments.mappings["languages"][language].get(part), row.get(part))
-        own[part] = {k: v for source in sources for k, v in mapping(f"{place}: {part}", source or {}).items()}
-    return own
-
-
-def _check_name(place: str, name: str) -> None:
-    if not isinstance(name, str) or name != Path(name).name or name in ("", ".", "..") or name != name.strip():
-        raise UserError(f"{place}: expected a name that can be one of a folder")
+                runs.append(Run(row, seed, model, collection, mined, seeded, evaluate, of_run, folder))
+    return Plan(collections, list(minings.values()), runs, labels)
 
 
 def _seeds(place: str, own: Any, shared: list[int]) -> list[int]:

@@ -33,19 +33,14 @@ def summarize(plan: Plan, metric: str) -> list[dict[str, Any]]:
         for run in plan.runs:
             if run.row == name and (value := run.metric(metric)) is not None:
                 values[run.collection.language][run.seed] = value
-        seeds = dict.fromkeys(seed for found in values.values() for seed in found)
-        averages = [
-            statistics.fmean(found[seed] for found in values.values())
-            for seed in seeds
-            if all(seed in found for found in values.values())
-        ]
+        of_all = [seed for seed in values[languages[0]] if all(seed in found for found in values.values())]
+        averages = [statistics.fmean(found[seed] for found in values.values()) for seed in of_all]
         cells = {language: _mean_and_spread(list(found.values())) for language, found in values.items()}
         rows.append({"row": name, "label": label, "languages": cells, "average": _mean_and_spread(averages)})
     for row in rows:
         changes = [_set_change(row["languages"][name], rows[0]["languages"][name]) for name in languages]
         _set_change(row["average"], rows[0]["average"])
-        known = [change for change in changes if change is not None]
-        row["error_change_mean"] = statistics.fmean(known) if len(known) == len(changes) else None
+        row["error_change_mean"] = None if None in changes else statistics.fmean(changes)
     return rows
 
 

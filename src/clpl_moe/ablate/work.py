@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import shutil
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -43,27 +43,17 @@ class Workshop:
         self.threads = max(1, cores // parallel)
         self.gpus = torch.cuda.device_count()
         self.processes: set[subprocess.Popen] = set()
-        self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(parallel):
-            self.slots.put(slot)
+        self.slots = deque(range(parallel))  # of each process that is under way one is taken
 
-    def run_all(self, jobs: Sequence[Job], work: Callable[[Job, int], str], name: str) -> dict[str, str]:
+    def run_all(self, jobs: Sequence[Job], work: Callable[[Job], str], name: str) -> dict[str, str]:
         """Do all jobs; returns those that failed, with the reason. Shows a bar, and a line for each job, on stderr."""
         from tqdm import tqdm
 
         failed: dict[str, str] = {}
         if not jobs:
             return failed
-
-        def do(job: Job) -> str:
-            slot = self.slots.get()
-            try:
-                return work(job, slot)
-            finally:
-                self.slots.put(slot)
-
         with tqdm(total=len(jobs), desc=name, unit="job") as bar, ThreadPoolExecutor(self.parallel) as pool:
-            futures = {pool.submit(do, job): job for job in jobs}
+            futures = {pool.submit(work, job): job for job in jobs}
             try:
                 for future in as_completed(futures):
                     job = futures[future]
@@ -80,7 +70,7 @@ class Workshop:
                 raise
         return failed
 
-    def call(self, module: str, options: dict[str, Any], folder: Path, slot: int, lock: int) -> None:
+    def call(self, module: str, options: dict[str, Any], folder: Path, lock: int) -> None:
         """Run ``python -m clpl_moe.<module>`` with these options; its output is appended to the folder's ``log.txt``."""
         import yaml
 
@@ -88,19 +78,21 @@ class Workshop:
         with atomic_open(config) as file:
             yaml.safe_dump(options, file, allow_unicode=True, sort_keys=False)
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
-        if self.gpus:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self.gpus)))).split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)]
         argv = [sys.executable, "-m", f"clpl_moe.{module}", "--config", str(config)]
-        with log.open("ab") as output:
-            start = output.tell()
-            # The child holds the folder's lock, too: if this process is killed, nobody else works there meanwhile.
-            process = subprocess.Popen(argv, stdout=output, stderr=output, env=environment, pass_fds=(lock,))
-        self.processes.add(process)
+        slot = self.slots.popleft()
         try:
+            if self.gpus:
+                visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self.gpus)))).split(",")
+                environment["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)]
+            with log.open("ab") as output:
+                start = output.tell()
+                # The child holds the folder's lock, too: if this process is killed, nobody else works there meanwhile.
+                process = subprocess.Popen(argv, stdout=output, stderr=output, env=environment, pass_fds=(lock,))
+            self.processes.add(process)
             code = process.wait()
         finally:
-            self.processes.discard(process)
+            self.slots.append(slot)
+        self.processes.discard(process)
         if code:
             raise CommandError(f"{module} ended with code {code}: {_last_words(log, start)} ({log})")
 
@@ -132,17 +124,17 @@ def prepare(job: CollectionJob) -> str:
     return ", ".join(f"{counts[name]:,} {name}" for name in ("passages", "train queries", "dev queries"))
 
 
-def mine(shop: Workshop, job: MineJob, slot: int) -> str:
+def mine(shop: Workshop, job: MineJob) -> str:
     with locked(job.folder) as lock:
         write_json(job.folder / OPTIONS_FILE, job.decisive.values)
         collection = job.collection
         places = {"collection": str(collection.directory), "language": collection.language, "output": str(job.data)}
-        shop.call("mine", job.options | places, job.folder, slot, lock)
+        shop.call("mine", job.options | places, job.folder, lock)
     with job.data.open(encoding="utf-8") as file:
         return f"{sum(1 for _ in file):,} lines"
 
 
-def train_and_evaluate(shop: Workshop, run: Run, keep_model: bool, metric: str, slot: int) -> str:
+def train_and_evaluate(shop: Workshop, run: Run, keep_model: bool, metric: str) -> str:
     """Do a run, or the rest of one."""
     with locked(run.folder) as lock:
         write_json(run.folder / OPTIONS_FILE, run.decisive.values)
@@ -151,7 +143,7 @@ def train_and_evaluate(shop: Workshop, run: Run, keep_model: bool, metric: str, 
             if model.is_dir() and not (model / "train_config.yaml").is_file():
                 shutil.rmtree(model)  # killed before it began
             options = _fill(run.train, run) | {"output_dir": str(model), "resume_from_checkpoint": "true"}
-            shop.call("train", options, run.folder, slot, lock)
+            shop.call("train", options, run.folder, lock)
         language = run.collection.language
         places = {
             "model": run.model if run.train is None else str(model),
@@ -160,7 +152,7 @@ def train_and_evaluate(shop: Workshop, run: Run, keep_model: bool, metric: str, 
             "output": str(run.folder / "results"),
             "overwrite": True,
         }
-        shop.call("evaluate", run.evaluate | places, run.folder, slot, lock)
+        shop.call("evaluate", run.evaluate | places, run.folder, lock)
         found = read_result(run.folder / "results" / language / METRICS_FILE)
         content = {
             "key": run.decisive.key,
