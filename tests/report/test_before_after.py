@@ -1,12 +1,14 @@
 import pytest
 
 from clpl_moe.report.before_after import compare_results
+from clpl_moe.report.options import ReportArguments
 from helpers.reports import TEXTS, make_data
 
 
 def test_gained_and_lost_queries_with_what_was_retrieved(tmp_path):
     data = make_data(tmp_path)
-    found = compare_results("run", data / "before", data / "after", "fa", "nDCG@5", depth=1)
+    options = ReportArguments(output="", runs=["run"], passages=1)
+    found = compare_results("run", data / "before", data / "after", "fa", options)
     assert [(q.id, round(q.before, 4), q.after) for q in found.gained] == [("q0", 0.6309, 1.0)]
     assert [(q.id, q.before, q.after) for q in found.lost] == [("q1", 1.0, 0.0)]
     (query,) = found.gained

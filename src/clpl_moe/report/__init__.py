@@ -38,7 +38,8 @@ def report(arguments: ReportArguments) -> Path:
     if len(set(folders)) < len(folders):
         raise OptionError("runs", "a folder stands there twice")
     names = dict(zip(folders, model_labels(arguments.runs)))  # as evaluate names its folders
-    courses = [RunCourse.read(_course_folder(folder), names[folder]) for folder in folders if _has_course(folder)]
+    places = {name: _course_folder(folder) for folder, name in names.items()}
+    courses = [RunCourse.read(place, name) for name, place in places.items() if place is not None]
     comparisons = _comparisons(arguments, folders, names)
     with atomic_dir(output) as temporary:
         page = render_page(arguments, courses, comparisons, temporary)
@@ -49,21 +50,18 @@ def report(arguments: ReportArguments) -> Path:
     return output / PAGE
 
 
-def _course_folder(folder: Path) -> Path:
-    """Where the course of a run lies; a run of ``ablate`` has it inside."""
-    return folder / "model" if (folder / "model" / METRICS_FILE).is_file() else folder
+def _course_folder(folder: Path) -> Path | None:
+    """Where the course of a run lies: a run of ``ablate`` has it inside, its run of the base model has results only."""
+    if not folder.is_dir():
+        raise UserError(f"{at(folder)}: no such folder")
+    if (folder / "model" / METRICS_FILE).is_file():
+        return folder / "model"
+    return folder if (folder / METRICS_FILE).is_file() or not (folder / "results").is_dir() else None
 
 
 def _results_folder(folder: Path) -> Path:
     """Where results lie; a run of ``ablate`` has them inside."""
     return folder / "results" if (folder / "results").is_dir() else folder
-
-
-def _has_course(folder: Path) -> bool:
-    if not folder.is_dir():
-        raise UserError(f"{at(folder)}: no such folder")
-    # ablate's run of the base model has results only.
-    return (_course_folder(folder) / METRICS_FILE).is_file() or not (folder / "results").is_dir()
 
 
 def _comparisons(arguments: ReportArguments, folders: list[Path], names: dict[Path, str]) -> list[BeforeAfter]:
@@ -80,17 +78,5 @@ def _comparisons(arguments: ReportArguments, folders: list[Path], names: dict[Pa
                 f"{at(results)}: holds no results of a language that {before} has, too; expected what clpl_moe.evaluate"
                 f" writes, a folder per language with run.trec ({before} has {', '.join(languages_of(before)) or 'none'})"
             )
-        for language in languages:
-            found.append(
-                compare_results(
-                    names[folder],
-                    before,
-                    results,
-                    language,
-                    arguments.metric,
-                    collection=arguments.collection,
-                    examples=arguments.examples,
-                    depth=arguments.passages,
-                )
-            )
+        found += [compare_results(names[folder], before, results, language, arguments) for language in languages]
     return found

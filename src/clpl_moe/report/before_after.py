@@ -10,7 +10,8 @@ from pathlib import Path
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open
 from clpl_moe.evaluate.metrics import evaluate_run, read_trec_run
-from clpl_moe.evaluate.tasks import read_result
+from clpl_moe.evaluate.tasks import METRICS_FILE, read_result
+from clpl_moe.report.options import ReportArguments
 from clpl_moe.retrieval.collection import Collection
 
 
@@ -59,7 +60,7 @@ class BeforeAfter:
     passages: int
 
     def mean(self, when: str) -> float:
-        """Of the metric over the queries, ``before`` or ``after``."""
+        """Mean of the metric over the queries, ``before`` or ``after``."""
         return sum(getattr(query, when) for query in self.queries) / len(self.queries)
 
     @property
@@ -79,42 +80,23 @@ def languages_of(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in folder.glob("*/run.trec"))
 
 
-def compare_results(
-    run: str,
-    before: Path,
-    after: Path,
-    language: str,
-    metric: str,
-    *,
-    collection: str | None = None,
-    examples: int = 5,
-    depth: int = 3,
-) -> BeforeAfter:
-    """Compare what two models retrieved.
-
-    Args:
-        run: name of the run.
-        before: folder of the base model's results, as ``evaluate`` writes them.
-        after: folder of the run's results.
-        language: the folder in both that is compared.
-        metric: in the spelling of ``ir_measures``.
-        collection: folder of the collections; None for the one that the results name.
-        examples: how many queries of those that gained and lost most get their texts.
-        depth: how many passages of each.
+def compare_results(run: str, before: Path, after: Path, language: str, arguments: ReportArguments) -> BeforeAfter:
+    """Compare the results of a run and of its base model, as ``evaluate`` writes them, on one language.
 
     Raises:
         UserError: results or collection are missing, or the results are of another collection.
     """
-    about = [read_result(folder / language / "metrics.json") for folder in (before, after)]
+    about = [read_result(folder / language / METRICS_FILE) for folder in (before, after)]
     if about[0]["collection_hash"] != about[1]["collection_hash"]:
         raise UserError(
             f"{at(after / language)}: its results are of another collection than those of {before / language}"
         )
-    loaded = Collection.load(collection or about[1]["collection"], language, about[1]["split"])
+    loaded = Collection.load(arguments.collection or about[1]["collection"], language, about[1]["split"])
     if loaded.fingerprint() != about[1]["collection_hash"]:
         raise UserError(
             f"{at(loaded.directory / language)}: not the collection that {after / language} has results of, or changed since"
         )
+    metric, examples = arguments.metric, arguments.examples
     runs = [read_trec_run(folder / language / "run.trec") for folder in (before, after)]
     values = [evaluate_run(loaded.qrels, found, [metric])[1] for found in runs]
     texts = dict(zip(loaded.query_ids, loaded.queries))
@@ -122,7 +104,7 @@ def compare_results(
     ordered = sorted(queries, key=lambda query: (query.change, query.id))
     lost = [query for query in ordered[:examples] if query.change < -1e-9]
     gained = [query for query in ordered[::-1][:examples] if query.change > 1e-9]
-    _add_passages([*gained, *lost], loaded, runs, depth)
+    _add_passages([*gained, *lost], loaded, runs, arguments.passages)
     return BeforeAfter(run, language, metric, queries, gained, lost, len(loaded.passages))
 
 

@@ -80,13 +80,7 @@ Series = Sequence[tuple[float, float]]
 
 
 def plot_curves(curves: Sequence[tuple[str, Series]], title: str, unit: str) -> Figure:
-    """One value over the optimizer steps, a line for each run.
-
-    Args:
-        curves: a run's name and its points, each a step and a value; long ones are drawn as moving means over faint lines.
-        title: what the value is; stands above.
-        unit: of the vertical axis.
-    """
+    """One value over the optimizer steps, a line for each run (name, points)."""
     with _small_figure() as figure:
         axes = _axes(figure, title, "optimizer step", unit, whole_numbers=True)
         for (name, points), color in zip(curves, _colors(len(curves)), strict=True):
@@ -116,10 +110,7 @@ def plot_expert_load(
 ) -> Figure:
     """Shares of the tokens that go to each expert, stacked, over the optimizer steps: a panel for each layer.
 
-    Args:
-        steps: (S,)
-        loads: (S, L, N) shares, of which the N of a layer sum to 1.
-        layers: (L,) numbers of the layers.
+    ``steps`` (S,), ``loads`` (S, L, N), of which the N of a layer sum to 1, and ``layers`` (L,), their numbers.
     """
     with _small_figure() as figure:
         import numpy as np
@@ -130,11 +121,10 @@ def plot_expert_load(
         places = np.array(steps, dtype=float)
         if len(places) == 1:  # an area needs two
             places, shares = np.concatenate([places, places + 1]), np.concatenate([shares, shares])
-        columns = min(3, len(layers))
+        experts, columns = shares.shape[2], min(3, len(layers))
         rows = -(-len(layers) // columns)
         figure.set_size_inches(_SMALL[0], 0.75 + 0.85 * rows)
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        experts = shares.shape[2]
         for number, axes in enumerate(panels.flat):
             if number >= len(layers):
                 axes.set_visible(False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,15 +47,6 @@ _FACTS = (
 )
 
 
-@dataclass
-class Chart:
-    """A picture: the file's name without its ending, what it shows, and the element for the page."""
-
-    name: str
-    caption: str
-    svg: str
-
-
 def render_page(
     arguments: ReportArguments, courses: list[RunCourse], comparisons: list[BeforeAfter], folder: Path
 ) -> str:
@@ -65,10 +55,10 @@ def render_page(
 
     from clpl_moe.report.charts import plot_before_after, plot_changes, plot_curves, plot_expert_load, save, svg
 
-    def chart(figure: Figure, name: str, caption: str) -> Chart:
+    def chart(figure: Figure, name: str, caption: str) -> dict[str, str]:
         save(figure, folder / f"{name}.png")
         figure.set_layout_engine("none")  # what was arranged once stays
-        return Chart(name, caption, svg(figure, caption))
+        return {"caption": caption, "svg": svg(figure, caption)}
 
     course_charts = []
     for key, title, unit, caption in _CURVES:
@@ -90,18 +80,18 @@ def render_page(
         items.append(
             {
                 "comparison": comparison,
-                "cells": [
-                    comparison.run,
-                    comparison.language,
-                    f"{len(comparison.queries):,}",
-                    f"{comparison.mean('before'):.4f}",
-                    f"{comparison.mean('after'):.4f}",
-                    signed(comparison.mean("after") - comparison.mean("before"), 4),
-                    percent(comparison.error_change),
-                    gained,
-                    lost,
-                    same,
-                ],
+                "cells": {
+                    "run": comparison.run,
+                    "language": comparison.language,
+                    "queries": f"{len(comparison.queries):,}",
+                    f"{metric} before": f"{comparison.mean('before'):.4f}",
+                    f"{metric} after": f"{comparison.mean('after'):.4f}",
+                    "change": signed(comparison.mean("after") - comparison.mean("before"), 4),
+                    "change of the error": percent(comparison.error_change),
+                    "queries gained": gained,
+                    "lost": lost,
+                    "same": same,
+                },
                 "charts": [
                     chart(
                         plot_before_after(before, after, metric),
@@ -116,12 +106,9 @@ def render_page(
                 ],
             }
         )
+    loader, strict = jinja2.PackageLoader("clpl_moe.report"), jinja2.StrictUndefined
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("clpl_moe.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=strict
     )
     environment.filters |= {"cut": cut, "signed": signed, "rtl": is_right_to_left}
     return environment.get_template(PAGE).render(
@@ -134,10 +121,6 @@ def render_page(
         load_charts=load_charts,
         comparisons=items,
         sizes={comparison.language: comparison.passages for comparison in comparisons},
-        result_columns=[
-            *("run", "language", "queries", f"{arguments.metric} before", f"{arguments.metric} after", "change"),
-            *("change of the error", "queries gained", "lost", "same"),
-        ],
     )
 
 
