@@ -222,7 +222,7 @@ def test_encoder_is_left_as_it_was():
 
 
 def test_other_encoders_are_padded():
-    class Layer(packing.XLMRobertaLayer):
+    class Layer(packing.xlmr.XLMRobertaLayer):
         """As a wrapper makes it."""
 
     encoder = make_encoder()
@@ -243,7 +243,7 @@ def test_what_an_encoder_does_besides_its_layers_is_not_left_out(place):
             output.last_hidden_state = output.last_hidden_state * torch.linspace(0.1, 2, 32)
             return output
 
-    class Embeddings(packing.XLMRobertaEmbeddings):
+    class Embeddings(packing.xlmr.XLMRobertaEmbeddings):
         def forward(self, **inputs):
             return super().forward(**inputs) * torch.linspace(0.1, 2, 32)
 

@@ -21,21 +21,9 @@ _ROWS = 32  # of a block in the backward pass
 
 @triton.jit
 def _forward_kernel(
-    x,
-    residual,
-    slots,
-    weight,
-    bias,
-    wide,
-    half,
-    mean,
-    scale,
-    eps,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
-    HAS_HALF: tl.constexpr,
-):
+    x, residual, slots, weight, bias, wide, half, mean, scale, eps,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_HALF: tl.constexpr,
+):  # fmt: skip
     """One token: its sum, normalised, in one or two precisions; the sum's mean and reciprocal standard deviation."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, COLUMNS)
@@ -59,26 +47,10 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_wide,
-    grad_half,
-    x,
-    residual,
-    slots,
-    weight,
-    mean,
-    scale,
-    grad_x,
-    grad_residual,
-    parts,
-    rows,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
-    HAS_WIDE: tl.constexpr,
-    HAS_HALF: tl.constexpr,
-    HAS_PARTS: tl.constexpr,
-):
+    grad_wide, grad_half, x, residual, slots, weight, mean, scale, grad_x, grad_residual, parts, rows,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_WIDE: tl.constexpr, HAS_HALF: tl.constexpr, HAS_PARTS: tl.constexpr,
+):  # fmt: skip
     """Some tokens: the gradient of their sums, in the precision of each summand; the block's part of weight's and bias's."""
     block = tl.program_id(0)
     d = tl.arange(0, COLUMNS)
@@ -166,25 +138,9 @@ class _AddNorm(torch.autograd.Function):
         grad_x, grad_residual = torch.empty_like(x), torch.empty_like(residual)
         need_parts = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         parts = mean.new_empty(blocks, 2, width) if need_parts else None
-        _backward_kernel[(blocks,)](
-            grad_wide,
-            grad_half,
-            x,
-            residual,
-            slots,
-            weight,
-            mean,
-            scale,
-            grad_x,
-            grad_residual,
-            parts,
-            rows,
-            **ctx.sizes,
-            ROWS=_ROWS,
-            HAS_WIDE=grad_wide is not None,
-            HAS_HALF=grad_half is not None,
-            HAS_PARTS=need_parts,
-        )
+        given = {"HAS_WIDE": grad_wide is not None, "HAS_HALF": grad_half is not None, "HAS_PARTS": need_parts}
+        inputs, outputs = (x, residual, slots, weight, mean, scale), (grad_x, grad_residual, parts)
+        _backward_kernel[(blocks,)](grad_wide, grad_half, *inputs, *outputs, rows, **ctx.sizes, ROWS=_ROWS, **given)
         grad_weight = grad_bias = None
         if parts is not None:
             grad_weight, grad_bias = parts.sum(0)

@@ -35,10 +35,8 @@ if TYPE_CHECKING:
     from clpl_moe.encoder.encoder import Encoder
 
 _TOKENIZE_AT_ONCE = 4096
-# On a CPU.
-_MOST_BATCHES_AT_ONCE = 16  # each needs memory of its own
-_LEAST_TOKENS_A_CORE = 256
-_LEAST_WIDTH = 256
+_MOST_BATCHES_AT_ONCE = 16  # on a CPU; each needs memory of its own
+_LEAST_TOKENS_A_CORE = _LEAST_WIDTH = 256
 
 Kind = Literal["query", "passage"]
 
@@ -52,29 +50,12 @@ def encode(
     batch_tokens: int | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """Embed texts on the device where the encoder lies.
+    """:meth:`Encoder.encode_queries` or :meth:`Encoder.encode_passages`, by ``kind``, of embeddings that may be infinite.
 
     The model's mode and the global random state stay as they were. Threads may share a model in evaluation mode.
-
-    Args:
-        encoder: its model's output has ``last_hidden_state``.
-        texts: any number of texts.
-        kind: which of the prompts goes in front of each text.
-        max_length: longest input in tokens, special tokens and prompt included; the rest is cut off. None: the encoder's
-            ``max_length``.
-        batch_tokens: tokens a batch at most (padding counts where there is any), but one text at least. None:
-            16,384, or 2,048 on a CPU, where small batches stay in its cache.
-        progress: whether to show a bar.
-
-    Returns:
-        (n, D) float32 on the CPU, in the order of ``texts``.
-
-    Raises:
-        UserError: ``max_length`` is beyond the encoder's positions, or a batch does not fit in memory.
     """
     label = {"query": "queries", "passage": "passages"}[kind]
-    if max_length is None:
-        max_length = encoder.max_length
+    max_length = encoder.max_length if max_length is None else max_length
     check_length(encoder.model, max_length)
     tokenized = tokenize(encoder, texts, kind=kind, max_length=max_length, label=label if progress else None)
     bar = tqdm(total=len(tokenized.sequences), desc=f"encode {label}", unit=kind, disable=not progress, leave=False)
@@ -84,15 +65,10 @@ def encode(
 
 @dataclass
 class TokenizedTexts:
-    """Texts as token ids.
+    """Texts as token ids."""
 
-    Attributes:
-        sequences: the token ids of each distinct text, an int32 array each.
-        places: for each text its place in ``sequences``.
-    """
-
-    sequences: list[np.ndarray]
-    places: np.ndarray
+    sequences: list[np.ndarray]  # the token ids of each distinct text, an int32 array each
+    places: np.ndarray  # for each text its place in ``sequences``
 
 
 def tokenize(
@@ -114,8 +90,7 @@ def encode_tokenized(
 ) -> Tensor:
     """The second half of :func:`encode`; ``on_batch`` is told of so many distinct texts done."""
     model = encoder.model
-    if batch_tokens is None:
-        batch_tokens = default_batch_tokens(model)
+    batch_tokens = default_batch_tokens(model) if batch_tokens is None else batch_tokens
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, found {batch_tokens}")
     sequences = texts.sequences
@@ -144,9 +119,7 @@ def encode_tokenized(
             on_batch(len(batch))
     if pending is not None:
         pending()
-    if len(sequences) == len(texts.places):
-        return embeddings
-    return embeddings[torch.from_numpy(texts.places)]
+    return embeddings if len(sequences) == len(texts.places) else embeddings[torch.from_numpy(texts.places)]
 
 
 def check_finite(embeddings: Tensor) -> Tensor:
@@ -172,7 +145,7 @@ def refuse_too_large(batch: Sequence[np.ndarray], device: torch.device, batch_to
 
 
 def default_batch_tokens(model: PreTrainedModel) -> int:
-    """The tokens of a batch that suit the device where a model lies."""
+    """The tokens of a batch that suit a model's device."""
     return 2048 if model.device.type == "cpu" else 16384
 
 
@@ -185,11 +158,7 @@ def _tokenize(
         for start in range(0, len(texts), _TOKENIZE_AT_ONCE):
             part = [prompt + text for text in texts[start : start + _TOKENIZE_AT_ONCE]]
             encoded = tokenizer(
-                part,
-                truncation=True,
-                max_length=max_length,
-                return_attention_mask=False,
-                return_token_type_ids=False,
+                part, truncation=True, max_length=max_length, return_attention_mask=False, return_token_type_ids=False
             )
             # A tokenizer without special tokens finds none in an empty text: it is then one of padding.
             empty = [tokenizer.pad_token_id or 0]
@@ -219,7 +188,7 @@ def _longest_first(sequences: list[np.ndarray]) -> list[int]:
 
 
 def _batches_at_once(model: PreTrainedModel, sequences: list[np.ndarray]) -> int:
-    """How many batches :func:`embed` has under way, each on cores of its own; 1 on a GPU, and where it would not help."""
+    """How many batches are under way, each on cores of its own; 1 on a GPU, and where it would not help."""
     # Encoders that are not run from here may keep something of a pass in themselves; toys would wait for Python's lock.
     if model.device.type != "cpu" or not can_pack(model) or model.config.hidden_size < _LEAST_WIDTH:
         return 1

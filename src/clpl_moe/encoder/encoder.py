@@ -103,7 +103,7 @@ class Encoder:
             path: a stock model, a folder with experts, or a checkpoint of 2024, as :func:`load_encoder` takes it.
             settings: instead of what the folder states.
             dtype: of the weights.
-            compute_dtype: precision to compute in while the weights are float32, as :class:`Encoder` takes it.
+            compute_dtype: as :class:`Encoder` takes it.
             device: where to put the model; None: a CUDA device where there is one, otherwise the CPU.
             trust_remote_code: whether to run code of the model's folder.
             cache_dir: of the hub.
@@ -113,16 +113,12 @@ class Encoder:
         Raises:
             UserError: nothing is found at ``path``, it cannot be loaded, or its settings cannot be computed.
         """
+        hub = {"cache_dir": cache_dir, "token": token}
         model, loaded_tokenizer = load_encoder(
-            path,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            cache_dir=cache_dir,
-            token=token,
-            tokenizer=tokenizer,
+            path, dtype=dtype, trust_remote_code=trust_remote_code, tokenizer=tokenizer, **hub
         )
         try:
-            heads = find_heads(path, cache_dir=cache_dir, token=token)
+            heads = find_heads(path, **hub)
         except UserError:  # whoever needs them asks again
             heads = None
         encoder = cls(model, loaded_tokenizer, settings, compute_dtype=compute_dtype, head_files=heads)
@@ -135,7 +131,7 @@ class Encoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision that the encoder computes in, there where it lies."""
+        """The precision that the encoder computes in on its device."""
         return compute_dtype(self.model, self.compute_dtype)
 
     @property
@@ -160,7 +156,8 @@ class Encoder:
         Args:
             texts: any number of texts.
             max_length: longest input in tokens, prompt included; the rest is cut off. None: the encoder's.
-            batch_tokens: tokens a batch; None: what suits the device.
+            batch_tokens: tokens a batch at most (padding counts where there is any), but one text at least. None:
+                16,384, or 2,048 on a CPU, where small batches stay in its cache.
             progress: whether to show a bar.
 
         Returns:
@@ -252,22 +249,16 @@ class Encoder:
         refuse_foreign_experts(model)
         if has_experts(model) and not isinstance(model, tuple(MOE_CLASSES.values())):
             names = ", ".join(c.__name__ for c in MOE_CLASSES)
-            raise ValueError(
-                f"a {type(model).__name__} with experts could not be loaded again: merge_experts(model) first, or start"
-                f" from one of {names}"
-            )
+            fault = f"a {type(model).__name__} with experts could not be loaded again"
+            raise ValueError(f"{fault}: merge_experts(model) first, or start from one of {names}")
         if heads is None and self.head_files is None:
-            logger.warning(
-                "the hub did not say whether the model has sparse and multi-vector heads (%s): %s gets none",
-                ", ".join(HEAD_FILES),
-                folder,
-            )
+            named = f"sparse and multi-vector heads ({', '.join(HEAD_FILES)})"
+            logger.warning("the hub did not say whether the model has %s: %s gets none", named, folder)
         folder.mkdir(parents=True, exist_ok=True)
         with no_bar_of_weights():
             model.save_pretrained(folder, state_dict=state_dict)
         self.tokenizer.save_pretrained(folder)
-        width = model.config.hidden_size
-        write_settings(folder, self.settings, max_length=self.max_length, hidden_size=width)
+        write_settings(folder, self.settings, max_length=self.max_length, hidden_size=model.config.hidden_size)
         heads, files = heads or {}, self.head_files or {}
         for name in HEAD_FILES:
             if name in heads:

@@ -1,4 +1,4 @@
-"""What an encoder is, wherever it came from: a hash of its content."""
+"""A hash of an encoder's content."""
 
 from __future__ import annotations
 
@@ -8,20 +8,13 @@ import json
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_CONFIG_KEYS_WITHOUT_EFFECT = {
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "dtype",
-    "transformers_version",
-    "use_cache",
-}
+_WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
 
 
 def model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of weights, configuration and tokenizer."""
     digest = hashlib.sha256()
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _CONFIG_KEYS_WITHOUT_EFFECT}
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _WITHOUT_EFFECT}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from clpl_moe.common.errors import UserError, at
 
-# BGE-M3's sparse and multi-vector heads, as FlagEmbedding names their files.
-HEAD_FILES = ("sparse_linear.pt", "colbert_linear.pt")
+HEAD_FILES = ("sparse_linear.pt", "colbert_linear.pt")  # as FlagEmbedding names them
 
 
 def find_heads(path: str | Path, **hub: Any) -> dict[str, str]:
@@ -20,8 +19,7 @@ def find_heads(path: str | Path, **hub: Any) -> dict[str, str]:
     Raises:
         UserError: there is no such folder, and the hub gives no answer.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import errors, hf_hub_download
 
     if Path(path).is_dir():
         return {name: str(Path(path) / name) for name in HEAD_FILES if (Path(path) / name).is_file()}
@@ -29,8 +27,8 @@ def find_heads(path: str | Path, **hub: Any) -> dict[str, str]:
     for name in HEAD_FILES:
         try:
             found[name] = hf_hub_download(str(path), name, **hub)
-        except (EntryNotFoundError, HFValidationError, OSError) as error:  # HTTP errors are OSErrors
-            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        except (errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:  # HTTP errors are OSErrors
+            if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
                 continue
             raise UserError(
                 f"{at(path)}: neither a folder here nor a model that the hub gives, so that it cannot be told whether"

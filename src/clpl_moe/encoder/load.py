@@ -29,8 +29,7 @@ def load_encoder(
     token: str | None = None,
     tokenizer: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load an encoder and its tokenizer from a folder or by its name on the hub; the tokenizer from ``tokenizer`` where
-    that is given.
+    """Load an encoder and its tokenizer (or that of ``tokenizer``) from a folder or by its name on the hub.
 
     Folders with experts load without remote code, also those of 2024 (``config.json`` with ``moe``, ``num_experts`` and
     ``num_experts_per_tok``), whose router becomes ``topk_softmax``. A pooling layer is kept only where the weights hold
@@ -63,7 +62,9 @@ def load_encoder(
             )
     remember_stated(model, read_stated(path, **hub))
     model.to(dtype)  # type: ignore[arg-type]
-    return model.eval(), _load_tokenizer(str(tokenizer or path), trust_remote_code, hub)
+    named = str(tokenizer or path)
+    with refuse_unloadable(named, "tokenizer", trust_remote_code):
+        return model.eval(), AutoTokenizer.from_pretrained(named, trust_remote_code=trust_remote_code, **hub)
 
 
 def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
@@ -99,20 +100,19 @@ def _load_2024(path: str, config: dict[str, Any], hub: dict[str, Any]) -> PreTra
     if len(targets) != 1:
         raise UserError(f"{at(path)}: found experts in {targets or 'no layer'}, expected intermediate or output ones")
     layers = sorted({int(k.split(".layer.")[1].split(".")[0]) for k in state if k.endswith(".router.weight")})
-    num_layers = config.get("num_hidden_layers")
     try:
         moe = MoEConfig(
             num_experts=config.get("num_experts", 2),
             top_k=config.get("num_experts_per_tok", 1),
             target=targets[0],
-            layers="all" if len(layers) == num_layers else layers,
+            layers="all" if len(layers) == config.get("num_hidden_layers") else layers,
             router="topk_softmax",
         )
     except ValueError as error:
         raise UserError(f"{at(path)}: {error}") from None
     moe_class = MOE_CLASSES[dense_class]
-    known = {k: v for k, v in config.items() if k not in ("moe", "num_experts", "num_experts_per_tok", "only_train")}
-    known.pop("model_type")
+    own = ("model_type", "moe", "num_experts", "num_experts_per_tok", "only_train")
+    known = {k: v for k, v in config.items() if k not in own}
     pooler = any(name.startswith("pooler.") for name in state)
     state.pop("embeddings.position_ids", None)
     assert moe_class.config_class is not None
@@ -130,14 +130,9 @@ def _model_type(model_class: type[PreTrainedModel]) -> str:
     return model_class.config_class.model_type
 
 
-def _load_tokenizer(path: str, trust_remote_code: bool, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
-    with refuse_unloadable(path, "tokenizer", trust_remote_code):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **hub)
-
-
 @contextlib.contextmanager
 def refuse_unloadable(path: str, what: str, trusted: bool) -> Iterator[None]:
-    """Turn every error of loading ``what`` from a damaged or foreign folder into a :class:`UserError`."""
+    """Turn every error of loading ``what`` into a :class:`UserError`."""
     try:
         yield
     except Exception as error:  # the tokenizers library raises plain ones

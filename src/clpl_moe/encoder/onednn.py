@@ -1,9 +1,8 @@
 """Linear layers of float32 encoders by oneDNN, on processors where MKL, which torch takes by itself, is slower.
 
-On AMD processors oneDNN's matrix products are up to a third faster than MKL's at an encoder's shapes, most of all those that
-widen. oneDNN adds the bias within the product, where MKL first copies it for every token, and it can keep the weights in
-the layout that it computes with. ``torch.compile`` uses the same operators. Encoding 250 texts on an AMD EPYC took 9.06 s
-with this module and 9.80 s without, 8% less (medians of 6 runs in turns).
+oneDNN adds the bias within the product, where MKL first copies it for every token, and it can keep the weights in the layout
+that it computes with; results differ in the last bits. ``torch.compile`` uses the same operators. Encoding 250 texts on an
+AMD EPYC took 9.06 s with this module and 9.80 s without, 8% less (medians of 6 runs in turns).
 """
 
 from __future__ import annotations
@@ -21,10 +20,9 @@ from clpl_moe.common.machine import cpu_field
 
 
 def onednn_linear(model: nn.Module, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    """A block in which ``model``, run in precision ``dtype`` without gradients, computes its Linear layers the faster way.
+    """A block in which ``model``, run in ``dtype`` without gradients, computes its Linear layers the faster way.
 
-    That is oneDNN's for float32 on AMD processors (results differ in the last bits); all else runs as ever. The weights must
-    not change within the block. From a layer's second call on the block holds a copy of its weights.
+    The weights must not change within the block. From a layer's second call on the block holds a copy of its weights.
     """
     parameter = next(model.parameters())
     suits = parameter.device.type == "cpu" and parameter.dtype == dtype == torch.float32
@@ -42,9 +40,6 @@ class _OneDNNLinear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(inputs, self._packed(weight, inputs), bias, "none", [], "")
-
-    def _packed(self, weight: Tensor, inputs: Tensor) -> Tensor:
         known = self._weights.get(id(weight))
         # A text or two is one batch: packing would take longer than it saves.
         if known is None:
@@ -52,7 +47,7 @@ class _OneDNNLinear(TorchFunctionMode):
         elif known is weight:
             rows = inputs.shape[:-1].numel()
             known = self._weights[id(weight)] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-        return known
+        return torch.ops.mkldnn._linear_pointwise(inputs, known, bias, "none", [], "")
 
 
 def _fits(inputs: Tensor, weight: Tensor) -> bool:

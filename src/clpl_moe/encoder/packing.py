@@ -21,35 +21,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
-from typing import Any, TypeGuard, get_args
+from typing import TypeGuard, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import BertModel, PreTrainedModel, RobertaModel, XLMRobertaModel
-from transformers.models.bert.modeling_bert import (
-    BertEmbeddings,
-    BertLayer,
-    BertOutput,
-    BertSelfAttention,
-    BertSelfOutput,
-)
-from transformers.models.roberta.modeling_roberta import (
-    RobertaEmbeddings,
-    RobertaLayer,
-    RobertaOutput,
-    RobertaSelfAttention,
-    RobertaSelfOutput,
-)
-from transformers.models.xlm_roberta.modeling_xlm_roberta import (
-    XLMRobertaEmbeddings,
-    XLMRobertaLayer,
-    XLMRobertaOutput,
-    XLMRobertaSelfAttention,
-    XLMRobertaSelfOutput,
-)
+from transformers.models.bert import modeling_bert as bert
+from transformers.models.roberta import modeling_roberta as roberta
+from transformers.models.xlm_roberta import modeling_xlm_roberta as xlmr
 
 from clpl_moe.encoder.settings import check_pooling, pool
 from clpl_moe.moe.dispatch import cast, linear_dtype
@@ -57,34 +41,18 @@ from clpl_moe.moe.install import has_experts, layer_states
 from clpl_moe.moe.kernel_choice import triton_compiles
 from clpl_moe.moe.layer import RoutedOutput, RoutedTokens
 
-varlen_attn: Callable[..., Any] | None = None
 add_norm: Callable[..., tuple[Tensor, ...]] | None = None
-try:
-    import torch.nn.attention.varlen as varlen
-
-    varlen_attn = varlen.varlen_attn
-except ImportError:  # before torch 2.11
-    pass
-try:
+with contextlib.suppress(ImportError):  # of Triton, which torch's CPU builds lack
     import clpl_moe.encoder.add_norm as kernel
 
     add_norm = kernel.add_norm
-except ImportError:  # no Triton, as in torch's CPU builds
-    pass
 
 StockEncoder = XLMRobertaModel | RobertaModel | BertModel
-StockEmbeddings = XLMRobertaEmbeddings | RobertaEmbeddings | BertEmbeddings
-StockLayer = XLMRobertaLayer | RobertaLayer | BertLayer
-StockAttention = XLMRobertaSelfAttention | RobertaSelfAttention | BertSelfAttention
-StockOutput = (
-    XLMRobertaSelfOutput
-    | XLMRobertaOutput
-    | RobertaSelfOutput
-    | RobertaOutput
-    | BertSelfOutput
-    | BertOutput
-    | RoutedOutput
-)
+StockEmbeddings = xlmr.XLMRobertaEmbeddings | roberta.RobertaEmbeddings | bert.BertEmbeddings
+StockLayer = xlmr.XLMRobertaLayer | roberta.RobertaLayer | bert.BertLayer
+StockAttention = xlmr.XLMRobertaSelfAttention | roberta.RobertaSelfAttention | bert.BertSelfAttention
+AttentionOutput = xlmr.XLMRobertaSelfOutput | roberta.RobertaSelfOutput | bert.BertSelfOutput
+StockOutput = AttentionOutput | xlmr.XLMRobertaOutput | roberta.RobertaOutput | bert.BertOutput | RoutedOutput
 _ENCODERS, _EMBEDDINGS, _LAYERS, _ATTENTIONS, _OUTPUTS = map(
     get_args, (StockEncoder, StockEmbeddings, StockLayer, StockAttention, StockOutput)
 )
@@ -205,19 +173,12 @@ def _embed_padded(encoder: PreTrainedModel, packed: PackedTexts, pooling: str) -
 
 @dataclass
 class _Stream:
-    """The texts as attention sees them.
+    """The texts as attention sees them."""
 
-    Attributes:
-        flash: whether variable-length flash attention does all texts at once.
-        offsets: (n + 1,) int32 on the device.
-        longest: tokens of the longest text.
-        runs: length and number of neighbouring texts of equal length.
-    """
-
-    flash: bool
-    offsets: Tensor
-    longest: int
-    runs: list[tuple[int, int]]
+    flash: bool  # whether variable-length flash attention does all texts at once
+    offsets: Tensor  # (n + 1,) int32 on the device
+    longest: int  # tokens of the longest text
+    runs: list[tuple[int, int]]  # length and number of neighbouring texts of equal length
 
 
 def _embed_stream(encoder: StockEncoder, packed: PackedTexts, pooling: str) -> Tensor:
@@ -271,25 +232,19 @@ def _run_layer(
 ) -> tuple[Tensor, ...]:
     """One transformer layer, (1, T, D) to (1, T, D), or to (1, n, D) for ``rows`` (n,), one token of each text.
 
-    Hidden states come and go as layer norm leaves them and, where that is another one, as autocast wants them in Linear
-    layers: so they are cast once and not by each of these.
+    Hidden states come and go in layer norm's dtype and, where it is another, in autocast's: so they are cast only once.
     """
 
-    def run(*hidden: Tensor) -> tuple[Tensor, ...]:
-        return _layer(layer, hidden, stream, rows)
-
     if not (layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()):
-        return run(*hidden)
-    checkpoint = getattr(
-        layer, "_gradient_checkpointing_func", None
-    )  # transformers sets it with gradient_checkpointing
+        return _layer(layer, stream, rows, *hidden)
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)  # transformers sets both attributes together
     assert checkpoint is not None
     if not hidden[0].requires_grad and getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
         hidden = hidden[0].detach().requires_grad_(), *hidden[1:]  # the reentrant kind has no gradients otherwise
-    return checkpoint(run, *hidden)
+    return checkpoint(partial(_layer, layer, stream, rows), *hidden)
 
 
-def _layer(layer: StockLayer, hidden: tuple[Tensor, ...], stream: _Stream, rows: Tensor | None) -> tuple[Tensor, ...]:
+def _layer(layer: StockLayer, stream: _Stream, rows: Tensor | None, *hidden: Tensor) -> tuple[Tensor, ...]:
     for module in (layer.intermediate, layer.output):
         if (state := getattr(module, "state", None)) is not None:  # experts: every token that they are shown is real
             state.set_tokens(None)
@@ -353,8 +308,8 @@ def _flash_attention(query: Tensor, key: Tensor, value: Tensor, stream: _Stream,
     if len(query) != len(key):
         query_offsets = torch.arange(len(offsets), dtype=torch.int32, device=offsets.device)
         longest_query = 1
-    if dropout == 0 and varlen_attn is not None:
-        return varlen_attn(query, key, value, query_offsets, offsets, longest_query, longest)
+    if dropout == 0:
+        return varlen_attn(query, key, value, query_offsets, offsets, longest_query, longest)  # type: ignore[return-value]
     # The public function has no dropout; this is what it calls.
     arguments = (query_offsets, offsets, longest_query, longest, dropout, False, False)
     return torch.ops.aten._flash_attention_forward(query, key, value, *arguments)[0]

@@ -26,17 +26,8 @@ def save_encoder(
 ) -> None:
     """Write a model folder that every tool of the field loads: :meth:`Encoder.save` for a model and a tokenizer.
 
-    Args:
-        model: the encoder; with experts, one of the classes that can be saved (XLM-R, RoBERTa, BERT).
-        tokenizer: its tokenizer.
-        folder: is created where it does not exist; files of the same names are replaced.
-        settings: pooling and prompts. None: those of the folder that :func:`load_encoder` read the model from, otherwise
-            BGE-M3's.
-        max_length: longest input in tokens, as sentence-transformers truncates it. None: as that folder states, otherwise
-            the tokenizer's limit; no more than the model's positions.
-        heads: state dicts to write as ``sparse_linear.pt`` and ``colbert_linear.pt``, by file name.
-        heads_from: folder or hub name of the base model; heads that ``heads`` does not name are copied from it.
-        state_dict: weights to write instead of the model's own (gathered from several devices, for instance).
+    ``model``, ``tokenizer``, ``settings`` and ``max_length`` are :class:`Encoder`'s, the others :meth:`Encoder.save`'s, but
+    ``heads_from``: folder or hub name of the base model, from which heads that ``heads`` does not name are copied.
 
     Raises:
         ValueError: the encoder has experts but is of a class that cannot be loaded again, or those of a folder's own code.

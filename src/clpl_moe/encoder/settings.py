@@ -47,24 +47,22 @@ class EmbeddingSettings:
     passage_prompt: str = ""
 
     def prompt(self, kind: Literal["query", "passage"]) -> str:
-        """The text put before each text of a kind."""
+        """The prompt of a kind of text."""
         return self.query_prompt if kind == "query" else self.passage_prompt
 
 
-def read_settings(folder: str | Path, *, cache_dir: str | None = None, token: str | None = None) -> EmbeddingSettings:
+def read_settings(folder: str | Path, **hub: str | None) -> EmbeddingSettings:
     """The settings that the sentence-transformers files of a model state.
 
     Args:
         folder: a model folder, or the name of a model on the hub. A model without these files (a bare
             encoder) or one that cannot be reached has the defaults of :class:`EmbeddingSettings`.
-        cache_dir: of the hub, as for the weights.
-        token: of the hub, without which a private model's settings would look as if they were not there.
+        hub: ``cache_dir`` and ``token``, as for the weights.
 
     Raises:
         UserError: a file is not JSON, or asks for something that this package cannot compute: another
             pooling, several at once, a projection after it, pooling without the prompt's tokens.
     """
-    hub = {"cache_dir": cache_dir, "token": token}
     return _settings_of(folder, _read(folder, "modules.json", list, hub), hub)
 
 
@@ -94,23 +92,15 @@ def _settings_of(folder: str | Path, modules: list[dict[str, Any]] | None, hub: 
 
 @dataclass(frozen=True)
 class Stated:
-    """What a model folder states besides weights and tokenizer.
-
-    Attributes:
-        settings: pooling, normalisation and prompts; the defaults where it states none.
-        max_length: longest input in tokens, where it states one.
-        fault: why its settings cannot be used.
-    """
+    """What a model folder states besides weights and tokenizer."""
 
     settings: EmbeddingSettings = field(default_factory=EmbeddingSettings)
-    max_length: int | None = None
-    fault: str | None = None
+    max_length: int | None = None  # in tokens
+    fault: str | None = None  # why the settings cannot be used
 
 
-def read_stated(folder: str | Path, *, cache_dir: str | None = None, token: str | None = None) -> Stated:
-    """Settings and length in the sentence-transformers files of a model, as :func:`read_settings` finds them; a fault in
-    them is no error here, since it concerns only those who use them."""
-    hub = {"cache_dir": cache_dir, "token": token}
+def read_stated(folder: str | Path, **hub: str | None) -> Stated:
+    """As :func:`read_settings`, with the length; a fault is no error here: it concerns only those who use the settings."""
     try:
         modules = _read(folder, "modules.json", list, hub)
         return Stated(_settings_of(folder, modules, hub), _max_length_of(folder, modules or [], hub))
@@ -119,12 +109,12 @@ def read_stated(folder: str | Path, *, cache_dir: str | None = None, token: str 
 
 
 def remember_stated(model: torch.nn.Module, stated: Stated) -> None:
-    """Keep with a model what its folder states."""
+    """Keep with a model what its folder states, for :func:`stated_by_folder`."""
     setattr(model, _STATED, stated)
 
 
 def stated_by_folder(model: torch.nn.Module) -> Stated:
-    """What :func:`remember_stated` kept with a model; the defaults for other models."""
+    """What was kept with a model; otherwise the defaults."""
     return getattr(model, _STATED, Stated())
 
 
@@ -140,12 +130,6 @@ def _max_length_of(folder: str | Path, modules: list[dict[str, Any]], hub: dict[
 def write_settings(folder: str | Path, settings: EmbeddingSettings, max_length: int, hidden_size: int) -> None:
     """Write the sentence-transformers files of an encoder, so that ``SentenceTransformer(folder)`` loads it.
 
-    Args:
-        folder: the model folder.
-        settings: what to write.
-        max_length: longest input in tokens, special tokens included.
-        hidden_size: width of the encoder's states.
-
     Raises:
         ValueError: unknown ``settings.pooling``.
     """
@@ -160,26 +144,17 @@ def write_settings(folder: str | Path, settings: EmbeddingSettings, max_length: 
         for index, (path, kind) in enumerate(modules)
     ]
     write_json(folder / "modules.json", entries)
-    write_json(
-        folder / "1_Pooling" / "config.json",
-        {"word_embedding_dimension": hidden_size}
-        | {old: name == settings.pooling for name, (old, _) in _POOLING.items()}
-        | {"include_prompt": True},
-    )
+    modes = {old: name == settings.pooling for name, (old, _) in _POOLING.items()}
+    pooling = {"word_embedding_dimension": hidden_size, **modes, "include_prompt": True}
+    write_json(folder / "1_Pooling" / "config.json", pooling)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
-    write_json(
-        folder / "config_sentence_transformers.json",
-        {
-            "model_type": "SentenceTransformer",
-            "prompts": {"query": settings.query_prompt, "document": settings.passage_prompt},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-        },
-    )
+    prompts = {"query": settings.query_prompt, "document": settings.passage_prompt}
+    described = {"model_type": "SentenceTransformer", "prompts": prompts, "default_prompt_name": None}
+    write_json(folder / "config_sentence_transformers.json", {**described, "similarity_fn_name": "cosine"})
 
 
 def pool(last_hidden_state: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Reduce token states to one vector a text; padding may stand on either side.
+    """Token states to one vector a text; padding may stand on either side.
 
     Args:
         last_hidden_state: (B, T, D), any floating dtype.
@@ -216,7 +191,7 @@ def check_pooling(pooling: str) -> None:
 
 
 def _pooling_of(config: dict[str, Any], place: str) -> str:
-    """Our name for the pooling of a ``1_Pooling/config.json``; without a key it is the library's default."""
+    """Our name for the pooling of a ``1_Pooling/config.json``; without a key the library's default."""
     if "pooling_mode" in config:
         modes = config["pooling_mode"]
         names = {new: name for name, (_, new) in _POOLING.items()}
@@ -248,20 +223,13 @@ def _read(folder: str | Path, name: str, kind: type, hub: dict[str, Any]) -> Any
 
 
 def _from_hub(repository: str, name: str, hub: dict[str, Any]) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors, hf_hub_download
 
     try:
         return Path(hf_hub_download(repository, name, **hub))
+    except errors.LocalEntryNotFoundError:
+        logger.warning("%s of %s: the hub cannot be reached, taking the defaults", name, repository)
     # A name that is none is the business of whoever loads the weights.
-    except (RepositoryNotFoundError, HFValidationError):
-        return None
-    except EntryNotFoundError as error:
-        if isinstance(error, LocalEntryNotFoundError):
-            logger.warning("%s of %s: the hub cannot be reached, taking the defaults", name, repository)
-        return None
+    except (errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.HFValidationError):
+        pass
+    return None

@@ -13,20 +13,12 @@ from transformers.utils import cached_file
 
 from clpl_moe.common.errors import UserError, at
 
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+_FORMATS = ("model.safetensors", "pytorch_model.bin")
+_WEIGHT_FILES = [name + index for name in _FORMATS for index in ("", ".index.json")]
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Put the weights of a model folder into an encoder of the same shape; in place, exactly.
-
-    Raises:
-        UserError: names or shapes differ from the model's.
-    """
+    """Put a model folder's weights into a model; in place; :class:`UserError` where names or shapes differ."""
     try:
         model.load_state_dict(read_weights(str(path), {}))
     except RuntimeError as error:
@@ -48,11 +40,7 @@ def weight_names(path: str, hub: dict[str, Any]) -> list[str]:
 
 
 def read_weights(path: str, hub: dict[str, Any]) -> dict[str, Tensor]:
-    """A model's weights by name, on the CPU.
-
-    Raises:
-        UserError: there are none, or they cannot be read.
-    """
+    """A model's weights by name, on the CPU; :class:`UserError` where there are none, or they cannot be read."""
     file = _weight_file(path, hub)
     if not file.endswith(".json"):
         return _read_file(file)

@@ -37,12 +37,9 @@ class Collection:
 
     Attributes:
         directory: the folder that holds a folder per language.
-        language: the language, which names the folder inside ``directory``.
         split: which queries, such as ``dev``.
-        passage_ids: id of each passage.
         passages: title and text of each passage, joined by a space, at the place of its id. Of a loaded collection,
             each is read from the file when it is asked for.
-        query_ids: id of each query.
         queries: text of each query, at the place of its id.
         qrels: for each judged query, passage id -> relevance (above 0 is relevant).
         reserved: passage id -> the split that alone may train on it, for passages that name one. All are searched
@@ -72,12 +69,12 @@ class Collection:
         """
         directory = Path(directory)
         folder = _language_folder(directory, language)
-        if not (folder / f"{split}_queries.jsonl").is_file():
-            raise UserError(f"{at(folder / f'{split}_queries.jsonl')}: no such file{_splits(folder)}")
+        queries_path, qrels_path = folder / f"{split}_queries.jsonl", folder / f"{split}_qrels.jsonl"
+        if not queries_path.is_file():
+            raise UserError(f"{at(queries_path)}: no such file{_splits(folder)}")
         passage_ids, passages, reserved = _read_corpus(folder / "corpus.jsonl")
-        query_ids, queries = _read_queries(folder / f"{split}_queries.jsonl")
-        qrels_path = folder / f"{split}_qrels.jsonl"
-        qrels = _read_qrels(qrels_path, set(query_ids), folder / f"{split}_queries.jsonl")
+        query_ids, queries = _read_queries(queries_path)
+        qrels = _read_qrels(qrels_path, set(query_ids), queries_path)
         _warn_of_gaps(qrels_path, qrels, query_ids, passage_ids)
         return cls(directory, language, split, passage_ids, passages, query_ids, queries, qrels, reserved)
 
@@ -94,29 +91,22 @@ class Collection:
 
     def fingerprint(self) -> str:
         """Hash of the ids, texts and judgements: equal for equal content, wherever the files lie."""
-        digest = hashlib.sha256()
 
-        def add(*words: str) -> None:
-            add_texts(digest, words)
+        def content() -> Iterator[str]:
+            for ids, texts in ((self.passage_ids, self.passages), (self.query_ids, self.queries)):
+                yield str(len(ids))
+                for pair in zip(ids, texts):
+                    yield from pair
+            for query_id, judged in sorted(self.qrels.items()):
+                yield from (query_id, str(len(judged)))
+                for passage_id, grade in sorted(judged.items()):
+                    yield from (passage_id, str(grade))
 
-        for ids, texts in ((self.passage_ids, self.passages), (self.query_ids, self.queries)):
-            add(str(len(ids)))
-            for identifier, text in zip(ids, texts):
-                add(identifier, text)
-        for query_id in sorted(self.qrels):
-            judged = self.qrels[query_id]
-            add(query_id, str(len(judged)))
-            for passage_id in sorted(judged):
-                add(passage_id, str(judged[passage_id]))
-        return digest.hexdigest()
+        return hash_texts(content())
 
 
 def load_passages(directory: str | Path, language: str) -> Sequence[str]:
-    """Read and check a collection's corpus alone; the passages as :class:`Collection` has them.
-
-    Raises:
-        UserError: as :meth:`Collection.load`, of the corpus.
-    """
+    """The passages of a collection as :meth:`Collection.load` reads and checks them, without the queries."""
     return _read_corpus(_language_folder(Path(directory), language) / "corpus.jsonl")[1]
 
 
@@ -158,16 +148,11 @@ class _PackedTexts(_LazyTexts):
 
 
 class _CorpusTexts(_LazyTexts):
-    """The passages of a checked corpus file, read from the places of their lines.
-
-    Args:
-        path: the file. It stays open, so that a new file of this name changes nothing.
-        starts: the byte where each passage's line begins.
-    """
+    """The passages of a checked corpus file, read from the bytes where their lines begin."""
 
     def __init__(self, path: Path, starts: array[int]) -> None:
         self._path = path
-        self._file = os.open(path, os.O_RDONLY)
+        self._file = os.open(path, os.O_RDONLY)  # stays open, so that a new file of this name changes nothing
         weakref.finalize(self, os.close, self._file)
         self._starts = starts
         self._end = os.fstat(self._file).st_size
@@ -188,17 +173,12 @@ class _CorpusTexts(_LazyTexts):
             raise UserError(f"{at(self._path)}: changed while it was in use; start again") from None
 
 
-def add_texts(digest: hashlib._Hash, texts: Iterable[str]) -> None:
-    """Feed texts to a hash, each with its length, so that no two lists of texts feed the same."""
+def hash_texts(texts: Iterable[str]) -> str:
+    """Hash of a list of texts, each with its length, so that no two lists have the same."""
+    digest = hashlib.sha256()
     for text in texts:
         data = text.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "little") + data)
-
-
-def hash_texts(texts: Iterable[str]) -> str:
-    """Hash of a list of texts, see :func:`add_texts`."""
-    digest = hashlib.sha256()
-    add_texts(digest, texts)
     return digest.hexdigest()
 
 
@@ -209,14 +189,13 @@ def check_language(language: str) -> None:
 
 
 def check_id(identifier: str, path: str | Path, line: int | None, field: str) -> None:
-    """Raise :class:`UserError` where an id is empty or holds white space, which separates the fields of TREC's files, or the
-    character of code 0, at which trec_eval would cut it off."""
+    """Raise :class:`UserError` for an id that is empty, or that TREC's files or trec_eval (code 0) would cut."""
     if identifier.split() != [identifier] or "\0" in identifier:
         raise UserError(f"{at(path, line, field)}: found {identifier!r}, expected an id without white space")
 
 
 def normalize_text(text: str) -> str:
-    """The form in which two texts count as equal: Unicode NFC, runs of white space as one space."""
+    """A text's form for comparisons: Unicode NFC, runs of white space as one space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
@@ -304,18 +283,16 @@ def _warn_of_gaps(
 ) -> None:
     unknown = {passage_id for judged in qrels.values() for passage_id, grade in judged.items() if grade > 0}
     unknown.difference_update(passage_ids)
+    gaps = []
     if unknown:
-        warnings.warn(
-            f"{path}: {len(unknown)} relevant passages are not in the corpus, such as '{min(unknown)}'; they"
-            " count as never found",
-            stacklevel=3,
-        )
+        found = f"{len(unknown)} relevant passages are not in the corpus, such as '{min(unknown)}'"
+        gaps.append(f"{found}; they count as never found")
     if unjudged := sum(query_id not in qrels for query_id in query_ids):
-        warnings.warn(f"{path}: {unjudged} queries have no line here and are left out of the metrics", stacklevel=3)
+        gaps.append(f"{unjudged} queries have no line here and are left out of the metrics")
     if without := sum(not any(grade > 0 for grade in judged.values()) for judged in qrels.values()):
-        warnings.warn(
-            f"{path}: {without} queries have no relevant passage; they score 0, as in trec_eval", stacklevel=3
-        )
+        gaps.append(f"{without} queries have no relevant passage; they score 0, as in trec_eval")
+    for gap in gaps:
+        warnings.warn(f"{path}: {gap}", stacklevel=3)
 
 
 def _identifier(path: str | Path, line: int, record: dict[str, Any], name: str) -> str:

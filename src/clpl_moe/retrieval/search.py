@@ -36,25 +36,22 @@ def search(
     if queries.shape[-1] != passages.shape[-1]:
         raise ValueError(f"queries have {queries.shape[-1]} dimensions, passages {passages.shape[-1]}")
     device = queries.device
-    best: list[tuple[Tensor, Tensor]] = []  # for each block of queries: scores and indices
     blocks = queries.to(torch.float32).split(_QUERY_BLOCK)
+    # For each block of queries: scores and indices.
+    best = [
+        (block.new_empty(len(block), 0), torch.empty(len(block), 0, dtype=torch.int64, device=device))
+        for block in blocks
+    ]
     for start in range(0, len(passages), chunk_size):
         # First there, then to float32: half the bytes to move, and cast where that is fast.
         chunk = passages[start : start + chunk_size].to(device).to(torch.float32).T  # (D, chunk)
         for number, block in enumerate(blocks):
             scores, columns = _top(block @ chunk, k)  # (block, min(k, chunk))
-            indices = columns + start
-            if start > 0:
-                # Earlier results have lower indices and stand first: a stable sort keeps this order.
-                scores = torch.cat([best[number][0], scores], dim=1)
-                indices = torch.cat([best[number][1], indices], dim=1)
-                scores, order = scores.sort(dim=1, descending=True, stable=True)
-                scores, indices = scores[:, :k], indices.gather(1, order[:, :k])
-                best[number] = (scores, indices)
-            else:
-                best.append((scores, indices))
-    if not best:
-        return torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+            # Earlier results have lower indices and stand first: a stable sort keeps this order.
+            scores = torch.cat([best[number][0], scores], dim=1)
+            indices = torch.cat([best[number][1], columns + start], dim=1)
+            scores, order = scores.sort(dim=1, descending=True, stable=True)
+            best[number] = scores[:, :k], indices.gather(1, order[:, :k])
     return torch.cat([b[0] for b in best]).cpu(), torch.cat([b[1] for b in best]).cpu()
 
 

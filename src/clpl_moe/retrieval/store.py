@@ -49,26 +49,19 @@ class EmbeddingShards:
     ``shards[start:stop]`` is a float16 tensor (stop - start, D), ``shards[[row, …]]`` a float32 one (rows, D), both on the
     CPU.
 
-    Args:
-        folder: where the files are.
-        length: N.
-        dimensions: D.
-
-    Attributes:
-        encoded: how many texts this process encoded; the others were found or encoded by other processes.
     """
 
     def __init__(self, folder: Path, length: int, dimensions: int) -> None:
         self.folder = folder
         self.shape = torch.Size([length, dimensions])
-        self.encoded = 0
+        self.encoded = 0  # texts by this process; the others were found or encoded by other processes
 
     def __len__(self) -> int:
         return self.shape[0]
 
     @property
     def count(self) -> int:
-        """How many shards there are."""
+        """The number of shards."""
         return math.ceil(len(self) / SHARD_TEXTS)
 
     def rows(self, number: int) -> range:
@@ -138,7 +131,7 @@ def encode_passages(
 
     Args:
         encoder: on the device that is to compute.
-        texts: the passages. With a folder they are read several times, front to back.
+        texts: with a folder they are read several times, front to back.
         encoding: length and batch size.
         cache: folder for folders of shards; None: in memory.
         progress: whether to show a bar, and to print how many shards were found.
@@ -212,20 +205,17 @@ def _open(encoder: Encoder, texts: Sequence[str], length: int, cache: Path) -> E
             needed = 2 * math.prod(shards.shape)
             there = next(folder for folder in manifest.absolute().parents if folder.is_dir())
             if needed > (free := shutil.disk_usage(there).free):
-                raise UserError(
-                    f"{at(cache)}: the embeddings take {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB;"
-                    " name a folder on another one by cache_dir"
-                )
+                fault = f"the embeddings take {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB"
+                raise UserError(f"{at(cache)}: {fault}; name a folder on another one by cache_dir")
             write_json(manifest, content)
     return shards
 
 
 @contextlib.contextmanager
 def cache_folder(encoding: EncodingArguments, beside: Path) -> Iterator[Path]:
-    """The folder where a command keeps embeddings.
+    """The folder where a command keeps embeddings: the user's, or else ``beside``, which goes at the end of the block.
 
-    A folder that the user names stays. Otherwise it is ``beside``, which is removed at the end of the block; after an
-    interruption it stays, and the same command goes on from there.
+    After an interruption it stays, and the same command goes on from there.
     """
     if encoding.cache_dir is not None:
         yield Path(encoding.cache_dir)
@@ -242,11 +232,7 @@ def process() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def processes() -> Iterator[bool]:
-    """Join the processes that ``torchrun`` started, if it did, each on a GPU of its own where there are any.
-
-    Yields:
-        Whether this is the process that writes the results.
-    """
+    """Join the processes that ``torchrun`` started, if it did, each on its GPU; yields whether this one writes results."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield process()[0] == 0
         return
