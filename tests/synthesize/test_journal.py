@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 
 from clpl_moe.synthesize.__main__ import main
-from clpl_moe.synthesize.journal import Answer, Journal
+from clpl_moe.synthesize.backends import Answer
+from clpl_moe.synthesize.journal import Journal
 from helpers.synthesis import arguments, good, json_lines, refused, results, train_file
 
 pytest.importorskip("openai")

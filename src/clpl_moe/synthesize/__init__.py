@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -61,6 +62,7 @@ def synthesize(
     Raises:
         UserError: a mistake in options or data, or a server that gives no answers. Answers stay in the journal.
     """
+    from clpl_moe.retrieval.store import cache_folder
     from clpl_moe.synthesize.backends import open_backend
     from clpl_moe.synthesize.job import Job, output_paths
     from clpl_moe.synthesize.journal import Journal, read_answers
@@ -79,7 +81,7 @@ def synthesize(
         planned(plan)
     if arguments.dry_run:
         return Synthesized(plan)
-    backend = open_backend(arguments, encoding) if plan["requests to make"] else None
+    backend = open_backend(arguments, encoding.trust_remote_code) if plan["requests to make"] else None
     # Before answers are paid for, too: only a loaded one shows that it is whole, and what lengths it takes.
     name = arguments.round_trip_model
     encoder = None if name is None else open_round_trip_encoder(name, encoding)
@@ -98,24 +100,13 @@ def synthesize(
     if job.no_answer and not any(key in answers for key in job.wanted):
         reason = Counter(job.no_answer.values()).most_common(1)[0][0]
         raise UserError(f"not one passage was answered, mostly: {reason}")
-    outcome = job.outcome(answers)
+    job.take(answers)
     dropped: dict[str, int] = {}
-    if encoder is None:
-        paths = job.write(outcome)
-    else:
-        from clpl_moe.retrieval.store import cache_folder
-
-        with cache_folder(encoding, beside=Path(f"{arguments.output}.embeddings")) as cache:
-            dropped["queries dropped by the round trip"] = drop_lost_queries(
-                outcome,
-                job.passages,
-                job.corpus,
-                arguments.round_trip_top,
-                encoder=encoder,
-                encoding=encoding,
-                cache=cache,
-            )
-            paths = job.write(outcome)
+    with contextlib.ExitStack() as stack:
+        if encoder is not None:  # its embeddings stay until the files are written
+            cache = stack.enter_context(cache_folder(encoding, beside=Path(f"{arguments.output}.embeddings")))
+            dropped["queries dropped by the round trip"] = drop_lost_queries(job, encoder, encoding, cache)
+        paths = job.write()
     requests = 0 if backend is None else backend.requests
-    counts = {"requests sent, retries included": requests, **job.count(outcome, answers, before, dropped)}
+    counts = {"requests sent, retries included": requests, **job.count(answers, before, dropped)}
     return Synthesized(plan, counts, paths, len(job.no_answer))

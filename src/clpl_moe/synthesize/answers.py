@@ -14,18 +14,9 @@ from clpl_moe.retrieval.collection import normalize_text
 
 # Of a language's letters. Of other languages: the script of the passage itself.
 _SCRIPTS = {
-    "ko": {"Hangul"},
-    "fa": {"Arabic"},
-    "ar": {"Arabic"},
-    "ur": {"Arabic"},
-    "hi": {"Devanagari"},
-    "mr": {"Devanagari"},
-    "ja": {"Hiragana", "Katakana", "Han"},
-    "zh": {"Han"},
-    "bn": {"Bengali"},
-    "te": {"Telugu"},
-    "th": {"Thai"},
-    "ru": {"Cyrillic"},
+    **{"ko": {"Hangul"}, "ja": {"Hiragana", "Katakana", "Han"}, "zh": {"Han"}, "ru": {"Cyrillic"}},
+    **{"fa": {"Arabic"}, "ar": {"Arabic"}, "ur": {"Arabic"}, "hi": {"Devanagari"}, "mr": {"Devanagari"}},
+    **{"bn": {"Bengali"}, "te": {"Telugu"}, "th": {"Thai"}},
 }
 # Names and abbreviations in Latin letters are common in queries of every language.
 _LEAST_SHARE = 0.3
@@ -44,19 +35,7 @@ _LABEL = re.compile(
     r"\s*\d{0,2}\s*[:：]\s*",
     re.IGNORECASE,
 )
-_QUOTES = {
-    '"': '"',
-    "'": "'",
-    "“": "”",
-    "‘": "’",
-    "«": "»",
-    "「": "」",
-    "『": "』",
-    "„": "“",
-    "`": "`",
-    "*": "*",
-    "_": "_",
-}
+_QUOTES = {pair[0]: pair[1] for pair in ('""', "''", "“”", "‘’", "«»", "「」", "『』", "„“", "``", "**", "__")}
 
 
 def clean(text: str) -> list[str]:
@@ -89,11 +68,8 @@ def _json_queries(text: str) -> list[str]:
 
 
 def _queries_of(value: list[Any] | dict[str, Any]) -> list[str]:
-    """The queries in a JSON value.
-
-    A list gives the query of each entry. An object gives the field whose name says that it holds queries, else the
-    first list in it, else all its strings.
-    """
+    """Of a list the query of each entry; of an object the field whose name says that it holds queries, else the first list
+    in it, else all its strings."""
     entries: Any = value
     if isinstance(value, dict):
         named = [value[name] for name in ("queries", "questions", *_QUERY_FIELDS) if name in value]
@@ -129,13 +105,9 @@ def _two_quoted(line: str) -> bool:
 
 
 def find_fault(query: str, passage: str, language: str, max_chars: int) -> str | None:
-    """In a few words, why a query cannot be used; None where it can.
+    """In a few words, why a cleaned query cannot be used; None where it can.
 
-    Args:
-        query: cleaned.
-        passage: the text that it was written for.
-        language: decides which letters are expected: at least three of ten in the language's script.
-        max_chars: longest query.
+    At least three of ten letters have to be of the language's script.
     """
     letters = _scripts(query)
     if letters.total() < 2:
@@ -161,34 +133,21 @@ def read_queries(
     """The first ``wanted`` usable queries of an answer, each once; where there is none, why not.
 
     Of more than ``wanted``, those that end in a question mark come first: others may be what a model says besides.
-
-    Args:
-        text: what the model wrote; None counts as empty.
-        passage: the text that it was asked about.
-        language: of the queries.
-        wanted: how many queries at most.
-        max_chars: longest query.
-        cut: the answer ended at its limit of tokens, so that its last line is not whole.
+    The last line of an answer that was ``cut`` at its limit of tokens is not whole.
     """
     candidates = clean(text or "")
     if cut and candidates:
         candidates.pop()
         if not candidates:
             return [], "cut off"
-    faults: list[str] = []
-    queries: list[str] = []
-    for candidate in dict.fromkeys(candidates):
-        fault = find_fault(candidate, passage, language, max_chars)
-        if fault is None:
-            queries.append(candidate)
-        else:
-            faults.append(fault)
+    found = {candidate: find_fault(candidate, passage, language, max_chars) for candidate in candidates}
+    queries = [candidate for candidate, fault in found.items() if fault is None]
     if queries:
         if len(queries) > wanted:
             queries.sort(key=lambda query: not query.endswith(_QUESTION_MARKS))
         return queries[:wanted], None
     # What a model writes besides a bad query ("Sure!") says less than the query.
-    return [], next((fault for fault in reversed(faults) if fault != "empty"), "empty")
+    return [], next((fault for fault in reversed(found.values()) if fault != "empty"), "empty")
 
 
 def _scripts(text: str) -> Counter[str]:

@@ -1,44 +1,64 @@
-"""Who writes the queries: a server or a local model."""
+"""Who writes the queries, a server or a local model; what it is asked, and what it answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-from clpl_moe.retrieval.options import EncodingArguments
-from clpl_moe.synthesize.journal import Answer, Question
 from clpl_moe.synthesize.options import SynthesizeArguments
 
 
+class Question(NamedTuple):
+    """A prompt with the passage of a key in it."""
+
+    key: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back.
+
+    Attributes:
+        text: None where the reply held nothing that can be read.
+        cut: whether it ended at its limit of tokens.
+        prompt_tokens: counted by the server or tokenizer; 0 where that did not count.
+        answer_tokens: likewise.
+    """
+
+    text: str | None
+    cut: bool = False
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+
+
+Done = Callable[[Question, Answer | str], None]
+
+
 class Backend(Protocol):
-    """Who is asked: a server or a local model."""
+    """Who is asked.
+
+    Attributes:
+        requests: how many were made, retries included.
+    """
 
     requests: int
 
-    def ask(self, questions: Iterable[Question], done: Callable[[Question, Answer | str], None]) -> None:
-        """Ask everything; hand over each answer, or why there is none, as it comes."""
+    def ask(self, questions: Iterable[Question], done: Done) -> None:
+        """Ask everything, in order and several at once, and hand over each answer, or why there is none, as it comes.
+
+        Raises:
+            UserError: nothing more will come: wrong key, no such model, no server, nothing but errors, no memory.
+        """
 
 
-def open_backend(arguments: SynthesizeArguments, encoding: EncodingArguments) -> Backend:
+def open_backend(arguments: SynthesizeArguments, trust_remote_code: bool) -> Backend:
     """The backend that the options name; raises :class:`UserError` where it cannot be used."""
     if arguments.backend == "transformers":
         from clpl_moe.synthesize.local import LocalModel
 
-        return LocalModel(
-            arguments.model,
-            temperature=0.7 if arguments.temperature is None else arguments.temperature,
-            max_answer_tokens=arguments.max_answer_tokens or 256,
-            batch_size=arguments.concurrency,
-            trust_remote_code=encoding.trust_remote_code,
-        )
+        return LocalModel(arguments, trust_remote_code)
     from clpl_moe.synthesize.server import Server
 
-    return Server(
-        arguments.model,
-        base_url=arguments.base_url,
-        api_key_env=arguments.api_key_env,
-        options=arguments.request_fields(),
-        concurrency=arguments.concurrency,
-        timeout=arguments.timeout,
-        max_retries=arguments.max_retries,
-    )
+    return Server(arguments)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -14,8 +13,8 @@ from clpl_moe.common.files import write_jsonl
 from clpl_moe.data.schema import data_files
 from clpl_moe.retrieval.collection import load_passages
 from clpl_moe.synthesize.answers import read_queries
-from clpl_moe.synthesize.backends import Backend
-from clpl_moe.synthesize.journal import Answer, Journal, Question
+from clpl_moe.synthesize.backends import Answer, Backend, Question
+from clpl_moe.synthesize.journal import Journal
 from clpl_moe.synthesize.options import SynthesizeArguments
 from clpl_moe.synthesize.passages import fill_lines, read_passages
 from clpl_moe.synthesize.prompts import fill, load_prompt
@@ -24,16 +23,20 @@ _ASKED_AT_MOST = 2
 _BYTES_PER_TOKEN = 4  # of UTF-8: what tokenizers of large models need for English, Korean, Persian and Hindi, roughly
 
 
-@dataclass
-class Outcome:
-    """Queries of the passages that were asked about, and why others have none."""
-
-    queries: dict[str, list[str]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
+Answers = Mapping[str, Sequence[Answer]]  # by key of the passage
 
 
 class Job:
-    """One run: the questions, the journal of their answers, and what these hold."""
+    """One run: the questions, and what their answers hold.
+
+    Attributes:
+        settings: what decides the questions, for the journal.
+        passages: of the training files, by key.
+        wanted: those without a query anywhere.
+        corpus: further passages that the round trip searches.
+        queries: of the passages that were asked about, the usable ones.
+        failures: why other passages have none; ``no_answer``: where no answer came at all.
+    """
 
     def __init__(self, arguments: SynthesizeArguments) -> None:
         self.arguments = arguments
@@ -42,14 +45,8 @@ class Job:
             where = f"{arguments.output} lies in a folder of train_data, every file of which is read as training data"
             raise OptionError("output", f"{where}; name another folder")
         self.prompt = load_prompt(arguments.language, arguments.prompts)
-        self.settings = {
-            "backend": arguments.backend,
-            "model": arguments.model,
-            "language": arguments.language,
-            "queries_per_passage": arguments.queries_per_passage,
-            "prompt": self.prompt,
-            "request": arguments.request_fields(),
-        }
+        given = {name: getattr(arguments, name) for name in ("backend", "model", "language", "queries_per_passage")}
+        self.settings = {**given, "prompt": self.prompt, "request": arguments.request_fields()}
         # Checked before answers are paid for, though the round trip comes after them.
         self.corpus: Sequence[str] = ()
         if arguments.round_trip_collection:
@@ -62,14 +59,14 @@ class Job:
         if not arguments.known_queries:
             for passage in self.passages.values():
                 passage.negative_queries.clear()
-        # Those without a query anywhere.
         self.wanted = {key: p for key, p in self.passages.items() if p.bare and not p.negative_queries}
+        self.queries: dict[str, list[str]] = {}
+        self.failures: dict[str, str] = {}
         self.no_answer: dict[str, str] = {}
 
     def question(self, key: str) -> Question:
         """What is asked about a passage."""
-        prompt = fill(self.prompt, self.wanted[key].text, self.arguments.queries_per_passage)
-        return Question(key, prompt)
+        return Question(key, fill(self.prompt, self.wanted[key].text, self.arguments.queries_per_passage))
 
     def read(self, key: str, answers: Sequence[Answer]) -> tuple[list[str], str | None]:
         """The usable queries of a passage's answers, or what is wrong with the last of these."""
@@ -90,13 +87,12 @@ class Job:
                 return queries, None
         return [], fault
 
-    def to_ask(self, answers: Mapping[str, Sequence[Answer]], attempt: int) -> list[str]:
+    def to_ask(self, answers: Answers, attempt: int) -> list[str]:
         """Passages with ``attempt`` answers so far, none of them of use."""
-        return [
-            key for key in self.wanted if len(given := answers.get(key, ())) == attempt and not self.read(key, given)[0]
-        ]
+        given = {key: answers.get(key, ()) for key in self.wanted}
+        return [key for key, some in given.items() if len(some) == attempt and not self.read(key, some)[0]]
 
-    def plan(self, answers: Mapping[str, Sequence[Answer]]) -> dict[str, int]:
+    def plan(self, answers: Answers) -> dict[str, int]:
         """What a run would do, given the answers that are there."""
         asked = [key for attempt in range(_ASKED_AT_MOST) for key in self.to_ask(answers, attempt)]
         size = sum(len(self.question(key).prompt.encode()) for key in asked)
@@ -125,55 +121,44 @@ class Job:
 
                 backend.ask(map(self.question, keys), done)
 
-    def outcome(self, answers: Mapping[str, Sequence[Answer]]) -> Outcome:
-        """The usable queries, and for the other passages the reason."""
-        result = Outcome()
+    def take(self, answers: Answers) -> None:
+        """Take the usable queries from the answers, and for the other passages the reason."""
         for key in self.wanted:
             queries, fault = self.read(key, answers.get(key, ()))
             if queries:
-                result.queries[key] = queries
+                self.queries[key] = queries
             else:
-                result.failures[key] = self.no_answer.get(key) or fault or "not asked"
-        return result
+                self.failures[key] = self.no_answer.get(key) or fault or "not asked"
 
-    def count(
-        self,
-        outcome: Outcome,
-        answers: Mapping[str, Sequence[Answer]],
-        before: Mapping[str, Sequence[Answer]],
-        dropped: Mapping[str, int],
-    ) -> dict[str, int]:
+    def count(self, answers: Answers, before: Answers, dropped: Mapping[str, int]) -> dict[str, int]:
         """Figures of the job, by name: of the answers, of what the round trip ``dropped``, of queries and failures."""
         given = [answer for key in self.wanted for answer in answers.get(key, ())]
         new = len(given) - sum(len(before.get(key, ())) for key in self.wanted)
-        reasons = Counter(reason.partition(": ")[0] for reason in outcome.failures.values())
-        short = sum(len(queries) < self.arguments.queries_per_passage for queries in outcome.queries.values())
+        reasons = Counter(reason.partition(": ")[0] for reason in self.failures.values())
+        short = sum(len(queries) < self.arguments.queries_per_passage for queries in self.queries.values())
         return {
             "answers received, of this run": new,
             "answers received, of all runs": len(given),
             "tokens of prompts, of all runs": sum(answer.prompt_tokens for answer in given),
             "tokens of answers, of all runs": sum(answer.answer_tokens for answer in given),
             **dropped,
-            "queries written": sum(map(len, outcome.queries.values())),
-            "passages with queries": len(outcome.queries),
+            "queries written": sum(map(len, self.queries.values())),
+            "passages with queries": len(self.queries),
             "of these with fewer than asked for": short,
-            "of these without an id: not in the store": sum(not self.passages[key].ids for key in outcome.queries),
-            "passages without a query": len(outcome.failures),
+            "of these without an id: not in the store": sum(not self.passages[key].ids for key in self.queries),
+            "passages without a query": len(self.failures),
             **{f"  {reason}": count for reason, count in reasons.most_common()},
         }
 
-    def write(self, result: Outcome) -> list[Path]:
+    def write(self) -> list[Path]:
         """Write the lines, the store and the failures; their paths."""
         found = {key: list(p.negative_queries.values()) for key, p in self.passages.items() if p.bare}
         output, store, failures = output_paths(self.arguments)
-        by_id = [(i, queries) for key, queries in result.queries.items() for i in self.passages[key].ids]
+        by_id = [(i, queries) for key, queries in self.queries.items() for i in self.passages[key].ids]
         write_jsonl(store, ({"docid": identifier, "queries": queries} for identifier, queries in by_id))
-        reasons = (
-            {"ids": self.passages[key].ids, "reason": reason, "passage": self.passages[key].text}
-            for key, reason in result.failures.items()
-        )
-        write_jsonl(failures, reasons)
-        write_jsonl(output, fill_lines(self.files, found | result.queries, self.arguments.queries_per_passage))
+        reasons = [(self.passages[key], reason) for key, reason in self.failures.items()]
+        write_jsonl(failures, ({"ids": p.ids, "reason": reason, "passage": p.text} for p, reason in reasons))
+        write_jsonl(output, fill_lines(self.files, found | self.queries, self.arguments.queries_per_passage))
         return [output, store, failures]
 
 

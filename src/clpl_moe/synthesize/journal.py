@@ -11,13 +11,12 @@ import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import parse_line
+from clpl_moe.synthesize.backends import Answer
 
 if sys.platform != "win32":
     import fcntl
@@ -25,39 +24,18 @@ if sys.platform != "win32":
 _FORMAT = "clpl_moe.synthesize 1"
 
 
-@dataclass(frozen=True)
-class Question:
-    """What a model is asked.
+def read_answers(path: Path, settings: dict[str, Any], overwrite: bool = False) -> dict[str, list[Answer]]:
+    """The answers that a job with these settings would not ask for again, by passage; leaves the file as it is.
 
-    Attributes:
-        key: of the passage.
-        prompt: with the passage in it.
+    Raises:
+        UserError: as :class:`Journal`.
     """
-
-    key: str
-    prompt: str
+    return _read(path, settings, overwrite)[0] if path.exists() else {}
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What came back.
-
-    Attributes:
-        text: what the model wrote; None where the reply held nothing that can be read.
-        cut: whether it ended at its limit of tokens.
-        prompt_tokens: counted by the server or tokenizer; 0 where that did not count.
-        answer_tokens: likewise.
-    """
-
-    text: str | None
-    cut: bool = False
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-
-
-def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, list[Answer]], int]:
-    """Settings, answers of each passage, and where the last whole line ends."""
-    settings: dict[str, Any] | None = None
+def _read(path: Path, settings: dict[str, Any], overwrite: bool) -> tuple[dict[str, list[Answer]], int]:
+    """The answers of each passage to go on from, and where the last whole line ends; 0: begin anew."""
+    found: dict[str, Any] = {}
     answers: dict[str, list[Answer]] = {}
     end = 0
     with path.open("rb") as file:
@@ -70,23 +48,24 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, list[Answer]], i
                 if number == 1:
                     if record["journal"] != _FORMAT:
                         raise KeyError
-                    settings = dict(record["settings"])
+                    found = dict(record["settings"])
                 else:
                     answers.setdefault(record.pop("passage"), []).append(Answer(**record))
             except (KeyError, TypeError, ValueError):
                 expected = "an answer" if number > 1 else f'"journal": "{_FORMAT}" and its settings'
                 raise UserError(f"{at(path, number)}: found {', '.join(record) or '{}'}, expected {expected}") from None
-    return settings, answers, end
+    if end == 0 or found == settings:
+        return answers, end
+    if not overwrite:
+        _refuse_other(path, found, settings)
+    return {}, 0
 
 
 def _refuse_other(path: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
-    different = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
-    if not different:
-        return
     parts = []
-    for name in different:
-        short = [json.dumps(s.get(name), ensure_ascii=False) for s in (found, settings)]
-        parts.append(f"{name} was {_shorten(short[0])}, now {_shorten(short[1])}" if name != "prompt" else "prompt")
+    for name in (name for name in {**found, **settings} if found.get(name) != settings.get(name)):
+        short = [_shorten(json.dumps(s.get(name), ensure_ascii=False)) for s in (found, settings)]
+        parts.append(f"{name} was {short[0]}, now {short[1]}" if name != "prompt" else "prompt")
     raise UserError(
         f"{at(path)}: the journal holds answers to other settings ({'; '.join(parts)}); name another output, or"
         " set overwrite to throw these answers away"
@@ -95,22 +74,6 @@ def _refuse_other(path: Path, found: dict[str, Any], settings: dict[str, Any]) -
 
 def _shorten(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def read_answers(path: str | Path, settings: dict[str, Any], overwrite: bool = False) -> dict[str, list[Answer]]:
-    """The answers that a job with these settings would not ask for again, by passage; leaves the file as it is.
-
-    Raises:
-        UserError: as :class:`Journal`.
-    """
-    path = Path(path)
-    if not path.exists():
-        return {}
-    found, answers, _ = _read(path)
-    if found is None or (overwrite and found != settings):
-        return {}
-    _refuse_other(path, found, settings)
-    return answers
 
 
 class Journal:
@@ -128,10 +91,9 @@ class Journal:
         UserError: the journal belongs to other settings or to a job that runs, or is none.
     """
 
-    def __init__(self, path: str | Path, settings: dict[str, Any], overwrite: bool = False) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+    def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool = False) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
         self._sync = ThreadPoolExecutor(1)
         try:
             if sys.platform != "win32":  # there, two jobs on one journal are not kept apart
@@ -139,13 +101,9 @@ class Journal:
                     fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise UserError(f"{at(path)}: another job is writing to this journal; wait for it") from None
-            found, self.answers, end = _read(self.path)
-            if found is not None and found != settings:
-                if not overwrite:
-                    _refuse_other(self.path, found, settings)
-                found, self.answers, end = None, {}, 0
+            self.answers, end = _read(path, settings, overwrite)
             self._file.truncate(end)
-            if found is None:
+            if end == 0:
                 self._write({"journal": _FORMAT, "settings": settings})
         except BaseException:
             self._close()
@@ -165,7 +123,7 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._close()
 
     def _close(self) -> None:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
 from clpl_moe.common.errors import UserError
-from clpl_moe.synthesize.journal import Answer, Question
+from clpl_moe.synthesize.backends import Answer, Done, Question
+from clpl_moe.synthesize.options import SynthesizeArguments
 
 
 class LocalModel:
-    """A causal language model, on a CUDA device where there is one, and how it is asked.
-
-    Its chat template is used where its tokenizer has one.
-
-    Args:
-        model: folder or hub name.
-        temperature: 0 takes the most likely token each time; above it, tokens are drawn.
-        max_answer_tokens: longest answer.
-        batch_size: questions at once.
-        trust_remote_code: run code that the model's own folder holds.
+    """A causal language model, on a CUDA device where there is one, asked through its chat template where it has one.
 
     Attributes:
         requests: questions asked.
@@ -29,51 +21,34 @@ class LocalModel:
         UserError: there is no such model, or it cannot be loaded.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        temperature: float = 0.7,
-        max_answer_tokens: int = 256,
-        batch_size: int = 8,
-        trust_remote_code: bool = False,
-    ) -> None:
+    def __init__(self, arguments: SynthesizeArguments, trust_remote_code: bool) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from clpl_moe.encoder.bars import no_bar_of_weights
 
+        model, code = arguments.model, {"trust_remote_code": trust_remote_code}
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                model, padding_side="left", trust_remote_code=trust_remote_code
-            )
+            self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **code)
             with no_bar_of_weights():
-                self._model = AutoModelForCausalLM.from_pretrained(
-                    model, dtype="auto", trust_remote_code=trust_remote_code
-                )
+                self._model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", **code)
         except Exception as error:  # the tokenizers library raises plain ones, that of the weights its own
             raise UserError(f"{model}: cannot be loaded as a language model: {' '.join(str(error).split())}") from None
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
-        self._generation: dict[str, Any] = {"max_new_tokens": max_answer_tokens, "do_sample": temperature > 0}
+        temperature = 0.7 if arguments.temperature is None else arguments.temperature
+        most = arguments.max_answer_tokens or 256
+        self._generation: dict[str, Any] = {"max_new_tokens": most, "do_sample": temperature > 0}
         if temperature > 0:
             self._generation["temperature"] = temperature
         positions = getattr(self._model.config, "max_position_embeddings", None) or 1 << 30
-        self._longest_prompt = positions - max_answer_tokens
-        self._batch_size = batch_size
+        self._longest_prompt = positions - most
+        self._batch_size = arguments.concurrency
         self.requests = 0
 
-    def ask(self, questions: Iterable[Question], done: Callable[[Question, Answer | str], None]) -> None:
-        """Ask everything, ``batch_size`` at once, and hand over each answer as it comes.
-
-        Args:
-            questions: in the order of asking.
-            done: called with each question and its answer, or why there is none.
-
-        Raises:
-            UserError: a batch does not fit in memory.
-        """
+    def ask(self, questions: Iterable[Question], done: Done) -> None:
+        """See :class:`Backend`; questions of a batch are answered together."""
         remaining = iter(questions)
         while batch := [(question, self._tokens(question.prompt)) for question in islice(remaining, self._batch_size)]:
             for question, tokens in batch:

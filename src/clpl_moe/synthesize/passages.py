@@ -23,7 +23,7 @@ class Passage:
 
     Attributes:
         text: as it first occurs.
-        ids: its ids, where the files have them.
+        ids: all that the files give it.
         negative: whether it occurs as a negative.
         bare: whether it does so without a query.
         negative_queries: those that it answers according to the files, by normalised text.
@@ -41,12 +41,6 @@ def passage_key(text: str) -> str:
     return hashlib.sha256(normalize_text(text).encode()).hexdigest()[:32]
 
 
-def _read_lines(files: Sequence[Path]) -> Iterator[tuple[Path, int, dict[str, Any]]]:
-    for path in files:
-        for number, record in read_jsonl(path):
-            yield path, number, record
-
-
 def read_passages(files: Sequence[Path]) -> dict[str, Passage]:
     """The distinct passages of training files, positives included, by :func:`passage_key`.
 
@@ -56,10 +50,10 @@ def read_passages(files: Sequence[Path]) -> dict[str, Passage]:
     passages: dict[str, Passage] = {}
     owner: dict[str, str] = {}
 
-    def add(text: str, ids: Any, index: int, place: str, field_name: str) -> Passage:
+    def add(record: dict[str, Any], field_name: str, index: int, text: str, place: str) -> Passage:
         key = passage_key(text)
         passage = passages.setdefault(key, Passage(text))
-        if ids is not None:
+        if (ids := record.get(field_name)) is not None:
             identifier = ids[index] if isinstance(ids, list) and index < len(ids) else None
             if not isinstance(identifier, str):
                 raise UserError(f"{place}: field '{field_name}': expected a list of strings, one for each passage")
@@ -69,19 +63,20 @@ def read_passages(files: Sequence[Path]) -> dict[str, Passage]:
                 passage.ids.append(identifier)
         return passage
 
-    for path, number, record in _read_lines(files):
-        for fault in find_faults(record):
-            raise UserError(f"{at(path, number)}: {fault}")
-        place = at(path, number)
-        for index, text in enumerate(record["pos"]):
-            passage = add(text, record.get("pos_ids"), index, place, "pos_ids")
-            passage.negative_queries.setdefault(normalize_text(record["query"]), record["query"])
-        for index, (text, queries) in enumerate(zip(record["neg"], negative_queries(record))):
-            passage = add(text, record.get("neg_ids"), index, place, "neg_ids")
-            passage.negative = True
-            passage.bare |= not queries
-            for query in queries:
-                passage.negative_queries.setdefault(normalize_text(query), query)
+    for path in files:
+        for number, record in read_jsonl(path):
+            place = at(path, number)
+            for fault in find_faults(record):
+                raise UserError(f"{place}: {fault}")
+            for index, text in enumerate(record["pos"]):
+                passage = add(record, "pos_ids", index, text, place)
+                passage.negative_queries.setdefault(normalize_text(record["query"]), record["query"])
+            for index, (text, queries) in enumerate(zip(record["neg"], negative_queries(record))):
+                passage = add(record, "neg_ids", index, text, place)
+                passage.negative = True
+                passage.bare |= not queries
+                for query in queries:
+                    passage.negative_queries.setdefault(normalize_text(query), query)
     return passages
 
 
@@ -89,10 +84,6 @@ class SearchedPassages(Sequence[str]):
     """The passages of training files, in their order, and after them the other texts of a corpus.
 
     Of equal texts there is one. Those of the corpus are read when they are asked for: 8 bytes are kept of each.
-
-    Args:
-        own: as :func:`read_passages` gives them.
-        corpus: any texts.
     """
 
     def __init__(self, own: Mapping[str, Passage], corpus: Sequence[str] = ()) -> None:
@@ -113,14 +104,9 @@ class SearchedPassages(Sequence[str]):
 
 
 def fill_lines(files: Sequence[Path], queries: Mapping[str, Sequence[str]], most: int) -> Iterator[dict[str, Any]]:
-    """The lines of training files, ``neg_q`` filled where it had no query.
-
-    Args:
-        files: as :func:`read_passages` read them.
-        queries: of each passage, by its key. A line's own query is never given to a negative of that line.
-        most: queries put in for a negative, at most.
-    """
-    for _, _, record in _read_lines(files):
+    """The lines of training files, ``neg_q`` filled where it had no query with up to ``most`` of a passage's ``queries``,
+    by its key. A line's own query is never given to a negative of that line."""
+    for _, record in itertools.chain.from_iterable(map(read_jsonl, files)):
         own = normalize_text(record["query"])
         given = negative_queries(record)
         entries = list(record.get("neg_q") or given)  # as the file spells them

@@ -13,11 +13,7 @@ _PLACEHOLDERS = ("passage", "queries")
 
 
 def load_prompt(language: str, path: str | Path | None = None) -> str:
-    """The prompt for a language, else the file's ``generic`` one.
-
-    Args:
-        language: such as ``ko``.
-        path: YAML file, language -> prompt; None: the package's own.
+    """The prompt for a language, else the ``generic`` one, of a YAML file; None: of the package's own.
 
     Raises:
         UserError: the file has neither, or a prompt in it (of any language) is no text, lacks ``{passage}`` or has

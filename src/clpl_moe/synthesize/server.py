@@ -15,7 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from clpl_moe.common.errors import OptionError, UserError
-from clpl_moe.synthesize.journal import Answer, Question
+from clpl_moe.synthesize.backends import Answer, Done, Question
+from clpl_moe.synthesize.options import SynthesizeArguments
 
 _NO_KEY = "none"  # what is sent to a server that needs no key: the package insists on one
 _DEFAULT_KEY = "OPENAI_API_KEY"
@@ -24,16 +25,6 @@ _DEFAULT_KEY = "OPENAI_API_KEY"
 class Server:
     """A server and how it is asked.
 
-    Args:
-        model: name of the model there.
-        base_url: such as ``http://localhost:8000/v1``; None: OpenAI's, or what ``OPENAI_BASE_URL`` says.
-        api_key_env: the environment variable that holds the key; None: ``OPENAI_API_KEY``, which may be missing
-            where ``base_url`` is given.
-        options: further fields of each request, such as ``temperature``.
-        concurrency: requests at once.
-        timeout: seconds to wait for an answer.
-        max_retries: how often one question is sent again after errors that may pass.
-
     Attributes:
         requests: how many were sent, retries included.
 
@@ -41,17 +32,7 @@ class Server:
         UserError: the package or the key is missing, or the address is none.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        base_url: str | None = None,
-        api_key_env: str | None = None,
-        options: dict[str, Any] | None = None,
-        concurrency: int = 8,
-        timeout: float = 120.0,
-        max_retries: int = 8,
-    ) -> None:
+    def __init__(self, arguments: SynthesizeArguments) -> None:
         try:
             import openai  # noqa: F401
         except ImportError:
@@ -59,28 +40,21 @@ class Server:
                 'asking a server needs the openai package: pip install "clpl-moe[synthesize]"'
                 " (or set backend to transformers for a local model)"
             ) from None
-        self._model, self._options = model, options or {}
-        self._base_url = _check_url(base_url)
-        self._key = _read_key(api_key_env, needed=base_url is None and "OPENAI_BASE_URL" not in os.environ)
-        self._concurrency, self._timeout, self._max_retries = concurrency, timeout, max_retries
+        self._arguments, self._fields, self._base_url = arguments, arguments.request_fields(), arguments.base_url
+        if self._base_url is not None:
+            _check_url(self._base_url)
+        needed = self._base_url is None and "OPENAI_BASE_URL" not in os.environ
+        self._key = _read_key(arguments.api_key_env, needed)
         self.requests = 0
         self._reached = False  # whether it has answered anything at all
         self._well = False  # whether it has given an answer
         self._failed_in_a_row = 0
 
-    def ask(self, questions: Iterable[Question], done: Callable[[Question, Answer | str], None]) -> None:
-        """Ask everything, ``concurrency`` at once, and hand over each answer as it comes.
-
-        Args:
-            questions: in the order of asking.
-            done: called with each question and its answer, or why there is none.
-
-        Raises:
-            UserError: nothing more will come: wrong key, no such model, no server, or nothing but errors.
-        """
+    def ask(self, questions: Iterable[Question], done: Done) -> None:
+        """See :class:`Backend`."""
         asyncio.run(self._ask(questions, done))
 
-    async def _ask(self, questions: Iterable[Question], done: Callable[[Question, Answer | str], None]) -> None:
+    async def _ask(self, questions: Iterable[Question], done: Done) -> None:
         import openai
 
         server = self
@@ -107,11 +81,11 @@ class Server:
         async with openai.AsyncOpenAI(
             base_url=self._base_url,
             api_key=self._key,
-            timeout=self._timeout,
-            max_retries=self._max_retries,
+            timeout=self._arguments.timeout,
+            max_retries=self._arguments.max_retries,
             http_client=Connection(),
         ) as client:
-            tasks = [asyncio.create_task(work()) for _ in range(self._concurrency)]
+            tasks = [asyncio.create_task(work()) for _ in range(self._arguments.concurrency)]
             try:
                 await asyncio.gather(*tasks)
             finally:
@@ -126,7 +100,7 @@ class Server:
         try:
             # The raw reply: whatever is in it, it has been paid for.
             reply = await client.chat.completions.with_raw_response.create(
-                model=self._model, messages=messages, extra_body=self._options
+                model=self._arguments.model, messages=messages, extra_body=self._fields
             )
         except openai.APIStatusError as error:
             status = error.status_code
@@ -136,7 +110,7 @@ class Server:
             # Others may concern one passage: too long, or not to the taste of a filter.
             return self._failed(said, alone=self._well and status < 500 and status not in (408, 409, 429))
         except openai.APITimeoutError:
-            return self._failed(f"no answer within {self._timeout:g} s")
+            return self._failed(f"no answer within {self._arguments.timeout:g} s")
         except openai.APIConnectionError as error:
             return self._failed(f"the connection broke ({type(error.__cause__).__name__})")
         except openai.OpenAIError as error:
@@ -152,7 +126,7 @@ class Server:
     def _failed(self, reason: str, alone: bool = False) -> str:
         """Count a failure; ``alone``: it says nothing about other questions."""
         self._failed_in_a_row += not alone
-        limit = 2 * max(self._concurrency, 8)
+        limit = 2 * max(self._arguments.concurrency, 8)
         if self._failed_in_a_row >= limit:
             raise UserError(f"the server has not given an answer {limit} times in a row, lastly: {reason}")
         return reason
@@ -162,9 +136,7 @@ class Server:
         return text if self._key == _NO_KEY else text.replace(self._key, "[key]")
 
 
-def _check_url(base_url: str | None) -> str | None:
-    if base_url is None:
-        return None
+def _check_url(base_url: str) -> None:
     try:
         parts = urlsplit(base_url)
         valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
@@ -174,7 +146,6 @@ def _check_url(base_url: str | None) -> str | None:
         raise OptionError("base_url", "expected an address such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query:
         raise OptionError("base_url", "holds a user name, password or query; the key belongs in the environment")
-    return base_url
 
 
 def _read_key(name: str | None, needed: bool) -> str:
@@ -212,10 +183,5 @@ def _read_reply(reply: str, hide: Callable[[str], str]) -> Answer:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return Answer(None)
     usage = record.get("usage")
-    prompt_tokens, answer_tokens = (_count(usage, name) for name in ("prompt_tokens", "completion_tokens"))
-    return Answer(text, cut, prompt_tokens, answer_tokens)
-
-
-def _count(usage: Any, name: str) -> int:
-    value = usage.get(name) if isinstance(usage, dict) else None
-    return value if isinstance(value, int) else 0
+    counts = [usage.get(n) if isinstance(usage, dict) else 0 for n in ("prompt_tokens", "completion_tokens")]
+    return Answer(text, cut, *(count if isinstance(count, int) else 0 for count in counts))
