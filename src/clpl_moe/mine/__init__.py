@@ -71,12 +71,8 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
         if arguments.reranker is not None:
             from clpl_moe.mine.rerank import Reranker
 
-            reranker = Reranker(
-                arguments.reranker,
-                max_length=arguments.reranker_max_len,
-                batch_size=arguments.reranker_batch_size,
-                trust_remote_code=encoding.trust_remote_code,
-            )
+            sizes = (arguments.reranker_max_len, arguments.reranker_batch_size)
+            reranker = Reranker(arguments.reranker, *sizes, encoding.trust_remote_code)
         miner = NegativeMiner(
             index=index,
             selection=selection,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 from clpl_moe.mine.index import PassageIndex, comparable
 from clpl_moe.mine.options import SelectionArguments
@@ -55,15 +56,15 @@ class CopyFilter:
 
     def __init__(self, query: MiningQuery, index: PassageIndex, max_overlap: float) -> None:
         self._query, self._index, self._max_overlap = query, index, max_overlap
-        self._positives: list[set[str]] | None = None
+
+    @cached_property
+    def _positives(self) -> list[set[str]]:
+        return [_pieces(text) for text in self._query.positive_texts(self._index)]
 
     def is_copy(self, place: int) -> bool:
         """Whether the passage at a place is a copy of a positive."""
         if self._max_overlap >= 1:
             return False
-        if self._positives is None:
-            texts = [*(self._index.texts[p] for p in self._query.positives), *self._query.other_positives]
-            self._positives = [_pieces(text) for text in texts]
         pieces = _pieces(self._index.texts[place])
         return any(len(p & pieces) > self._max_overlap * min(len(p), len(pieces)) for p in self._positives)
 

@@ -18,11 +18,8 @@ class PassageIndex:
     """A collection's passages without repeated and empty texts, and the queries that they are known to answer.
 
     Texts that differ in case, punctuation, white space or Unicode form only (:func:`comparable`) are one passage. Kept
-    for each passage are 16 bytes (a row and a hash), plus the queries of those that have any.
-
-    Args:
-        collection: the passages, and judgements that count as known queries.
-        positive_queries: passage id and queries, further known ones; unknown ids are counted and left out.
+    for each passage are 16 bytes (a row and a hash), plus the queries of those that have any: by the collection's
+    judgements, and by ``positive_queries`` (passage id and queries), of which unknown ids are counted and left out.
 
     Attributes:
         source: the collection's folder.
@@ -81,12 +78,10 @@ class PassageIndex:
         Raises:
             UserError: the file is missing or a line of it is broken.
         """
-        path = Path(collection.directory, collection.language, "positive_queries.jsonl")
-        if positive_queries is not None:
-            path = Path(positive_queries)
-        elif not path.exists():
+        own = Path(collection.directory, collection.language, "positive_queries.jsonl")
+        if positive_queries is None and not own.exists():
             return cls(collection)
-        return cls(collection, read_positive_queries(path))
+        return cls(collection, read_positive_queries(own if positive_queries is None else positive_queries))
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -17,12 +17,9 @@ from clpl_moe.retrieval.collection import Collection
 
 
 def training_lines(miner: NegativeMiner, collection: Collection, most: int) -> Iterator[dict[str, Any]]:
-    """The training lines of a collection's queries, one at a time.
+    """The training lines of a collection's queries, one at a time; the miner's counts tell what was taken, and what not.
 
-    Args:
-        miner: finds their negatives in the collection; its counts count what was taken, and what was not and why.
-        collection: queries and judgements.
-        most: queries written for a negative, drawn from more that it is known to answer.
+    For a negative ``most`` queries are written, drawn from more that it is known to answer.
     """
     index, counts = miner.index, miner.counts
     counts["queries"] += len(collection.queries)
@@ -45,7 +42,7 @@ def training_lines(miner: NegativeMiner, collection: Collection, most: int) -> I
             counts["queries dropped: no passage was left"] += 1
             continue
         draw = random.Random(f"{miner.seed} {query.key} queries")
-        negative_queries = [_draw_queries(index.negative_queries(place), most, draw) for place in negatives.places]
+        negative_queries = [_draw_some(index.negative_queries(place), most, draw) for place in negatives.places]
         scores: dict[str, list[float]] = {}
         if negatives.scores is not None and negatives.positive_scores is not None:
             highest = max(negatives.positive_scores)
@@ -68,8 +65,7 @@ def training_lines(miner: NegativeMiner, collection: Collection, most: int) -> I
         }
 
 
-def _draw_queries(queries: list[str], most: int, draw: random.Random) -> list[str]:
-    """Up to ``most`` of the queries, in their order."""
+def _draw_some(queries: list[str], most: int, draw: random.Random) -> list[str]:
     if len(queries) <= most:
         return queries
     return [queries[i] for i in sorted(draw.sample(range(len(queries)), most))]

@@ -41,6 +41,10 @@ class MiningQuery:
     excluded: set[int]
     other_positives: list[str] = field(default_factory=list)
 
+    def positive_texts(self, index: PassageIndex) -> list[str]:
+        """Texts of all its positives."""
+        return [*(index.texts[place] for place in self.positives), *self.other_positives]
+
 
 @dataclass
 class Ranking:
@@ -67,10 +71,7 @@ def rank_passages(
     cache: Path | None = None,
     progress: bool = True,
 ) -> Ranking:
-    """The passages most similar to each query, ``rank_to`` of them besides those that have no rank.
-
-    With ``torch.distributed`` and a cache, processes share the encoding of the passages (all have to call this).
-    """
+    """The passages most similar to each query, ``rank_to`` of them besides those that have no rank."""
     from clpl_moe.retrieval.search import search
     from clpl_moe.retrieval.store import encode_passages, encode_queries
 

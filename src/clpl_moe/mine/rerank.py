@@ -23,20 +23,12 @@ from clpl_moe.retrieval.collection import hash_texts
 class Reranker:
     """A cross encoder with one output, such as BAAI/bge-reranker-v2-m3, through sentence-transformers.
 
-    Args:
-        name: folder or hub name.
-        max_length: longest pair in tokens; the rest is cut off.
-        batch_size: pairs at once.
-        trust_remote_code: whether to run code of the model's folder.
-
     Raises:
         UserError: there is no such model, it was not trained to score pairs, it gives several scores, or ``max_length`` is
             beyond its positions.
     """
 
-    def __init__(
-        self, name: str, *, max_length: int = 512, batch_size: int = 32, trust_remote_code: bool = False
-    ) -> None:
+    def __init__(self, name: str, max_length: int, batch_size: int, trust_remote_code: bool) -> None:
         from sentence_transformers import CrossEncoder
 
         try:
@@ -58,9 +50,7 @@ class Reranker:
     def scores(self, pairs: Sequence[tuple[str, str]], cache: Path | None = None) -> list[float]:
         """A score for each (query, passage): from 0 to 1, unless the model's own configuration has another function.
 
-        Args:
-            pairs: texts of query and passage.
-            cache: folder where the scores of these pairs are kept, and taken from where they are there already.
+        ``cache`` is a folder where the scores of these pairs are kept, and taken from where they are there already.
 
         Raises:
             UserError: a score is NaN or infinite.
@@ -101,8 +91,7 @@ def rescore(found: Sequence[Scored], index: PassageIndex, reranker: Reranker, ca
     """Candidates and positives with the reranker's scores, candidates ordered by them."""
     pairs = []
     for one in found:
-        places = [*(place for place, _ in one.candidates), *one.query.positives]
-        texts = (*(index.texts[p] for p in places), *one.query.other_positives)
+        texts = [*(index.texts[place] for place, _ in one.candidates), *one.query.positive_texts(index)]
         pairs += [(one.query.text, text) for text in texts]
     scores = iter(reranker.scores(pairs, cache))
     rescored = []

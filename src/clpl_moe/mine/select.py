@@ -7,26 +7,28 @@ For each query:
 2. The window is ``rank_from`` to ``rank_to``. A reranker first scores and orders the passages up to ``rank_to`` anew;
    all later steps go by its scores (:mod:`clpl_moe.mine.rerank`).
 3. Passages that probably answer the query are left out (:mod:`clpl_moe.mine.filters`).
-4. Of the rest, ``negatives`` are taken: the first ones, or drawn (:mod:`clpl_moe.mine.sampling`).
+4. Of the rest, ``negatives`` are taken: the first ones, or drawn.
 
 ``sampling: corpus`` skips the ranking and its filters: any passage not known to answer the query may be drawn.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tqdm.auto import tqdm
 
 from clpl_moe.encoder import Encoder
 from clpl_moe.mine.filters import CopyFilter, below_ceiling, without_known_answers
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.mine.options import SelectionArguments
-from clpl_moe.mine.rank import MiningQuery, Ranking, rank_passages
+from clpl_moe.mine.rank import Candidate, MiningQuery, Ranking, rank_passages
 from clpl_moe.mine.rerank import Reranker, Scored, rescore
-from clpl_moe.mine.sampling import in_order, shuffled
 from clpl_moe.retrieval.options import EncodingArguments
 
 _QUERIES_AT_ONCE = 64
@@ -34,12 +36,9 @@ _QUERIES_AT_ONCE = 64
 
 @dataclass
 class Negatives:
-    """The negatives of one query.
+    """The negatives of one query: places in the index, best first, and scores; None where none were computed.
 
-    Attributes:
-        places: in the index, best first.
-        scores: one for each of them; None where none were computed.
-        positive_scores: of the positives, then of the others; None where none were computed.
+    ``positive_scores`` are of the positives that the index holds, then of the others.
     """
 
     places: list[int]
@@ -52,13 +51,9 @@ class NegativeMiner:
     """Finds the negatives of queries.
 
     Args:
-        index: of the corpus.
-        selection: which passages to take.
-        encoding: lengths and batch size.
         encoder: ranks the passages, by cosine whatever its settings say; None with ``sampling: corpus`` only.
         seed: of all draws, together with each query's key.
         counts: counts what was left out, and why.
-        reranker: scores the window anew.
         cache: folder for embeddings of passages and the reranker's scores, from which an interrupted run goes on.
         progress: whether to show bars.
     """
@@ -100,7 +95,8 @@ class NegativeMiner:
                 yield Negatives(self._take(shuffled(len(self.index), self._draw(query)), query), None, None)
             return
         starts = range(0, len(queries), _QUERIES_AT_ONCE)
-        for start in _bar(starts, "rerank", self.reranker is not None and self.progress):
+        hidden = self.reranker is None or not self.progress
+        for start in tqdm(starts, "rerank", unit=f"{_QUERIES_AT_ONCE} queries", disable=hidden, leave=False):
             found = []
             for row in range(start, min(start + _QUERIES_AT_ONCE, len(queries))):
                 candidates = list(zip(ranking.places[row].tolist(), ranking.scores[row].tolist()))
@@ -114,7 +110,7 @@ class NegativeMiner:
         window = scored.candidates[self.selection.rank_from - 1 :]
         allowed = below_ceiling(window, scored.positive_scores, self.selection)
         self.counts["passages left out: nearly as similar as a positive"] += len(window) - len(allowed)
-        taken = set(self._take(in_order(allowed, self.selection, self._draw(scored.query)), scored.query))
+        taken = set(self._take(_in_order(allowed, self.selection, self._draw(scored.query)), scored.query))
         best_first = [(place, score) for place, score in allowed if place in taken]
         return Negatives([p for p, _ in best_first], [score for _, score in best_first], scored.positive_scores)
 
@@ -137,7 +133,25 @@ class NegativeMiner:
         return random.Random(f"{self.seed} {query.key}")
 
 
-def _bar(values: Sequence[int], label: str, shown: bool) -> Iterable[int]:
-    from tqdm.auto import tqdm
+def _in_order(allowed: Sequence[Candidate], selection: SelectionArguments, draw: random.Random) -> Iterator[int]:
+    """The places of the candidates in the order in which they are taken."""
+    if selection.sampling == "top":
+        return iter([place for place, _ in allowed])
+    if selection.sampling == "random":
+        return iter([place for place, _ in draw.sample(allowed, len(allowed))])
+    # The greatest sums of logarithmic weight and Gumbel noise are a draw by these weights without putting back.
+    keys = [s / selection.sampling_temperature - math.log(draw.expovariate(1) or 1e-300) for _, s in allowed]
+    order = sorted(range(len(allowed)), key=lambda i: -keys[i])
+    return iter([allowed[i][0] for i in order])
 
-    return tqdm(values, desc=label, unit=f"{_QUERIES_AT_ONCE} queries", disable=not shown, leave=False)
+
+def shuffled(count: int, draw: random.Random) -> Iterator[int]:
+    """The numbers below ``count`` in a random order, of which few are asked for."""
+    seen: set[int] = set()
+    while len(seen) < count // 2:
+        number = draw.randrange(count)
+        if number not in seen:
+            seen.add(number)
+            yield number
+    rest = [number for number in range(count) if number not in seen]
+    yield from draw.sample(rest, len(rest))

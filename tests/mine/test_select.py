@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from clpl_moe.mine.sampling import shuffled
+from clpl_moe.mine.select import shuffled
 from helpers.known_ranking import SCORES, found, make_index
 
 
