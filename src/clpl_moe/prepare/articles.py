@@ -46,15 +46,7 @@ class Article:
 
 @dataclass
 class ArticleCollection:
-    """A collection as it is written, and what became of the data.
-
-    Attributes:
-        corpus: lines of ``corpus.jsonl``.
-        queries: split -> lines of its ``{split}_queries.jsonl``.
-        qrels: split -> lines of its ``{split}_qrels.jsonl``.
-        positive_queries: lines of ``positive_queries.jsonl``.
-        counts: what was read, skipped, merged and left.
-    """
+    """The lines of a collection's files, by split where there is a file for each, and what became of the data."""
 
     corpus: list[dict[str, Any]]
     queries: dict[str, list[dict[str, Any]]]
@@ -62,7 +54,7 @@ class ArticleCollection:
     positive_queries: list[dict[str, Any]]
     counts: Counter[str]
 
-    def write(self, folder: str | Path) -> None:
+    def write(self, folder: Path) -> None:
         """Write the collection's folder, whole or not at all; a side without queries gets no files."""
         with atomic_dir(folder) as temporary:
             write_jsonl(temporary / "corpus.jsonl", self.corpus)
@@ -155,11 +147,7 @@ def _merge_contexts(
 def _merge_questions(
     asked: Sequence[_Asked], is_dev: Sequence[bool], counts: Counter[str]
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, list[str]]]]:
-    """The lines of each split's queries, and for each split the passage ids of each query id.
-
-    Raises:
-        UserError: two different questions share an id.
-    """
+    """The lines of each split's queries, and for each split the passage ids of each query id."""
     queries: dict[str, dict[str, dict[str, Any]]] = {"train": {}, "dev": {}}  # split -> normalised text -> line
     relevant: dict[str, dict[str, list[str]]] = {"train": {}, "dev": {}}
     owners: dict[str, str] = {}  # question id -> its normalised text
@@ -184,42 +172,28 @@ def _merge_questions(
     return {split: list(lines.values()) for split, lines in queries.items()}, relevant
 
 
-class _Groups:
-    """Disjoint sets of articles."""
+def _group(articles: Sequence[Article], titles: Sequence[str]) -> list[list[int]]:
+    """Numbers of the articles that share titles or contexts, group by group."""
+    import numpy as np
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def __init__(self, size: int) -> None:
-        self.parents = list(range(size))
-
-    def find(self, item: int) -> int:
-        while self.parents[item] != item:
-            self.parents[item] = self.parents[self.parents[item]]
-            item = self.parents[item]
-        return item
-
-    def join(self, a: int, b: int) -> None:
-        a, b = sorted((self.find(a), self.find(b)))
-        self.parents[b] = a
-
-
-def _group(articles: Sequence[Article], titles: Sequence[str]) -> _Groups:
-    """The articles that share a title or a context."""
-    groups = _Groups(len(articles))
     holder: dict[tuple[str, str], int] = {}  # a title or a context -> the first article that has it
+    pairs = []
     for number, article in enumerate(articles):
         contexts = (("context", normalize_text(context)) for context, _ in article.paragraphs)
-        for key in (("title", titles[number]), *contexts):
-            if key[1]:
-                groups.join(number, holder.setdefault(key, number))
-    return groups
+        keys = (("title", titles[number]), *contexts)
+        pairs += [(number, holder.setdefault(key, number)) for key in keys if key[1]]
+    graph = coo_array((np.ones(len(pairs)), tuple(zip(*pairs))), shape=(len(articles),) * 2)
+    labels = connected_components(graph, directed=False)[1]
+    ends = np.cumsum(np.bincount(labels))[:-1]
+    return [group.tolist() for group in np.split(np.argsort(labels, kind="stable"), ends)]
 
 
 def _choose_dev(
-    groups: _Groups, articles: Sequence[Article], titles: Sequence[str], share: float, seed: int
+    groups: Sequence[list[int]], articles: Sequence[Article], titles: Sequence[str], share: float, seed: int
 ) -> list[bool]:
     """For each article, whether its questions are for dev."""
-    members: dict[int, list[int]] = {}
-    for number in range(len(articles)):
-        members.setdefault(groups.find(number), []).append(number)
 
     def order(numbers: list[int]) -> bytes:
         names = sorted(
@@ -227,7 +201,7 @@ def _choose_dev(
         )
         return hashlib.sha256("\n".join([str(seed), *names]).encode("utf-8", "surrogatepass")).digest()
 
-    shuffled = sorted(members.values(), key=order)
+    shuffled = sorted(groups, key=order)
     if 0 < share < 1 and len(shuffled) < 2:
         raise UserError(
             "there is only one article (or all share titles or contexts), it cannot be split into train and"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,14 @@ _GIT_LFS = b"version https://git-lfs"  # what stands in place of a large file th
 def read_source_lines(path: Path, bar: Any = None) -> Iterator[tuple[int, bytes]]:
     """Line number (from 1) and bytes of each line that is not blank, of a plain or a ``.gz`` file.
 
-    Args:
-        path: the file.
-        bar: a tqdm bar that is moved by the bytes of the file on disk.
+    A tqdm bar is moved by the bytes of the file on disk.
 
     Raises:
         UserError: the file is missing, empty, not gzip, cut short, or not fetched by Git LFS.
     """
     if not path.is_file():
         raise UserError(f"{at(path)}: no such file")
-    number, done, empty = 0, 0, True
-    again = "fetch this file again"
+    number, done, empty, again = 0, 0, True, "fetch this file again"
     with path.open("rb") as raw:
         if raw.read(len(_GIT_LFS)) == _GIT_LFS:
             raise UserError(f"{at(path)}: found Git LFS's pointer to the file, not the file; run `git lfs pull` there")
@@ -53,12 +50,7 @@ def read_source_lines(path: Path, bar: Any = None) -> Iterator[tuple[int, bytes]
 
 
 def read_texts(path: Path, id_field: str, bar: Any = None) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Line number, id and object of each line of a JSONL file; the object's ``title`` (may be missing) and ``text``
-    are strings.
-
-    Raises:
-        UserError: the file or a line is broken, or a field is missing or of another type.
-    """
+    """Line number, id and object of each line of a JSONL file; its ``text`` and ``title`` (may be missing) are strings."""
     for number, raw in read_source_lines(path, bar):
         record = parse_line(path, number, raw)
         for name in (id_field, "text", "title"):
@@ -72,11 +64,7 @@ def read_texts(path: Path, id_field: str, bar: Any = None) -> Iterator[tuple[int
 
 
 def read_passages(paths: Sequence[Path], id_field: str) -> Iterator[Passage]:
-    """The passages of JSONL files (``text``, perhaps ``title``); a bar shows the bytes read.
-
-    Raises:
-        UserError: as :func:`read_texts`.
-    """
+    """The passages of JSONL files (``text``, perhaps ``title``); a bar shows the bytes read."""
     from tqdm import tqdm
 
     count = 0
@@ -90,17 +78,27 @@ def read_passages(paths: Sequence[Path], id_field: str) -> Iterator[Passage]:
 
 
 def read_table(path: Path) -> Iterator[tuple[int, str]]:
-    """Line number and text, without the line's end, of each line of a text file.
-
-    Raises:
-        UserError: as :func:`read_source_lines`, or the file is not UTF-8.
-    """
+    """Line number and text, without the line's end, of each line of a text file."""
     for number, raw in read_source_lines(path):
         try:
             # The byte-order mark that some editors write is no part of the text.
             yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{at(path, number)}: not UTF-8 text ({error.reason})") from None
+
+
+def collect_queries(path: Path, lines: Iterable[tuple[int, str, str]], id_field: str) -> dict[str, str]:
+    """The queries of a file, id -> text, of the number, id and text of each line; an id that stands twice is an error."""
+    queries: dict[str, str] = {}
+    numbers: dict[str, int] = {}
+    for number, identifier, text in lines:
+        if identifier in numbers:
+            place = at(path, number, id_field)
+            raise UserError(f"{place}: '{identifier}' stands on line {numbers[identifier]} already")
+        if not text.strip():
+            raise UserError(f"{at(path, number, 'text')}: the query is empty")
+        numbers[identifier], queries[identifier] = number, text
+    return queries
 
 
 def read_qrels(
@@ -112,7 +110,7 @@ def read_qrels(
         path: the file.
         fields: names of a line's fields, separated by white space; the first is the query's id, the last two are the
             passage's id and the relevance.
-        queries: id -> text of the queries that may be judged.
+        queries: those that may be judged.
         queries_path: where these stand, for the message.
         header: whether the first line may hold names of fields. It counts as such where its last is no number: some
             files in BEIR's shape come without.

@@ -50,7 +50,7 @@ class Source(ABC):
     note: ClassVar[str] = ""
 
     def default_language(self) -> str | None:
-        """The name of the collection's folder where the user gives none; None: the user has to."""
+        """Name of the collection's folder where the user gives none; None: the user has to."""
         return None
 
     def files(self) -> list[str]:
@@ -66,15 +66,7 @@ class Source(ABC):
         raise NotImplementedError
 
     def write(self, folder: Path, titles: bool) -> Counter[str]:
-        """Write the collection, whole or not at all.
-
-        Args:
-            folder: the collection's folder; one that is there is replaced.
-            titles: whether to keep the titles of passages.
-
-        Returns:
-            Counts of what was read and left out, by name.
-        """
+        """Write the collection's folder, whole or not at all; returns counts of what was read and left out, by name."""
         from clpl_moe.prepare.write import write_collection
 
         return write_collection(folder, self.read_splits(), self.read_passages, id_field=self.id_field, titles=titles)

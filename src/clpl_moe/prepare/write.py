@@ -19,24 +19,19 @@ from clpl_moe.retrieval.collection import normalize_text
 
 
 def write_collection(
-    folder: str | Path,
+    folder: Path,
     splits: Mapping[str, Split],
     read_passages: Callable[[], Iterable[Passage]],
     *,
-    id_field: str = "id",
-    titles: bool = True,
+    id_field: str,
+    titles: bool,
 ) -> Counter[str]:
     """Write a collection, whole or not at all, and return counts of what it holds.
 
-    Args:
-        folder: the collection's folder; one that is there is replaced.
-        splits: name -> queries and judgements.
-        read_passages: gives the passages; called again if an id stands twice, to say where.
-        id_field: name of the field that holds a passage's id, for messages.
-        titles: whether to keep the titles.
+    ``read_passages`` is called again if an id stands twice, to say where.
 
     Raises:
-        UserError: an id stands twice.
+        UserError: an id stands twice; the message names its place and ``id_field``.
     """
     relevant = {p for split in splits.values() for (_, p), grade in split.judgements.items() if grade > 0}
     counts: Counter[str] = Counter()

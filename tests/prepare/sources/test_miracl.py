@@ -204,7 +204,11 @@ FAULTS = {
     "topic": (TRAIN_TOPICS, append("11 no tab\n"), "train.tsv:3: found '11 no tab', expected a query's id, a tab"),
     "topic text": (TRAIN_TOPICS, append("11\t \n"), "train.tsv:3: found '11\\t '"),
     "topic id": (TRAIN_TOPICS, append("1 1\ttext\n"), "train.tsv:3: field 'query id': found '1 1'"),
-    "repeated topic": (TRAIN_TOPICS, append("8\ttext\n"), "train.tsv:3: '8' stands on line 2 already"),
+    "repeated topic": (
+        TRAIN_TOPICS,
+        append("8\ttext\n"),
+        "train.tsv:3: field 'query id': '8' stands on line 2 already",
+    ),
     "topic bytes": (TRAIN_TOPICS, lambda path: path.write_bytes(b"1\tx\n2\t\xff\n"), "train.tsv:2: not UTF-8"),
     "empty topics": (TRAIN_TOPICS, lambda path: path.write_text("\n"), "train.tsv: the file is empty"),
     "unknown topic": (DEV_QRELS, append("8\tQ0\t0#1\t1\n"), "dev.tsv:3: field 'query id': '8' is not an id of "),

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.options import option
-from clpl_moe.prepare.files import read_passages, read_qrels, read_texts
+from clpl_moe.prepare.files import collect_queries, read_passages, read_qrels, read_texts
 from clpl_moe.prepare.source import Passage, Source, Split, register_source
 
 
@@ -37,25 +37,12 @@ class Beir(Source):
         return read_passages([self._find("corpus.jsonl")], self.id_field)
 
     def read_splits(self) -> dict[str, Split]:
-        """Queries and judgements of each split.
-
-        Raises:
-            UserError: a file is missing, a line is broken, an id stands twice, a judgement names an unknown query.
-        """
         if not Path(self.beir).is_dir():
             raise UserError(f"{at(self.beir)}: no such folder, expected one in BEIR's layout")
         self._find("corpus.jsonl")
         path, qrels = self._find("queries.jsonl"), self._find_qrels()
-        queries: dict[str, str] = {}
-        lines: dict[str, int] = {}
-        for number, identifier, record in read_texts(path, self.id_field):
-            if identifier in lines:
-                raise UserError(
-                    f"{at(path, number, self.id_field)}: '{identifier}' stands on line {lines[identifier]} already"
-                )
-            if not record["text"].strip():
-                raise UserError(f"{at(path, number, 'text')}: the query is empty")
-            lines[identifier], queries[identifier] = number, record["text"]
+        texts = ((number, i, record["text"]) for number, i, record in read_texts(path, self.id_field))
+        queries = collect_queries(path, texts, self.id_field)
         splits = {}
         for split, qrels_path in qrels.items():
             judgements = read_qrels(qrels_path, ("query-id", "corpus-id", "score"), queries, path, header=True)

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.options import option
-from clpl_moe.prepare.files import read_passages, read_qrels, read_table
+from clpl_moe.prepare.files import collect_queries, read_passages, read_qrels, read_table
 from clpl_moe.prepare.source import Passage, Source, Split, register_source
 from clpl_moe.retrieval.collection import check_id
 
@@ -111,13 +111,7 @@ def placement(language: str, splits: Sequence[str], folder: str | Path = "DIR") 
 def find_files(
     corpus: Path, queries: Path, language: str, splits: Sequence[str]
 ) -> tuple[list[Path], dict[str, tuple[Path, Path]]]:
-    """The corpus's files in order, and for each split its topics and its qrels.
-
-    Args:
-        corpus: folder that holds the passages.
-        queries: folder that holds topics and qrels; may be the same.
-        language: such as ``ko``.
-        splits: ``train``, ``dev`` or both.
+    """The corpus's files in order, and for each split its topics and its qrels, of the folders that hold them.
 
     Raises:
         UserError: a file is missing; the message says which files go where.
@@ -127,18 +121,15 @@ def find_files(
             raise UserError(f"{at(folder)}: no such folder; expected one with\n{placement(language, splits, folder)}")
     missing, found = [], {}
     for split in splits:
-        pair = []
-        for name in _names(language, split):
-            candidates = (queries / name, queries / Path(name).name)
-            pair.append(next((path for path in candidates if path.is_file()), candidates[0]))
-            if not pair[-1].is_file():
-                missing.append(Path(name).name)
-        found[split] = (pair[0], pair[1])
+        topics, qrels = (
+            queries / (name if (queries / name).is_file() else Path(name).name) for name in _names(language, split)
+        )
+        missing += [path.name for path in (topics, qrels) if not path.is_file()]
+        found[split] = (topics, qrels)
     pattern = "docs-*.jsonl.gz"
-    numbers: dict[int, Path] = {}
-    for path in list((corpus / _corpus_folder(language)).glob(pattern)) or corpus.glob(pattern):
-        if match := re.fullmatch(r"docs-(\d+)\.jsonl\.gz", path.name):
-            numbers[int(match[1])] = path
+    there = list((corpus / _corpus_folder(language)).glob(pattern)) or list(corpus.glob(pattern))
+    matches = ((re.fullmatch(r"docs-(\d+)\.jsonl\.gz", path.name), path) for path in there)
+    numbers = {int(match[1]): path for match, path in matches if match}
     missing += [f"docs-{n}.jsonl.gz" for n in range(max(numbers, default=0) + 1) if n not in numbers]
     if missing:
         raise UserError(
@@ -148,22 +139,18 @@ def find_files(
     return [numbers[n] for n in sorted(numbers)], found
 
 
-def read_split(topics: Path, qrels: Path) -> Split:
-    """Queries and judgements of one split.
-
-    Raises:
-        UserError: a line is broken, an id stands twice, a judgement names an unknown query.
-    """
-    queries: dict[str, str] = {}
-    lines: dict[str, int] = {}
-    for number, line in read_table(topics):
+def _read_topics(path: Path) -> Iterator[tuple[int, str, str]]:
+    for number, line in read_table(path):
         identifier, tab, text = line.partition("\t")
         if not tab or not text.strip():
-            raise UserError(f"{at(topics, number)}: found {line!r:.80}, expected a query's id, a tab and its text")
-        check_id(identifier, topics, number, "query id")
-        if identifier in lines:
-            raise UserError(f"{at(topics, number)}: '{identifier}' stands on line {lines[identifier]} already")
-        lines[identifier], queries[identifier] = number, text.strip()
+            raise UserError(f"{at(path, number)}: found {line!r:.80}, expected a query's id, a tab and its text")
+        check_id(identifier, path, number, "query id")
+        yield number, identifier, text.strip()
+
+
+def read_split(topics: Path, qrels: Path) -> Split:
+    """Queries and judgements of one split."""
+    queries = collect_queries(topics, _read_topics(topics), "query id")
     return Split(queries, read_qrels(qrels, ("query id", "Q0", "passage id", "relevance"), queries, topics))
 
 
@@ -172,10 +159,6 @@ def download(language: str, splits: Sequence[str]) -> tuple[Path, Path]:
 
     What is there already is not fetched again; an interrupted download goes on when run again. The hub's own settings
     hold: ``HF_TOKEN`` or ``hf auth login``, ``HF_HOME``, ``HF_ENDPOINT``.
-
-    Raises:
-        UserError: the terms are not accepted, the token is missing or wrong, or the hub is not reached; the message
-            says what to do.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

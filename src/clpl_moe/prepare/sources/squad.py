@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +18,8 @@ from clpl_moe.common.options import option
 from clpl_moe.prepare.articles import Article, Question, make_collection
 from clpl_moe.prepare.source import Source, register_source
 from clpl_moe.retrieval.collection import check_id
+
+_EXPECTED = {str: "a string", bool: "true or false", list: "a list", dict: "an object"}
 
 
 @register_source("squad")
@@ -64,66 +66,54 @@ def read_squad(path: str | Path) -> list[Article]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{at(path)}: not JSON ({json_fault(error)}), expected SQuAD's shape") from None
     refuse_lone_surrogates(content, raw, at(path))
-    reader = _Reader(path)
     articles = []
-    for of_article, article in reader.objects(reader.object(content, ""), "data", ""):
-        title = reader.get(article, "title", of_article, str, "a string", default="")
+    for article, of_article in _objects(path, _checked(path, content, "", dict), "", "data"):
+        title = _get(path, article, of_article, "title", str, default="")
         paragraphs = []
-        for of_paragraph, paragraph in reader.objects(article, "paragraphs", of_article):
-            context = reader.get(paragraph, "context", of_paragraph, str, "a string")
-            qas = reader.objects(paragraph, "qas", of_paragraph)
-            paragraphs.append((context, [reader.question(qa, of_qa) for of_qa, qa in qas]))
+        for paragraph, of_paragraph in _objects(path, article, of_article, "paragraphs"):
+            context = _get(path, paragraph, of_paragraph, "context", str)
+            qas = _objects(path, paragraph, of_paragraph, "qas")
+            paragraphs.append((context, [_read_question(path, qa, of_qa) for qa, of_qa in qas]))
         articles.append(Article(title, paragraphs))
     if not articles:
         raise UserError(f"{at(path, field='data')}: holds no article")
     return articles
 
 
-class _Reader:
-    """Takes values out of JSON with the path of each fault."""
+def _read_question(path: Path, record: dict[str, Any], place: str) -> Question:
+    identifier = str(_get(path, record, place, "id", str, int))
+    check_id(identifier, path, None, f"{place}.id")
+    text = _get(path, record, place, "question", str)
+    impossible = _get(path, record, place, "is_impossible", bool, default=False)
+    # Test sets may lack the answers; an empty list says that there is none.
+    answers = _get(path, record, place, "answers", list, default=[None])
+    return Question(at(path, field=place), identifier, text, impossible or not answers)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def fail(self, place: str, found: str, expected: str) -> UserError:
-        where = at(self.path, field=place) if place else at(self.path)
-        return UserError(f"{where}: found {found}, expected {expected}")
+def _objects(path: Path, record: dict[str, Any], place: str, key: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects in a list of a record, each with its place."""
+    for index, item in enumerate(_get(path, record, place, key, list)):
+        inner = f"{_join(place, key)}[{index}]"
+        yield _checked(path, item, inner, dict), inner
 
-    def object(self, value: Any, place: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise self.fail(place, type_name(value), "an object")
-        return value
 
-    def get(
-        self,
-        record: dict[str, Any],
-        key: str,
-        place: str,
-        kind: type | tuple[type, ...],
-        expected: str,
-        default: Any = None,
-    ) -> Any:
-        place = f"{place}.{key}" if place else key
-        if record.get(key) is None and default is not None:
-            return default
-        if key not in record:
-            raise self.fail(place, "nothing", expected)
-        value = record[key]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.fail(place, type_name(value), expected)
-        return value
+def _get(path: Path, record: dict[str, Any], place: str, key: str, *kinds: type, default: Any = None) -> Any:
+    if record.get(key) is None and default is not None:
+        return default
+    if key not in record:
+        raise _fault(path, _join(place, key), "nothing", kinds)
+    return _checked(path, record[key], _join(place, key), *kinds)
 
-    def objects(self, record: dict[str, Any], key: str, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        place_of_list = f"{place}.{key}" if place else key
-        for index, item in enumerate(self.get(record, key, place, list, "a list")):
-            inner = f"{place_of_list}[{index}]"
-            yield inner, self.object(item, inner)
 
-    def question(self, record: dict[str, Any], place: str) -> Question:
-        identifier = str(self.get(record, "id", place, (str, int), "a string"))
-        check_id(identifier, self.path, None, f"{place}.id")
-        text = self.get(record, "question", place, str, "a string")
-        impossible = self.get(record, "is_impossible", place, bool, "true or false", default=False)
-        # Test sets may lack the answers; an empty list says that there is none.
-        answers = self.get(record, "answers", place, list, "a list", default=[None])
-        return Question(at(self.path, field=place), identifier, text, impossible or not answers)
+def _checked(path: Path, value: Any, place: str, *kinds: type) -> Any:
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise _fault(path, place, type_name(value), kinds)
+    return value
+
+
+def _fault(path: Path, place: str, found: str, kinds: Sequence[type]) -> UserError:
+    return UserError(f"{at(path, field=place or None)}: found {found}, expected {_EXPECTED[kinds[0]]}")
+
+
+def _join(place: str, key: str) -> str:
+    return f"{place}.{key}" if place else key
