@@ -9,7 +9,7 @@ def test_split_depends_on_seed_and_content_not_on_order(tmp_path):
     articles = read_squad(squad(tmp_path / "a.json", *many(30)))
 
     def dev(articles, seed):
-        return {line["text"] for line in make_collection(articles, 0.2, seed).queries["dev"]}
+        return set(make_collection(articles, 0.2, seed).splits["dev"].queries.values())
 
     assert dev(articles, 1) == dev(articles[::-1], 1)
     assert dev(articles, 1) != dev(articles, 2)
@@ -36,13 +36,11 @@ def test_skips_and_merges(tmp_path):
     )
     prepared = make_collection(read_squad(file), dev_share=0)
     assert [line["id"] for line in prepared.corpus] == ["0#0", "0#3", "0#4"]
-    assert [line["text"] for line in prepared.queries["train"]] == ["q1", "q2"]
-    first = prepared.queries["train"][0]["id"]
-    assert [line["docid"] for line in prepared.qrels["train"] if line["qid"] == first] == ["0#0", "0#4"]
-    assert prepared.positive_queries == [
-        {"docid": "0#0", "queries": ["q1", "q2"]},
-        {"docid": "0#4", "queries": ["q1"]},
-    ]
+    train = prepared.splits["train"]
+    assert list(train.queries.values()) == ["q1", "q2"]
+    first = next(iter(train.queries))
+    assert [docid for qid, docid in train.judgements if qid == first] == ["0#0", "0#4"]
+    assert prepared.positive_queries == {"0#0": ["q1", "q2"], "0#4": ["q1"]}
     expected = {
         "paragraphs": 5,
         "questions": 8,
@@ -66,7 +64,8 @@ def test_articles_that_share_a_context_or_a_title_stay_on_one_side(tmp_path):
     articles = read_squad(squad(tmp_path / "a.json", *made))
     for seed in range(20):
         prepared = make_collection(articles, 0.4, seed)
-        sides = {split: {line["docid"].split("#")[0] for line in lines} for split, lines in prepared.qrels.items()}
+        judged = {name: [docid for _, docid in split.judgements] for name, split in prepared.splits.items()}
+        sides = {name: {docid.split("#")[0] for docid in docids} for name, docids in judged.items()}
         assert not sides["train"] & sides["dev"]
         for together in ({"0", "3", "6"}, {"1", "5"}):
             assert together <= sides["train"] or together <= sides["dev"]
@@ -79,7 +78,7 @@ def test_train_question_that_equals_a_dev_question_is_left_out(tmp_path):
         one["paragraphs"][0]["qas"].append({"id": f"same{number}", "question": "언제  태어났나?", "answers": [1]})
     prepared = make_collection(read_squad(squad(tmp_path / "a.json", *made)))
     assert prepared.counts["train questions that equal a dev question left out"] == 8
-    texts = {split: {line["text"] for line in lines} for split, lines in prepared.queries.items()}
+    texts = {name: set(split.queries.values()) for name, split in prepared.splits.items()}
     assert "언제  태어났나?" in texts["dev"]
     assert not texts["dev"] & texts["train"]
-    assert not texts["dev"] & {q for line in prepared.positive_queries for q in line["queries"]}
+    assert not texts["dev"] & {q for queries in prepared.positive_queries.values() for q in queries}

@@ -23,6 +23,7 @@ from typing import Any
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import atomic_dir, write_jsonl
+from clpl_moe.prepare.source import Split
 from clpl_moe.retrieval.collection import normalize_text
 
 
@@ -46,24 +47,23 @@ class Article:
 
 @dataclass
 class ArticleCollection:
-    """The lines of a collection's files, by split where there is a file for each, and what became of the data."""
+    """The lines of the corpus, the splits, the known queries of each passage, and what became of the data."""
 
     corpus: list[dict[str, Any]]
-    queries: dict[str, list[dict[str, Any]]]
-    qrels: dict[str, list[dict[str, Any]]]
-    positive_queries: list[dict[str, Any]]
+    splits: dict[str, Split]
+    positive_queries: dict[str, list[str]]
     counts: Counter[str]
 
     def write(self, folder: Path) -> None:
         """Write the collection's folder, whole or not at all; a side without queries gets no files."""
         with atomic_dir(folder) as temporary:
             write_jsonl(temporary / "corpus.jsonl", self.corpus)
-            for split in ("train", "dev"):
-                if self.queries[split]:
-                    write_jsonl(temporary / f"{split}_queries.jsonl", self.queries[split])
-                    write_jsonl(temporary / f"{split}_qrels.jsonl", self.qrels[split])
+            for name, split in self.splits.items():
+                if split.queries:
+                    split.write(temporary, name)
             if self.positive_queries:
-                write_jsonl(temporary / "positive_queries.jsonl", self.positive_queries)
+                lines = ({"docid": docid, "queries": texts} for docid, texts in self.positive_queries.items())
+                write_jsonl(temporary / "positive_queries.jsonl", lines)
 
 
 def make_collection(
@@ -82,34 +82,20 @@ def make_collection(
     is_dev = _choose_dev(_group(articles, titles), articles, titles, dev_share, seed)
     for line in corpus:
         line["split"] = "dev" if is_dev[int(line["id"].partition("#")[0])] else "train"
-    queries, relevant = _merge_questions(asked, is_dev, counts)
-    for split, share in (("train", 1 - dev_share), ("dev", dev_share)):
-        if share > 0 and not queries[split]:
-            raise UserError(f"no question is left for {split}: set another dev_share ({dev_share}) or seed")
-        counts[f"{split} queries"] = len(queries[split])
+    splits = _merge_questions(asked, is_dev, counts)
+    for name, share in (("train", 1 - dev_share), ("dev", dev_share)):
+        if share > 0 and not splits[name].queries:
+            raise UserError(f"no question is left for {name}: set another dev_share ({dev_share}) or seed")
+        counts[f"{name} queries"] = len(splits[name].queries)
     positive: dict[str, list[str]] = {}
-    for query in queries["train"]:
-        for passage_id in relevant["train"][query["id"]]:
-            positive.setdefault(passage_id, []).append(query["text"])
+    for query_id, passage_id in splits["train"].judgements:
+        positive.setdefault(passage_id, []).append(splits["train"].queries[query_id])
     counts["passages"] = len(corpus)
     counts["passages with train queries"] = len(positive)
-    counts["passages with dev queries"] = len({p for passages in relevant["dev"].values() for p in passages})
+    counts["passages with dev queries"] = len({passage_id for _, passage_id in splits["dev"].judgements})
     counts["dev articles"] = sum(is_dev)
     counts["train articles"] = len(articles) - sum(is_dev)
-    return ArticleCollection(
-        corpus=corpus,
-        queries=queries,
-        qrels={
-            split: [
-                {"qid": query_id, "docid": passage_id, "relevance": 1}
-                for query_id, passages in by_query.items()
-                for passage_id in passages
-            ]
-            for split, by_query in relevant.items()
-        },
-        positive_queries=[{"docid": docid, "queries": texts} for docid, texts in positive.items()],
-        counts=counts,
-    )
+    return ArticleCollection(corpus, splits, positive, counts)
 
 
 _Asked = tuple[int, str, Question]  # number of the article, passage id, question
@@ -144,12 +130,10 @@ def _merge_contexts(
     return list(corpus.values()), asked
 
 
-def _merge_questions(
-    asked: Sequence[_Asked], is_dev: Sequence[bool], counts: Counter[str]
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, list[str]]]]:
-    """The lines of each split's queries, and for each split the passage ids of each query id."""
-    queries: dict[str, dict[str, dict[str, Any]]] = {"train": {}, "dev": {}}  # split -> normalised text -> line
-    relevant: dict[str, dict[str, list[str]]] = {"train": {}, "dev": {}}
+def _merge_questions(asked: Sequence[_Asked], is_dev: Sequence[bool], counts: Counter[str]) -> dict[str, Split]:
+    splits = {"train": Split({}, {}), "dev": Split({}, {})}
+    ids: dict[tuple[str, str], str] = {}  # split and normalised text -> id of the query
+    relevant: dict[tuple[str, str], dict[str, int]] = {}  # split and id of the query -> passage id -> 1
     owners: dict[str, str] = {}  # question id -> its normalised text
     dev_texts = {normalize_text(question.text) for number, _, question in asked if is_dev[number]}
     for number, passage_id, question in asked:
@@ -162,14 +146,15 @@ def _merge_questions(
         if split == "train" and text in dev_texts:
             counts["train questions that equal a dev question left out"] += 1
             continue
-        if text not in queries[split]:
-            queries[split][text] = {"id": question.id, "text": question.text.strip()}
-        else:
+        if (split, text) in ids:
             counts["equal questions merged"] += 1
-        passages = relevant[split].setdefault(queries[split][text]["id"], [])
-        if passage_id not in passages:
-            passages.append(passage_id)
-    return {split: list(lines.values()) for split, lines in queries.items()}, relevant
+        else:
+            ids[split, text] = question.id
+            splits[split].queries[question.id] = question.text.strip()
+        relevant.setdefault((split, ids[split, text]), {})[passage_id] = 1
+    for (split, query_id), passages in relevant.items():
+        splits[split].judgements |= {(query_id, passage_id): 1 for passage_id in passages}
+    return splits
 
 
 def _group(articles: Sequence[Article], titles: Sequence[str]) -> list[list[int]]:

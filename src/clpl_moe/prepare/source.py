@@ -1,13 +1,21 @@
-"""What a source is: a kind of data set that ``prepare`` makes a collection of, and its options."""
+"""What a source is: a kind of data set that ``prepare`` makes a collection of, and its options.
+
+Queries and judgements are held in memory; passages may be larger.
+"""
 
 from __future__ import annotations
 
 from abc import ABC
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import atomic_dir, write_jsonl
+from clpl_moe.retrieval.collection import normalize_text
 
 
 class Passage(NamedTuple):
@@ -30,6 +38,12 @@ class Split:
 
     queries: dict[str, str]
     judgements: dict[tuple[str, str], int]
+
+    def write(self, folder: Path, name: str) -> None:
+        """Write the files of the split of this name."""
+        write_jsonl(folder / f"{name}_queries.jsonl", ({"id": i, "text": text} for i, text in self.queries.items()))
+        qrels = ({"qid": q, "docid": p, "relevance": grade} for (q, p), grade in self.judgements.items())
+        write_jsonl(folder / f"{name}_qrels.jsonl", qrels)
 
 
 class Source(ABC):
@@ -66,10 +80,58 @@ class Source(ABC):
         raise NotImplementedError
 
     def write(self, folder: Path, titles: bool) -> Counter[str]:
-        """Write the collection's folder, whole or not at all; returns counts of what was read and left out, by name."""
-        from clpl_moe.prepare.write import write_collection
+        """Write the collection's folder, whole or not at all; returns counts of what was read and left out, by name.
 
-        return write_collection(folder, self.read_splits(), self.read_passages, id_field=self.id_field, titles=titles)
+        Passages go to ``corpus.jsonl`` line by line. Of each only a hash of its id stays, by which an id that stands
+        twice is found in the end.
+        """
+        splits = self.read_splits()
+        relevant = {p for split in splits.values() for (_, p), grade in split.judgements.items() if grade > 0}
+        counts: Counter[str] = Counter()
+        hashes = array("q")  # 8 bytes a passage: Python's own strings in a set take 100 and more
+
+        def lines() -> Iterator[dict[str, Any]]:
+            for passage in self.read_passages():
+                hashes.append(hash(passage.id))
+                relevant.discard(passage.id)
+                counts["passages without text"] += not passage.text.strip()
+                # No field `split`, which would reserve the passage to one: in MIRACL and BEIR all splits search one
+                # corpus, and a passage judged for a dev query is a fair negative for a train query.
+                yield {"id": passage.id, "title": passage.title if titles else "", "text": passage.text}
+
+        with atomic_dir(folder) as temporary:
+            write_jsonl(temporary / "corpus.jsonl", lines())
+            self._refuse_repeated_ids(hashes)
+            counts["passages"] = len(hashes)
+            for name, split in splits.items():
+                split.write(temporary, name)
+                grades = split.judgements.values()
+                counts[f"{name} queries"] = len(split.queries)
+                counts[f"{name} queries without judgement"] = len(
+                    split.queries.keys() - {q for q, _ in split.judgements}
+                )
+                counts[f"{name} judgements: relevant"] = sum(grade > 0 for grade in grades)
+                counts[f"{name} judgements: not relevant"] = sum(grade <= 0 for grade in grades)
+        counts["relevant passages that the corpus lacks"] = len(relevant)
+        if "train" in splits:
+            others = {normalize_text(t) for name in splits.keys() - {"train"} for t in splits[name].queries.values()}
+            trained = map(normalize_text, splits["train"].queries.values())
+            counts["train queries that equal a query of another split (kept)"] = sum(text in others for text in trained)
+        return +counts
+
+    def _refuse_repeated_ids(self, hashes: array) -> None:
+        import numpy as np
+
+        ordered = np.sort(np.frombuffer(hashes, dtype=np.int64))
+        repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+        places: dict[str, str] = {}  # a second reading says where; two ids of one hash are no fault
+        for number, passage in enumerate(self.read_passages() if repeated else (), 1):
+            if hash(passage.id) in repeated:
+                place = passage.place or f"passage {number}"
+                if passage.id in places:
+                    first = places[passage.id]
+                    raise UserError(f"{at(place, field=self.id_field)}: '{passage.id}' stands at {first} already")
+                places[passage.id] = place
 
 
 SourceClass = TypeVar("SourceClass", bound=type[Source])

@@ -236,7 +236,7 @@ def test_faults_name_the_place_and_write_nothing(tmp_path, capsys, name):
 
 
 def test_ids_of_one_hash_are_no_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr("clpl_moe.prepare.write.hash", len, raising=False)
+    monkeypatch.setattr("clpl_moe.prepare.source.hash", len, raising=False)
     prepare(write_miracl(tmp_path / "source"), tmp_path / "out")
     assert len(lines(tmp_path / "out/ko/corpus.jsonl")) == 12
 

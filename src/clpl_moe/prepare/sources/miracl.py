@@ -69,7 +69,12 @@ class Miracl(Source):
         return read_passages(self._files[0], self.id_field)
 
     def read_splits(self) -> dict[str, Split]:
-        return {split: read_split(*pair) for split, pair in self._files[1].items()}
+        splits = {}
+        for split, (topics, qrels) in self._files[1].items():
+            queries = collect_queries(topics, _read_topics(topics), "query id")
+            judgements = read_qrels(qrels, ("query id", "Q0", "passage id", "relevance"), queries, topics)
+            splits[split] = Split(queries, judgements)
+        return splits
 
     @cached_property
     def _files(self) -> tuple[list[Path], dict[str, tuple[Path, Path]]]:
@@ -148,12 +153,6 @@ def _read_topics(path: Path) -> Iterator[tuple[int, str, str]]:
         yield number, identifier, text.strip()
 
 
-def read_split(topics: Path, qrels: Path) -> Split:
-    """Queries and judgements of one split."""
-    queries = collect_queries(topics, _read_topics(topics), "query id")
-    return Split(queries, read_qrels(qrels, ("query id", "Q0", "passage id", "relevance"), queries, topics))
-
-
 def download(language: str, splits: Sequence[str]) -> tuple[Path, Path]:
     """Fetch the files through the hub's cache, and return the folders of the corpus and of the queries.
 
@@ -176,14 +175,14 @@ def download(language: str, splits: Sequence[str]) -> tuple[Path, Path]:
             raise  # a full disk, say
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status in (401, 403):
-            raise UserError(
+            fault = (
                 f"the hub refused {QUERIES} ({status}). Accept its terms on {_PAGE}{QUERIES} (logged in), then run"
-                f" `hf auth login`, or set HF_TOKEN to a token that may read gated repositories. {by_hand}"
-            ) from None
-        if isinstance(error, LocalEntryNotFoundError) or status is None:
-            reason = f"{type(error.__cause__ or error).__name__}"
-            raise UserError(
-                f"the hub could not be reached ({reason}). With a network, run again: what has come is kept. {by_hand}"
-            ) from None
-        raise UserError(f"the hub answered with an error ({status}); run again later. {by_hand}") from None
+                " `hf auth login`, or set HF_TOKEN to a token that may read gated repositories."
+            )
+        elif isinstance(error, LocalEntryNotFoundError) or status is None:
+            reason = type(error.__cause__ or error).__name__
+            fault = f"the hub could not be reached ({reason}). With a network, run again: what has come is kept."
+        else:
+            fault = f"the hub answered with an error ({status}); run again later."
+        raise UserError(f"{fault} {by_hand}") from None
     return corpus, queries

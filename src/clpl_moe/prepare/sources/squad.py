@@ -61,10 +61,9 @@ def read_squad(path: str | Path) -> list[Article]:
         content = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{at(path)}: not UTF-8 text ({error.reason})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{at(path, error.lineno)}: not JSON ({error.msg}), expected SQuAD's shape") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{at(path)}: not JSON ({json_fault(error)}), expected SQuAD's shape") from None
+        place = at(path, getattr(error, "lineno", None))
+        raise UserError(f"{place}: not JSON ({json_fault(error)}), expected SQuAD's shape") from None
     refuse_lone_surrogates(content, raw, at(path))
     articles = []
     for article, of_article in _objects(path, _checked(path, content, "", dict), "", "data"):
