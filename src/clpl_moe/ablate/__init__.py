@@ -28,9 +28,9 @@ class Ablation:
     """The state of a comparison; printed, it is the table.
 
     Attributes:
-        rows: for each row mean, spread and values of the metric, as :func:`clpl_moe.ablate.table.summarize` gives them.
+        rows: for each row mean, spread and values of the metric (:func:`clpl_moe.ablate.results.summarize`).
         table: the same as Markdown, with a sentence that says what it shows.
-        output: the JSON file; of a dry run, where it would be.
+        output: the JSON file; ``written`` says whether this call wrote it (a dry run does not).
         to_do: jobs that a dry run found unfinished, with their folders.
         failed: jobs that failed, with the reason; the same call goes on with them.
     """
@@ -38,6 +38,7 @@ class Ablation:
     rows: list[dict[str, Any]]
     table: str
     output: Path
+    written: bool = False
     to_do: dict[str, Path] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -81,6 +82,6 @@ def ablate(arguments: AblateArguments) -> Ablation:
         failed[str(run)] = "its negatives could not be mined"
     keep, metric = arguments.keep_models, arguments.metric
     failed |= shop.run_all(todo, lambda run: work.train_and_evaluate(shop, run, keep, metric), "runs")
-    ablation = state(failed=failed)
+    ablation = state(written=True, failed=failed)
     results.write_results(arguments, plan, ablation.rows, ablation.table)
     return ablation

@@ -68,12 +68,9 @@ class Task:
         if self.file.exists():
             found = _read(self.file) or {}
             if differing := [name for name in self.key if found.get(name) != self.key[name]]:
-                raise UserError(
-                    f"{at(self.file)}: holds results of something else (other {', '.join(differing)}); {remedy}"
-                )
-        elif (
-            not self.heads
-        ):  # metrics.json vouches for the run files of heads, too: a killed command may have left some
+                other = f"holds results of something else (other {', '.join(differing)})"
+                raise UserError(f"{at(self.file)}: {other}; {remedy}")
+        elif not self.heads:  # metrics.json vouches for the heads' runs, too: a killed command may have left some
             for path in (self.folder / run_file(score) for score in (DENSE, *M3_SCORES)):
                 if path.exists():
                     raise UserError(f"{at(path)}: a run file without {self.file.name} is in the way; {remedy}")

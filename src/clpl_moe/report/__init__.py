@@ -1,9 +1,9 @@
 """Reports: a page that shows how runs went, and what they changed.
 
-``OUTPUT/report.html`` is one file with its pictures inside, without scripts; each picture lies beside it as PNG. For each run
-folder it has loss terms, nDCG in training, learning rate, gradient norm, similarities and the load of the experts. With
-``before`` and ``after``, results of ``clpl_moe.evaluate`` of the base model and of each run, it has every query before and
-after (also as ``per_query.csv``), and the queries that gained and lost most, with their texts and the retrieved passages.
+``OUTPUT/report.html`` is one file with its pictures inside, without scripts; each picture lies beside it as PNG. It has the
+course of each run: loss terms, nDCG, learning rate, gradient norm, similarities, load of the experts. With results of the
+base model and of each run it has every query before and after (also as ``per_query.csv``), and the passages retrieved for
+the queries that gained and lost most.
 """
 
 from __future__ import annotations

@@ -6,15 +6,12 @@ The card gets a table for its reader and ``model-index`` for the hub, in place o
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.evaluate.tasks import METRICS_FILE, read_result
 from clpl_moe.report.options import CardArguments
-
-if TYPE_CHECKING:
-    from clpl_moe.train.card import Evaluated
+from clpl_moe.train.card import Evaluated, add_results
 
 
 @takes_options(CardArguments)
@@ -24,18 +21,7 @@ def card(arguments: CardArguments) -> list[Evaluated]:
     Raises:
         UserError: there is no card, there are no results, or the base model's are of another collection.
     """
-    from clpl_moe.train.card import add_results
-
-    results = _read_results(arguments.after, arguments.before)
-    add_results(arguments.run, results)
-    return results
-
-
-def _read_results(after: str, before: str | None) -> list[Evaluated]:
-    """Results of a run on each language, beside its base model's where there are any."""
-    from clpl_moe.train.card import Evaluated
-
-    found = []
+    found, before, after = [], arguments.before, arguments.after
     for path in sorted(Path(after).glob(f"*/{METRICS_FILE}")):
         language = path.parent.name
         own, base = read_result(path), None
@@ -49,4 +35,5 @@ def _read_results(after: str, before: str | None) -> list[Evaluated]:
         raise UserError(f"{at(after)}: holds no results of clpl_moe.evaluate, expected <language>/metrics.json")
     if before is not None and all(result.before is None for result in found):
         raise UserError(f"{at(before)}: holds no results of a language that {after} has")
+    add_results(arguments.run, found)
     return found

@@ -24,11 +24,7 @@ class RunCourse:
 
     @classmethod
     def read(cls, folder: Path, name: str) -> RunCourse:
-        """Read a run folder.
-
-        Raises:
-            UserError: it has no ``metrics.jsonl``, or that is broken.
-        """
+        """Read a run folder; raises :class:`UserError` where its ``metrics.jsonl`` is missing or broken."""
         config = folder / "train_config.yaml"
         options = load_yaml(config) if config.is_file() else {}
         return cls(name, folder, options, read_metrics(folder / METRICS_FILE))
@@ -57,9 +53,5 @@ class RunCourse:
 
 def series(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
     """Steps and values, by step, of the records that have both; of a step logged twice, the later record counts."""
-    values = {r["step"]: r[name] for r in records if _is_number(r.get("step")) and _is_number(r.get(name))}
-    return sorted(values.items())
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    pairs = ((r.get("step"), r.get(name)) for r in records)
+    return sorted(dict(p for p in pairs if all(type(v) in (int, float) and math.isfinite(v) for v in p)).items())

@@ -77,9 +77,14 @@ def render_page(
         before, after = ([getattr(q, when) for q in comparison.queries] for when in ("before", "after"))
         metric, name = comparison.metric, f"{comparison.language}_{number}"
         gained, lost, same = comparison.counts()
+        points = plot_before_after(before, after, metric)
+        bars = plot_changes([q.change for q in comparison.queries], metric)
+        says = "Each point is one query or several: the larger, the more. Above the line: gained."
+        counted = f"Queries: {gained} gained, {lost} lost, {same} stayed the same."
         items.append(
             {
                 "comparison": comparison,
+                "charts": [chart(points, f"before_after_{name}", says), chart(bars, f"changes_{name}", counted)],
                 "cells": {
                     "run": comparison.run,
                     "language": comparison.language,
@@ -92,24 +97,10 @@ def render_page(
                     "lost": lost,
                     "same": same,
                 },
-                "charts": [
-                    chart(
-                        plot_before_after(before, after, metric),
-                        f"before_after_{name}",
-                        "Each point is one query or several: the larger, the more. Above the line: gained.",
-                    ),
-                    chart(
-                        plot_changes([q.change for q in comparison.queries], metric),
-                        f"changes_{name}",
-                        f"Queries: {gained} gained, {lost} lost, {same} stayed the same.",
-                    ),
-                ],
             }
         )
-    loader, strict = jinja2.PackageLoader("clpl_moe.report"), jinja2.StrictUndefined
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=strict
-    )
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.loader, environment.undefined = jinja2.PackageLoader("clpl_moe.report"), jinja2.StrictUndefined
     environment.filters |= {"cut": cut, "signed": signed, "rtl": is_right_to_left}
     return environment.get_template(PAGE).render(
         title=arguments.title or ", ".join([course.name for course in courses] or [c.run for c in comparisons]),
