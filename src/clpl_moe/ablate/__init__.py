@@ -71,7 +71,7 @@ def ablate(arguments: AblateArguments) -> Ablation:
     minings = [job for job in plan.minings if not job.finished and any(run.mined is job for run in todo)]
     print(f"{sum(run.result() is not None for run in chosen)} of {len(chosen)} runs are finished", file=sys.stderr)
     if arguments.dry_run:
-        return state(to_do={str(job): job.folder for job in (*minings, *todo)})
+        return state(to_do={str(job): job.folder for job in minings} | {str(run): run.folder for run in todo})
     shop = work.Workshop(arguments.parallel)
     for collection in plan.collections:
         if not collection.finished:

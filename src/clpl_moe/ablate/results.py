@@ -16,6 +16,7 @@ from clpl_moe.ablate.plan import Plan
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import atomic_open, refuse_existing, refuse_unwritable, write_json
 from clpl_moe.common.machine import machine, versions, without_folders
+from clpl_moe.report.charts import BLUE, GREY, INK, save, style
 from clpl_moe.report.text import percent
 
 
@@ -40,7 +41,8 @@ def summarize(plan: Plan, metric: str) -> list[dict[str, Any]]:
     for row in rows:
         changes = [_set_change(row["languages"][name], rows[0]["languages"][name]) for name in languages]
         _set_change(row["average"], rows[0]["average"])
-        row["error_change_mean"] = None if None in changes else statistics.fmean(changes)
+        known = [change for change in changes if change is not None]
+        row["error_change_mean"] = statistics.fmean(known) if len(known) == len(changes) else None
     return rows
 
 
@@ -154,38 +156,36 @@ def write_results(arguments: AblateArguments, plan: Plan, summary: list[dict[str
         print(f"no picture: {error}", file=sys.stderr)
 
 
+@style()
 def _plot(summary: Sequence[dict[str, Any]], metric: str, output: Path) -> None:
     """A panel for each language and for their average: of each row mean, spread, and each seed's value."""
-    from clpl_moe.report.charts import BLUE, GREY, INK, save, style
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    with style():
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-
-        names = list(summary[0]["languages"])
-        panels = [(name, [row["languages"][name] for row in summary]) for name in names]
-        if len(names) > 1:
-            panels.append(("average", [row["average"] for row in summary]))
-        figure = Figure(figsize=(2.2 + 2.6 * len(panels), 1.1 + 0.38 * len(summary)), layout="constrained")
-        all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, (title, cells) in zip(all_axes, panels, strict=True):
-            for place, cell in enumerate(cells):
-                if cell["mean"] is None:
-                    continue
-                color = GREY if place == 0 else BLUE
-                axes.errorbar(
-                    cell["mean"], place, xerr=cell["spread"], fmt="o", color=color, markersize=6, capsize=3, zorder=3
-                )
-                if len(cell["values"]) > 1:
-                    axes.plot(cell["values"], [place] * len(cell["values"]), "|", color=color, alpha=0.5, markersize=9)
-            if cells[0]["mean"] is not None:
-                axes.axvline(cells[0]["mean"], color=GREY, linewidth=1, linestyle=(0, (3, 3)), zorder=1)
-            axes.set_title(title, weight="bold")
-            axes.set_xlabel(metric)
-            axes.xaxis.set_major_locator(MaxNLocator(3, prune="both"))
-            axes.margins(x=0.12)
-            axes.grid(axis="y", visible=False)
-        all_axes[0].set_yticks(range(len(summary)), [row["label"] for row in summary])
-        all_axes[0].set_ylim(len(summary) - 0.5, -0.5)
-        all_axes[0].tick_params(axis="y", labelcolor=INK, length=0)
-        save(figure, output)
+    names = list(summary[0]["languages"])
+    panels = [(name, [row["languages"][name] for row in summary]) for name in names]
+    if len(names) > 1:
+        panels.append(("average", [row["average"] for row in summary]))
+    figure = Figure(figsize=(2.2 + 2.6 * len(panels), 1.1 + 0.38 * len(summary)), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, cells) in zip(all_axes, panels, strict=True):
+        for place, cell in enumerate(cells):
+            if cell["mean"] is None:
+                continue
+            color = GREY if place == 0 else BLUE
+            axes.errorbar(
+                cell["mean"], place, xerr=cell["spread"], fmt="o", color=color, markersize=6, capsize=3, zorder=3
+            )
+            if len(cell["values"]) > 1:
+                axes.plot(cell["values"], [place] * len(cell["values"]), "|", color=color, alpha=0.5, markersize=9)
+        if cells[0]["mean"] is not None:
+            axes.axvline(cells[0]["mean"], color=GREY, linewidth=1, linestyle=(0, (3, 3)), zorder=1)
+        axes.set_title(title, weight="bold")
+        axes.set_xlabel(metric)
+        axes.xaxis.set_major_locator(MaxNLocator(3, prune="both"))
+        axes.margins(x=0.12)
+        axes.grid(axis="y", visible=False)
+    all_axes[0].set_yticks(range(len(summary)), [row["label"] for row in summary])
+    all_axes[0].set_ylim(len(summary) - 0.5, -0.5)
+    all_axes[0].tick_params(axis="y", labelcolor=INK, length=0)
+    save(figure, output)

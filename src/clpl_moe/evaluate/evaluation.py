@@ -39,21 +39,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class RetrievalResult:
-    """What an encoder retrieved from a collection, and how good it is.
+    """What an encoder retrieved from a collection, and how good it is."""
 
-    Attributes:
-        metrics: metric -> mean over the judged queries.
-        per_query: query id -> metric -> value, for each judged query.
-        run: query id -> passage id -> score, best first, for each query of the collection.
-        seconds: time spent, by step: ``encode_passages``, ``encode_queries``, ``search``, ``score``.
-        encoded: how many passages were encoded by this process; others were found on disk or are another's.
-    """
-
-    metrics: dict[str, float]
-    per_query: dict[str, dict[str, float]] = field(repr=False)
-    run: dict[str, dict[str, float]] = field(repr=False)
-    seconds: dict[str, float] = field(repr=False)
-    encoded: int
+    metrics: dict[str, float]  # means over the judged queries
+    per_query: dict[str, dict[str, float]] = field(repr=False)  # of each judged query: metric -> value
+    run: dict[str, dict[str, float]] = field(repr=False)  # of each query: passage id -> score, best first
+    seconds: dict[str, float] = field(repr=False)  # encode_passages, encode_queries, search, score
+    encoded: int  # passages encoded by this process; others were found on disk or are another's
 
 
 def evaluate_retrieval(

@@ -267,6 +267,6 @@ def _load_linear(file: str, hidden_size: int) -> nn.Linear:
     if weight.shape[1] != hidden_size:
         found = f"found a head for states of width {weight.shape[1]}"
         raise UserError(f"{at(file)}: {found}, the model's are {hidden_size}")
-    linear = nn.Linear(*weight.T.shape, device="meta")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     linear.load_state_dict({"weight": weight, "bias": bias}, assign=True)
     return linear.requires_grad_(False)

@@ -51,20 +51,15 @@ def check_metrics(metrics: Sequence[str]) -> dict[str, Any]:
 def evaluate_run(
     qrels: Mapping[str, Mapping[str, int]], run: Run, metrics: Sequence[str] = DEFAULT_METRICS
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Score a run as trec_eval does (with its option ``-c``).
+    """Score a run (query id -> passage id -> score) as trec_eval does with its option ``-c``.
 
     The means are over all queries of ``qrels``: one that the run lacks, or that has no relevant passage, scores 0; one of
     the run that ``qrels`` lack does not count. A relevant passage that is nowhere in the run counts as never found. Passages
     of equal score (as 32-bit floats) are ranked by descending id. trec_eval has no reciprocal rank with a cut-off: RR@10 is
     by ``ir_measures`` that of MS MARCO's script, which ranks equal scores by ascending id.
 
-    Args:
-        qrels: query id -> passage id -> relevance.
-        run: query id -> passage id -> score.
-        metrics: names in the spelling of ``ir_measures``, such as ``nDCG@10``, ``R@100``, ``RR@10``, ``AP``.
-
     Returns:
-        metric -> mean, and query id -> metric -> value.
+        metric -> mean, and query id -> metric -> value; metrics in the spelling of ``ir_measures``: ``nDCG@10``, ``AP``.
     """
     import ir_measures
 

@@ -43,21 +43,15 @@ class QueryChange:
 
 @dataclass
 class BeforeAfter:
-    """A run's results on one language beside those of its base model.
-
-    Attributes:
-        queries: every judged query.
-        gained: those that gained most, with texts and passages; ``lost`` likewise.
-        passages: size of the corpus.
-    """
+    """A run's results on one language beside those of its base model."""
 
     run: str
     language: str
     metric: str
-    queries: list[QueryChange]
-    gained: list[QueryChange]
+    queries: list[QueryChange]  # all that are judged
+    gained: list[QueryChange]  # most, with texts and passages
     lost: list[QueryChange]
-    passages: int
+    passages: int  # in the corpus
 
     def mean(self, when: str) -> float:
         """Mean of the metric over the queries, ``before`` or ``after``."""
@@ -88,9 +82,8 @@ def compare_results(run: str, before: Path, after: Path, language: str, argument
     """
     about = [read_result(folder / language / METRICS_FILE) for folder in (before, after)]
     if about[0]["collection_hash"] != about[1]["collection_hash"]:
-        raise UserError(
-            f"{at(after / language)}: its results are of another collection than those of {before / language}"
-        )
+        other = f"its results are of another collection than those of {before / language}"
+        raise UserError(f"{at(after / language)}: {other}")
     loaded = Collection.load(arguments.collection or about[1]["collection"], language, about[1]["split"])
     if loaded.fingerprint() != about[1]["collection_hash"]:
         raise UserError(
@@ -131,6 +124,5 @@ def write_queries(path: Path, comparisons: Sequence[BeforeAfter]) -> None:
         writer.writerow(["run", "language", "query_id", "query", f"{metric} before", f"{metric} after", "change"])
         for c in comparisons:
             for q in sorted(c.queries, key=lambda query: (-query.change, query.id)):
-                writer.writerow(
-                    [c.run, c.language, q.id, q.text, f"{q.before:.6g}", f"{q.after:.6g}", f"{q.change:.6g}"]
-                )
+                values = (f"{value:.6g}" for value in (q.before, q.after, q.change))
+                writer.writerow([c.run, c.language, q.id, q.text, *values])

@@ -24,12 +24,8 @@ PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 
 
 @contextlib.contextmanager
-def style(mathtext: str = "dejavusans") -> Iterator[None]:
-    """One look for all figures, whatever matplotlibrc the user has; only fonts that come with matplotlib.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+def style(mathtext: str = "dejavusans", *, small: bool = False) -> Iterator[None]:
+    """One look for all figures, whatever matplotlibrc the user has; only fonts that come with matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -60,6 +56,9 @@ def style(mathtext: str = "dejavusans") -> Iterator[None]:
                 "figure.facecolor": "white",
             }
         )
+        if small:
+            sizes = {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "lines.linewidth": 1.5}
+            matplotlib.rcParams.update(sizes)
         yield
 
 
@@ -79,16 +78,16 @@ def save(figure: Figure, output: Path) -> Path:
 Series = Sequence[tuple[float, float]]
 
 
+@style(small=True)
 def plot_curves(curves: Sequence[tuple[str, Series]], title: str, unit: str) -> Figure:
     """One value over the optimizer steps, a line for each run (name, points)."""
-    with _small_figure() as figure:
-        axes = _axes(figure, title, "optimizer step", unit, whole_numbers=True)
-        for (name, points), color in zip(curves, _colors(len(curves)), strict=True):
-            draw_curve(axes, points, name, color)
-        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
-        if len(curves) > 1:
-            figure.legend(loc="outside lower left", ncols=1)
-        return figure
+    figure, axes = _small_figure(title, "optimizer step", unit, whole_numbers=True)
+    for (name, points), color in zip(curves, _colors(len(curves)), strict=True):
+        draw_curve(axes, points, name, color)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+    if len(curves) > 1:
+        figure.legend(loc="outside lower left", ncols=1)
+    return figure
 
 
 def draw_curve(axes: Axes, points: Series, label: str, color: str) -> None:
@@ -105,6 +104,7 @@ def draw_curve(axes: Axes, points: Series, label: str, color: str) -> None:
     axes.plot(*mean, color=color, label=label)
 
 
+@style(small=True)
 def plot_expert_load(
     steps: Sequence[float], loads: Sequence[Sequence[Sequence[float]]], layers: Sequence[int]
 ) -> Figure:
@@ -112,89 +112,81 @@ def plot_expert_load(
 
     ``steps`` (S,), ``loads`` (S, L, N), of which the N of a layer sum to 1, and ``layers`` (L,), their numbers.
     """
-    with _small_figure() as figure:
-        import numpy as np
-        from matplotlib.patches import Patch
-        from matplotlib.ticker import MaxNLocator
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
-        shares = np.array(loads, dtype=float)
-        places = np.array(steps, dtype=float)
-        if len(places) == 1:  # an area needs two
-            places, shares = np.concatenate([places, places + 1]), np.concatenate([shares, shares])
-        experts, columns = shares.shape[2], min(3, len(layers))
-        rows = -(-len(layers) // columns)
-        figure.set_size_inches(_SMALL[0], 0.75 + 0.85 * rows)
-        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for number, axes in enumerate(panels.flat):
-            if number >= len(layers):
-                axes.set_visible(False)
-                continue
-            axes.stackplot(places, shares[:, number].T, colors=_colors(experts), alpha=0.85, linewidth=0)
-            axes.axhline(0.5, color="white", linewidth=0.6, linestyle=(0, (2, 2)))
-            axes.set_title(f"layer {layers[number]}", fontsize=8, pad=2)
-            axes.set(xlim=(places[0], places[-1]), ylim=(0, 1), yticks=[0, 0.5, 1])
-            axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-            axes.tick_params(labelsize=7)
-            axes.grid(visible=False)
-        figure.supxlabel("optimizer step", fontsize=9)
-        figure.supylabel("share of tokens", fontsize=9)
-        handles = [Patch(color=color, alpha=0.85) for color in _colors(experts)]
-        names = [f"expert {number}" for number in range(experts)]
-        figure.legend(handles, names, loc="outside upper left", ncols=min(experts, 4), handlelength=1)
-        return figure
+    shares = np.array(loads, dtype=float)
+    places = np.array(steps, dtype=float)
+    if len(places) == 1:  # an area needs two
+        places, shares = np.concatenate([places, places + 1]), np.concatenate([shares, shares])
+    experts, columns = shares.shape[2], min(3, len(layers))
+    rows = -(-len(layers) // columns)
+    figure = Figure(figsize=(_SMALL[0], 0.75 + 0.85 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for number, axes in enumerate(panels.flat):
+        if number >= len(layers):
+            axes.set_visible(False)
+            continue
+        axes.stackplot(places, shares[:, number].T, colors=_colors(experts), alpha=0.85, linewidth=0)
+        axes.axhline(0.5, color="white", linewidth=0.6, linestyle=(0, (2, 2)))
+        axes.set_title(f"layer {layers[number]}", fontsize=8, pad=2)
+        axes.set(xlim=(places[0], places[-1]), ylim=(0, 1), yticks=[0, 0.5, 1])
+        axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes.tick_params(labelsize=7)
+        axes.grid(visible=False)
+    figure.supxlabel("optimizer step", fontsize=9)
+    figure.supylabel("share of tokens", fontsize=9)
+    handles = [Patch(color=color, alpha=0.85) for color in _colors(experts)]
+    names = [f"expert {number}" for number in range(experts)]
+    figure.legend(handles, names, loc="outside upper left", ncols=min(experts, 4), handlelength=1)
+    return figure
 
 
+@style(small=True)
 def plot_changes(changes: Sequence[float], metric: str) -> Figure:
     """How much each query gained or lost, as bars from the best gain to the worst loss."""
-    with _small_figure() as figure:
-        title, across = "Change of each query", "queries, from the greatest gain to the greatest loss"
-        axes = _axes(figure, title, across, f"{metric} after − before", whole_numbers=True)
-        ordered = sorted(changes, reverse=True)
-        axes.bar(range(1, len(ordered) + 1), ordered, width=1, color=[GREEN if c > 0 else VERMILLION for c in ordered])
-        axes.axhline(0, color=GREY, linewidth=0.8)
-        axes.set_xlim(0.5, len(ordered) + 0.5)
-        return figure
+    title, across = "Change of each query", "queries, from the greatest gain to the greatest loss"
+    figure, axes = _small_figure(title, across, f"{metric} after − before", whole_numbers=True)
+    ordered = sorted(changes, reverse=True)
+    axes.bar(range(1, len(ordered) + 1), ordered, width=1, color=[GREEN if c > 0 else VERMILLION for c in ordered])
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_xlim(0.5, len(ordered) + 0.5)
+    return figure
 
 
+@style(small=True)
 def plot_before_after(before: Sequence[float], after: Sequence[float], metric: str) -> Figure:
     """Each query before and after training; queries at the same place make one larger point."""
-    with _small_figure() as figure:
-        axes = _axes(figure, "Before and after", f"{metric} before", f"{metric} after")
-        places = Counter((round(x, 3), round(y, 3)) for x, y in zip(before, after, strict=True))
-        colors = [GREEN if y > x else VERMILLION if y < x else GREY for x, y in places]
-        most = max(places.values())
-        # The area says how many; the greatest has a diameter of some 16 points.
-        sizes = [12 + 200 * count / most for count in places.values()]
-        axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
-        x, y = zip(*places, strict=True)
-        axes.scatter(x, y, s=sizes, c=colors, alpha=0.6, linewidths=0, zorder=2)
-        axes.set(xlim=(-0.08, 1.08), ylim=(-0.08, 1.08))
-        axes.set_aspect("equal", adjustable="box")
-        return figure
+    figure, axes = _small_figure("Before and after", f"{metric} before", f"{metric} after")
+    places = Counter((round(x, 3), round(y, 3)) for x, y in zip(before, after, strict=True))
+    colors = [GREEN if y > x else VERMILLION if y < x else GREY for x, y in places]
+    most = max(places.values())
+    # The area says how many; the greatest has a diameter of some 16 points.
+    sizes = [12 + 200 * count / most for count in places.values()]
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
+    x, y = zip(*places, strict=True)
+    axes.scatter(x, y, s=sizes, c=colors, alpha=0.6, linewidths=0, zorder=2)
+    axes.set(xlim=(-0.08, 1.08), ylim=(-0.08, 1.08))
+    axes.set_aspect("equal", adjustable="box")
+    return figure
 
 
 _SMALL = (3.75, 2.55)  # inches: 360 pixels wide on a page, so that its text is as large as the page's on a phone, too
 
 
-@contextlib.contextmanager
-def _small_figure() -> Iterator[Figure]:
-    with style():
-        import matplotlib
-        from matplotlib.figure import Figure
-
-        matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "lines.linewidth": 1.5})
-        yield Figure(figsize=_SMALL, layout="constrained")
-
-
-def _axes(figure: Figure, title: str, across: str, up: str, *, whole_numbers: bool = False) -> Axes:
+def _small_figure(title: str, across: str, up: str, *, whole_numbers: bool = False) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    figure = Figure(figsize=_SMALL, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", weight="bold")
     axes.set(xlabel=across, ylabel=up)
     if whole_numbers:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    return axes
+    return figure, axes
 
 
 def _colors(count: int) -> list[str]:

@@ -53,5 +53,5 @@ class RunCourse:
 
 def series(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
     """Steps and values, by step, of the records that have both; of a step logged twice, the later record counts."""
-    pairs = ((r.get("step"), r.get(name)) for r in records)
+    pairs = [(r["step"], r[name]) for r in records if "step" in r and name in r]
     return sorted(dict(p for p in pairs if all(type(v) in (int, float) and math.isfinite(v) for v in p)).items())

@@ -77,14 +77,14 @@ def render_page(
         before, after = ([getattr(q, when) for q in comparison.queries] for when in ("before", "after"))
         metric, name = comparison.metric, f"{comparison.language}_{number}"
         gained, lost, same = comparison.counts()
-        points = plot_before_after(before, after, metric)
+        scatter = plot_before_after(before, after, metric)
         bars = plot_changes([q.change for q in comparison.queries], metric)
         says = "Each point is one query or several: the larger, the more. Above the line: gained."
         counted = f"Queries: {gained} gained, {lost} lost, {same} stayed the same."
         items.append(
             {
                 "comparison": comparison,
-                "charts": [chart(points, f"before_after_{name}", says), chart(bars, f"changes_{name}", counted)],
+                "charts": [chart(scatter, f"before_after_{name}", says), chart(bars, f"changes_{name}", counted)],
                 "cells": {
                     "run": comparison.run,
                     "language": comparison.language,
