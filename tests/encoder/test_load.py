@@ -212,7 +212,7 @@ def index_of_nothing(folder):
         (lambda f: shutil.rmtree(f), "neither a folder here nor a model that could be fetched"),
         (lambda f: (f / "config.json").unlink(), "no config.json, expected a model folder"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
-        (lambda f: (f / "config.json").write_text("[]"), "config.json: expected a JSON object"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json: found a list, expected a dict"),
         (lambda f: (f / "config.json").write_bytes(b"\xff"), "config.json: not JSON"),
         (lambda f: (f / "config.json").write_text("{}"), "the encoder cannot be loaded"),
         (

@@ -219,6 +219,17 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+def read_json(path: str | Path, kind: type) -> Any:
+    """The value of a JSON file; :class:`UserError` where it is not JSON, or its value no ``kind``."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise UserError(f"{at(path)}: not JSON ({error})") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{at(path)}: found a {type(value).__name__}, expected a {kind.__name__}")
+    return value
+
+
 def hash_file(path: str | Path) -> str:
     """SHA-256 of a file's content, in hexadecimal digits; raises :class:`UserError` where it cannot be read."""
     digest = hashlib.sha256()

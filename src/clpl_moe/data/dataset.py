@@ -109,18 +109,12 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
     def _load_dataset(self, file_path: str) -> datasets.Dataset:
         """Read, check and store one file; later runs take the stored examples as long as the file is unchanged."""
         digest = hash_file(file_path)
+        arguments = {"path": str(Path(file_path).resolve()), "shown": file_path, "version": f"{__version__}-{digest}"}
+        arguments |= {"with_scores": self.args.knowledge_distillation}
         try:
             with _no_bars_of_datasets():
                 dataset = datasets.Dataset.from_generator(
-                    _read_for_arrow,
-                    features=_FEATURES,
-                    cache_dir=self.args.cache_path,
-                    gen_kwargs={
-                        "path": str(Path(file_path).resolve()),
-                        "shown": file_path,
-                        "version": f"{__version__}-{digest}",
-                        "with_scores": self.args.knowledge_distillation,
-                    },
+                    _read_for_arrow, features=_FEATURES, cache_dir=self.args.cache_path, gen_kwargs=arguments
                 )
         except Exception as error:
             cause: BaseException | None = error

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.encoder.bars import no_bar_of_weights
-from clpl_moe.encoder.encode import check_finite, encode
+from clpl_moe.encoder.encode import Kind, check_finite, encode, tokenize
 from clpl_moe.encoder.fingerprint import model_fingerprint
 from clpl_moe.encoder.heads import HEAD_FILES, find_heads
 from clpl_moe.encoder.lengths import longest_input
@@ -185,7 +184,7 @@ class Encoder:
     def embed(
         self,
         batch: Sequence[str] | Mapping[str, Tensor] | PackedTexts,
-        kind: Literal["query", "passage"] | None = None,
+        kind: Kind | None = None,
         *,
         max_length: int | None = None,
     ) -> Tensor:
@@ -205,7 +204,10 @@ class Encoder:
             ValueError: texts without ``kind``.
         """
         if not isinstance(batch, (Mapping, PackedTexts)):
-            batch = self._pack(batch, kind, max_length or self.max_length)
+            if kind not in ("query", "passage"):
+                raise ValueError(f"texts need the kind 'query' or 'passage', which names their prompt; found {kind!r}")
+            texts = tokenize(self, batch, kind=kind, max_length=max_length or self.max_length)
+            batch = PackedTexts.from_sequences(texts.sequences).select(texts.places)
         model, pooling, normalize = self.model, self.settings.pooling, self.settings.normalize
         inside = torch.is_autocast_enabled(self.device.type)
         dtype = torch.get_autocast_dtype(self.device.type) if inside else self.dtype
@@ -215,13 +217,6 @@ class Encoder:
             features = {name: tensor.to(self.device) for name, tensor in batch.items()}
             pooled = pool(model(**features).last_hidden_state, features["attention_mask"], pooling).float()
             return F.normalize(pooled, dim=-1) if normalize else pooled
-
-    def _pack(self, texts: Sequence[str], kind: Literal["query", "passage"] | None, max_length: int) -> PackedTexts:
-        if kind not in ("query", "passage"):
-            raise ValueError(f"texts need the kind 'query' or 'passage', which names their prompt; found {kind!r}")
-        prompted = [self.settings.prompt(kind) + text for text in texts]
-        tokens = self.tokenizer(prompted, truncation=True, max_length=max_length)["input_ids"]
-        return PackedTexts.from_sequences([ids or [self.tokenizer.pad_token_id or 0] for ids in tokens])
 
     def save(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import read_json
 from clpl_moe.encoder.bars import no_bar_of_weights
 from clpl_moe.encoder.settings import read_stated, remember_stated
 from clpl_moe.encoder.weights import find_file, read_weights, weight_names
@@ -77,13 +77,7 @@ def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
             f"{at(path)}: neither a folder here nor a model that could be fetched from the hub; check the spelling, the"
             " network and, for gated models, HF_TOKEN"
         )
-    try:
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{at(file)}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{at(file)}: expected a JSON object")
-    return config
+    return read_json(file, dict)
 
 
 def is_2024_checkpoint(config: dict[str, Any]) -> bool:

@@ -88,7 +88,7 @@ class PackedTexts:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def select(self, rows: Tensor | Sequence[int]) -> PackedTexts:
+    def select(self, rows: Tensor | np.ndarray | Sequence[int]) -> PackedTexts:
         """The texts of these numbers (m,), in this order; repeated ones are repeated. Numbers are taken on the CPU."""
         rows = torch.as_tensor(rows, dtype=torch.int64)
         lengths = self.lengths[rows]

@@ -6,14 +6,13 @@ formats; both are read, and the older one is written, since sentence-transformer
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import write_json
+from clpl_moe.common.files import read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -211,15 +210,7 @@ def _pooling_of(config: dict[str, Any], place: str) -> str:
 def _read(folder: str | Path, name: str, kind: type, hub: dict[str, Any]) -> Any:
     """A JSON file of a folder or a hub model, whose value is a ``kind``; None where there is no such file."""
     path = Path(folder, name) if Path(folder).is_dir() else _from_hub(str(folder), name, hub)
-    if path is None or not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
-        raise UserError(f"{at(path)}: not JSON ({error})") from None
-    if not isinstance(value, kind):
-        raise UserError(f"{at(path)}: found a {type(value).__name__}, expected a {kind.__name__}")
-    return value
+    return read_json(path, kind) if path is not None and path.is_file() else None
 
 
 def _from_hub(repository: str, name: str, hub: dict[str, Any]) -> Path | None:

@@ -71,7 +71,11 @@ class Collection:
         folder = _language_folder(directory, language)
         queries_path, qrels_path = folder / f"{split}_queries.jsonl", folder / f"{split}_qrels.jsonl"
         if not queries_path.is_file():
-            raise UserError(f"{at(queries_path)}: no such file{_splits(folder)}")
+            splits = {path.name.removesuffix("_queries.jsonl") for path in folder.glob("*_queries.jsonl")} - {
+                "positive"
+            }
+            there = f"; the splits here are {', '.join(sorted(splits))}" if splits else ""
+            raise UserError(f"{at(queries_path)}: no such file{there}")
         passage_ids, passages, reserved = _read_corpus(folder / "corpus.jsonl")
         query_ids, queries = _read_queries(queries_path)
         qrels = _read_qrels(qrels_path, set(query_ids), queries_path)
@@ -314,18 +318,7 @@ def _get(path: str | Path, line: int, record: dict[str, Any], name: str, kind: t
 def _language_folder(directory: Path, language: str) -> Path:
     check_language(language)
     if not (folder := directory / language).is_dir():
-        raise UserError(f"{at(folder)}: no such folder{_languages(directory)}")
+        there = ", ".join(sorted(p.parent.name for p in directory.glob("*/corpus.jsonl"))) or "no collection"
+        there = f"; {directory} holds {there}" if directory.is_dir() else f", nor is there a folder {directory}"
+        raise UserError(f"{at(folder)}: no such folder{there}")
     return folder
-
-
-def _languages(directory: Path) -> str:
-    if not directory.is_dir():
-        return f", nor is there a folder {directory}"
-    found = sorted(p.parent.name for p in directory.glob("*/corpus.jsonl"))
-    return f"; {directory} holds {', '.join(found)}" if found else f"; {directory} holds no collection"
-
-
-def _splits(folder: Path) -> str:
-    found = sorted(p.name.removesuffix("_queries.jsonl") for p in folder.glob("*_queries.jsonl"))
-    found = [name for name in found if name != "positive"]
-    return f"; the splits here are {', '.join(found)}" if found else ""

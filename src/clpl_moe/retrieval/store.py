@@ -48,7 +48,6 @@ class EmbeddingShards:
 
     ``shards[start:stop]`` is a float16 tensor (stop - start, D), ``shards[[row, …]]`` a float32 one (rows, D), both on the
     CPU.
-
     """
 
     def __init__(self, folder: Path, length: int, dimensions: int) -> None:
