@@ -57,8 +57,8 @@ class CLPLCollator(AbsEmbedderCollator):
         }
 
     def _pack(self, queries: list[str], passages: list[str], negative_queries: list[str]) -> dict[str, Any]:
-        sequences = self._token_ids(queries + negative_queries, self.query_max_len)
-        sequences += self._token_ids(passages, self.passage_max_len)
+        ids = self._cut(queries + negative_queries, self.query_max_len)["input_ids"]
+        sequences = [tuple(text) for text in ids + self._cut(passages, self.passage_max_len)["input_ids"]]
         unique = sorted(set(sequences), key=lambda ids: (len(ids), ids))
         number = {ids: row for row, ids in enumerate(unique)}
         rows = torch.tensor([number[ids] for ids in sequences])
@@ -70,9 +70,8 @@ class CLPLCollator(AbsEmbedderCollator):
             "negative_query_rows": negative_query_rows if negative_queries else None,
         }
 
-    def _token_ids(self, texts: list[str], max_length: int) -> list[tuple[int, ...]]:
-        tokens = self.tokenizer(texts, truncation=True, max_length=max_length)
-        return [tuple(ids) for ids in tokens["input_ids"]]
+    def _cut(self, texts: list[str], max_length: int) -> Any:
+        return self.tokenizer(texts, truncation=True, max_length=max_length)
 
     def _pad(self, queries: list[str], passages: list[str], negative_queries: list[str]) -> dict[str, Any]:
         return {
@@ -82,11 +81,9 @@ class CLPLCollator(AbsEmbedderCollator):
         }
 
     def _tokenise(self, texts: list[str], max_length: int) -> Any:
-        tokens = self.tokenizer(texts, truncation=True, max_length=max_length)
+        how = {"pad_to_multiple_of": self.pad_to_multiple_of, "return_tensors": self.return_tensors}
         # Before it is split: the model joins the sub-batches' multi-vector embeddings again.
-        padded = self.tokenizer.pad(
-            tokens, padding=self.padding, pad_to_multiple_of=self.pad_to_multiple_of, return_tensors=self.return_tensors
-        )
+        padded = self.tokenizer.pad(self._cut(texts, max_length), padding=self.padding, **how)
         size = self.sub_batch_size
         if not size or size < 0:
             return padded

@@ -54,7 +54,7 @@ class Example:
 
 
 class Negatives(Protocol):
-    """Negatives that take the place of those in the files."""
+    """Negatives in place of the files'."""
 
     def get(self, example: int) -> tuple[list[str], list[list[str]]] | None:
         """An example's negatives, and for each of them the queries that it answers; None: the file's negatives stay."""
@@ -68,7 +68,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
 
     As in FlagEmbedding, a file or folder whose name ends in ``no_in_batch_neg`` has no in-batch negatives. With
     ``same_dataset_within_batch``, a folder's files with fewer than ``small_threshold`` examples are joined, and left out
-    where all together have fewer than ``drop_threshold``; a small file outside a folder is left out.
+    if they have fewer than ``drop_threshold`` together; a small file outside a folder is left out.
 
     Raises:
         UserError: a file is missing, empty or has a faulty line.
@@ -116,12 +116,9 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
                 dataset = datasets.Dataset.from_generator(
                     _read_for_arrow, features=_FEATURES, cache_dir=self.args.cache_path, gen_kwargs=arguments
                 )
-        except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None:
-                if isinstance(cause, UserError):
-                    raise cause from None
-                cause = cause.__cause__ or cause.__context__
+        except datasets.exceptions.DatasetGenerationError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
             raise
         limit = self.args.max_example_num_per_dataset
         if len(dataset) > limit:

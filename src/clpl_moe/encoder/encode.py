@@ -125,10 +125,8 @@ def encode_tokenized(
 def check_finite(embeddings: Tensor) -> Tensor:
     """Give embeddings (n, D) back; :class:`UserError` where some are NaN or infinite, since a ranking by them is noise."""
     if broken := int((~torch.isfinite(embeddings).all(dim=1)).sum()):
-        raise UserError(
-            f"the encoder gives NaN or infinite embeddings ({broken} of {len(embeddings)} texts): its"
-            " weights are broken, or the precision is too low for them (try float32)"
-        )
+        fault = f"the encoder gives NaN or infinite embeddings ({broken} of {len(embeddings)} texts)"
+        raise UserError(f"{fault}: its weights are broken, or the precision is too low for them (try float32)")
     return embeddings
 
 
@@ -138,10 +136,8 @@ def refuse_too_large(batch: Sequence[np.ndarray], device: torch.device, batch_to
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError(
-            f"{len(batch)} texts of up to {len(batch[0])} tokens do not fit in the memory of {device}: lower the tokens"
-            f" a batch, now {batch_tokens}"
-        ) from None
+        fault = f"{len(batch)} texts of up to {len(batch[0])} tokens do not fit in the memory of {device}"
+        raise UserError(f"{fault}: lower the tokens a batch, now {batch_tokens}") from None
 
 
 def default_batch_tokens(model: PreTrainedModel) -> int:

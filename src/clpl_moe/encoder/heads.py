@@ -38,11 +38,7 @@ def find_heads(path: str | Path, **hub: Any) -> dict[str, str]:
 
 
 def read_head(file: str) -> dict[str, Tensor]:
-    """A head's ``weight`` (C, D) and ``bias`` (C,) from one of the files that :func:`find_heads` finds; on the CPU.
-
-    Raises:
-        UserError: the file cannot be read, or holds something else.
-    """
+    """A head's ``weight`` (C, D) and ``bias`` (C,), on the CPU; :class:`UserError` where a file is not of a head."""
     try:
         head = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise errors of many kinds

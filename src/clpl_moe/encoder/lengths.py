@@ -27,11 +27,7 @@ def max_positions(model: nn.Module) -> int | None:
 
 
 def check_length(model: nn.Module, max_length: int, option: str = "max_length", name: str = "the encoder") -> None:
-    """Refuse texts of so many tokens where an encoder has no positions for them: the first one would end the run.
-
-    Raises:
-        OptionError: for ``option``; an encoder called ``name`` takes fewer tokens.
-    """
+    """Raise :class:`OptionError` for ``option`` where an encoder (``name`` in the message) has too few positions."""
     if max_length < 1:
         raise ValueError(f"{option} must be at least 1, found {max_length}")
     limit = max_positions(model)

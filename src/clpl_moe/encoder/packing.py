@@ -4,8 +4,8 @@
 2. Embeddings, projections and FFNs see the stream (1, T, D); only attention has to know where a text ends. On CUDA, in
    half precision, one variable-length flash attention does all texts; elsewhere texts of equal length, which lie side by
    side, are one batch of scaled dot product attention, without a mask.
-3. Frozen layers below the first trained one run without a graph. Autograd sees to that by itself but for gradient
-   checkpointing, under which transformers makes the embeddings require gradients, so that all layers would be run again.
+3. Frozen layers below the first trained one run without a graph, also under gradient checkpointing, where transformers
+   makes the embeddings require gradients.
 4. Casts for autocast, the sum with the residual and layer norm are one pass on a GPU (:mod:`.add_norm`).
 5. Of the last layer, CLS and last-token pooling need one row a text: queries, attention output and FFN are computed for
    these rows only, keys and values for all.
@@ -74,11 +74,7 @@ class PackedTexts:
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[int] | np.ndarray]) -> PackedTexts:
-        """Pack token ids of texts, special tokens included; on the CPU.
-
-        Raises:
-            ValueError: a text has no tokens.
-        """
+        """Pack token ids of texts, special tokens included; on the CPU; ValueError where a text has none."""
         lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
         if empty := (lengths == 0).nonzero().flatten().tolist():
             raise ValueError(f"text {empty[0]} has no tokens: a packed text has one at least")
@@ -103,13 +99,12 @@ class PackedTexts:
         return PackedTexts(send(self.input_ids, device), self.lengths, send(self.offsets, device))
 
     def pin_memory(self) -> PackedTexts:
-        """The same in page-locked memory; a data loader calls it."""
+        """The same in page-locked memory; data loaders call it."""
         return PackedTexts(self.input_ids.pin_memory(), self.lengths, self.offsets.pin_memory())
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """``tensor`` on ``device``, copied without waiting: a copy from memory that is not page-locked begins only when a GPU
-    has done everything before it."""
+    """``tensor`` on ``device``, copied without waiting: for that its memory has to be page-locked."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -261,7 +256,7 @@ def _layer(layer: StockLayer, stream: _Stream, rows: Tensor | None, *hidden: Ten
 
 
 def _with_cast(hidden: Tensor) -> tuple[Tensor, ...]:
-    """Hidden states, and the same in autocast's dtype where that is another one."""
+    """Hidden states, and again in autocast's dtype where that is another."""
     return (hidden,) if linear_dtype(hidden) == hidden.dtype else (hidden, cast(hidden))
 
 

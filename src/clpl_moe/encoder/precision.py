@@ -7,22 +7,16 @@ from torch import nn
 
 
 def compute_dtype(model: nn.Module, dtype: torch.dtype | None = None) -> torch.dtype:
-    """The precision that a model runs in: ``dtype``, or where that is None, bfloat16 if the device is fast at it.
-
-    A model whose weights are not float32 runs in their precision.
-    """
+    """The precision that a model runs in: its weights', or if they are float32, ``dtype`` (None: the device's fastest)."""
     parameter = next(model.parameters())
     if parameter.dtype != torch.float32:
         return parameter.dtype
-    if dtype is not None:
-        return dtype
-    return torch.bfloat16 if fast_bfloat16(parameter.device) else torch.float32
+    return dtype or (torch.bfloat16 if fast_bfloat16(parameter.device) else torch.float32)
 
 
 def autocast(model: nn.Module, dtype: torch.dtype) -> torch.autocast:
     """The context in which a model runs in ``dtype``, as :func:`compute_dtype` gives it."""
     parameter = next(model.parameters())
-    # Weights that are not float32 have their precision already.
     half = dtype != torch.float32 and parameter.dtype == torch.float32
     return torch.autocast(parameter.device.type, dtype if half else None, enabled=half)
 

@@ -41,17 +41,13 @@ class SentenceTransformerCLPLLoss(nn.Module):
     Inputs:
         Columns of text in this order, whatever their names; there are no labels.
 
-        ==================================================  =============================================
-        Columns                                             Meaning
-        ==================================================  =============================================
-        anchor                                              the query
-        positive                                            its positive passage
-        negative_1, …, negative_n                           its hard negatives
-        negative_query_1, …, negative_query_n               a query that each negative answers; optional
-        … and again, any number of times                    more such queries; optional
-        ==================================================  =============================================
-
-        An empty string stands for a query that a negative does not have.
+        =====================================  ========================================================
+        anchor                                 the query
+        positive                               its positive passage
+        negative_1, …, negative_n              its hard negatives
+        negative_query_1, …, negative_query_n  a query that each negative answers, or ``""``; optional,
+                                               and again any number of times
+        =====================================  ========================================================
 
     ``BatchSamplers.NO_DUPLICATES`` is not needed, and does harm where several rows have empty strings.
 
@@ -101,10 +97,10 @@ class SentenceTransformerCLPLLoss(nn.Module):
                 " negative queries"
             )
         if any(("prompt_length" in features) != bool(self.query_prompt) for features in query_columns):
+            found = f"a column of negative queries comes {'without' if self.query_prompt else 'with'} a prompt"
             raise ValueError(
-                f"query_prompt is {self.query_prompt!r}, but a column of negative queries comes"
-                f" {'without' if self.query_prompt else 'with'} a prompt: empty queries could not be told,"
-                " give the loss the prompt that the trainer puts before these columns"
+                f"query_prompt is {self.query_prompt!r}, but {found}: empty queries could not be told, give the loss the"
+                " prompt that the trainer puts before these columns"
             )
         passage_ids = [_token_ids(features) for features in columns[1 : 1 + group]]  # G lists of B
         given = [[ids != self._empty for ids in _token_ids(features)] for features in query_columns]

@@ -20,6 +20,7 @@ import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -64,18 +65,15 @@ class Collection:
         a relevant passage, bring a warning.
 
         Raises:
-            UserError: a file is missing or empty, a line is broken, an id stands twice, a field is missing or
-                of another type, a judgement names an unknown query.
+            UserError: a file is missing or empty, or a line is broken, repeats an id or names an unknown query.
         """
         directory = Path(directory)
         folder = _language_folder(directory, language)
         queries_path, qrels_path = folder / f"{split}_queries.jsonl", folder / f"{split}_qrels.jsonl"
         if not queries_path.is_file():
-            splits = {path.name.removesuffix("_queries.jsonl") for path in folder.glob("*_queries.jsonl")} - {
-                "positive"
-            }
-            there = f"; the splits here are {', '.join(sorted(splits))}" if splits else ""
-            raise UserError(f"{at(queries_path)}: no such file{there}")
+            names = {path.name.removesuffix("_queries.jsonl") for path in folder.glob("*_queries.jsonl")}
+            splits = ", ".join(sorted(names - {"positive"}))
+            raise UserError(f"{at(queries_path)}: no such file" + (f"; the splits here are {splits}" if splits else ""))
         passage_ids, passages, reserved = _read_corpus(folder / "corpus.jsonl")
         query_ids, queries = _read_queries(queries_path)
         qrels = _read_qrels(qrels_path, set(query_ids), queries_path)
@@ -99,8 +97,7 @@ class Collection:
         def content() -> Iterator[str]:
             for ids, texts in ((self.passage_ids, self.passages), (self.query_ids, self.queries)):
                 yield str(len(ids))
-                for pair in zip(ids, texts):
-                    yield from pair
+                yield from chain.from_iterable(zip(ids, texts))
             for query_id, judged in sorted(self.qrels.items()):
                 yield from (query_id, str(len(judged)))
                 for passage_id, grade in sorted(judged.items()):
@@ -204,11 +201,7 @@ def normalize_text(text: str) -> str:
 
 
 def read_positive_queries(path: str | Path) -> Iterator[tuple[str, list[str]]]:
-    """Passage id and known queries of each line of a ``positive_queries.jsonl`` (``docid``, ``queries``).
-
-    Raises:
-        UserError: the file is missing or empty, or a line is broken.
-    """
+    """Passage id and known queries of each line of a ``positive_queries.jsonl`` (``docid``, ``queries``), checked."""
     for line, record in read_jsonl(path):
         docid = _identifier(path, line, record, "docid")
         queries = _get(path, line, record, "queries", list, "a list of strings")

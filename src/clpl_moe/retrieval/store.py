@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class EmbeddingShards:
         return self.folder / f"{number:06d}.npy"
 
     def has(self, number: int) -> bool:
-        """Whether a shard's file exists and is complete."""
+        """Whether a shard's file is complete."""
         with contextlib.suppress(OSError, ValueError, EOFError):
             found = np.load(self.file(number), mmap_mode="r")
             return found.dtype == np.float16 and found.shape == (len(self.rows(number)), self.shape[1])
@@ -83,11 +83,7 @@ class EmbeddingShards:
         with atomic_open(self.file(number), "wb") as file:
             np.save(file, embeddings.numpy())
 
-    @overload
-    def __getitem__(self, index: slice) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: Sequence[int]) -> Tensor: ...
-    def __getitem__(self, index):
+    def __getitem__(self, index: slice | Sequence[int]) -> Tensor:
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step != 1:
@@ -99,11 +95,11 @@ class EmbeddingShards:
                 parts.append(np.load(self.file(number), mmap_mode="r")[first : first + end - start])
                 start = end
             return torch.from_numpy(np.concatenate(parts))
-        index = torch.as_tensor(index, dtype=torch.int64).numpy()
-        found = np.empty((len(index), self.shape[1]), np.float32)
-        for number in np.unique(index // SHARD_TEXTS):
-            here = index // SHARD_TEXTS == number
-            found[here] = np.load(self.file(number), mmap_mode="r")[index[here] % SHARD_TEXTS]
+        rows = torch.as_tensor(index, dtype=torch.int64).numpy()
+        found = np.empty((len(rows), self.shape[1]), np.float32)
+        for number in np.unique(rows // SHARD_TEXTS):
+            here = rows // SHARD_TEXTS == number
+            found[here] = np.load(self.file(number), mmap_mode="r")[rows[here] % SHARD_TEXTS]
         return torch.from_numpy(found)
 
 
