@@ -1,8 +1,7 @@
 from pathlib import Path
 
-from clpl_moe.validate.figures import Figures
-from clpl_moe.validate.files import FileReport
 from clpl_moe.validate.reading import Reading
+from clpl_moe.validate.report import Figures, FileReport
 from clpl_moe.validate.table import table
 
 

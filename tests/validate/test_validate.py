@@ -17,8 +17,8 @@ from clpl_moe.train.__main__ import main as train
 from clpl_moe.train.arguments import CLPLDataArguments
 from clpl_moe.validate import validate
 from clpl_moe.validate.__main__ import main
-from clpl_moe.validate.files import validate_file
 from clpl_moe.validate.reading import Reading
+from clpl_moe.validate.report import validate_file
 from helpers.tiny_training import arguments, make_triplets, refused, write_triplets
 
 GOOD = {"query": "q", "pos": ["p"], "neg": ["n", "m"], "neg_q": ["a", None]}

@@ -20,9 +20,9 @@ from pathlib import Path
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import UserError
 from clpl_moe.data.schema import data_files
-from clpl_moe.validate.files import FileReport, validate_file
 from clpl_moe.validate.options import ValidateArguments
 from clpl_moe.validate.reading import open_reading
+from clpl_moe.validate.report import FileReport, validate_file
 
 __all__ = ["FileReport", "Validation", "validate"]
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clpl_moe.validate.figures import Figures
-from clpl_moe.validate.files import FileReport
 from clpl_moe.validate.reading import KINDS
+from clpl_moe.validate.report import Figures, FileReport
 
 
 def table(report: FileReport) -> Iterator[str]:
@@ -25,9 +24,9 @@ def table(report: FileReport) -> Iterator[str]:
             rows[f"{name} per query"] = f"{counts.min():,} to {counts.max():,}, mean {counts.mean():.1f}"
         negatives = sum(figures.per_query["neg"])
         rows["negatives with queries"] = f"{_share(figures.answered, negatives)} of {negatives:,}"
-        for name in ("equal lines", "equal queries with other positives", "negatives that equal a positive"):
+        for name, times in figures.repeats.items():
             first = f", first in line {figures.first[name]:,}" if name in figures.first else ""
-            rows[name] = f"{figures.repeats[name]:,}{first}"
+            rows[name] = f"{times:,}{first}"
     width = max(map(len, rows))
     yield from (f"  {name:<{width}}  {value}" for name, value in rows.items())
     if figures.examples:

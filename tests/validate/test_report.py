@@ -1,9 +1,9 @@
-from clpl_moe.validate.figures import Figures
 from clpl_moe.validate.reading import Reading
+from clpl_moe.validate.report import Figures
 
 
 def test_scripts_are_counted_over_all_blocks(monkeypatch):
-    monkeypatch.setattr("clpl_moe.validate.figures._BLOCK", 4)
+    monkeypatch.setattr("clpl_moe.validate.report._BLOCK", 4)
     figures = Figures(Reading())
     for number, text in enumerate(("ab 1", "가나다", "𐎠", "é"), 1):
         figures.add(number, {"query": text, "pos": [text * 2], "neg": ["x"]})

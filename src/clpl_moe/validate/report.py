@@ -1,15 +1,20 @@
-"""What training data are like: counts, repeats, lengths and scripts."""
+"""The report of a training file: its faults, by the check that training uses, and figures of the lines without fault."""
 
 from __future__ import annotations
 
 from array import array
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
-from clpl_moe.data.schema import normalise
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import read_lines
+from clpl_moe.data.schema import check_line, normalise
 from clpl_moe.data.scripts import script_of
 from clpl_moe.retrieval.collection import normalize_text
 from clpl_moe.validate.reading import KINDS, Reading
@@ -18,7 +23,7 @@ _BLOCK = 1 << 20  # characters whose tokens and scripts are counted at once
 
 
 class Figures:
-    """Figures of the lines without fault of one file.
+    """Counts, repeats, lengths and scripts of the lines without fault of one file.
 
     Attributes:
         examples: number of lines.
@@ -56,22 +61,21 @@ class Figures:
             counts.append(len(texts[kind]))
         self.answered += sum(map(bool, example["negative_queries"]))
         positives = frozenset(map(normalize_text, example["pos"]))
-        own = sum(normalize_text(text) in positives for text in example["neg"])
-        self._repeats("negatives that equal a positive", number, own)
         answered = map(tuple, example["negative_queries"])
         line = hash((*map(tuple, (*texts.values(), answered)), example["prompt"], example["type"]))
-        self._repeats("equal lines", number, line in self._lines)
-        self._lines.add(line)
         answers = hash(positives)
         other = self._positives_of.setdefault(hash(normalize_text(example["query"])), answers) != answers
-        self._repeats("equal queries with other positives", number, other)
+        for name, times in (
+            ("equal lines", line in self._lines),
+            ("equal queries with other positives", other),
+            ("negatives that equal a positive", sum(normalize_text(text) in positives for text in example["neg"])),
+        ):
+            self.repeats[name] += times
+            if times:
+                self.first.setdefault(name, number)
+        self._lines.add(line)
         if self._waiting >= _BLOCK:
             self.flush()
-
-    def _repeats(self, name: str, number: int, times: int) -> None:
-        self.repeats[name] += times
-        if times:
-            self.first.setdefault(name, number)
 
     def flush(self) -> None:
         """Count what was taken in since the last time; before the figures of texts are read."""
@@ -104,3 +108,45 @@ class Figures:
                 if script := script_of(chr(code)):
                     letters[kind][script] += int(counts[code])
         return letters
+
+
+@dataclass
+class FileReport:
+    """What is wrong with one file, and what it is like.
+
+    Attributes:
+        path: of the file.
+        faults: number of faults; 1 for a file that cannot be read.
+        faulty_lines: number of lines that have some.
+        messages: the first faults, as ``file:line: field: what was found, what is expected``.
+        figures: of the lines without fault; None for a file that cannot be read.
+    """
+
+    path: Path
+    faults: int = 0
+    faulty_lines: int = 0
+    messages: list[str] = field(default_factory=list)
+    figures: Figures | None = None
+
+
+def validate_file(path: str | Path, reading: Reading, max_faults: int = 50) -> FileReport:
+    """Check one file to its end; ``max_faults`` limits the messages that are kept."""
+    path = Path(path)
+    report, figures = FileReport(path), Figures(reading)
+    size = path.stat().st_size if path.is_file() else None
+    with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, delay=2) as bar:
+        try:
+            for number, _, raw in read_lines(path):
+                record, faults = check_line(number, raw, scores_required=reading.scores_required)
+                report.messages += [f"{at(path, number)}: {fault}" for fault in faults]
+                del report.messages[max_faults:]
+                report.faults += len(faults)
+                report.faulty_lines += bool(faults)
+                if record is not None and not faults:
+                    figures.add(number, record)
+                bar.update(len(raw))
+        except UserError as error:
+            return FileReport(path, 1, messages=[str(error)])
+        figures.flush()
+    report.figures = figures
+    return report
