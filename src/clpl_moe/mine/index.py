@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clpl_moe.retrieval.collection import Collection, normalize_text, read_positive_queries
+from clpl_moe.retrieval.collection import Collection, LazyTexts, normalize_text, read_positive_queries
 
 
 class PassageIndex:
@@ -124,7 +124,7 @@ class PassageIndex:
         return {p: place for p, place in places.items() if place < len(self) and self.rows[place] == row_of[p]}
 
 
-class _Rows(Sequence):
+class _Rows(LazyTexts):
     """Some rows of a sequence, taken out of it when asked for."""
 
     def __init__(self, values: Sequence[str], rows: np.ndarray) -> None:
@@ -133,10 +133,8 @@ class _Rows(Sequence):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return _Rows(self._values, self._rows[index])
-        return self._values[int(self._rows[index])]
+    def _get(self, place: int) -> str:
+        return self._values[int(self._rows[place])]
 
 
 def comparable(text: str) -> str:
@@ -149,14 +147,8 @@ def comparable(text: str) -> str:
 def _ignored() -> dict[int, str | None]:
     """What :func:`comparable` makes of characters: punctuation becomes a space, invisible ones (such as the zero-width
     non-joiner of Persian) nothing."""
-    table: dict[int, str | None] = {}
-    for code in range(sys.maxunicode + 1):
-        category = unicodedata.category(chr(code))
-        if category[0] == "P":
-            table[code] = " "
-        elif category == "Cf":
-            table[code] = None
-    return table
+    categories = ((code, unicodedata.category(chr(code))) for code in range(sys.maxunicode + 1))
+    return {code: None if kind == "Cf" else " " for code, kind in categories if kind == "Cf" or kind[0] == "P"}
 
 
 def _hash(text: str) -> np.uint64:

@@ -111,8 +111,8 @@ def load_passages(directory: str | Path, language: str) -> Sequence[str]:
     return _read_corpus(_language_folder(Path(directory), language) / "corpus.jsonl")[1]
 
 
-class _LazyTexts(Sequence[str]):
-    """Strings that are made on access."""
+class LazyTexts(Sequence[str]):
+    """Strings that :meth:`_get` makes on access."""
 
     def _get(self, place: int) -> str:
         raise NotImplementedError
@@ -130,7 +130,7 @@ class _LazyTexts(Sequence[str]):
         return map(self._get, range(len(self)))
 
 
-class _PackedTexts(_LazyTexts):
+class _PackedTexts(LazyTexts):
     """Short strings in one block of memory; a list of strings takes several times as much."""
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class _PackedTexts(_LazyTexts):
         return self._bytes[self._ends[place] : self._ends[place + 1]].decode()
 
 
-class _CorpusTexts(_LazyTexts):
+class _CorpusTexts(LazyTexts):
     """The passages of a checked corpus file, read from the bytes where their lines begin."""
 
     def __init__(self, path: Path, starts: array[int]) -> None:

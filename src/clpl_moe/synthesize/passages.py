@@ -14,7 +14,7 @@ import numpy as np
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import read_jsonl
 from clpl_moe.data.schema import find_faults, negative_queries
-from clpl_moe.retrieval.collection import normalize_text
+from clpl_moe.retrieval.collection import LazyTexts, normalize_text
 
 
 @dataclass
@@ -80,7 +80,7 @@ def read_passages(files: Sequence[Path]) -> dict[str, Passage]:
     return passages
 
 
-class SearchedPassages(Sequence[str]):
+class SearchedPassages(LazyTexts):
     """The passages of training files, in their order, and after them the other texts of a corpus.
 
     Of equal texts there is one. Those of the corpus are read when they are asked for: 8 bytes are kept of each.
@@ -96,10 +96,8 @@ class SearchedPassages(Sequence[str]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        row = int(self._rows[index])
+    def _get(self, place: int) -> str:
+        row = int(self._rows[place])
         return self._own[row] if row < len(self._own) else self._corpus[row - len(self._own)]
 
 
