@@ -47,17 +47,15 @@ def take_router_records(encoder: nn.Module) -> tuple[Tensor, ...]:
         counts (1, L, N), probability sums (1, L, N) and z-sums (1, L) of L layers with experts, all float32 or wider, the
         latter two with their graph; or nothing where nothing was recorded. See :class:`RouterRecord`.
     """
-    layers = [(r.counts, r.probability_sums, r.z_sum) for _, r in _take_sums(encoder)]
-    return tuple(torch.stack(values).unsqueeze(0) for values in zip(*layers, strict=True))
+    records = [record for _, record in _take_sums(encoder)]
+    return tuple(torch.stack(values).unsqueeze(0) for values in zip(*records, strict=True))
 
 
 def put_router_records(encoder: nn.Module, counts: Tensor, probability_sums: Tensor, z_sums: Tensor) -> None:
     """Give back what C calls of :func:`take_router_records` took: (C, L, N), (C, L, N) and (C, L)."""
     for layer, (_, state, _) in enumerate(layer_states(encoder)):
-        record = RouterRecord(
-            counts[:, layer].detach().sum(0), probability_sums[:, layer].sum(0), z_sums[:, layer].sum()
-        )
-        state.records.append(record)
+        sums = counts[:, layer].detach().sum(0), probability_sums[:, layer].sum(0), z_sums[:, layer].sum()
+        state.records.append(RouterRecord(*sums))
 
 
 def pop_router_terms(encoder: nn.Module) -> RouterTerms | None:
@@ -71,9 +69,8 @@ def pop_router_terms(encoder: nn.Module) -> RouterTerms | None:
     balances, zs, loads = [], [], []
     for router, record in _take_sums(encoder):
         counts = record.counts
-        processes = 1
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            processes = dist.get_world_size()
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if processes > 1:
             dist.all_reduce(counts)
         assignments = counts.sum().clamp(min=1)  # no token at all is no reason for NaN
         tokens = assignments / router.top_k
@@ -90,6 +87,6 @@ def _take_sums(encoder: nn.Module) -> Iterator[tuple[Router, RouterRecord]]:
     """Each router that recorded something, and the sum of its records, which its layer forgets."""
     for _, state, router in layer_states(encoder):
         if state.records:
-            fields = zip(*((r.counts, r.probability_sums, r.z_sum) for r in state.records), strict=True)
+            sums = RouterRecord(*(torch.stack(values).sum(0) for values in zip(*state.records, strict=True)))
             state.records.clear()
-            yield router, RouterRecord(*(torch.stack(values).sum(0) for values in fields))
+            yield router, sums

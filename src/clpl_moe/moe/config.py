@@ -27,8 +27,7 @@ class MoEConfig:
         },
     )
     layers: str | list[int] = field(
-        default="all",
-        metadata={"help": "layers with experts: all, every:2 (counted from the last), or numbers"},
+        default="all", metadata={"help": "layers with experts: all, every:2 (counted from the last), or numbers"}
     )
     router: str = field(
         default="straight_through",
@@ -43,13 +42,15 @@ class MoEConfig:
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}: choose a whole number of at least 1")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k is {self.top_k} but there are {self.num_experts} experts: lower it or add experts")
         if self.target not in TARGETS:
             raise ValueError(f"target is {self.target!r}: choose one of {', '.join(TARGETS)}")
-        _check_router(self.router)
+        from .router import router_class  # needs torch, which settings do without until some are made
+
+        router_class(self.router)
         std = self.router_init_std
         if not isinstance(std, (int, float)) or not (math.isfinite(std) and std >= 0):
             raise ValueError(f"router_init_std is {std!r}: choose a number of at least 0")
@@ -61,24 +62,16 @@ class MoEConfig:
         Raises:
             ValueError: ``layers`` cannot be read, or names a layer that the encoder does not have.
         """
-        if self.layers == "all":
+        chosen = self.layers
+        if chosen == "all":
             return list(range(num_layers))
-        if isinstance(self.layers, str) and self.layers.startswith("every:"):
-            step = self.layers.removeprefix("every:")
-            if step.isdigit() and int(step) > 0:
+        if isinstance(chosen, str):
+            every, step = chosen.startswith("every:"), chosen.removeprefix("every:")
+            if every and step.isdigit() and int(step) > 0:
                 # From the last layer down: sparse upcycling (arXiv:2212.05055) converts the last layers first.
                 return sorted(range(num_layers - 1, -1, -int(step)))
-        chosen: list[int] | None
-        if isinstance(self.layers, str):
-            parts = [part.strip() for part in self.layers.split(",")]
-            chosen = [int(part) for part in parts] if all(part.isdigit() for part in parts) else None
-        else:
-            chosen = self.layers
-        if (
-            not isinstance(chosen, (list, tuple))
-            or not chosen
-            or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in chosen)
-        ):
+            chosen = [int(part) if part.strip().isdigit() else -1 for part in chosen.split(",")]
+        if not isinstance(chosen, (list, tuple)) or not chosen or not all(type(i) is int and i >= 0 for i in chosen):
             raise ValueError(f"layers is {self.layers!r}: choose 'all', 'every:2' or layer numbers such as 8,9,10,11")
         for index in chosen:
             if index >= num_layers:
@@ -86,12 +79,5 @@ class MoEConfig:
         return sorted(set(chosen))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as they stand in a model folder's ``config.json``."""
+        """As in a model folder's ``config.json``."""
         return asdict(self)
-
-
-def _check_router(name: str) -> None:
-    # The routers need torch, which settings do without until some are made.
-    from .router import router_class
-
-    router_class(name)

@@ -2,9 +2,8 @@
 
 With T tokens, N experts and ``top_k`` = k there are S = T·k slots, one for each token and expert that it goes to.
 
-- **Sorted** (k < N): slots are sorted by expert, so that each expert owns one contiguous part, and the arithmetic is k
-  times the dense layer's. It adds one gather of tokens and one of results, and the same two in the backward pass:
-  the permutation is kept together with its inverse, so that nothing is ever scattered.
+- **Sorted** (k < N): slots are sorted by expert, so that each expert owns one contiguous part. This adds one gather of
+  tokens and one of results, and the same two in the backward pass: the permutation is kept together with its inverse.
 - **Mixed** (k = N): every expert sees every token, hence nothing is sorted, and the weighted sum over the experts
   is accumulated by the matrix products themselves.
 
@@ -13,7 +12,8 @@ With T tokens, N experts and ``top_k`` = k there are S = T·k slots, one for eac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,7 +37,6 @@ class Assignment:
     order: Tensor | None = None
     inverse: Tensor | None = None
     unit: bool = False
-    _sizes: list[int] | None = field(default=None, repr=False)
 
     @property
     def mixed(self) -> bool:
@@ -55,12 +54,10 @@ class Assignment:
         assert self.order is not None, "experts that see every token have no slots"
         return self.order if self.top_k == 1 else self.order // self.top_k
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """``counts`` as numbers; waits for the device."""
-        if self._sizes is None:
-            self._sizes = self.counts.tolist()
-        return self._sizes
+        return self.counts.tolist()
 
 
 def linear_dtype(x: Tensor) -> torch.dtype:
@@ -103,18 +100,15 @@ def sum_slots(results: Tensor, assignment: Assignment) -> Tensor:
 
 
 def restore(results: Tensor, assignment: Assignment, real: Tensor | None, count: int) -> Tensor:
-    """Put weighed results back in the batch's order: (count, D), zero at padding.
+    """Put weighed results (T, D) back in the batch's order: (count, D), zero at padding.
 
-    Args:
-        results: (T, D), what :func:`.experts.expert_linear` gave with ``weigh``, or what was computed from it row by row.
-        assignment: the one it was given.
-        real: (T,) int64, places of the tokens in the batch; None where all are real.
-        count: places in the batch, padding included.
+    ``real`` (T,) int64 are the tokens' places among the batch's ``count``; None where all are real.
     """
     is_sorted = not assignment.mixed and assignment.top_k == 1
     if real is None:
         return _Sum.apply(results, assignment.rows, assignment.inverse, 1) if is_sorted else results
-    return _Place.apply(results, real.index_select(0, assignment.rows) if is_sorted else real, count)
+    places = real.index_select(0, assignment.rows) if is_sorted else real
+    return results.new_zeros(count, *results.shape[1:]).index_copy_(0, places, results)
 
 
 def pick(hidden: Tensor, real: Tensor) -> Tensor:
@@ -181,18 +175,3 @@ class _Pick(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
         return grad.new_zeros(ctx.count, *grad.shape[1:]).index_copy_(0, places, grad), None
-
-
-class _Place(torch.autograd.Function):
-    """Rows to their places in a batch of zeros."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, places: Tensor, count: int) -> Tensor:
-        ctx.save_for_backward(places)
-        return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, places, rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (places,) = ctx.saved_tensors
-        return grad.index_select(0, places), None, None

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from .config import MoEConfig
 from .experts import Experts
 from .layer import MoEFFNIntermediate, MoEFFNOutput, MoEIntermediate, MoEOutput, RoutedOutput
-from .layer_state import LayerState
-from .padding_hooks import add_padding_hooks, remove_padding_hooks
+from .layer_state import LayerState, add_padding_hooks, remove_padding_hooks
 from .router import Router, router_class
 
 

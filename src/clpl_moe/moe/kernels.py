@@ -22,30 +22,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Sizes that measured best on an H200. Kernels over tokens take so many at once, forwards and back, and read so many columns:
-_TOKENS, _TOKENS_BACK, _COLUMNS = 64, 64, 64
-# Where columns are only copied, so many, with so many warps.
-_COPIED, _COPY_WARPS = 512, 8
-# Those over activations take so many slots and features at once and with so many warps; in the backward pass, sums are over
-# so many slots.
-_TILE, _FEATURES, _WARPS = 4, 512, 2
-_SLOTS = 64
+# Sizes that measured best on an H200. Kernels over tokens take so many tokens and columns at once; the copying one, so many
+# columns.
+TOKENS, COLUMNS, COPIED = tl.constexpr(64), tl.constexpr(64), tl.constexpr(512)
+# Kernels over activations take so many slots and features at once; in the backward pass, sums are over so many slots.
+TILE, FEATURES, SLOTS = tl.constexpr(4), tl.constexpr(512), tl.constexpr(64)
+_WARPS = 2
 
 
 @triton.jit
-def _route_kernel(
-    x,
-    weight,
-    logits,
-    experts,
-    counts,
-    tokens,
-    num_experts,
-    WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    EXPERTS: tl.constexpr,
-):
+def _route_kernel(x, weight, logits, experts, counts, tokens, num_experts, WIDTH: tl.constexpr, EXPERTS: tl.constexpr):
     """Logits and choice of a block's tokens; how many chose each expert."""
     block = tl.program_id(0)
     t = block * TOKENS + tl.arange(0, TOKENS)
@@ -81,8 +67,6 @@ def _sort_kernel(
     tokens,
     num_experts,
     WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
     """Takes a block's tokens to their slots: those of one expert side by side, in the order of tokens."""
@@ -92,16 +76,15 @@ def _sort_kernel(
     choice = tl.load(experts + t, mask=t < tokens, other=-1)
     chosen = (choice[:, None] == e[None, :]).to(tl.int32)
     place = e * tl.num_programs(0) + block
-    first = tl.load(ends + place, mask=e < num_experts, other=0) - tl.load(
-        counts + place, mask=e < num_experts, other=0
-    )
+    first = tl.load(ends + place, mask=e < num_experts, other=0)
+    first -= tl.load(counts + place, mask=e < num_experts, other=0)
     slot = tl.sum(chosen * (first[None, :] + tl.cumsum(chosen, axis=0) - chosen), axis=1)
     tl.store(slots + t, slot, mask=t < tokens)
     tl.store(rows + slot, t, mask=t < tokens)
     tl.store(owners + slot, choice, mask=t < tokens)
     source, target = t.to(tl.int64)[:, None] * WIDTH, slot.to(tl.int64)[:, None] * WIDTH
-    for start in range(0, WIDTH, COLUMNS):
-        d = start + tl.arange(0, COLUMNS)
+    for start in range(0, WIDTH, COPIED):
+        d = start + tl.arange(0, COPIED)
         mask = (t < tokens)[:, None] & (d < WIDTH)[None, :]
         tl.store(x_sorted + target + d[None, :], tl.load(x + source + d[None, :], mask=mask), mask=mask)
 
@@ -130,7 +113,7 @@ def _normal(z):
 
 @triton.jit
 def _add_bias(z, bias, shared, same, owners, s, slots, f, WIDTH: tl.constexpr):
-    """Adds to products (SLOTS, FEATURES) the ``shared`` bias (FEATURES,), or that of each slot's expert where it is not the ``same``."""
+    """Adds the ``shared`` bias (FEATURES,) to products, or where it is not the ``same`` in all slots, that of each slot's expert."""
     if same:
         z += shared[None, :]
     else:  # in N - 1 blocks at most
@@ -141,22 +124,22 @@ def _add_bias(z, bias, shared, same, owners, s, slots, f, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _owners_of(block, owners, slots, SLOTS: tl.constexpr):
+def _owners_of(block, owners, slots, COUNT: tl.constexpr):
     """The experts of a block's first and last slot; those between are between."""
-    return tl.load(owners + block * SLOTS), tl.load(owners + tl.minimum(block * SLOTS + SLOTS, slots) - 1)
+    return tl.load(owners + block * COUNT), tl.load(owners + tl.minimum(block * COUNT + COUNT, slots) - 1)
 
 
 @triton.jit
-def _gelu_kernel(before, bias, owners, after, slots, WIDTH: tl.constexpr, SLOTS: tl.constexpr, FEATURES: tl.constexpr):
+def _gelu_kernel(before, bias, owners, after, slots, WIDTH: tl.constexpr):
     """GELU of products plus the bias of each slot's expert."""
     block, chunk = _place(tl.cdiv(WIDTH, FEATURES))
     f = chunk * FEATURES + tl.arange(0, FEATURES)
-    start = block * SLOTS
-    offset, s = start.to(tl.int64) * WIDTH, start + tl.arange(0, SLOTS)
-    place = tl.arange(0, SLOTS)[:, None] * WIDTH + f[None, :]
+    start = block * TILE
+    offset, s = start.to(tl.int64) * WIDTH, start + tl.arange(0, TILE)
+    place = tl.arange(0, TILE)[:, None] * WIDTH + f[None, :]
     real = (s < slots)[:, None] & (f < WIDTH)[None, :]
     z = tl.load(before + offset + place, mask=real, other=0.0).to(tl.float32)
-    first, last = _owners_of(block, owners, slots, SLOTS)
+    first, last = _owners_of(block, owners, slots, TILE)
     shared = tl.load(bias + first * WIDTH + f, mask=f < WIDTH, other=0.0).to(tl.float32)
     z = _add_bias(z, bias, shared, first == last, owners, s, slots, f, WIDTH)
     _, share = _normal(z)
@@ -164,20 +147,7 @@ def _gelu_kernel(before, bias, owners, after, slots, WIDTH: tl.constexpr, SLOTS:
 
 
 @triton.jit
-def _gelu_backward_kernel(
-    grad_after,
-    before,
-    bias,
-    owners,
-    grad_before,
-    dots,
-    bias_parts,
-    slots,
-    WIDTH: tl.constexpr,
-    SLOTS: tl.constexpr,
-    TILE: tl.constexpr,
-    FEATURES: tl.constexpr,
-):
+def _gelu_backward_kernel(grad_after, before, bias, owners, grad_before, dots, bias_parts, slots, WIDTH: tl.constexpr):
     """Gradient of GELU's input; its product with each slot's; its sum over the slots of each expert in the block.
 
     The sum of block b for expert e is row b + e of ``bias_parts``: owners ascend, so that no two sums have the same row.
@@ -219,21 +189,13 @@ def _gelu_backward_kernel(
 
 
 @triton.jit
-def _bias_kernel(
-    bias_parts,
-    ends,
-    grad_bias,
-    WIDTH: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    FEATURES: tl.constexpr,
-):
-    """Sums one expert's rows of ``bias_parts``."""
+def _bias_kernel(bias_parts, ends, grad_bias, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, COUNT: tl.constexpr):
+    """Sums one expert's rows of ``bias_parts``: so many features, so many rows at once."""
     expert = tl.program_id(0)
-    f = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    f = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
     begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends + expert)
-    total = tl.zeros((BLOCKS, FEATURES), tl.float32)
+    total = tl.zeros((BLOCKS, COUNT), tl.float32)
     block = begin // SLOTS
     stop = tl.where(end > begin, (end - 1) // SLOTS + 1, block)
     while block < stop:
@@ -260,10 +222,7 @@ def _route_backward_kernel(
     num_experts,
     LEARNS: tl.constexpr,
     DOTS: tl.constexpr,
-    HAS_GRAD_LOGITS: tl.constexpr,
     WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
     """Gradient of a block's tokens, through their experts and through the router, and the block's part of the router's."""
@@ -286,14 +245,14 @@ def _route_backward_kernel(
         for part in range(DOTS):
             weight_grad += tl.load(dots + part * tokens + slot, mask=t < tokens, other=0.0)
         scores_grad += weight_grad[:, None] * (chosen - probabilities)
-    if HAS_GRAD_LOGITS:
+    if grad_logits is not None:
         scores_grad += tl.load(grad_logits + t[:, None] * num_experts + e[None, :], mask=real, other=0.0)
     scores_grad = tl.where(real, scores_grad, 0.0)
     for start in range(0, WIDTH, COLUMNS):
         d = start + tl.arange(0, COLUMNS)
         mask = (t < tokens)[:, None] & (d < WIDTH)[None, :]
         grad = tl.load(grad_sorted + source + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        if LEARNS or HAS_GRAD_LOGITS:
+        if LEARNS or grad_logits is not None:
             # In tf32, which is more than gradients in bfloat16 come with.
             known = (e < num_experts)[:, None] & (d < WIDTH)[None, :]
             row = tl.load(weight + e[:, None] * WIDTH + d[None, :], mask=known, other=0.0).to(tl.float32)
@@ -308,12 +267,8 @@ def _route_backward_kernel(
 def routed_gelu(x: Tensor, router_weight: Tensor, weight: Tensor, bias: Tensor, *, learns: bool) -> tuple[Tensor, ...]:
     """Activations of the one expert of each token, ``gelu(W x + b)``, sorted by expert; differentiable.
 
-    Args:
-        x: (T, in), T at least 1, of any float dtype.
-        router_weight: (N, in), any float dtype; scores are computed in float32.
-        weight: (N, out, in) in bfloat16.
-        bias: (N, out) in bfloat16.
-        learns: whether a token's weight, 1 in value, has the gradient of its probability (straight-through).
+    Takes x (T, in), T at least 1, and the router's weight (N, in) in any float dtype; the experts' weight (N, out, in) and
+    bias (N, out) in bfloat16; and whether a token's weight, 1 in value, has the gradient of its probability.
 
     Returns:
         activations (T, out) in bfloat16, sorted by expert; the router's logits (T, N) in float32, differentiable; and
@@ -332,40 +287,24 @@ class _RoutedGelu(torch.autograd.Function):
         x, router_weight = x.contiguous(), router_weight.contiguous()
         tokens, width = x.shape
         num_experts, features, _ = weight.shape
-        blocks = triton.cdiv(tokens, _TOKENS)
-        sizes = {"WIDTH": width, "TOKENS": _TOKENS, "EXPERTS": _padded(num_experts)}
+        blocks = triton.cdiv(tokens, TOKENS.value)
+        sizes = tokens, num_experts, width, _padded(num_experts)
         logits = x.new_empty(tokens, num_experts, dtype=torch.float32)
         experts = x.new_empty(tokens, dtype=torch.int32)
         counts = x.new_empty(num_experts, blocks, dtype=torch.int32)
-        _route_kernel[(blocks,)](
-            x, router_weight, logits, experts, counts, tokens, num_experts, **sizes, COLUMNS=_COLUMNS
-        )
+        _route_kernel[(blocks,)](x, router_weight, logits, experts, counts, *sizes)
 
         ends = counts.flatten().cumsum(0, dtype=torch.int32)  # of each expert's part of each block
         slots, rows = (x.new_empty(tokens, dtype=torch.int64) for _ in range(2))
         owners = torch.empty_like(experts)
         x_sorted = x.new_empty(tokens, width, dtype=weight.dtype)
-        _sort_kernel[(blocks,)](
-            x,
-            experts,
-            counts,
-            ends,
-            slots,
-            rows,
-            owners,
-            x_sorted,
-            tokens,
-            num_experts,
-            **sizes,
-            COLUMNS=_COPIED,
-            num_warps=_COPY_WARPS,
-        )
+        _sort_kernel[(blocks,)](x, experts, counts, ends, slots, rows, owners, x_sorted, *sizes, num_warps=8)
 
         ends = ends.view(num_experts, blocks)[:, -1].contiguous()
         before = F.grouped_mm(x_sorted, weight.transpose(1, 2), offs=ends)
         after = torch.empty_like(before)
-        grid = (triton.cdiv(tokens, _TILE) * triton.cdiv(features, _FEATURES),)
-        _gelu_kernel[grid](before, bias, owners, after, tokens, features, _TILE, _FEATURES, num_warps=_WARPS)
+        grid = (triton.cdiv(tokens, TILE.value) * triton.cdiv(features, FEATURES.value),)
+        _gelu_kernel[grid](before, bias, owners, after, tokens, features, num_warps=_WARPS)
         ctx.save_for_backward(x_sorted, router_weight, weight, bias, logits, experts, slots, owners, ends, before)
         ctx.learns, ctx.dtype = learns, x.dtype
         counts = counts.sum(1)
@@ -381,36 +320,23 @@ class _RoutedGelu(torch.autograd.Function):
         num_experts, features, _ = weight.shape
         if grad is None:
             grad = torch.zeros_like(before)
-        blocks, chunks = triton.cdiv(tokens, _SLOTS), triton.cdiv(features, _FEATURES)
+        blocks, chunks = triton.cdiv(tokens, SLOTS.value), triton.cdiv(features, FEATURES.value)
         grad_before = torch.empty_like(before)
         # The gradient of a token's weight, which multiplies the input of GELU, is that input's gradient times it.
         dots = logits.new_empty(chunks, tokens)
         bias_parts = logits.new_empty(blocks + num_experts - 1, features)
-        _gelu_backward_kernel[(blocks * chunks,)](
-            grad.contiguous(),
-            before,
-            bias,
-            owners,
-            grad_before,
-            dots,
-            bias_parts,
-            tokens,
-            features,
-            _SLOTS,
-            _TILE,
-            _FEATURES,
-            num_warps=_WARPS,
-        )
+        arguments = grad.contiguous(), before, bias, owners, grad_before, dots, bias_parts, tokens, features
+        _gelu_backward_kernel[(blocks * chunks,)](*arguments, num_warps=_WARPS)
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[2]:
             grad_weight = F.grouped_mm(grad_before.t(), x_sorted, offs=ends)
         if ctx.needs_input_grad[3]:
             grad_bias = torch.empty_like(bias)
             grid = num_experts, triton.cdiv(features, 32)
-            _bias_kernel[grid](bias_parts, ends, grad_bias, features, _SLOTS, 64, 32, num_warps=8)
+            _bias_kernel[grid](bias_parts, ends, grad_bias, features, 64, 32, num_warps=8)
 
         grad_sorted = F.grouped_mm(grad_before, weight, offs=ends)
-        blocks = triton.cdiv(tokens, _TOKENS_BACK)
+        blocks = triton.cdiv(tokens, TOKENS.value)
         grad_x = x_sorted.new_empty(tokens, width, dtype=ctx.dtype)
         weight_parts = logits.new_empty(blocks, num_experts, width)
         routed = ctx.learns or grad_logits is not None
@@ -429,10 +355,7 @@ class _RoutedGelu(torch.autograd.Function):
             num_experts,
             LEARNS=ctx.learns,
             DOTS=chunks,
-            HAS_GRAD_LOGITS=grad_logits is not None,
             WIDTH=width,
-            TOKENS=_TOKENS_BACK,
-            COLUMNS=_COLUMNS,
             EXPERTS=_padded(num_experts),
             num_stages=2,
         )

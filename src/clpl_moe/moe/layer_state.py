@@ -1,16 +1,39 @@
-"""What the modules of one layer share during a forward pass: which tokens are real, and the router's records."""
+"""What the modules of one layer share during a forward pass, and the hooks that tell them which tokens are padding.
+
+An encoder hands its layers no two-dimensional mask. So a hook before its forward passes the indices of the real tokens
+down as a keyword argument, and a hook before each layer's attention takes them out again and keeps them for the layer's
+experts. An attribute would not do: gradient checkpointing runs a layer again in the backward pass, with its original
+arguments, but when other batches have gone through.
+"""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+# The name under which an encoder passes the real tokens down to its layers.
+_TOKENS = "moe_tokens"
+
+
+class RouterRecord(NamedTuple):
+    """What one call of one router leaves for losses and logs; N experts.
+
+    Attributes:
+        counts: (N,) float32, assignments to each expert; they sum to tokens times ``top_k``.
+        probability_sums: (N,) with a graph, the sum over tokens of each expert's softmax probability.
+        z_sum: scalar with a graph, the sum over tokens of the squared log-sum-exp of the logits.
+    """
+
+    counts: Tensor
+    probability_sums: Tensor
+    z_sum: Tensor
 
 
 class LayerState:
-    """What a layer's attention and feed-forward modules have to share: which tokens are real, and the record.
+    """What a layer's attention and feed-forward modules share: which tokens are real, and the router's records.
 
     What belongs to a forward pass is kept for each thread by itself, so that threads can share a model. Copies and
     pickles of a model start without it, and without records.
@@ -30,7 +53,6 @@ class LayerState:
 
     @torch.compiler.disable
     def set_tokens(self, tokens: Tensor | None) -> None:
-        """Set what :meth:`get_tokens` returns in this thread."""
         self._pass.tokens = tokens
 
     @torch.compiler.disable
@@ -40,23 +62,59 @@ class LayerState:
 
     @torch.compiler.disable
     def set_running(self, running: bool) -> None:
-        """Set what :meth:`is_running` returns in this thread."""
         self._pass.running = running
+
+    def take_tokens(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Hook before the layer's attention: keeps the real tokens, which attention does not take."""
+        if self.is_running() and _TOKENS not in kwargs:
+            raise RuntimeError(
+                "the encoder does not hand keyword arguments down to its layers, so that they cannot be told which tokens"
+                " are padding: experts do not work in it"
+            )
+        self.set_tokens(kwargs.pop(_TOKENS, None))
+        return args, kwargs
 
     def __reduce__(self) -> tuple:
         return LayerState, (self.tracking,)
 
 
-@dataclass
-class RouterRecord:
-    """What one call of one router leaves for losses and logs; N experts.
+class EncoderHooks:
+    """The hooks of an encoder whose layers have these states."""
 
-    Attributes:
-        counts: (N,) float32, assignments to each expert; they sum to tokens times ``top_k``.
-        probability_sums: (N,) with a graph, the sum over tokens of each expert's softmax probability.
-        z_sum: scalar with a graph, the sum over tokens of the squared log-sum-exp of the logits.
-    """
+    def __init__(self, states: list[LayerState]) -> None:
+        self.states = states
 
-    counts: Tensor
-    probability_sums: Tensor
-    z_sum: Tensor
+    def begin(self, encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Before the encoder's forward: passes the real tokens down."""
+        for state in self.states:
+            state.set_running(True)
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        tokens = None
+        # A number that only the device knows: on CUDA this waits for it, once a batch, and only where a mask is given.
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
+            tokens = mask.flatten().nonzero().squeeze(1)
+        return args, {**kwargs, _TOKENS: tokens}
+
+    def end(self, encoder: nn.Module, args: tuple, output: Any) -> None:
+        """After the encoder's forward, also one that failed."""
+        for state in self.states:
+            state.set_running(False)
+
+
+def add_padding_hooks(encoder: nn.Module, attentions: dict[nn.Module, LayerState]) -> None:
+    """Let an encoder tell the layers with these attention modules, each with its layer's state, about padding."""
+    hooks = EncoderHooks(list(attentions.values()))
+    encoder.register_forward_pre_hook(hooks.begin, with_kwargs=True)
+    encoder.register_forward_hook(hooks.end, always_call=True)
+    for attention, state in attentions.items():
+        attention.register_forward_pre_hook(state.take_tokens, with_kwargs=True)
+
+
+def remove_padding_hooks(module: nn.Module) -> None:
+    """Take these hooks off an encoder or an attention module."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), (EncoderHooks, LayerState)):
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
