@@ -72,7 +72,7 @@ def make_layer(target, kind, num_experts, top_k):
 
         return (lambda hidden, residual: module(hidden)), by_loop, [module], state
     if target == "output":
-        module = MoEOutput(make_router(kind, num_experts, top_k), first, nn.Identity(), nn.Identity(), state)
+        module = MoEOutput(first, nn.Identity(), nn.Identity(), state, make_router(kind, num_experts, top_k))
 
         def by_loop(hidden, residual, mask):
             mixed = loop(hidden, mask, module.router, kind, lambda e, x: first.weight[e] @ x + first.bias[e])

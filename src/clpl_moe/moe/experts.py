@@ -5,13 +5,13 @@ the weight is ``(Wᵀ g) · x + g · b`` for the gradient ``g`` of the output: t
 and keeps the second anyway, so no output is saved. Weights that are 1 in value (straight-through, k = 1) multiply
 nothing, and still get this gradient.
 
-:func:`~clpl_moe.moe.kernel_choice.choose_kernel` decides between the ways. Nothing here waits for the device, except
-:attr:`~clpl_moe.moe.dispatch.Assignment.sizes` on CUDA where there is no grouped kernel.
+:func:`~clpl_moe.moe.kernel_choice.choose_kernel` decides between the ways.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -57,18 +57,13 @@ class Experts(nn.Module):
 
 
 def expert_linear(x: Tensor, weight: Tensor, bias: Tensor, assignment: Assignment, *, weigh: bool) -> Tensor:
-    """Apply experts, N Linear layers, to what :func:`.dispatch.gather` gave, or to what was computed from it row by row.
+    """Apply experts, weight (N, out, in) and bias (N, out), to what :func:`.dispatch.gather` gave or was computed from it.
 
-    Args:
-        x: (S, in), sorted by expert; where mixed (T, in), or (N, T, in) with rows for each expert.
-        weight: (N, out, in).
-        bias: (N, out).
-        assignment: which part of ``x`` is whose.
-        weigh: whether to multiply by the assignment's weights and to sum over the experts of a token.
+    ``x`` is (S, in), sorted by expert; where mixed (T, in), or (N, T, in) with rows for each expert.
 
     Returns:
-        With ``weigh`` one row a token, (T, out): at k = 1 still in sorted order, else in the tokens'. Without, all
-        slots: (S, out), or (N, T, out) where mixed.
+        With ``weigh``, results multiplied by the assignment's weights and summed over a token's experts, (T, out): at k = 1
+        still in sorted order, else in the tokens'. Without, all slots: (S, out), or (N, T, out) where mixed.
     """
     # What follows is not registered with autocast; these casts are differentiable.
     x, weight, bias = cast(x), cast(weight), cast(bias)
@@ -91,21 +86,16 @@ def _sliced_linear(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None
 
 
 def _parts(sizes: list[int]) -> Iterator[tuple[int, slice]]:
-    """Number and slots of each expert that has any."""
-    start = 0
-    for expert, size in enumerate(sizes):
-        if size:
-            yield expert, slice(start, start + size)
-        start += size
+    """Number and slots of each expert."""
+    for expert, (size, end) in enumerate(zip(sizes, accumulate(sizes))):
+        yield expert, slice(end - size, end)
 
 
 class _SlicedLinear(torch.autograd.Function):
     """One matrix product per expert, each into its part of one output: no parts are split, joined or accumulated."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, sizes: list[int], unit: bool
-    ) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, sizes: list, unit: bool) -> Tensor:
         ctx.save_for_backward(x, weight, bias, scale)
         ctx.sizes, ctx.unit = sizes, unit
         out = x.new_empty(x.shape[0], weight.shape[1])
@@ -128,11 +118,6 @@ class _SlicedLinear(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if need_weight else None
         grad_bias = torch.empty_like(bias) if need_bias else None
         grad_scale = torch.empty_like(scale) if need_scale else None
-        for expert, size in enumerate(ctx.sizes):
-            if size == 0:
-                for gradient in (grad_weight, grad_bias):
-                    if gradient is not None:
-                        gradient[expert].zero_()
         for expert, part in _parts(ctx.sizes):
             g, inputs = grad[part], x[part]
             by = None if scale is None or ctx.unit else scale[part].unsqueeze(1).to(x.dtype)

@@ -9,19 +9,18 @@ from torch import Tensor, nn
 
 from .config import MoEConfig
 from .experts import Experts
-from .layer import MoEFFNIntermediate, MoEFFNOutput, MoEIntermediate, MoEOutput, RoutedOutput
+from .layer import MoEFFNIntermediate, MoEFFNOutput, MoEIntermediate, MoEOutput, OutputHalf, RoutedOutput
 from .layer_state import LayerState, add_padding_hooks, remove_padding_hooks
 from .router import Router, router_class
 
 
 class DenseIntermediate(nn.Module):
-    """The first half of a dense feed-forward part: Linear and activation."""
+    """The first half of a dense feed-forward part, with the mean of the experts' weights."""
 
     dense: nn.Linear
     intermediate_act_fn: nn.Module
 
     def __init__(self, moe: MoEIntermediate) -> None:
-        """With the mean of the experts' weights."""
         super().__init__()
         self.dense = moe.dense.merged()
         self.intermediate_act_fn = moe.intermediate_act_fn
@@ -32,14 +31,13 @@ class DenseIntermediate(nn.Module):
 
 
 class DenseOutput(nn.Module):
-    """The second half of a dense feed-forward part: Linear, dropout, sum with the residual and layer norm."""
+    """The second half of a dense feed-forward part, with the mean of the experts' weights, where ``moe`` has experts."""
 
     dense: nn.Linear
     dropout: nn.Module
     LayerNorm: nn.LayerNorm
 
-    def __init__(self, moe: MoEOutput | MoEFFNOutput | RoutedOutput) -> None:
-        """With the mean of the experts' weights, where ``moe`` has experts."""
+    def __init__(self, moe: OutputHalf) -> None:
         super().__init__()
         self.dense = moe.dense.merged() if isinstance(moe.dense, Experts) else moe.dense
         self.dropout = moe.dropout
@@ -59,11 +57,7 @@ class TransformerLayer(nn.Module):
 
 
 def install_experts(encoder: nn.Module, config: MoEConfig) -> None:
-    """Replace FFN Linear layers of ``encoder`` by experts that are copies of them; in place.
-
-    Raises:
-        ValueError: no fitting layers, experts are there already, or ``config.layers`` does not fit the encoder.
-    """
+    """Replace FFN Linear layers by experts that are copies of them, in place; raises as :func:`.inject.inject_moe` does."""
     if has_experts(encoder):
         raise ValueError("the encoder has experts already: merge_experts(model) makes it dense again")
     layers = find_layers(encoder)
@@ -75,11 +69,7 @@ def install_experts(encoder: nn.Module, config: MoEConfig) -> None:
 
 
 def remove_experts(encoder: nn.Module) -> None:
-    """Replace experts by Linear layers with their mean; in place.
-
-    Raises:
-        ValueError: the encoder has no experts.
-    """
+    """Replace experts by Linear layers with their mean, in place; raises :class:`ValueError` where there are none."""
     if not has_experts(encoder):
         raise ValueError("the encoder has no experts to merge")
     for layer in find_layers(encoder):
@@ -87,7 +77,7 @@ def remove_experts(encoder: nn.Module) -> None:
         output: nn.Module = layer.output
         if isinstance(intermediate, MoEIntermediate):
             layer.intermediate = DenseIntermediate(intermediate)
-        if isinstance(output, (MoEOutput, MoEFFNOutput, RoutedOutput)):
+        if isinstance(output, OutputHalf):
             layer.output = DenseOutput(output)
         remove_padding_hooks(layer.attention)
     remove_padding_hooks(encoder)
@@ -109,11 +99,7 @@ def layer_states(encoder: nn.Module) -> list[tuple[int, LayerState, Router]]:
 
 
 def find_layers(encoder: nn.Module) -> list[TransformerLayer]:
-    """The transformer layers of an encoder, in order.
-
-    Raises:
-        ValueError: no module has ``attention``, ``intermediate.dense`` and ``output.dense``.
-    """
+    """The transformer layers of an encoder, in order; raises :class:`ValueError` where there are none."""
     layers = [module for module in encoder.modules() if _is_layer(module)]
     if not layers:
         raise ValueError(
@@ -128,6 +114,7 @@ def _is_layer(module: nn.Module) -> TypeGuard[TransformerLayer]:
     return has_parts and hasattr(module.intermediate, "dense") and hasattr(module.output, "dense")
 
 
+# What the halves of a layer consist of that experts can take the place of.
 _INTERMEDIATE = {"dense", "intermediate_act_fn"}
 _OUTPUT = {"dense", "dropout", "LayerNorm"}
 
@@ -142,12 +129,9 @@ def _unfit(module: nn.Module, parts: set[str]) -> str | None:
 
 
 def _check_layer(layer: TransformerLayer, target: str) -> None:
-    halves: list[tuple[DenseIntermediate | DenseOutput, set[str]]] = []
-    if target != "output":
-        halves.append((layer.intermediate, _INTERMEDIATE))
-    if target != "intermediate":
-        halves.append((layer.output, _OUTPUT))
-    for half, parts in halves:
+    for half, parts, other in ((layer.intermediate, _INTERMEDIATE, "output"), (layer.output, _OUTPUT, "intermediate")):
+        if target == other:
+            continue
         problem = _unfit(half, parts)
         if problem is not None:
             raise ValueError(f"{problem}, as in XLM-R, BERT and RoBERTa: experts cannot take its place")
@@ -162,9 +146,8 @@ def _check_layer(layer: TransformerLayer, target: str) -> None:
 
 def _check_forward(encoder: nn.Module) -> None:
     parameters = inspect.signature(encoder.forward).parameters
-    if "attention_mask" not in parameters or not any(
-        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
-    ):
+    takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "attention_mask" not in parameters or not takes_more:
         raise ValueError(
             f"{type(encoder).__name__}.forward does not take attention_mask and further keyword arguments, so that its"
             " layers cannot be told which tokens are padding: give the transformers encoder inside it, if there is one"
@@ -189,7 +172,7 @@ def _install_in_layer(layer: TransformerLayer, config: MoEConfig) -> LayerState:
         if hands_over:
             new["output"] = RoutedOutput(second.dense, second.dropout, second.LayerNorm, state)
     elif config.target == "output":
-        new["output"] = MoEOutput(router, experts(second.dense), second.dropout, second.LayerNorm, state)
+        new["output"] = MoEOutput(experts(second.dense), second.dropout, second.LayerNorm, state, router)
     else:
         new["intermediate"] = MoEFFNIntermediate(router, experts(first.dense), first.intermediate_act_fn, state)
         new["output"] = MoEFFNOutput(experts(second.dense), second.dropout, second.LayerNorm, state)

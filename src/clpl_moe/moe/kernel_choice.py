@@ -32,9 +32,9 @@ routed_gelu: Callable[..., tuple[Tensor, ...]] | None = None
 _can_compile: Callable[[torch.device], bool] | None = None
 try:
     # By their full names: they stay behind when this file travels with a model's weights.
-    from clpl_moe.moe import kernels, triton_support
+    from clpl_moe.moe import kernels
 
-    routed_gelu, _can_compile = kernels.routed_gelu, triton_support.can_compile
+    routed_gelu, _can_compile = kernels.routed_gelu, kernels.can_compile
 except ImportError:  # no Triton, as in torch's CPU builds
     pass
 
@@ -71,10 +71,9 @@ def mixes_all(num_experts: int, top_k: int) -> bool:
 
 
 def has_grouped_kernel(tokens: Tensor, weight: Tensor) -> bool:
-    """Whether one kernel computes all experts from sizes that stay on the device.
+    """Whether ``grouped_mm`` is one kernel, which reads the experts' sizes on the device.
 
-    ``grouped_mm`` does so for bfloat16 on compute capabilities 9 and 10 (H100 to B300). Elsewhere it is a loop that copies
-    the sizes to the host, no better than our own.
+    Elsewhere than in bfloat16 on compute capabilities 9 and 10 (H100 to B300) it is a loop that copies them to the host.
     """
     return (
         tokens.is_cuda

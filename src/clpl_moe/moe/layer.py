@@ -17,6 +17,8 @@ experts stops at the shapes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -27,17 +29,15 @@ from .layer_state import LayerState
 from .router import Router
 
 
+@dataclass(eq=False)
 class RoutedTokens:
     """Activations as the experts left them, handed from a layer's intermediate to its output module.
 
-    Attributes:
-        values: slots or rows of tokens; without padding and, where sorted, in the experts' order.
-        assignment: whose are which.
+    ``values`` are slots or rows of tokens, without padding and, where sorted, in the experts' order.
     """
 
-    def __init__(self, values: Tensor, assignment: Assignment) -> None:
-        self.values = values
-        self.assignment = assignment
+    values: Tensor
+    assignment: Assignment
 
 
 def real_tokens(hidden: Tensor, state: LayerState) -> Tensor:
@@ -91,58 +91,53 @@ class MoEIntermediate(nn.Module):
     def _fused(self, tokens: Tensor) -> RoutedTokens:
         router, experts = self.router, self.dense
         assert routed_gelu is not None
-        values, logits, rows, slots, counts = routed_gelu(
-            tokens,
-            router.weight,
-            cast(experts.weight),
-            cast(experts.bias),
-            learns=router.fused_as == "straight_through",
-        )
+        arguments = tokens, router.weight, cast(experts.weight), cast(experts.bias)
+        learns = router.fused_as == "straight_through"
+        values, logits, rows, slots, counts = routed_gelu(*arguments, learns=learns)
         router.record(self.state, logits, counts)
         weights = logits.new_ones(1).expand(len(rows), 1)
         return RoutedTokens(values, Assignment(weights, counts, rows, slots, unit=True))
 
 
-class RoutedOutput(nn.Module):
-    """Takes the place of a layer's ``output`` behind a :class:`MoEIntermediate`: its own Linear, dropout and layer norm.
+class OutputHalf(nn.Module):
+    """What takes the place of a layer's ``output``: a Linear or experts, then the layer's dropout and layer norm."""
 
-    The Linear acts on single tokens, so that they are put back in place only after it.
-    """
-
-    def __init__(self, dense: nn.Linear, dropout: nn.Module, norm: nn.LayerNorm, state: LayerState) -> None:
+    def __init__(
+        self, dense: nn.Module, dropout: nn.Module, norm: nn.LayerNorm, state: LayerState, router: Router | None = None
+    ) -> None:
         super().__init__()
+        if router is not None:
+            self.router = router  # first, as optimizers number the parameters in this order
         self.dense = dense
         self.dropout = dropout
         self.LayerNorm = norm
         self.state = state
 
-    def forward(self, hidden: RoutedTokens, residual: Tensor) -> Tensor:
-        """Activations of the tokens and the residual (B, L, hidden) to (B, L, hidden)."""
-        results = RoutedTokens(self.dense(hidden.values), hidden.assignment)
-        mixed = back_in_place(results, self.state, residual.shape[:-1])
+    def close(self, values: Tensor, assignment: Assignment, residual: Tensor) -> Tensor:
+        """Weighted results (T, hidden), put back in place, and the residual (B, L, hidden) to (B, L, hidden)."""
+        mixed = back_in_place(RoutedTokens(values, assignment), self.state, residual.shape[:-1])
         return self.LayerNorm(self.dropout(mixed) + residual)
 
 
-class MoEOutput(nn.Module):
-    """Takes the place of a layer's ``output``: experts instead of its Linear, then its dropout and layer norm."""
+class RoutedOutput(OutputHalf):
+    """Behind a :class:`MoEIntermediate`, with the layer's own Linear.
 
-    def __init__(
-        self, router: Router, dense: Experts, dropout: nn.Module, norm: nn.LayerNorm, state: LayerState
-    ) -> None:
-        super().__init__()
-        self.router = router
-        self.dense = dense
-        self.dropout = dropout
-        self.LayerNorm = norm
-        self.state = state
+    It acts on single tokens, so that they are put back in place only after it.
+    """
+
+    def forward(self, hidden: RoutedTokens, residual: Tensor) -> Tensor:
+        """Activations of the tokens and the residual (B, L, hidden) to (B, L, hidden)."""
+        return self.close(self.dense(hidden.values), hidden.assignment, residual)
+
+
+class MoEOutput(OutputHalf):
+    """With experts and a router of their own."""
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """(B, L, ffn) and the residual (B, L, hidden) to (B, L, hidden)."""
         tokens = real_tokens(hidden, self.state)
         assignment = self.router(tokens, self.state)
-        results = RoutedTokens(self.dense(gather(tokens, assignment), assignment), assignment)
-        mixed = back_in_place(results, self.state, hidden.shape[:-1])
-        return self.LayerNorm(self.dropout(mixed) + residual)
+        return self.close(self.dense(gather(tokens, assignment), assignment), assignment, residual)
 
 
 class MoEFFNIntermediate(MoEIntermediate):
@@ -156,18 +151,9 @@ class MoEFFNIntermediate(MoEIntermediate):
         return RoutedTokens(self.intermediate_act_fn(slots), assignment)
 
 
-class MoEFFNOutput(nn.Module):
+class MoEFFNOutput(OutputHalf):
     """Second half of whole-FFN experts."""
-
-    def __init__(self, dense: Experts, dropout: nn.Module, norm: nn.LayerNorm, state: LayerState) -> None:
-        super().__init__()
-        self.dense = dense
-        self.dropout = dropout
-        self.LayerNorm = norm
-        self.state = state
 
     def forward(self, hidden: RoutedTokens, residual: Tensor) -> Tensor:
         """Activations of all slots and the residual (B, L, hidden) to (B, L, hidden)."""
-        results = RoutedTokens(self.dense(hidden.values, hidden.assignment), hidden.assignment)
-        mixed = back_in_place(results, self.state, residual.shape[:-1])
-        return self.LayerNorm(self.dropout(mixed) + residual)
+        return self.close(self.dense(hidden.values, hidden.assignment), hidden.assignment, residual)

@@ -10,19 +10,8 @@ from __future__ import annotations
 
 import copy
 
+import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    BertConfig,
-    BertModel,
-    PretrainedConfig,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaModel,
-    XLMRobertaConfig,
-    XLMRobertaModel,
-)
 from transformers import initialization as init
 
 from .config import MoEConfig
@@ -31,33 +20,33 @@ from .install import install_experts
 from .router import Router
 
 
-class MoEXLMRobertaConfig(XLMRobertaConfig):
+class MoEXLMRobertaConfig(transformers.XLMRobertaConfig):
     """XLM-R configuration; ``moe`` holds the fields of :class:`MoEConfig`."""
 
     model_type = "clpl_moe_xlm_roberta"
     moe: dict | None = None
 
 
-class MoERobertaConfig(RobertaConfig):
+class MoERobertaConfig(transformers.RobertaConfig):
     """RoBERTa configuration; ``moe`` holds the fields of :class:`MoEConfig`."""
 
     model_type = "clpl_moe_roberta"
     moe: dict | None = None
 
 
-class MoEBertConfig(BertConfig):
+class MoEBertConfig(transformers.BertConfig):
     """BERT configuration; ``moe`` holds the fields of :class:`MoEConfig`."""
 
     model_type = "clpl_moe_bert"
     moe: dict | None = None
 
 
-class MoEModel(PreTrainedModel):
+class MoEModel(transformers.PreTrainedModel):
     """Installs the experts that the configuration names, after the dense layers were built."""
 
-    config_class: type[PretrainedConfig]
+    config_class: type[transformers.PretrainedConfig]
 
-    def __init__(self, config: PretrainedConfig, *args, **kwargs) -> None:
+    def __init__(self, config: transformers.PretrainedConfig, *args, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
         install_experts(self, MoEConfig(**(config.moe or {})))
 
@@ -71,29 +60,29 @@ class MoEModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class MoEXLMRobertaModel(MoEModel, XLMRobertaModel):
+class MoEXLMRobertaModel(MoEModel, transformers.XLMRobertaModel):
     """XLM-R encoder with experts."""
 
     config_class = MoEXLMRobertaConfig
 
 
-class MoERobertaModel(MoEModel, RobertaModel):
+class MoERobertaModel(MoEModel, transformers.RobertaModel):
     """RoBERTa encoder with experts."""
 
     config_class = MoERobertaConfig
 
 
-class MoEBertModel(MoEModel, BertModel):
+class MoEBertModel(MoEModel, transformers.BertModel):
     """BERT encoder with experts."""
 
     config_class = MoEBertConfig
 
 
 # Dense model class -> the class of the same encoder with experts.
-MOE_CLASSES: dict[type[PreTrainedModel], type[MoEModel]] = {
-    XLMRobertaModel: MoEXLMRobertaModel,
-    RobertaModel: MoERobertaModel,
-    BertModel: MoEBertModel,
+MOE_CLASSES: dict[type[transformers.PreTrainedModel], type[MoEModel]] = {
+    transformers.XLMRobertaModel: MoEXLMRobertaModel,
+    transformers.RobertaModel: MoERobertaModel,
+    transformers.BertModel: MoEBertModel,
 }
 
 # Their code is saved with them, and the folder's config.json names it.
@@ -105,8 +94,8 @@ for _moe_class in MOE_CLASSES.values():
 def register_classes() -> None:
     """Let ``AutoConfig`` and ``AutoModel`` find the classes with experts by their ``model_type``."""
     for model_class in MOE_CLASSES.values():
-        AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
-        AutoModel.register(model_class.config_class, model_class, exist_ok=True)
+        transformers.AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
+        transformers.AutoModel.register(model_class.config_class, model_class, exist_ok=True)
 
 
 def become_moe(encoder: nn.Module, config: MoEConfig) -> None:
@@ -114,7 +103,7 @@ def become_moe(encoder: nn.Module, config: MoEConfig) -> None:
 
     An encoder of another class keeps its own: it can be trained, but not saved as a model folder.
     """
-    if isinstance(encoder, PreTrainedModel) and (moe_class := MOE_CLASSES.get(type(encoder))) is not None:
+    if isinstance(encoder, transformers.PreTrainedModel) and (moe_class := MOE_CLASSES.get(type(encoder))) is not None:
         _change_class(encoder, moe_class)
         encoder.config.update({"moe": config.to_dict()})
 
@@ -129,7 +118,7 @@ def become_dense(encoder: nn.Module) -> None:
                 del encoder.config.auto_map
 
 
-def _change_class(encoder: PreTrainedModel, new: type[PreTrainedModel]) -> None:
+def _change_class(encoder: transformers.PreTrainedModel, new: type[transformers.PreTrainedModel]) -> None:
     # A copy, since other models may share the configuration object; submodules read theirs, and need the same one.
     old, config = encoder.config, copy.deepcopy(encoder.config)
     assert new.config_class is not None
@@ -140,4 +129,4 @@ def _change_class(encoder: PreTrainedModel, new: type[PreTrainedModel]) -> None:
             module.config = config  # type: ignore[assignment]
     encoder.__class__ = new
     # transformers learns how to return a class's hidden states and attentions when one is made; this makes no layers.
-    PreTrainedModel.__init__(new.__new__(new), copy.deepcopy(config))
+    transformers.PreTrainedModel.__init__(new.__new__(new), copy.deepcopy(config))
