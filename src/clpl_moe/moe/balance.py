@@ -16,17 +16,14 @@ from .router import Router
 
 @dataclass
 class RouterTerms:
-    """What the routers' records of one step come to; L layers with experts, N experts.
-
-    Attributes:
-        balance: scalar with a graph, mean over layers of the load-balancing loss; 1 where loads are even.
-        z: scalar with a graph, mean over layers of the router z-loss.
-        load: (L, N) share of the assignments that each expert got; rows sum to 1.
-    """
+    """What the routers' records of one step come to; L layers with experts, N experts."""
 
     balance: Tensor
+    """Scalar with a graph, mean over layers of the load-balancing loss; 1 where loads are even."""
     z: Tensor
+    """Scalar with a graph, mean over layers of the router z-loss."""
     load: Tensor
+    """(L, N) share of the assignments that each expert got; rows sum to 1."""
 
 
 def track_routers(encoder: nn.Module) -> None:
@@ -41,11 +38,10 @@ def track_routers(encoder: nn.Module) -> None:
 
 
 def take_router_records(encoder: nn.Module) -> tuple[Tensor, ...]:
-    """What the routers recorded since the last call, summed over forward passes; the encoder forgets it.
+    """What the routers recorded since the last call, summed over forward passes; forgets it.
 
-    Returns:
-        counts (1, L, N), probability sums (1, L, N) and z-sums (1, L) of L layers with experts, all float32 or wider, the
-        latter two with their graph; or nothing where nothing was recorded. See :class:`RouterRecord`.
+    Returns counts (1, L, N), probability sums (1, L, N) and z-sums (1, L) of L layers with experts, all float32 or wider,
+    the latter two with their graph; or an empty tuple where nothing was recorded.
     """
     records = [record for _, record in _take_sums(encoder)]
     return tuple(torch.stack(values).unsqueeze(0) for values in zip(*records, strict=True))

@@ -22,21 +22,13 @@ from torch.autograd.function import once_differentiable
 
 @dataclass
 class Assignment:
-    """Which tokens go to which expert, with what weight.
+    """Which tokens go to which expert, with what weight."""
 
-    Attributes:
-        weights: (T, k) in at least float32, the weight of each assignment; column e is expert e where mixed.
-        counts: (N,) int64, number of tokens of each expert.
-        order: (S,) int64, the assignment (t·k + its rank) in each sorted slot; None where mixed.
-        inverse: (S,) int64, the slot of each assignment; None where mixed.
-        unit: whether all weights are 1 in value.
-    """
-
-    weights: Tensor
-    counts: Tensor
-    order: Tensor | None = None
-    inverse: Tensor | None = None
-    unit: bool = False
+    weights: Tensor  # (T, k) in at least float32, of each assignment; column e is expert e where mixed
+    counts: Tensor  # (N,) int64, number of tokens of each expert
+    order: Tensor | None = None  # (S,) int64, the assignment (t·k + its rank) in each sorted slot; None where mixed
+    inverse: Tensor | None = None  # (S,) int64, the slot of each assignment; None where mixed
+    unit: bool = False  # whether all weights are 1 in value
 
     @property
     def mixed(self) -> bool:
@@ -45,7 +37,6 @@ class Assignment:
 
     @property
     def top_k(self) -> int:
-        """Experts of each token."""
         return self.weights.shape[1]
 
     @property
@@ -86,17 +77,17 @@ def gather(tokens: Tensor, assignment: Assignment) -> Tensor:
     """tokens (T, D) as the experts take them: slots (S, D); unchanged where mixed."""
     if assignment.mixed:
         return tokens
-    return _Gather.apply(cast(tokens), assignment.rows, assignment.inverse, assignment.top_k)
+    return _Move.apply(cast(tokens), assignment.rows, assignment.inverse, assignment.top_k, True)
 
 
 def gather_weights(assignment: Assignment) -> Tensor:
     """The weight of each slot, (S,); not where mixed."""
-    return _Gather.apply(assignment.weights.flatten(), assignment.order, assignment.inverse, 1)
+    return _Move.apply(assignment.weights.flatten(), assignment.order, assignment.inverse, 1, True)
 
 
 def sum_slots(results: Tensor, assignment: Assignment) -> Tensor:
     """Results of slots (S, D), summed for each token: (T, D); not where mixed."""
-    return _Sum.apply(results, assignment.rows, assignment.inverse, assignment.top_k)
+    return _Move.apply(results, assignment.rows, assignment.inverse, assignment.top_k, False)
 
 
 def restore(results: Tensor, assignment: Assignment, real: Tensor | None, count: int) -> Tensor:
@@ -106,72 +97,62 @@ def restore(results: Tensor, assignment: Assignment, real: Tensor | None, count:
     """
     is_sorted = not assignment.mixed and assignment.top_k == 1
     if real is None:
-        return _Sum.apply(results, assignment.rows, assignment.inverse, 1) if is_sorted else results
-    places = real.index_select(0, assignment.rows) if is_sorted else real
-    return results.new_zeros(count, *results.shape[1:]).index_copy_(0, places, results)
+        return sum_slots(results, assignment) if is_sorted else results
+    return _Place.apply(results, real.index_select(0, assignment.rows) if is_sorted else real, count, True)
 
 
 def pick(hidden: Tensor, real: Tensor) -> Tensor:
     """The rows ``real`` (T,), each at most once, of hidden (M, D)."""
-    return _Pick.apply(hidden, real)
+    return _Place.apply(hidden, real, len(hidden), False)
 
 
-# In what follows, indices are permutations or hold each row at most once, so that the inverse of a gather is a gather, too.
+# Indices are permutations or hold each row at most once, so that the inverse of a gather is a gather, too.
 
 
-def _sum(slots: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-    slots = slots.index_select(0, inverse)
+def _move(x: Tensor, rows: Tensor, inverse: Tensor, top_k: int, to_slots: bool) -> Tensor:
+    if to_slots:
+        return x.index_select(0, rows)
+    x = x.index_select(0, inverse)
     if top_k == 1:
-        return slots
-    first, second, *others = slots.view(-1, top_k, *slots.shape[1:]).unbind(1)
+        return x
+    first, second, *others = x.view(-1, top_k, *x.shape[1:]).unbind(1)
     total = first + second  # several times faster than sum(1) on CPUs
     for other in others:
         total += other
     return total
 
 
-class _Gather(torch.autograd.Function):
-    """Tokens (T, …) to slots (S, …)."""
+class _Move(torch.autograd.Function):
+    """Tokens (T, …) to slots (S, …), or slots, summed for each token, to tokens: each is the gradient of the other."""
 
     @staticmethod
-    def forward(ctx, tokens: Tensor, rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.top_k = top_k
-        return tokens.index_select(0, rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (inverse,) = ctx.saved_tensors
-        return _sum(grad, inverse, ctx.top_k), None, None, None
-
-
-class _Sum(torch.autograd.Function):
-    """Slots (S, …), summed for each token, to (T, …)."""
-
-    @staticmethod
-    def forward(ctx, slots: Tensor, rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(rows)
-        return _sum(slots, inverse, top_k)
+    def forward(ctx, x: Tensor, rows: Tensor, inverse: Tensor, top_k: int, to_slots: bool) -> Tensor:
+        ctx.save_for_backward(rows, inverse)
+        ctx.top_k, ctx.to_slots = top_k, to_slots
+        return _move(x, rows, inverse, top_k, to_slots)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
-        return grad.index_select(0, rows), None, None, None
+        return _move(grad, *ctx.saved_tensors, ctx.top_k, not ctx.to_slots), None, None, None, None
 
 
-class _Pick(torch.autograd.Function):
-    """Some rows of a batch; the gradient of the others is zero."""
+def _place(x: Tensor, places: Tensor, count: int, to_batch: bool) -> Tensor:
+    return x.new_zeros(count, *x.shape[1:]).index_copy_(0, places, x) if to_batch else x.index_select(0, places)
+
+
+class _Place(torch.autograd.Function):
+    """Rows to their places in a batch of zeros, or the rows at these places: each is the gradient of the other."""
+
+    # torch's index_copy would keep the rows for its gradient.
 
     @staticmethod
-    def forward(ctx, batch: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, places: Tensor, count: int, to_batch: bool) -> Tensor:
         ctx.save_for_backward(places)
-        ctx.count = batch.shape[0]
-        return batch.index_select(0, places)
+        ctx.count, ctx.to_batch = count, to_batch
+        return _place(x, places, count, to_batch)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (places,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.count, *grad.shape[1:]).index_copy_(0, places, grad), None
+        return _place(grad, *ctx.saved_tensors, ctx.count, not ctx.to_batch), None, None, None

@@ -21,19 +21,12 @@ Model = TypeVar("Model")
 
 
 def inject_moe(model: Model, config: MoEConfig) -> Model:
-    """Replace FFN Linear layers of an encoder by experts that are copies of them; in place.
+    """Replace FFN Linear layers of an encoder by experts that are copies of them; in place, returns ``model``.
 
     Right afterwards the encoder computes what it computed before. A stock XLM-R, RoBERTa or BERT model also becomes an
     instance of the matching class of :mod:`clpl_moe.moe.modeling_clpl_moe`, so that ``save_pretrained`` writes a folder
-    that loads without this package.
-
-    Args:
-        model: an encoder whose layers have ``intermediate.dense`` and ``output.dense`` (XLM-R, BERT, RoBERTa and their
-            kin), a model around one, or a ``clpl_moe.Encoder``.
-        config: what to inject.
-
-    Returns:
-        ``model`` itself.
+    that loads without this package. ``model`` may be an encoder whose layers have ``intermediate.dense`` and
+    ``output.dense`` as these have, a model around one, or a ``clpl_moe.Encoder``.
 
     Raises:
         ValueError: no such layers were found, the encoder has experts already, or ``config.layers`` does not fit it.
@@ -53,8 +46,6 @@ def inject_moe(model: Model, config: MoEConfig) -> Model:
 
 def merge_experts(model: Model) -> Model:
     """Make an encoder with experts dense again, each Linear the mean of its experts; in place, returns ``model``.
-
-    The inverse of :func:`inject_moe`: right after injection it restores the dense encoder.
 
     Raises:
         ValueError: the encoder has no experts, or those of a folder's own code.
@@ -106,8 +97,7 @@ def ffn_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def stack_2024_experts(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename and stack the experts of a 2024-format state dict to the names used here; other entries pass through.
 
-    ``….dense.experts.{j}.weight|bias`` become ``….dense.weight|bias`` (N, …); ``….dense.gate.weight`` becomes
-    ``….router.weight``.
+    ``….dense.experts.{j}.weight|bias`` become ``….dense.weight|bias`` (N, …), ``….dense.gate.weight`` ``….router.weight``.
     """
     stacked: dict[str, Tensor] = {}
     experts: dict[str, dict[int, Tensor]] = {}
@@ -121,6 +111,4 @@ def stack_2024_experts(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             stacked[name.removesuffix("dense.gate.weight") + "router.weight"] = value
         else:
             stacked[name] = value
-    for name, by_index in experts.items():
-        stacked[name] = torch.stack([by_index[i] for i in sorted(by_index)])
-    return stacked
+    return stacked | {name: torch.stack([parts[i] for i in sorted(parts)]) for name, parts in experts.items()}

@@ -49,7 +49,7 @@ class DenseOutput(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """The parts by which a layer of XLM-R, BERT or RoBERTa is known, for type checkers; no such object is made."""
+    """What a layer of XLM-R, BERT or RoBERTa has, for type checkers; no such object is made."""
 
     attention: nn.Module
     intermediate: DenseIntermediate
@@ -84,7 +84,6 @@ def remove_experts(encoder: nn.Module) -> None:
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether any module of ``model`` holds experts."""
     return any(isinstance(module, Experts) for module in model.modules())
 
 

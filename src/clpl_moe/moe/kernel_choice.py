@@ -46,10 +46,9 @@ def choose_kernel(
 ) -> Kernel:
     """How experts with ``weight`` (N, out, in) are computed for ``tokens`` (..., in), sorted or not.
 
-    Before tokens are routed, ``router`` and ``activation`` say what stands around the experts. Without them, as when
-    sorted tokens are given, the answer is never ``"fused"``.
+    ``"fused"`` only before tokens are routed, where ``router`` and ``activation`` say what stands around the experts.
     """
-    if mixes_all(len(weight), top_k):
+    if top_k == len(weight):
         return "mixed"
     if not has_grouped_kernel(tokens, weight):
         return "sliced"
@@ -63,11 +62,6 @@ def choose_kernel(
         and triton_compiles(tokens.device)
     )
     return "fused" if fuses else "grouped"
-
-
-def mixes_all(num_experts: int, top_k: int) -> bool:
-    """Whether to compute all experts for all tokens: where each token goes to each expert anyway."""
-    return top_k == num_experts
 
 
 def has_grouped_kernel(tokens: Tensor, weight: Tensor) -> bool:

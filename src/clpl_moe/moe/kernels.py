@@ -1,15 +1,12 @@
 """The router and the experts of a layer's first half on a CUDA device, in bfloat16, in as few passes as it takes.
 
-Where each token goes to one expert, with a weight of 1, what experts cost beside a dense layer is not arithmetic but reading
-and writing activations once more: to score, to sort, to add each expert's bias, and the same in the backward pass. Here
+1. One kernel scores the tokens, picks their experts and counts them by blocks of tokens.
+2. A second one knows from the running sum of these counts where each token goes, and takes it there, cast on the way.
+3. ``grouped_mm`` multiplies, and a third kernel adds the bias and applies GELU.
+4. The backward pass of the third leaves the gradients of the biases and of the tokens' weights as by-products.
+5. A last kernel takes the tokens' gradients back and adds those that come through the router, whose own it leaves, too.
 
-1. one kernel scores the tokens, picks their experts and counts them by blocks of tokens;
-2. a second one knows from the running sum of these counts where each token goes, and takes it there, cast on the way;
-3. ``grouped_mm`` multiplies, and a third kernel adds the bias and applies GELU;
-4. the backward pass of the third leaves the gradients of the biases and of the tokens' weights as by-products;
-5. a last kernel takes the tokens' gradients back and adds those that come through the router, whose own it leaves, too.
-
-The sums that several blocks contribute to are written by block and summed afterwards, always in the same order, so that
+Sums that several blocks contribute to are written by block and summed afterwards, always in the same order, so that
 results repeat exactly. Triton comes with torch's CUDA builds; its interpreter runs all this on a CPU.
 """
 
@@ -40,11 +37,7 @@ def _write_kernel(x):
 
 @functools.cache
 def can_compile(device: torch.device) -> bool:
-    """Whether Triton compiles kernels for ``device``; where it should and cannot, a warning says why, once.
-
-    It wants a C compiler and Python's headers when a kernel is first used. The kernels are for CUDA devices of compute
-    capability 8.0 and above.
-    """
+    """Whether Triton compiles kernels for ``device``, of compute capability 8.0 or above; where not, a warning says why."""
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
@@ -131,8 +124,7 @@ def _place(CHUNKS: tl.constexpr):
 def _normal(z):
     """The standard normal distribution's density at z, and its share below z, which GELU multiplies z with.
 
-    The error function is that of Abramowitz and Stegun, formula 7.1.26, with an error of at most 1.5e-7: its exponential is
-    the density's, so that both cost little more than one.
+    By Abramowitz and Stegun's formula 7.1.26, error at most 1.5e-7, whose exponential is also the density's.
     """
     power = tl.exp(-0.5 * z * z)
     root = tl.rsqrt(1 + 0.23164188 * tl.abs(z))  # 0.3275911 / sqrt(2)
@@ -251,10 +243,10 @@ def _route_backward_kernel(
     weight_parts,
     tokens,
     num_experts,
-    LEARNS: tl.constexpr,
-    DOTS: tl.constexpr,
     WIDTH: tl.constexpr,
     EXPERTS: tl.constexpr,
+    LEARNS: tl.constexpr,
+    DOTS: tl.constexpr,
 ):
     """Gradient of a block's tokens, through their experts and through the router, and the block's part of the router's."""
     block = tl.program_id(0)
@@ -371,25 +363,21 @@ class _RoutedGelu(torch.autograd.Function):
         grad_x = x_sorted.new_empty(tokens, width, dtype=ctx.dtype)
         weight_parts = logits.new_empty(blocks, num_experts, width)
         routed = ctx.learns or grad_logits is not None
-        _route_backward_kernel[(blocks,)](
+        grad_logits = None if grad_logits is None else grad_logits.contiguous()
+        arguments = (
             grad_sorted,
             x_sorted,
             logits,
             experts,
             slots,
             dots,
-            None if grad_logits is None else grad_logits.contiguous(),
+            grad_logits,
             router_weight,
             grad_x,
             weight_parts,
-            tokens,
-            num_experts,
-            LEARNS=ctx.learns,
-            DOTS=chunks,
-            WIDTH=width,
-            EXPERTS=_padded(num_experts),
-            num_stages=2,
         )
+        sizes = tokens, num_experts, width, _padded(num_experts)
+        _route_backward_kernel[(blocks,)](*arguments, *sizes, LEARNS=ctx.learns, DOTS=chunks, num_stages=2)
         grad_router = weight_parts.sum(0).to(router_weight.dtype) if routed else None
         return grad_x, grad_router, grad_weight, grad_bias, None
 

@@ -1,12 +1,10 @@
 """The feed-forward modules that a router and experts make up.
 
-A token's way through a layer with experts:
-
-1. the router scores the experts with a bias-free Linear, in at least float32, and keeps the ``top_k`` best;
-2. tokens are sorted by expert, so that each expert computes one matrix product over its own tokens (:mod:`.dispatch`);
-3. results are weighted, and summed where ``top_k`` is above 1;
-4. what follows and acts on single tokens (activation, output Linear) is computed in the sorted order as far as it goes;
-   then results are put back in the tokens' order.
+1. The router scores the experts, in at least float32, and keeps the ``top_k`` best of each token.
+2. Tokens are sorted by expert, so that each expert computes one matrix product over its own tokens (:mod:`.dispatch`).
+3. Results are weighted, and summed where ``top_k`` is above 1.
+4. Activation and output Linear act on single tokens: they are computed in the sorted order, and then results are put
+   back in the tokens' order.
 
 Padding takes no part: it is neither routed nor counted, and the experts' output at its places is zero.
 
@@ -55,8 +53,7 @@ def back_in_place(routed: RoutedTokens, state: LayerState, shape: torch.Size) ->
 class MoEIntermediate(nn.Module):
     """Takes the place of a layer's ``intermediate``: experts instead of its Linear, then its activation.
 
-    With ``hands_over`` the activations stay sorted and without padding for a :class:`RoutedOutput`; without, the module
-    returns what a dense one does.
+    With ``hands_over`` the activations stay sorted and without padding for a :class:`RoutedOutput`.
     """
 
     def __init__(
@@ -70,7 +67,7 @@ class MoEIntermediate(nn.Module):
         self.hands_over = hands_over
 
     def forward(self, hidden: Tensor) -> Tensor | RoutedTokens:
-        """(B, L, hidden) to (B, L, ffn)."""
+        """(B, L, hidden) to (B, L, ffn), or to the activations of all slots."""
         tokens = real_tokens(hidden, self.state)
         if self._fuses(tokens):
             routed = self._fused(tokens)
@@ -103,7 +100,12 @@ class OutputHalf(nn.Module):
     """What takes the place of a layer's ``output``: a Linear or experts, then the layer's dropout and layer norm."""
 
     def __init__(
-        self, dense: nn.Module, dropout: nn.Module, norm: nn.LayerNorm, state: LayerState, router: Router | None = None
+        self,
+        dense: nn.Linear | Experts,
+        dropout: nn.Module,
+        norm: nn.LayerNorm,
+        state: LayerState,
+        router: Router | None = None,
     ) -> None:
         super().__init__()
         if router is not None:
@@ -120,10 +122,7 @@ class OutputHalf(nn.Module):
 
 
 class RoutedOutput(OutputHalf):
-    """Behind a :class:`MoEIntermediate`, with the layer's own Linear.
-
-    It acts on single tokens, so that they are put back in place only after it.
-    """
+    """Behind a :class:`MoEIntermediate`, with the layer's own Linear."""
 
     def forward(self, hidden: RoutedTokens, residual: Tensor) -> Tensor:
         """Activations of the tokens and the residual (B, L, hidden) to (B, L, hidden)."""

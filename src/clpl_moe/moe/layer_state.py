@@ -1,9 +1,8 @@
 """What the modules of one layer share during a forward pass, and the hooks that tell them which tokens are padding.
 
 An encoder hands its layers no two-dimensional mask. So a hook before its forward passes the indices of the real tokens
-down as a keyword argument, and a hook before each layer's attention takes them out again and keeps them for the layer's
-experts. An attribute would not do: gradient checkpointing runs a layer again in the backward pass, with its original
-arguments, but when other batches have gone through.
+down as a keyword argument, with which gradient checkpointing also repeats a layer when other batches have gone through.
+A hook before each layer's attention takes them out again and keeps them for the layer's experts.
 """
 
 from __future__ import annotations
@@ -19,17 +18,11 @@ _TOKENS = "moe_tokens"
 
 
 class RouterRecord(NamedTuple):
-    """What one call of one router leaves for losses and logs; N experts.
+    """What one call of one router leaves for losses and logs; N experts, sums over tokens."""
 
-    Attributes:
-        counts: (N,) float32, assignments to each expert; they sum to tokens times ``top_k``.
-        probability_sums: (N,) with a graph, the sum over tokens of each expert's softmax probability.
-        z_sum: scalar with a graph, the sum over tokens of the squared log-sum-exp of the logits.
-    """
-
-    counts: Tensor
-    probability_sums: Tensor
-    z_sum: Tensor
+    counts: Tensor  # (N,) float32, assignments to each expert
+    probability_sums: Tensor  # (N,) with a graph, of each expert's softmax probability
+    z_sum: Tensor  # scalar with a graph, of the squared log-sum-exp of the logits
 
 
 class LayerState:

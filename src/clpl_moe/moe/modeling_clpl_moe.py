@@ -19,24 +19,20 @@ from .experts import Experts
 from .install import install_experts
 from .router import Router
 
+# In the configurations, `moe` holds the fields of MoEConfig.
+
 
 class MoEXLMRobertaConfig(transformers.XLMRobertaConfig):
-    """XLM-R configuration; ``moe`` holds the fields of :class:`MoEConfig`."""
-
     model_type = "clpl_moe_xlm_roberta"
     moe: dict | None = None
 
 
 class MoERobertaConfig(transformers.RobertaConfig):
-    """RoBERTa configuration; ``moe`` holds the fields of :class:`MoEConfig`."""
-
     model_type = "clpl_moe_roberta"
     moe: dict | None = None
 
 
 class MoEBertConfig(transformers.BertConfig):
-    """BERT configuration; ``moe`` holds the fields of :class:`MoEConfig`."""
-
     model_type = "clpl_moe_bert"
     moe: dict | None = None
 
@@ -61,20 +57,14 @@ class MoEModel(transformers.PreTrainedModel):
 
 
 class MoEXLMRobertaModel(MoEModel, transformers.XLMRobertaModel):
-    """XLM-R encoder with experts."""
-
     config_class = MoEXLMRobertaConfig
 
 
 class MoERobertaModel(MoEModel, transformers.RobertaModel):
-    """RoBERTa encoder with experts."""
-
     config_class = MoERobertaConfig
 
 
 class MoEBertModel(MoEModel, transformers.BertModel):
-    """BERT encoder with experts."""
-
     config_class = MoEBertConfig
 
 
@@ -99,10 +89,7 @@ def register_classes() -> None:
 
 
 def become_moe(encoder: nn.Module, config: MoEConfig) -> None:
-    """Give a stock encoder that now has experts the class and configuration that save and load them.
-
-    An encoder of another class keeps its own: it can be trained, but not saved as a model folder.
-    """
+    """Give a stock encoder that now has experts the class that saves and loads them; others keep theirs, to be trained only."""
     if isinstance(encoder, transformers.PreTrainedModel) and (moe_class := MOE_CLASSES.get(type(encoder))) is not None:
         _change_class(encoder, moe_class)
         encoder.config.update({"moe": config.to_dict()})

@@ -1,11 +1,7 @@
 """Routers: which experts each token goes to, and with what weight.
 
-A router is a class with a name: ``@register_router("name")`` makes it known to :class:`~clpl_moe.moe.config.MoEConfig`
-and so to training. Of the weights of its own class a router may promise something that saves work
-(:attr:`Router.unit_at_top_1`, :attr:`Router.fused_as`). Promises are not inherited: a class that states none is
-computed in full.
-
-For logits of N experts, ``p = softmax(logits)`` and the chosen experts C, three come with the package:
+``@register_router("name")`` makes a class known to :class:`~clpl_moe.moe.config.MoEConfig` and so to training. For logits
+of N experts, ``p = softmax(logits)`` and the chosen experts C, three come with the package:
 
 - ``straight_through``: ``p[C] / sum(p[C])`` with a denominator that counts as a constant in the backward pass. Its value
   is that of ``topk_softmax`` (1 at ``top_k`` 1, so that the layer computes what the dense one did), but its gradient is
@@ -27,7 +23,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .dispatch import Assignment, assign
-from .kernel_choice import mixes_all
 from .layer_state import LayerState, RouterRecord
 
 AnyRouter = TypeVar("AnyRouter", bound="type[Router]")
@@ -40,7 +35,8 @@ class Router(nn.Module):
 
     A class of your own defines :meth:`weigh`, and overrides :meth:`score` or :meth:`choose` where these differ. For
     injection to keep the encoder's function, a token's weights must sum to 1. The router may hold further parameters;
-    they are trained, saved and loaded with ``weight``.
+    they are trained, saved and loaded with ``weight``. A class may promise something of its weights that saves work
+    (:attr:`unit_at_top_1`, :attr:`fused_as`); one that states no promise is computed in full.
 
     Attributes:
         weight: (N, in_features), what :meth:`score` multiplies with.
@@ -87,7 +83,7 @@ class Router(nn.Module):
         num_experts = self.weight.shape[0]
         with torch.autocast(x.device.type, enabled=False):
             logits = self.score(x)
-            if mixes_all(num_experts, self.top_k):
+            if self.top_k == num_experts:
                 experts = torch.arange(num_experts, device=x.device).expand(len(x), -1)
                 counts = torch.full((num_experts,), len(x), device=x.device)
                 assignment = Assignment(self.weigh(logits, experts), counts)
@@ -102,11 +98,7 @@ class Router(nn.Module):
         """In training, leave a record of logits (T, N) and of how many tokens went to each expert (N,), where that tracks."""
         if not (state.tracking and self.training):
             return
-        record = RouterRecord(
-            counts=counts.float(),
-            probability_sums=logits.softmax(-1).sum(0),
-            z_sum=logits.logsumexp(-1).square().sum(),
-        )
+        record = RouterRecord(counts.float(), logits.softmax(-1).sum(0), logits.logsumexp(-1).square().sum())
         # What checkpointing repeats has to be computed as before, but is not to be counted twice.
         if state.is_running():
             state.records.append(record)
@@ -119,11 +111,8 @@ class Router(nn.Module):
 def register_router(name: str) -> Callable[[AnyRouter], AnyRouter]:
     """Class decorator: makes a subclass of :class:`Router` known as ``name``, the value of ``router`` in settings.
 
-    A model with such a router loads where its class has been registered before.
-
-    Raises:
-        ValueError: ``name`` is taken by another class.
-        TypeError: the class is no :class:`Router`.
+    A model with such a router loads where its class has been registered before. A name taken by another class raises
+    :class:`ValueError`, a class that is no router :class:`TypeError`.
     """
 
     def register(router: AnyRouter) -> AnyRouter:
@@ -140,16 +129,11 @@ def register_router(name: str) -> Callable[[AnyRouter], AnyRouter]:
 
 
 def router_names() -> list[str]:
-    """The names of all registered routers."""
     return list(_ROUTERS)
 
 
 def router_class(name: str) -> type[Router]:
-    """The router that is registered as ``name``.
-
-    Raises:
-        ValueError: there is none, with the nearest name.
-    """
+    """The router that is registered as ``name``; raises :class:`ValueError`, with the nearest name, where there is none."""
     if name in _ROUTERS:
         return _ROUTERS[name]
     near = difflib.get_close_matches(str(name), _ROUTERS, 1)
@@ -162,13 +146,12 @@ def router_class(name: str) -> type[Router]:
 
 @register_router("straight_through")
 class StraightThrough(Router):
-    """Weights of 1 at ``top_k`` 1, with the gradient of the probability; see the module."""
+    """Probabilities over their sum, which counts as a constant in the backward pass."""
 
     unit_at_top_1 = True
     fused_as = "straight_through"
 
     def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
-        """Probabilities over their sum, which counts as a constant."""
         if experts.shape == logits.shape:
             return logits.softmax(-1)  # they sum to 1
         chosen = logits.softmax(-1).gather(-1, experts)
@@ -177,14 +160,12 @@ class StraightThrough(Router):
 
 @register_router("softmax_topk")
 class SoftmaxTopK(Router):
-    """Scaled probabilities, close to 1 in sum only while the router is undecided; see the module."""
+    """Probabilities times N / ``top_k``."""
 
     def reset_parameters(self, std: float) -> None:
-        """Draw the first weights, from N(0, std²) times a thousandth of a thousandth."""
         nn.init.normal_(self.weight, std=std * 1e-6)
 
     def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
-        """Probabilities times N / ``top_k``."""
         if experts.shape == logits.shape:
             return logits.softmax(-1)
         return logits.softmax(-1).gather(-1, experts) * (logits.shape[-1] / self.top_k)
@@ -192,22 +173,19 @@ class SoftmaxTopK(Router):
 
 @register_router("topk_softmax")
 class TopKSoftmax(Router):
-    """Softmax of the chosen logits, constant at ``top_k`` 1; see the module."""
+    """Softmax of the chosen logits."""
 
     unit_at_top_1 = True
     fused_as = "constant"
 
     def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
-        """Probabilities among the chosen experts."""
         return (logits if experts.shape == logits.shape else logits.gather(-1, experts)).softmax(-1)
 
 
 def scores(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` in at least float32: x (T, in), weight (N, in) to (T, N)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if x.dtype == dtype:
-        return F.linear(x, weight.to(dtype))
-    return _Scores.apply(x, weight, dtype)
+    return F.linear(x, weight.to(dtype)) if x.dtype == dtype else _Scores.apply(x, weight, dtype)
 
 
 class _Scores(torch.autograd.Function):
