@@ -52,7 +52,7 @@ class Assignment:
 
 
 def linear_dtype(x: Tensor) -> torch.dtype:
-    """What a Linear would compute with ``x`` in: its own dtype, or autocast's where that is on."""
+    """The dtype in which a Linear would compute ``x``: its own, or autocast's where that is on."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
@@ -101,14 +101,13 @@ def restore(results: Tensor, assignment: Assignment, real: Tensor | None, count:
     return _Place.apply(results, real.index_select(0, assignment.rows) if is_sorted else real, count, True)
 
 
-def pick(hidden: Tensor, real: Tensor) -> Tensor:
-    """The rows ``real`` (T,), each at most once, of hidden (M, D)."""
-    return _Place.apply(hidden, real, len(hidden), False)
+def pick(hidden: Tensor, real: Tensor | None) -> Tensor:
+    """The rows ``real`` (T,), each at most once, of hidden (..., D), flattened; all where None."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return flat if real is None else _Place.apply(flat, real, len(flat), False)
 
 
 # Indices are permutations or hold each row at most once, so that the inverse of a gather is a gather, too.
-
-
 def _move(x: Tensor, rows: Tensor, inverse: Tensor, top_k: int, to_slots: bool) -> Tensor:
     if to_slots:
         return x.index_select(0, rows)
@@ -134,7 +133,8 @@ class _Move(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _move(grad, *ctx.saved_tensors, ctx.top_k, not ctx.to_slots), None, None, None, None
+        rows, inverse = ctx.saved_tensors
+        return _move(grad, rows, inverse, ctx.top_k, not ctx.to_slots), None, None, None, None
 
 
 def _place(x: Tensor, places: Tensor, count: int, to_batch: bool) -> Tensor:
@@ -142,9 +142,7 @@ def _place(x: Tensor, places: Tensor, count: int, to_batch: bool) -> Tensor:
 
 
 class _Place(torch.autograd.Function):
-    """Rows to their places in a batch of zeros, or the rows at these places: each is the gradient of the other."""
-
-    # torch's index_copy would keep the rows for its gradient.
+    """Rows to their places in a batch of zeros, or back; torch's index_copy would keep the rows for its gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, places: Tensor, count: int, to_batch: bool) -> Tensor:
@@ -155,4 +153,5 @@ class _Place(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _place(grad, *ctx.saved_tensors, ctx.count, not ctx.to_batch), None, None, None
+        (places,) = ctx.saved_tensors
+        return _place(grad, places, ctx.count, not ctx.to_batch), None, None, None

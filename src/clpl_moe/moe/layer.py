@@ -38,16 +38,9 @@ class RoutedTokens:
     assignment: Assignment
 
 
-def real_tokens(hidden: Tensor, state: LayerState) -> Tensor:
-    """The real tokens (T, D) of hidden (..., D)."""
-    flat, real = hidden.reshape(-1, hidden.shape[-1]), state.get_tokens()
-    return flat if real is None else pick(flat, real)
-
-
-def back_in_place(routed: RoutedTokens, state: LayerState, shape: torch.Size) -> Tensor:
+def back_in_place(values: Tensor, assignment: Assignment, state: LayerState, shape: torch.Size) -> Tensor:
     """Rows of weighted results (T, D) where they came from: (*shape, D), zero at padding."""
-    flat = restore(routed.values, routed.assignment, state.get_tokens(), shape.numel())
-    return flat.view(*shape, flat.shape[-1])
+    return restore(values, assignment, state.get_tokens(), shape.numel()).view(*shape, values.shape[-1])
 
 
 class MoEIntermediate(nn.Module):
@@ -68,14 +61,16 @@ class MoEIntermediate(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor | RoutedTokens:
         """(B, L, hidden) to (B, L, ffn), or to the activations of all slots."""
-        tokens = real_tokens(hidden, self.state)
+        tokens = pick(hidden, self.state.get_tokens())
         if self._fuses(tokens):
             routed = self._fused(tokens)
         else:
             assignment = self.router(tokens, self.state)
             mixed = self.dense(gather(tokens, assignment), assignment)
             routed = RoutedTokens(self.intermediate_act_fn(mixed), assignment)
-        return routed if self.hands_over else back_in_place(routed, self.state, hidden.shape[:-1])
+        if self.hands_over:
+            return routed
+        return back_in_place(routed.values, routed.assignment, self.state, hidden.shape[:-1])
 
     def _fuses(self, tokens: Tensor) -> bool:
         router, experts = self.router, self.dense
@@ -86,8 +81,8 @@ class MoEIntermediate(nn.Module):
         return choose_kernel(tokens, experts.weight, router.top_k, **options) == "fused"
 
     def _fused(self, tokens: Tensor) -> RoutedTokens:
-        router, experts = self.router, self.dense
         assert routed_gelu is not None
+        router, experts = self.router, self.dense
         arguments = tokens, router.weight, cast(experts.weight), cast(experts.bias)
         learns = router.fused_as == "straight_through"
         values, logits, rows, slots, counts = routed_gelu(*arguments, learns=learns)
@@ -117,7 +112,7 @@ class OutputHalf(nn.Module):
 
     def close(self, values: Tensor, assignment: Assignment, residual: Tensor) -> Tensor:
         """Weighted results (T, hidden), put back in place, and the residual (B, L, hidden) to (B, L, hidden)."""
-        mixed = back_in_place(RoutedTokens(values, assignment), self.state, residual.shape[:-1])
+        mixed = back_in_place(values, assignment, self.state, residual.shape[:-1])
         return self.LayerNorm(self.dropout(mixed) + residual)
 
 
@@ -134,7 +129,7 @@ class MoEOutput(OutputHalf):
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """(B, L, ffn) and the residual (B, L, hidden) to (B, L, hidden)."""
-        tokens = real_tokens(hidden, self.state)
+        tokens = pick(hidden, self.state.get_tokens())
         assignment = self.router(tokens, self.state)
         return self.close(self.dense(gather(tokens, assignment), assignment), assignment, residual)
 
@@ -144,7 +139,7 @@ class MoEFFNIntermediate(MoEIntermediate):
 
     def forward(self, hidden: Tensor) -> RoutedTokens:
         """(B, L, hidden) to the activations of all slots."""
-        tokens = real_tokens(hidden, self.state)
+        tokens = pick(hidden, self.state.get_tokens())
         assignment = self.router(tokens, self.state)
         slots = self.dense(gather(tokens, assignment), assignment, weigh=False)
         return RoutedTokens(self.intermediate_act_fn(slots), assignment)
