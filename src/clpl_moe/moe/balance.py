@@ -40,8 +40,8 @@ def track_routers(encoder: nn.Module) -> None:
 def take_router_records(encoder: nn.Module) -> tuple[Tensor, ...]:
     """What the routers recorded since the last call, summed over forward passes; forgets it.
 
-    Returns counts (1, L, N), probability sums (1, L, N) and z-sums (1, L) of L layers with experts, all float32 or wider,
-    the latter two with their graph; or an empty tuple where nothing was recorded.
+    Returns counts (1, L, N), probability sums (1, L, N) and z-sums (1, L), all float32 or wider, the latter two with their
+    graph; or an empty tuple where nothing was recorded.
     """
     records = [record for _, record in _take_sums(encoder)]
     return tuple(torch.stack(values).unsqueeze(0) for values in zip(*records, strict=True))

@@ -11,11 +11,7 @@ TARGETS = ("intermediate", "output", "ffn")
 
 @dataclass
 class MoEConfig:
-    """Settings of the mixture of experts in an encoder's feed-forward layers.
-
-    Raises:
-        ValueError: a value or a combination that makes no sense, with what to do instead.
-    """
+    """Settings of the mixture of experts in an encoder's feed-forward layers; wrong ones raise :class:`ValueError`."""
 
     num_experts: int = field(default=2, metadata={"help": "experts per layer, each a copy of the dense layer"})
     top_k: int = field(default=1, metadata={"help": "experts that each token goes to"})
@@ -57,11 +53,7 @@ class MoEConfig:
         self.resolve_layers(10_000)
 
     def resolve_layers(self, num_layers: int) -> list[int]:
-        """Indices of the layers that get experts, in an encoder of ``num_layers``.
-
-        Raises:
-            ValueError: ``layers`` cannot be read, or names a layer that the encoder does not have.
-        """
+        """Indices of the layers that get experts, in an encoder of ``num_layers``; raises :class:`ValueError`."""
         chosen = self.layers
         if chosen == "all":
             return list(range(num_layers))
@@ -73,9 +65,8 @@ class MoEConfig:
             chosen = [int(part) if part.strip().isdigit() else -1 for part in chosen.split(",")]
         if not isinstance(chosen, (list, tuple)) or not chosen or not all(type(i) is int and i >= 0 for i in chosen):
             raise ValueError(f"layers is {self.layers!r}: choose 'all', 'every:2' or layer numbers such as 8,9,10,11")
-        for index in chosen:
-            if index >= num_layers:
-                raise ValueError(f"layers names layer {index}, but the encoder's layers are 0 to {num_layers - 1}")
+        if max(chosen) >= num_layers:
+            raise ValueError(f"layers names layer {max(chosen)}, but the encoder's layers are 0 to {num_layers - 1}")
         return sorted(set(chosen))
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,11 +1,8 @@
 """Experts: N Linear layers in one parameter, and the ways to compute them.
 
 A weight multiplies the input of an expert and not its output, ``w · (W x + b) = W (w x) + w b``. Then the gradient of
-the weight is ``(Wᵀ g) · x + g · b`` for the gradient ``g`` of the output: the backward pass computes the first factor
-and keeps the second anyway, so no output is saved. Weights that are 1 in value (straight-through, k = 1) multiply
-nothing, and still get this gradient.
-
-:func:`~clpl_moe.moe.kernel_choice.choose_kernel` decides between the ways.
+the weight is ``(Wᵀ g) · x + g · b`` for the gradient ``g`` of the output: the backward pass has all of it anyway, so no
+output is saved. Weights that are 1 in value (straight-through, k = 1) multiply nothing, and still get this gradient.
 """
 
 from __future__ import annotations
@@ -52,7 +49,7 @@ class Experts(nn.Module):
         return f"num_experts={experts}, in_features={in_features}, out_features={out_features}"
 
     def forward(self, x: Tensor, assignment: Assignment, weigh: bool = True) -> Tensor:
-        """Apply each expert to its part of x; shapes as in :func:`expert_linear`."""
+        """As :func:`expert_linear`."""
         return expert_linear(x, self.weight, self.bias, assignment, weigh=weigh)
 
 
@@ -140,13 +137,13 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, counts: Tensor, unit: bool
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, sizes: Tensor, unit: bool
     ) -> Tensor:
-        ends = counts.cumsum(0, dtype=torch.int32)
-        # (S, N), the weight of each slot in the column of its expert: what brings in the biases, which grouped_mm does
-        # not take, and their gradients, as one matrix product without a tensor of gathered biases.
+        ends = sizes.cumsum(0, dtype=torch.int32)
+        # (S, N), the weight of each slot in the column of its expert: a product with it adds the biases, which grouped_mm
+        # does not take.
         slots = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
-        owner = ((slots < ends) & (slots >= ends - counts)).to(x.dtype)
+        owner = ((slots < ends) & (slots >= ends - sizes)).to(x.dtype)
         by = None
         if scale is not None and not unit:
             by = scale.unsqueeze(1).to(x.dtype)

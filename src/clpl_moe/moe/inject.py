@@ -78,20 +78,15 @@ def refuse_foreign_experts(encoder: nn.Module) -> None:
 def expert_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters of experts and routers; empty where the model has none."""
     refuse_foreign_experts(encoder_of(model))
-    if not has_experts(model):
-        return []
     prefixes = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, (Experts, Router)))
     return [(name, p) for name, p in model.named_parameters() if name.startswith(prefixes)]
 
 
 def ffn_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters of all FFN Linear layers, dense or experts, and of routers."""
-    return [
-        (name, p)
-        for name, p in model.named_parameters()
-        if name.rpartition(".")[0].endswith(("intermediate.dense", "output.dense", ".router"))
-        and ".attention." not in name
-    ]
+    ends = ("intermediate.dense", "output.dense", ".router")
+    named = [(name, p) for name, p in model.named_parameters() if ".attention." not in name]
+    return [(name, p) for name, p in named if name.rpartition(".")[0].endswith(ends)]
 
 
 def stack_2024_experts(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import TypeGuard
 
 from torch import Tensor, nn
@@ -157,10 +158,7 @@ def _install_in_layer(layer: TransformerLayer, config: MoEConfig) -> LayerState:
     """Put experts in the place of the layer's halves that ``config.target`` names; returns their state."""
     first, second, state = layer.intermediate, layer.output, LayerState()
     router = _make_router(second.dense if config.target == "output" else first.dense, config)
-
-    def experts(linear: nn.Linear) -> Experts:
-        return Experts.from_linear(linear, config.num_experts)
-
+    experts = partial(Experts.from_linear, num_experts=config.num_experts)
     new: dict[str, nn.Module] = {}
     if config.target == "intermediate":
         # An output module of another build gets what it got from the dense layer.

@@ -22,8 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Sizes that measured best on an H200. Kernels over tokens take so many tokens and columns at once; the copying one, so many
-# columns.
+# Sizes that measured best on an H200. Kernels over tokens take so many tokens and columns at once, or copy so many columns.
 TOKENS, COLUMNS, COPIED = tl.constexpr(64), tl.constexpr(64), tl.constexpr(512)
 # Kernels over activations take so many slots and features at once; in the backward pass, sums are over so many slots.
 TILE, FEATURES, SLOTS = tl.constexpr(4), tl.constexpr(512), tl.constexpr(64)
@@ -341,14 +340,13 @@ class _RoutedGelu(torch.autograd.Function):
         x_sorted, router_weight, weight, bias, logits, experts, slots, owners, ends, before = ctx.saved_tensors
         tokens, width = x_sorted.shape
         num_experts, features, _ = weight.shape
-        if grad is None:
-            grad = torch.zeros_like(before)
+        grad = torch.zeros_like(before) if grad is None else grad.contiguous()
         blocks, chunks = triton.cdiv(tokens, SLOTS.value), triton.cdiv(features, FEATURES.value)
         grad_before = torch.empty_like(before)
         # The gradient of a token's weight, which multiplies the input of GELU, is that input's gradient times it.
         dots = logits.new_empty(chunks, tokens)
         bias_parts = logits.new_empty(blocks + num_experts - 1, features)
-        arguments = grad.contiguous(), before, bias, owners, grad_before, dots, bias_parts, tokens, features
+        arguments = grad, before, bias, owners, grad_before, dots, bias_parts, tokens, features
         _gelu_backward_kernel[(blocks * chunks,)](*arguments, num_warps=_WARPS)
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[2]:
@@ -364,20 +362,11 @@ class _RoutedGelu(torch.autograd.Function):
         weight_parts = logits.new_empty(blocks, num_experts, width)
         routed = ctx.learns or grad_logits is not None
         grad_logits = None if grad_logits is None else grad_logits.contiguous()
-        arguments = (
-            grad_sorted,
-            x_sorted,
-            logits,
-            experts,
-            slots,
-            dots,
-            grad_logits,
-            router_weight,
-            grad_x,
-            weight_parts,
-        )
+        reads = grad_sorted, x_sorted, logits, experts, slots, dots, grad_logits, router_weight
         sizes = tokens, num_experts, width, _padded(num_experts)
-        _route_backward_kernel[(blocks,)](*arguments, *sizes, LEARNS=ctx.learns, DOTS=chunks, num_stages=2)
+        _route_backward_kernel[(blocks,)](
+            *reads, grad_x, weight_parts, *sizes, LEARNS=ctx.learns, DOTS=chunks, num_stages=2
+        )
         grad_router = weight_parts.sum(0).to(router_weight.dtype) if routed else None
         return grad_x, grad_router, grad_weight, grad_bias, None
 

@@ -29,12 +29,9 @@ from .router import Router
 
 @dataclass(eq=False)
 class RoutedTokens:
-    """Activations as the experts left them, handed from a layer's intermediate to its output module.
+    """Activations as the experts left them, handed from a layer's intermediate to its output module."""
 
-    ``values`` are slots or rows of tokens, without padding and, where sorted, in the experts' order.
-    """
-
-    values: Tensor
+    values: Tensor  # slots or rows of tokens, without padding and, where sorted, in the experts' order
     assignment: Assignment
 
 
@@ -62,15 +59,15 @@ class MoEIntermediate(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor | RoutedTokens:
         """(B, L, hidden) to (B, L, ffn), or to the activations of all slots."""
         tokens = pick(hidden, self.state.get_tokens())
-        if self._fuses(tokens):
-            routed = self._fused(tokens)
-        else:
-            assignment = self.router(tokens, self.state)
-            mixed = self.dense(gather(tokens, assignment), assignment)
-            routed = RoutedTokens(self.intermediate_act_fn(mixed), assignment)
+        routed = self._fused(tokens) if self._fuses(tokens) else self._route(tokens)
         if self.hands_over:
             return routed
         return back_in_place(routed.values, routed.assignment, self.state, hidden.shape[:-1])
+
+    def _route(self, tokens: Tensor, weigh: bool = True) -> RoutedTokens:
+        assignment = self.router(tokens, self.state)
+        values = self.dense(gather(tokens, assignment), assignment, weigh=weigh)
+        return RoutedTokens(self.intermediate_act_fn(values), assignment)
 
     def _fuses(self, tokens: Tensor) -> bool:
         router, experts = self.router, self.dense
@@ -135,14 +132,10 @@ class MoEOutput(OutputHalf):
 
 
 class MoEFFNIntermediate(MoEIntermediate):
-    """First half of whole-FFN experts: routes once, and leaves the tokens sorted for :class:`MoEFFNOutput`."""
+    """First half of whole-FFN experts: leaves all slots to :class:`MoEFFNOutput`, whose experts weigh the results."""
 
     def forward(self, hidden: Tensor) -> RoutedTokens:
-        """(B, L, hidden) to the activations of all slots."""
-        tokens = pick(hidden, self.state.get_tokens())
-        assignment = self.router(tokens, self.state)
-        slots = self.dense(gather(tokens, assignment), assignment, weigh=False)
-        return RoutedTokens(self.intermediate_act_fn(slots), assignment)
+        return self._route(pick(hidden, self.state.get_tokens()), weigh=False)
 
 
 class MoEFFNOutput(OutputHalf):
