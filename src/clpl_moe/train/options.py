@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
+from clpl_moe.common.options import option
 from clpl_moe.loss.options import LossTermOptions
 from clpl_moe.mine.options import Sampling, SelectionArguments
 from clpl_moe.moe.config import TARGETS, MoEConfig
@@ -22,35 +23,22 @@ class ModelOptions:
 
     TITLE: ClassVar[str] = "model and experts"
 
-    model_name_or_path: str = field(metadata={"help": "The base model: a folder, or a name on the hub."})
-    token: str | None = field(
-        default=None,
-        metadata={"help": "Token for the hub; not given: HF_TOKEN of the environment, or the stored login."},
+    model_name_or_path: str = option("The base model: a folder, or a name on the hub.")
+    token: str | None = option("Token for the hub; not given: HF_TOKEN of the environment, or the stored login.", None)
+    num_experts: int = option(
+        "Experts per layer; 0 trains the dense model. A base model with experts keeps its own.", 2
     )
-    num_experts: int = field(
-        default=2,
-        metadata={"help": "Experts per layer; 0 trains the dense model. A base model with experts keeps its own."},
+    top_k: int = option("Experts that each token goes to.", 1)
+    moe_target: str = option(
+        "Which Linear of the FFN becomes experts, or the whole FFN.", "intermediate", choices=list(TARGETS)
     )
-    top_k: int = field(default=1, metadata={"help": "Experts that each token goes to."})
-    moe_target: str = field(
-        default="intermediate",
-        metadata={
-            "help": "Which Linear of the FFN becomes experts, or the whole FFN.",
-            "choices": list(TARGETS),
-        },
+    moe_layers: str = option("Layers with experts: all, every:2 (from the last), or numbers such as 8,9,10,11.", "all")
+    router: str = option(
+        "How experts are weighted: straight_through, softmax_topk, topk_softmax (of the 2024 code, whose router"
+        " does not learn at top_k 1), or a router of your own, registered before.",
+        "straight_through",
     )
-    moe_layers: str = field(
-        default="all",
-        metadata={"help": "Layers with experts: all, every:2 (from the last), or numbers such as 8,9,10,11."},
-    )
-    router: str = field(
-        default="straight_through",
-        metadata={
-            "help": "How experts are weighted: straight_through, softmax_topk, topk_softmax (of the 2024 code, whose router"
-            " does not learn at top_k 1), or a router of your own, registered before."
-        },
-    )
-    router_init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the router's first weights."})
+    router_init_std: float = option("Standard deviation of the router's first weights.", 0.02)
 
     def moe_config(self) -> MoEConfig | None:
         """What to inject, or None for a dense model; raises ValueError where the options do not fit together."""
@@ -72,25 +60,16 @@ class DataOptions:
 
     TITLE: ClassVar[str] = "data"
 
-    train_data: list[str] = field(
-        default_factory=list, metadata={"help": "Files or folders of training JSONL (see docs/data-formats.md)."}
+    train_data: list[str] = option("Files or folders of training JSONL (see docs/data-formats.md).", [])
+    train_group_size: int = option("Passages per query: one positive, the rest negatives.", 8)
+    query_max_len: int = option("Longest query in tokens, the queries of negatives included; longer ones are cut.", 32)
+    passage_max_len: int = option("Longest passage in tokens; longer ones are cut.", 128)
+    queries_per_negative: int = option("At most so many queries of each negative are used in a step.", 1)
+    query_instruction_for_retrieval: str | None = option(
+        "Prompt before each query; not given: the prompt in the base model's folder.", None
     )
-    train_group_size: int = field(default=8, metadata={"help": "Passages per query: one positive, the rest negatives."})
-    query_max_len: int = field(
-        default=32,
-        metadata={"help": "Longest query in tokens, the queries of negatives included; longer ones are cut."},
-    )
-    passage_max_len: int = field(default=128, metadata={"help": "Longest passage in tokens; longer ones are cut."})
-    queries_per_negative: int = field(
-        default=1, metadata={"help": "At most so many queries of each negative are used in a step."}
-    )
-    query_instruction_for_retrieval: str | None = field(
-        default=None,
-        metadata={"help": "Prompt before each query; not given: the prompt in the base model's folder."},
-    )
-    passage_instruction_for_retrieval: str | None = field(
-        default=None,
-        metadata={"help": "Prompt before each passage; not given: the prompt in the base model's folder."},
+    passage_instruction_for_retrieval: str | None = option(
+        "Prompt before each passage; not given: the prompt in the base model's folder.", None
     )
 
 
@@ -100,11 +79,9 @@ class LossOptions(LossTermOptions):
 
     TITLE: ClassVar[str] = "loss"
 
-    mask_duplicates: bool = field(
-        default=True, metadata={"help": "Leave out negatives whose text is the query's own positive."}
-    )
-    balance_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the routers' load-balancing loss."})
-    z_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the routers' z-loss."})
+    mask_duplicates: bool = option("Leave out negatives whose text is the query's own positive.", True)
+    balance_loss_weight: float = option("Weight of the routers' load-balancing loss.", 0.0)
+    z_loss_weight: float = option("Weight of the routers' z-loss.", 0.0)
 
 
 @dataclass
@@ -113,77 +90,53 @@ class RunOptions:
 
     TITLE: ClassVar[str] = "training"
 
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Run folder; must be new or empty, unless resuming."}
+    output_dir: str | None = option("Run folder; must be new or empty, unless resuming.", None)
+    dry_run: bool = option("Check config and data, print the plan, and stop; loads no weights.", False)
+    resume_from_checkpoint: str | None = option(
+        "true continues the newest checkpoint in output_dir; or a checkpoint's folder.", None
     )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Check config and data, print the plan, and stop; loads no weights."}
+    trainable: str = option(
+        "What is trained: experts and routers, all FFN layers, or the whole encoder.",
+        "moe",
+        choices=["moe", "ffn", "full"],
     )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={"help": "true continues the newest checkpoint in output_dir; or a checkpoint's folder."},
+    frozen_layers: int = option(
+        "How many of the lowest layers are frozen, and the embeddings with them: faster, less memory; 0: none.", 0
     )
-    trainable: str = field(
-        default="moe",
-        metadata={
-            "help": "What is trained: experts and routers, all FFN layers, or the whole encoder.",
-            "choices": ["moe", "ffn", "full"],
-        },
+    sentence_pooling_method: str | None = option(
+        "How tokens become one embedding; not given: as the base model's folder says, or cls.",
+        None,
+        choices=["cls", "mean", "last_token"],
     )
-    frozen_layers: int = field(
-        default=0,
-        metadata={
-            "help": "How many of the lowest layers are frozen, and the embeddings with them: faster, less memory; 0: none."
-        },
+    packing: bool = option(
+        "No padding: all texts of a step in one stream, equal ones once; false pads as FlagEmbedding does."
+        " unified_finetuning, sub_batch_size and encoders other than XLM-R, RoBERTa and BERT are padded anyway.",
+        True,
     )
-    sentence_pooling_method: str | None = field(
-        default=None,
-        metadata={
-            "help": "How tokens become one embedding; not given: as the base model's folder says, or cls.",
-            "choices": ["cls", "mean", "last_token"],
-        },
+    grad_cache_tokens: int | None = option(
+        "Tokens per chunk of gradient caching: a large batch takes the memory of one chunk; not given: off.", None
     )
-    packing: bool = field(
-        default=True,
-        metadata={
-            "help": "No padding: all texts of a step in one stream, equal ones once; false pads as FlagEmbedding does."
-            " unified_finetuning, sub_batch_size and encoders other than XLM-R, RoBERTa and BERT are padded anyway."
-        },
+    bf16: bool | None = option(
+        "bfloat16 mixed precision; not given: where the hardware is fast at it and fp16 is not set. Without it"
+        " and fp16, evaluation and mining in training are in float32, too.",
+        None,
     )
-    grad_cache_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens per chunk of gradient caching: a large batch takes the memory of one chunk; not given: off."
-        },
+    dataloader_num_workers: int | None = option(
+        "Processes that tokenise; not given: 2 with an accelerator, 0 on a CPU.", None
     )
-    bf16: bool | None = field(
-        default=None,
-        metadata={
-            "help": "bfloat16 mixed precision; not given: where the hardware is fast at it and fp16 is not set. Without it"
-            " and fp16, evaluation and mining in training are in float32, too."
-        },
+    logging_steps: float = option("Steps between two logs; below 1: share of all steps.", 10)
+    logging_nan_inf_filter: bool | None = option(
+        "Leave losses of nan or inf out of what is logged, which waits for the device in every step; not given: with"
+        " fp16 only, which skips such steps. Otherwise training stops at the first log with one.",
+        None,
     )
-    dataloader_num_workers: int | None = field(
-        default=None,
-        metadata={"help": "Processes that tokenise; not given: 2 with an accelerator, 0 on a CPU."},
+    save_total_limit: int | None = option(
+        "Checkpoints kept, the best one among them where there is a dev_collection; 0: all.", 2
     )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs; below 1: share of all steps."})
-    logging_nan_inf_filter: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Leave losses of nan or inf out of what is logged, which waits for the device in every step; not given: with"
-            " fp16 only, which skips such steps. Otherwise training stops at the first log with one."
-        },
+    report_to: str | None = option(
+        "Where to log besides metrics.jsonl: tensorboard, wandb, none, ...", "tensorboard", nargs="+"
     )
-    save_total_limit: int | None = field(
-        default=2,
-        metadata={"help": "Checkpoints kept, the best one among them where there is a dev_collection; 0: all."},
-    )
-    report_to: str | None = field(
-        default="tensorboard",
-        metadata={"help": "Where to log besides metrics.jsonl: tensorboard, wandb, none, ...", "nargs": "+"},
-    )
-    do_train: bool = field(default=True, metadata={"help": "Kept for FlagEmbedding's configs; training always runs."})
+    do_train: bool = option("Kept for FlagEmbedding's configs; training always runs.", True)
 
 
 @dataclass
@@ -192,24 +145,19 @@ class EvaluationOptions:
 
     TITLE: ClassVar[str] = "evaluation in training"
 
-    dev_collection: str | None = field(
-        default=None, metadata={"help": "Collection folder for evaluation in training (see docs/data-formats.md)."}
+    dev_collection: str | None = option(
+        "Collection folder for evaluation in training (see docs/data-formats.md).", None
     )
-    dev_language: str | None = field(default=None, metadata={"help": "Language folder within dev_collection."})
-    dev_split: str = field(default="dev", metadata={"help": "Split of dev_collection: its queries and qrels."})
-    dev_batch_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens per batch when dev_collection or ance_collection is encoded; 2,048 on CPUs, else 16,384."
-        },
+    dev_language: str | None = option("Language folder within dev_collection.", None)
+    dev_split: str = option("Split of dev_collection: its queries and qrels.", "dev")
+    dev_batch_tokens: int | None = option(
+        "Tokens per batch when dev_collection or ance_collection is encoded; 2,048 on CPUs, else 16,384.", None
     )
-    metric_for_best_model: str | None = field(
-        default="ndcg@10",
-        metadata={"help": "Metric of dev_collection that decides which checkpoint is best."},
+    metric_for_best_model: str | None = option(
+        "Metric of dev_collection that decides which checkpoint is best.", "ndcg@10"
     )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={"help": "Evaluations without improvement of metric_for_best_model after which training stops."},
+    early_stopping_patience: int | None = option(
+        "Evaluations without improvement of metric_for_best_model after which training stops.", None
     )
 
 
@@ -219,27 +167,20 @@ class RefreshOptions:
 
     TITLE: ClassVar[str] = "negatives mined in training"
 
-    ance_refresh: str | None = field(
-        default=None,
-        metadata={
-            "help": "Mine negatives again with the current weights: epoch (before each but the first), or a number of"
-            " steps; not given: never. The whole corpus of ance_collection is encoded each time."
-        },
+    ance_refresh: str | None = option(
+        "Mine negatives again with the current weights: epoch (before each but the first), or a number of"
+        " steps; not given: never. The whole corpus of ance_collection is encoded each time.",
+        None,
     )
-    ance_collection: str | None = field(
-        default=None, metadata={"help": "Collection folder that negatives are mined from (see docs/data-formats.md)."}
+    ance_collection: str | None = option(
+        "Collection folder that negatives are mined from (see docs/data-formats.md).", None
     )
-    ance_language: str | None = field(default=None, metadata={"help": "Language folder within ance_collection."})
-    ance_split: str = field(
-        default="train",
-        metadata={"help": "Split of ance_collection: passages reserved to others are no negatives."},
-    )
-    ance_positive_queries: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSONL of passage ids and the queries that each answers (docid, queries), for the penalty; not given:"
-            " the collection's positive_queries.jsonl, where there is one."
-        },
+    ance_language: str | None = option("Language folder within ance_collection.", None)
+    ance_split: str = option("Split of ance_collection: passages reserved to others are no negatives.", "train")
+    ance_positive_queries: str | None = option(
+        "JSONL of passage ids and the queries that each answers (docid, queries), for the penalty; not given:"
+        " the collection's positive_queries.jsonl, where there is one.",
+        None,
     )
     ance_rank_from: int = _as_in_mine("rank_from")
     ance_rank_to: int = _as_in_mine("rank_to")
