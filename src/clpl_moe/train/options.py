@@ -14,7 +14,7 @@ from clpl_moe.moe.config import TARGETS, MoEConfig
 def _as_in_mine(name: str, **metadata: Any) -> Any:
     """A field that refreshes share with ``mine``: its default and help stand there."""
     shared = SelectionArguments.__dataclass_fields__[name]
-    return field(default=shared.default, metadata={"help": f"As mine's {name}: {shared.metadata['help']}.", **metadata})
+    return option(f"As mine's {name}: {shared.metadata['help']}.", shared.default, **metadata)
 
 
 @dataclass
@@ -45,12 +45,7 @@ class ModelOptions:
         if self.num_experts == 0:
             return None
         return MoEConfig(
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            target=self.moe_target,
-            layers=self.moe_layers,
-            router=self.router,
-            router_init_std=self.router_init_std,
+            self.num_experts, self.top_k, self.moe_target, self.moe_layers, self.router, self.router_init_std
         )
 
 
@@ -192,14 +187,7 @@ class RefreshOptions:
     ance_max_overlap: float = _as_in_mine("max_overlap")
 
 
-OPTIONS: tuple[type[Any], ...] = (
-    ModelOptions,
-    DataOptions,
-    LossOptions,
-    RunOptions,
-    EvaluationOptions,
-    RefreshOptions,
-)
+OPTIONS: tuple[type[Any], ...] = (ModelOptions, DataOptions, LossOptions, RunOptions, EvaluationOptions, RefreshOptions)
 
 # Options of FlagEmbedding and transformers that change nothing here. Training always runs, evaluation in training retrieves
 # from a collection, tokenizers are fast ones, and batches are drawn by a sampler of this package.
