@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import torch
 
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.dataset import Example
+from clpl_moe.train.trainable import choose_trainable
 
 
 def make_batch(tokenizer, *, sub_batch_size=-1, examples=None, packing=False, **changes):
@@ -31,3 +34,9 @@ def assert_same(found, expected, **tolerances):
     assert found.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], **tolerances, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def train_only(encoder, trainable, **options):
+    """Choose trained parameters by options, which otherwise have their defaults."""
+    stock = {"frozen_layers": 0, "fix_encoder": False, "fix_position_embedding": False, "unified_finetuning": False}
+    choose_trainable(encoder, SimpleNamespace(**stock | {"trainable": trainable} | options))

@@ -280,7 +280,7 @@ def test_weights_and_random_state_are_left_alone(world, tiny_encoder, tmp_path):
     assert torch.get_rng_state().equal(state)
     assert all(module.training for module in runner.model.modules())
     assert all(p.equal(before[name]) for name, p in runner.model.named_parameters())
-    assert runner.train_dataset.mined is not None
+    assert runner.data.dataset.mined is not None
 
 
 def test_negatives_of_another_collection_are_refused(world, tiny_encoder, whole, tmp_path, capsys):
@@ -345,7 +345,7 @@ if __name__ == "__main__":
     runner.run()
     rank = torch.distributed.get_rank()
     found = {
-        "places": runner.train_dataset.mined.places,
+        "places": runner.data.dataset.mined.places,
         "encoded": encoded,
         "processes": runner.training_args.world_size,
     }

@@ -51,7 +51,7 @@ def test_tokens(tiny_encoder, tiny_tokenizer, data, tmp_path):
     argv = arguments(tiny_encoder, data, tmp_path / "run", queries_per_negative=0, gradient_accumulation_steps=3)
     runner, tokens = make_runner(argv), 0
     for index in range(11):
-        batch = runner.data_collator([runner.train_dataset[(0, index)]])
+        batch = runner.trainer.data_collator([runner.data.dataset[(0, index)]])
         tokens += len(batch["texts"].input_ids)
     assert plan(argv).estimate.tokens_per_step == pytest.approx(tokens / 11 * 6, abs=1)
 

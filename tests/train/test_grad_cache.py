@@ -19,10 +19,10 @@ from clpl_moe.moe.inject import inject_moe
 from clpl_moe.train import model as model_module
 from clpl_moe.train.grad_cache import cached_forward, chunks_by_tokens
 from clpl_moe.train.model import CLPLModel
-from clpl_moe.train.trainable import choose_trainable
 from helpers.distributed_work import train_keeping_gradients
 from helpers.tiny import checkpoint_gradients, make_encoder, perturb_experts
 from helpers.tiny_training import arguments, make_runner, make_triplets, read_metrics, refused, write_triplets
+from helpers.training_model import train_only
 
 
 def forward_with_graph(module, forward, chunks):
@@ -216,7 +216,7 @@ def make_model(tokenizer, *, target="intermediate", experts=2, dropout=0.0, trai
     if experts:
         perturb_experts(inject_moe(encoder, MoEConfig(experts, 1, target)))
     model = wrap(encoder, tokenizer, **options)
-    choose_trainable(model.model, trainable)
+    train_only(model.model, trainable)
     return model.train().double() if double else model.train()
 
 

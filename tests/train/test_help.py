@@ -11,7 +11,7 @@ from clpl_moe.train.__main__ import PROG, main
 from clpl_moe.train.arguments import CLPLModelArguments
 from clpl_moe.train.help import help_text
 from clpl_moe.train.options import OPTIONS, WITHOUT_EFFECT
-from clpl_moe.train.stored_config import resolved_config
+from clpl_moe.train.resume import resolved_config
 from helpers.tiny_training import arguments
 
 REFUSED = {"config_name", "use_mrl", "auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha"}

@@ -1,12 +1,12 @@
 import pytest
 
+from clpl_moe.common.errors import UserError
 from clpl_moe.moe.inject import expert_parameters
-from clpl_moe.train.trainable import choose_trainable
-from helpers.training_model import assert_same, gradients, make_batch
+from helpers.training_model import assert_same, gradients, make_batch, train_only
 
 
 def trained(model, trainable, **options):
-    choose_trainable(model.model, trainable, **options)
+    train_only(model.model, trainable, **options)
     return {name.removeprefix("model.") for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -53,16 +53,16 @@ def test_frozen_layers_leave_the_gradients_of_the_others_as_they_are(make_model,
 
 
 def test_fixed_encoder_leaves_the_heads(make_model):
-    found = trained(make_model(unified_finetuning=True), "moe", fix_encoder=True, heads=True)
+    found = trained(make_model(unified_finetuning=True), "moe", fix_encoder=True, unified_finetuning=True)
     assert found == {f"{head}.{kind}" for head in ("colbert_linear", "sparse_linear") for kind in ("weight", "bias")}
 
 
 def test_mistakes(make_model):
-    with pytest.raises(ValueError, match="trainable is moe but the model has no experts"):
+    with pytest.raises(UserError, match="trainable is moe but the model has no experts"):
         trained(make_model(num_experts=0), "moe")
-    with pytest.raises(ValueError, match="nothing would be trained"):
+    with pytest.raises(UserError, match="nothing would be trained"):
         trained(make_model(), "full", fix_encoder=True)
-    with pytest.raises(ValueError, match="nothing would be trained"):
+    with pytest.raises(UserError, match="nothing would be trained"):
         trained(make_model(), "full", frozen_layers=2)
-    with pytest.raises(ValueError, match="frozen_layers is 3: found 2 layers"):
+    with pytest.raises(UserError, match="frozen_layers is 3: found 2 layers"):
         trained(make_model(), "full", frozen_layers=3)

@@ -145,7 +145,7 @@ class CommandOptions:
     def _resolve(
         self, part: str, types: Sequence[type], place: str, given: dict[str, Any], required: dict[str, Any]
     ) -> Decisive:
-        from clpl_moe.train.stored_config import resolved_config
+        from clpl_moe.train.resume import resolved_config
 
         def named(values: dict[str, Any]) -> dict[str, Any]:
             return {f"{part}.{k}": v for k, v in values.items() if k not in _PLACES}

@@ -16,8 +16,7 @@ from clpl_moe.data.flag_embedding import (
 from clpl_moe.loss.options import CLPLOptions, LossTermOptions
 from clpl_moe.mine.options import SelectionArguments
 from clpl_moe.train import checks
-from clpl_moe.train.compat import prefer_activation_checkpointing
-from clpl_moe.train.device import choose_device
+from clpl_moe.train.device import choose_device, prefer_activation_checkpointing
 from clpl_moe.train.options import (
     DataOptions,
     EvaluationOptions,
@@ -42,6 +41,11 @@ class CLPLModelArguments(ModelOptions, EncoderOnlyEmbedderM3ModelArguments):
         if self.config_name is not None:
             raise ValueError("config_name has no effect: the base model's own config.json is read, remove it")
         self.moe_config()
+
+    @property
+    def hub(self) -> dict[str, str | None]:
+        """What the hub is asked with."""
+        return {"cache_dir": self.cache_dir, "token": self.token}
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 from clpl_moe.common.errors import UserError
-from clpl_moe.train.options import WITHOUT_EFFECT
+from clpl_moe.train.options import DEV_METRICS, WITHOUT_EFFECT
 
 if TYPE_CHECKING:
     from clpl_moe.data.sampler import EpochBatchSampler
@@ -130,9 +130,9 @@ def check_evaluation(args: CLPLTrainingArguments) -> None:
         args.load_best_model_at_end = True
     if args.greater_is_better is None:
         args.greater_is_better = True
-    known = ("ndcg@5", "ndcg@10", "recall@100")
-    if (args.metric_for_best_model or "").removeprefix("eval_") not in known:
-        raise ValueError(f"metric_for_best_model is {args.metric_for_best_model!r}: choose one of {', '.join(known)}")
+    if (args.metric_for_best_model or "").removeprefix("eval_") not in DEV_METRICS:
+        known = ", ".join(DEV_METRICS)
+        raise ValueError(f"metric_for_best_model is {args.metric_for_best_model!r}: choose one of {known}")
 
 
 def check_refreshes(args: CLPLTrainingArguments) -> None:

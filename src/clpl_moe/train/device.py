@@ -38,3 +38,17 @@ def choose_device(args: CLPLTrainingArguments) -> None:
         args.dataloader_num_workers = 0 if args.use_cpu else 2
     if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
         args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+
+
+def prefer_activation_checkpointing(args: CLPLTrainingArguments) -> None:
+    """Move ``gradient_checkpointing*`` of training arguments to the names of transformers 5.20 and later, where it has
+    them; it would warn about the old ones otherwise."""
+    if not hasattr(args, "activation_checkpointing"):
+        return
+    for old, new in (
+        ("gradient_checkpointing", "activation_checkpointing"),
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+    ):
+        if getattr(args, old) is not None and getattr(args, new) is None:
+            setattr(args, new, getattr(args, old))
+            setattr(args, old, None)

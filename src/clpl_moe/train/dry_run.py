@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.errors import UserError
 from clpl_moe.data.dataset import CLPLTrainDataset
-from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.encoder.lengths import check_lengths
 from clpl_moe.encoder.load import is_2024_checkpoint, read_config, refuse_unloadable
 from clpl_moe.moe.config import MoEConfig
-from clpl_moe.moe.inject import has_experts, inject_moe
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
-from clpl_moe.train.checks import check_batches, check_optimizer
+from clpl_moe.train.base_model import add_experts
+from clpl_moe.train.checks import check_optimizer
+from clpl_moe.train.data import open_data
 from clpl_moe.train.plan import Estimate, Plan, describe
-from clpl_moe.train.runner import open_ance_index, open_dev_collection
 from clpl_moe.train.trainable import choose_trainable
 
 # The shape of the base model of the published recipe, so that its configs can be checked where the hub is out of reach
@@ -44,24 +43,15 @@ def plan_run(
         UserError: training would stop at a fault, too.
     """
     check_optimizer(training_args)
-    dataset = CLPLTrainDataset(data_args, seed=training_args.seed)
+    data = open_data(data_args, training_args)
     encoder, shape_source, reached = _meta_encoder(model_args)
     check_lengths(encoder, data_args.query_max_len, data_args.passage_max_len, model_args.model_name_or_path)
-    _choose_trainable(encoder, training_args)
-    plan = describe(
-        model_args,
-        data_args,
-        training_args,
-        encoder=encoder,
-        dataset=dataset,
-        dev=open_dev_collection(training_args),
-        index=open_ance_index(data_args, training_args),
-        batches=_batches(dataset, data_args, training_args),
-    )
+    choose_trainable(encoder, training_args)
+    plan = describe(model_args, data_args, training_args, encoder, data)
     tokenizer = _tokenizer(model_args) if reached else None
-    example_tokens, longest, with_penalty = _lengths(dataset, data_args, tokenizer)
+    example_tokens, longest, with_penalty = _lengths(data.dataset, data_args, tokenizer)
     batch = training_args.per_device_train_batch_size
-    of_a_step = min(batch * training_args.world_size * training_args.gradient_accumulation_steps, len(dataset))
+    of_a_step = min(batch * training_args.world_size * training_args.gradient_accumulation_steps, plan.examples)
     held_tokens = batch * longest
     if training_args.grad_cache_tokens is not None:
         held_tokens = min(held_tokens, training_args.grad_cache_tokens)
@@ -77,40 +67,10 @@ def plan_run(
     return plan
 
 
-def _choose_trainable(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> None:
-    try:
-        choose_trainable(
-            encoder,
-            args.trainable,
-            fix_position_embedding=args.fix_position_embedding,
-            fix_encoder=args.fix_encoder,
-            frozen_layers=args.frozen_layers,
-            heads=args.unified_finetuning,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _batches(
-    dataset: CLPLTrainDataset, data_args: CLPLDataArguments, training_args: CLPLTrainingArguments
-) -> EpochBatchSampler:
-    batches = EpochBatchSampler(
-        dataset.part_sizes,
-        training_args.per_device_train_batch_size,
-        training_args.seed,
-        num_processes=training_args.world_size,
-        separate_parts=data_args.same_dataset_within_batch,
-        drop_last=training_args.dataloader_drop_last,
-    )
-    check_batches(batches)
-    return batches
-
-
 def _meta_encoder(args: CLPLModelArguments) -> tuple[PreTrainedModel, str, bool]:
     """The encoder with experts, shapes only; where its shape comes from; whether the model could be reached."""
-    hub = {"cache_dir": args.cache_dir, "token": args.token}
     try:
-        values, source, reached = read_config(args.model_name_or_path, **hub), "shape from its config.json", True
+        values, source, reached = read_config(args.model_name_or_path, **args.hub), "shape from its config.json", True
     except UserError:
         if args.model_name_or_path != "BAAI/bge-m3":
             raise
@@ -126,29 +86,21 @@ def _meta_encoder(args: CLPLModelArguments) -> tuple[PreTrainedModel, str, bool]
         else:
             with refuse_unloadable(args.model_name_or_path, "encoder", args.trust_remote_code):
                 config = AutoConfig.from_pretrained(
-                    args.model_name_or_path, trust_remote_code=args.trust_remote_code, **hub
+                    args.model_name_or_path, trust_remote_code=args.trust_remote_code, **args.hub
                 )
                 encoder = AutoModel.from_config(config, trust_remote_code=args.trust_remote_code)
         config = args.moe_config()
         if is_2024_checkpoint(values):
-            config = MoEConfig(
-                values["num_experts"], values["num_experts_per_tok"], values.get("moe") or "intermediate"
-            )
-        if config is not None and not has_experts(encoder):
-            try:
-                inject_moe(encoder, config)
-            except ValueError as error:
-                raise UserError(f"{at(args.model_name_or_path)}: {error}") from None
+            target = values.get("moe") or "intermediate"
+            config = MoEConfig(values["num_experts"], values["num_experts_per_tok"], target)
+        add_experts(encoder, config, args.model_name_or_path)
     return encoder, source, reached
 
 
 def _tokenizer(args: CLPLModelArguments) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(
-            args.model_name_or_path,
-            trust_remote_code=args.trust_remote_code,
-            token=args.token,
-            cache_dir=args.cache_dir,
+            args.model_name_or_path, trust_remote_code=args.trust_remote_code, **args.hub
         )
     except (OSError, ValueError, KeyError):
         return None

@@ -189,6 +189,9 @@ class RefreshOptions:
 
 OPTIONS: tuple[type[Any], ...] = (ModelOptions, DataOptions, LossOptions, RunOptions, EvaluationOptions, RefreshOptions)
 
+# Metrics of evaluation in training, and their names in ``ir_measures``.
+DEV_METRICS = {"ndcg@5": "nDCG@5", "ndcg@10": "nDCG@10", "recall@100": "R@100"}
+
 # Options of FlagEmbedding and transformers that change nothing here. Training always runs, evaluation in training retrieves
 # from a collection, tokenizers are fast ones, and batches are drawn by a sampler of this package.
 WITHOUT_EFFECT = (

@@ -13,11 +13,9 @@ from clpl_moe.train.trainer import count_steps
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from clpl_moe.data.dataset import CLPLTrainDataset
-    from clpl_moe.data.sampler import EpochBatchSampler
-    from clpl_moe.mine.index import PassageIndex
     from clpl_moe.retrieval.collection import Collection
     from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
+    from clpl_moe.train.data import RunData
 
 
 @dataclass
@@ -94,17 +92,12 @@ class Plan:
             *self._estimated(),
         ]
         if self.dev is not None:
-            queries, passages = len(self.dev.queries), len(self.dev.passages)
-            where = f"{args.dev_collection}, language {args.dev_language}"
-            lines.append(("evaluation", f"{queries:,} queries, {passages:,} passages of {where}"))
+            sizes = f"{len(self.dev.queries):,} queries, {len(self.dev.passages):,} passages"
+            lines.append(("evaluation", f"{sizes} of {args.dev_collection}, language {args.dev_language}"))
         if self.mined_passages is not None:
             every = "epoch" if args.ance_refresh == "epoch" else f"{args.ance_refresh} steps"
-            lines.append(
-                (
-                    "negatives",
-                    f"mined again each {every}, from {self.mined_passages:,} passages of {args.ance_collection}",
-                )
-            )
+            mined = f"mined again each {every}, from {self.mined_passages:,} passages of {args.ance_collection}"
+            lines.append(("negatives", mined))
         if args.resume_from_checkpoint is not None:
             lines.append(("resumed from", args.resume_from_checkpoint))
         lines.append(("output", str(args.output_dir)))
@@ -115,9 +108,8 @@ class Plan:
     def _estimated(self) -> list[tuple[str, str]]:
         if self.estimate is None:
             return []
-        guess = (
-            "" if self.estimate.tokens_exact else " (from the texts' characters: the tokenizer could not be fetched)"
-        )
+        exact = self.estimate.tokens_exact
+        guess = "" if exact else " (from the texts' characters: the tokenizer could not be fetched)"
         state, activations = self.estimate.state_bytes / 2**30, self.estimate.activation_bytes / 2**30
         return [
             ("penalty", f"{self.estimate.with_penalty:.0%} of the looked-at negatives have queries"),
@@ -134,16 +126,12 @@ def describe(
     model_args: CLPLModelArguments,
     data_args: CLPLDataArguments,
     training_args: CLPLTrainingArguments,
-    *,
     encoder: PreTrainedModel,
-    dataset: CLPLTrainDataset,
-    batches: EpochBatchSampler,
-    dev: Collection | None,
-    index: PassageIndex | None,
+    data: RunData,
 ) -> Plan:
     """The plan of a run with this encoder, whose trained parameters have been chosen, and with these data."""
     parameters = [p for name, p in encoder.named_parameters() if "pooler" not in name]
-    steps_per_epoch, steps = count_steps(batches, training_args)
+    steps_per_epoch, steps = count_steps(data.batches, training_args)
     return Plan(
         model_args,
         data_args,
@@ -151,12 +139,12 @@ def describe(
         experts=encoder.config.moe if has_experts(encoder) else None,
         parameters=sum(p.numel() for p in parameters),
         trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        examples=len(dataset),
-        files=len(dataset.part_sizes),
+        examples=len(data.dataset),
+        files=len(data.dataset.part_sizes),
         steps_per_epoch=steps_per_epoch,
         steps=steps,
-        dev=dev,
-        mined_passages=None if index is None else len(index),
+        dev=data.dev,
+        mined_passages=None if data.index is None else len(data.index),
     )
 
 

@@ -1,7 +1,11 @@
-"""Checks before a run: is its folder free, and does a resumed run have the options and the data of its checkpoint?"""
+"""Checks before a run: is its folder free, and does a resumed run have the options and the data of its checkpoint?
+
+A run folder keeps its options in ``train_config.yaml`` and the digests of its data in ``train_data.json``.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -13,10 +17,10 @@ from clpl_moe.common.files import hash_file, refuse_unwritable
 from clpl_moe.data.schema import data_files
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLTrainingArguments
 from clpl_moe.train.options import WITHOUT_EFFECT
-from clpl_moe.train.stored_config import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
 
+CONFIG_FILE = "train_config.yaml"
 DATA_FILE = "train_data.json"
 
 # Weights and optimizer state of a checkpoint do not fit a run that changes one of these.
@@ -66,6 +70,20 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
             f"{at(checkpoint)}: holds no state of an optimizer (a run's folder, or made with save_only_model), so that it"
             f" cannot be resumed; begin a new run with its weights: model_name_or_path {checkpoint}"
         )
+
+
+def resolved_config(*groups: Any) -> dict[str, object]:
+    """All options of the argument dataclasses as plain values, without secrets, as ``--config`` reads them."""
+    fields = [(group, field.name) for group in groups for field in dataclasses.fields(group) if field.init]
+    values = {name: getattr(group, name) for group, name in fields if name != "token" and not name.endswith("_token")}
+    values.pop("resume_from_checkpoint", None)
+    # An empty list is the default of every option that takes one, but for this one's.
+    values["report_to"] = values.get("report_to") or "none"
+    return {name: _plain(value) for name, value in values.items() if value != []}
+
+
+def _plain(value: object) -> object:
+    return json.loads(json.dumps(value, default=lambda v: v.to_dict() if hasattr(v, "to_dict") else str(v)))
 
 
 def check_same_run(config: dict[str, object], checkpoint: str | Path) -> None:

@@ -48,7 +48,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         encoder: what is trained; its tokenizer, settings and length are saved with every checkpoint.
         base_heads: the base model's sparse and multi-vector heads by file name, saved along unless they are trained.
         evaluator: computes metrics of an encoder on the dev collection; None without one.
-        same_dataset_within_batch: whether each batch takes examples of one file only.
+        batch_sampler: of this process.
         refresher: mines negatives again as training goes on; None: the files' own are used throughout.
         kwargs: arguments of transformers' Trainer.
     """
@@ -59,7 +59,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         encoder: Encoder,
         base_heads: dict[str, dict[str, Tensor]],
         evaluator: Callable[[Encoder], dict[str, float]] | None,
-        same_dataset_within_batch: bool,
+        batch_sampler: EpochBatchSampler,
         refresher: NegativeRefresher | None = None,
         **kwargs: Any,
     ) -> None:
@@ -71,15 +71,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         self.evaluator = evaluator
         self.refresher = refresher
         self._fresh: tuple[Any, Any] | None = None  # an epoch's batches, and those that took their place
-        self.batch_sampler = EpochBatchSampler(
-            self.train_dataset.part_sizes,
-            self.args.per_device_train_batch_size,
-            self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            process_index=self.args.process_index,
-            num_processes=self.args.world_size,
-            separate_parts=same_dataset_within_batch,
-            drop_last=self.args.dataloader_drop_last,
-        )
+        self.batch_sampler = batch_sampler
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # in a notebook another one than on a console
         self.remove_callback(PrinterCallback)

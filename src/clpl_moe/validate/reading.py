@@ -54,7 +54,7 @@ def open_reading(arguments: ValidateArguments) -> tuple[list[str], Reading]:
         prompts = _by_kind(settings.query_prompt, settings.passage_prompt)
         return arguments.train_data, Reading(_load_counter(arguments.tokenizer), limits, prompts, required)
     from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
-    from clpl_moe.train.settings import resolve_settings
+    from clpl_moe.train.base_model import resolve_settings
 
     # Nothing is written: the folder only has to be named.
     argv = ["--config", arguments.config, "--output_dir", "none"]

@@ -1,0 +1,101 @@
+"""What a run takes from its base model's folder: pooling and prompts, sparse and multi-vector heads, experts."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.encoder.heads import HEAD_FILES, find_heads, read_head
+from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
+from clpl_moe.moe.config import MoEConfig
+from clpl_moe.moe.inject import has_experts, inject_moe
+from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_settings(
+    model_args: CLPLModelArguments, data_args: CLPLDataArguments, training_args: CLPLTrainingArguments
+) -> EmbeddingSettings:
+    """Pooling and prompts: as configured, and otherwise as the base model's folder says, whose prompts then stand in
+    ``data_args``."""
+    base = read_settings(model_args.model_name_or_path, **model_args.hub)
+    prompts = {"query": "", "passage": ""}
+    for kind, default in (("query", base.query_prompt), ("passage", base.passage_prompt)):
+        name = f"{kind}_instruction_for_retrieval"
+        given = getattr(data_args, name)
+        instruction = (default or None) if given is None else given
+        setattr(data_args, name, instruction)  # "" stays: no prompt, also where the base model has one
+        if not instruction:
+            continue
+        form = getattr(data_args, f"{kind}_instruction_format")
+        prompts[kind], _, after = form.format(instruction, "\0").partition("\0")
+        if after:
+            logger.warning(
+                "%s_instruction_format puts text after the %s: the saved folder's prompt cannot say so, add it yourself"
+                " when you encode",
+                kind,
+                kind,
+            )
+    pooling = training_args.sentence_pooling_method or base.pooling
+    return EmbeddingSettings(pooling, training_args.normalize_embeddings, prompts["query"], prompts["passage"])
+
+
+def read_heads(path: str, *, required: bool, **hub: str | None) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of the sparse and multi-vector heads that a base model has, by file name.
+
+    Args:
+        path: folder or hub name.
+        required: whether they are trained, so that it must be known if there are any.
+        hub: ``cache_dir`` and ``token``.
+
+    Raises:
+        UserError: a file is not a head, or the hub gives no answer although ``required``; otherwise that is warned of.
+    """
+    try:
+        files = find_heads(path, **hub)
+    except UserError as error:
+        if required:
+            raise
+        logger.warning("%s. The folders of this run will have none: only dense embeddings will be of use", error)
+        return {}
+    return {name: read_head(file) for name, file in files.items()}
+
+
+def make_heads(
+    weights: dict[str, dict[str, torch.Tensor]], path: str, hidden_size: int, colbert_dim: int
+) -> dict[str, nn.Linear]:
+    """The heads of a base model as modules, new ones where it has none.
+
+    Raises:
+        UserError: the base model's heads have other shapes.
+    """
+    widths = {"sparse_linear.pt": 1, "colbert_linear.pt": colbert_dim if colbert_dim > 0 else hidden_size}
+    heads = {}
+    for name in HEAD_FILES:
+        head = heads[Path(name).stem] = nn.Linear(hidden_size, widths[name])
+        if name not in weights:
+            logger.warning("%s has no %s: training begins with a new one", path, name)
+            continue
+        try:
+            head.load_state_dict(weights[name])
+        except RuntimeError as error:
+            raise UserError(
+                f"{at(path)}: {name} does not fit a head of {hidden_size} to {widths[name]}: {error}"
+            ) from None
+    return heads
+
+
+def add_experts(encoder: PreTrainedModel, config: MoEConfig | None, path: str) -> None:
+    """Put experts into a base model that has none; raises :class:`UserError` where they do not fit its layers."""
+    if config is None or has_experts(encoder):
+        return
+    try:
+        inject_moe(encoder, config)
+    except ValueError as error:
+        raise UserError(f"{at(path)}: {error}") from None
