@@ -1,10 +1,8 @@
 """Evaluation: retrieve from collections with one or more models, score the rankings, compare the models.
 
-For each language ``OUTPUT/<language>/`` (with several models ``OUTPUT/<model>/<language>/``) gets ``run.trec``,
-``qrels.trec`` and ``metrics.json``. ``m3_scores`` also ranks each dense run's first passages by BGE-M3's sparse and
-multi-vector scores (:mod:`clpl_moe.evaluate.m3`): ``run.<score>.trec`` and ``metrics.m3.json``. ``OUTPUT/per_query.csv``
-has the values of each query, ``OUTPUT/significance.json`` a test of each pair of models. Embeddings lie on disk: an
-interrupted encoding resumes, the search reads them in parts, and under ``torchrun`` each process encodes its share.
+The options say which files this writes. With ``m3_scores`` each dense run's first passages are also ranked by BGE-M3's
+sparse and multi-vector scores (:mod:`clpl_moe.evaluate.m3`). Embeddings lie on disk: an interrupted encoding resumes, the
+search reads them in parts, and under ``torchrun`` each process encodes its share.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from clpl_moe.evaluate.metrics import check_metrics, evaluate_run, read_trec_run
 from clpl_moe.evaluate.options import EvaluateArguments
 from clpl_moe.evaluate.results import Evaluation, Result, refuse_other_table, write_query_table
 from clpl_moe.evaluate.significance import TEST, compare_results
-from clpl_moe.evaluate.tasks import CurrentEncoder, distinct_models, model_labels, plan_tasks
+from clpl_moe.evaluate.tasks import CurrentEncoder, plan_tasks
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.options import EncodingArguments
 
@@ -44,12 +42,11 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evalu
         language: Collection.load(arguments.collection, language, arguments.split)
         for language in dict.fromkeys(arguments.languages)
     }
-    models = distinct_models(arguments.model)
     output = Path(arguments.output)
     evaluation = Evaluation([], [], output / "per_query.csv")
     with processes() as first:
         current = CurrentEncoder(encoding)
-        tasks = plan_tasks(dict(zip(models, model_labels(models))), collections, arguments, encoding, current)
+        tasks = plan_tasks(collections, arguments, encoding, current)
         if arguments.m3_scores and not any(task.heads for task in tasks):
             fault = "no model has sparse and multi-vector heads (sparse_linear.pt, colbert_linear.pt)"
             raise OptionError("m3_scores", fault)
@@ -74,7 +71,7 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evalu
     write_query_table(evaluation.table, collections, evaluation.results, arguments.metrics)
     evaluation.comparisons = compare_results(evaluation.results, arguments.compared_metrics)
     significance = output / "significance.json"
-    if len(models) > 1:
+    if evaluation.comparisons:
         write_json(significance, {"test": TEST, "comparisons": evaluation.comparisons})
     else:
         significance.unlink(missing_ok=True)

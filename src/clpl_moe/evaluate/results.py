@@ -22,7 +22,7 @@ class Result:
     """One model's retrieval on one language, ranked by one kind of score.
 
     Attributes:
-        model: the model as it was asked for; ``label`` is its short name.
+        model: as it was asked for; ``label`` is its short name.
         score: ``dense``, or one of ``M3_SCORES``.
         metrics: metric -> mean over the judged queries.
         per_query: query id -> metric -> value, for each judged query.

@@ -92,27 +92,28 @@ class CurrentEncoder:
 
 
 def plan_tasks(
-    labels: Mapping[str, str],
     collections: Mapping[str, Collection],
     arguments: EvaluateArguments,
     encoding: EncodingArguments,
     current: CurrentEncoder,
 ) -> list[Task]:
-    """All that is to be ranked, models outermost; ``labels`` are those of the models.
+    """All that is to be ranked, models outermost.
 
     Raises:
         UserError: a model cannot be loaded or takes shorter texts only, other results are in the way.
     """
     from clpl_moe.encoder.lengths import check_lengths
 
+    # Two spellings of one folder are one model.
+    models = list({_parts(name): name for name in reversed(arguments.model)}.values())[::-1]
     tasks = []
-    for model, label in labels.items():
+    for model, label in zip(models, model_labels(models), strict=True):
         encoder = current.open(model)
         check_lengths(encoder.model, encoding.query_max_len, encoding.passage_max_len, model)
         model_hash = encoder.fingerprint()
         heads_hash = _hash_heads(model, encoder) if arguments.m3_scores else None
         for language, collection in collections.items():
-            folder = Path(arguments.output, label if len(labels) > 1 else "", language)
+            folder = Path(arguments.output, label if len(models) > 1 else "", language)
             settings = encoding.describe(encoder) | {"top_k": arguments.top_k, "metrics": list(arguments.metrics)}
             key = {"model_hash": model_hash, "collection_hash": collection.fingerprint(), "settings": settings}
             tasks.append(Task(model, label, collection, folder, key))
@@ -125,11 +126,6 @@ def plan_tasks(
         if not arguments.overwrite:
             task.refuse_other_results()
     return tasks
-
-
-def distinct_models(models: Sequence[str]) -> list[str]:
-    """The models, each once; two spellings of one folder count as one model."""
-    return list({_parts(name): name for name in reversed(models)}.values())[::-1]
 
 
 def model_labels(models: Sequence[str]) -> list[str]:

@@ -57,8 +57,9 @@ def style(mathtext: str = "dejavusans", *, small: bool = False) -> Iterator[None
             }
         )
         if small:
-            sizes = {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "lines.linewidth": 1.5}
-            matplotlib.rcParams.update(sizes)
+            matplotlib.rcParams.update(
+                {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "lines.linewidth": 1.5}
+            )
         yield
 
 

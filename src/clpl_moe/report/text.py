@@ -14,17 +14,13 @@ def cut(text: str, length: int) -> tuple[str, bool]:
     if end < 0:
         end = length
         # Vowel signs, the virama and joiners belong to the letter before; a letter after a joiner or virama does as well.
-        while end < len(text) and (_clings(text[end]) or _binds(text[end - 1])):
+        while end < len(text) and (
+            unicodedata.category(text[end]) in ("Mn", "Mc", "Me", "Cf")
+            or text[end - 1] == "\u200d"  # joiner
+            or unicodedata.combining(text[end - 1]) == 9  # virama
+        ):
             end += 1
     return text[:end].rstrip() + " …", True
-
-
-def _clings(character: str) -> bool:
-    return unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf")
-
-
-def _binds(character: str) -> bool:
-    return character == "\u200d" or unicodedata.combining(character) == 9  # joiner, virama
 
 
 def is_right_to_left(text: str) -> bool:
