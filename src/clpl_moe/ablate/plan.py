@@ -101,11 +101,7 @@ class Plan:
 
 
 def make_plan(arguments: AblateArguments) -> Plan:
-    """Read the configuration; nothing is written.
-
-    Raises:
-        UserError: an unknown or ill-typed option in any part, a missing file.
-    """
+    """Read the configuration; raises :class:`UserError` for an unknown or ill-typed option in any part, a missing file."""
     check_metrics([arguments.metric])
     root = Path(arguments.runs)
     languages = arguments.mappings["languages"]

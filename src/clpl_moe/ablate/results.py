@@ -47,11 +47,8 @@ def summarize(plan: Plan, metric: str) -> list[dict[str, Any]]:
 
 
 def _mean_and_spread(values: list[float]) -> dict[str, Any]:
-    return {
-        "mean": statistics.fmean(values) if values else None,
-        "spread": statistics.stdev(values) if len(values) > 1 else None,
-        "values": values,
-    }
+    mean = statistics.fmean(values) if values else None
+    return {"mean": mean, "spread": statistics.stdev(values) if len(values) > 1 else None, "values": values}
 
 
 def _set_change(cell: dict[str, Any], base: dict[str, Any]) -> float | None:

@@ -145,14 +145,9 @@ def train_and_evaluate(shop: Workshop, run: Run, keep_model: bool, metric: str) 
             options = _fill(run.train, run) | {"output_dir": str(model), "resume_from_checkpoint": "true"}
             shop.call("train", options, run.folder, lock)
         language = run.collection.language
-        places = {
-            "model": run.model if run.train is None else str(model),
-            "collection": str(run.collection.directory),
-            "languages": language,
-            "output": str(run.folder / "results"),
-            "overwrite": True,
-        }
-        shop.call("evaluate", run.evaluate | places, run.folder, lock)
+        places = {"collection": str(run.collection.directory), "output": str(run.folder / "results")}
+        evaluated = {"model": run.model if run.train is None else str(model), "languages": language, "overwrite": True}
+        shop.call("evaluate", run.evaluate | evaluated | places, run.folder, lock)
         found = read_result(run.folder / "results" / language / METRICS_FILE)
         content = {
             "key": run.decisive.key,

@@ -46,7 +46,7 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evalu
     evaluation = Evaluation([], [], output / "per_query.csv")
     with processes() as first:
         current = CurrentEncoder(encoding)
-        tasks = plan_tasks(collections, arguments, encoding, current)
+        tasks = plan_tasks(collections, arguments, current)
         if arguments.m3_scores and not any(task.heads for task in tasks):
             fault = "no model has sparse and multi-vector heads (sparse_linear.pt, colbert_linear.pt)"
             raise OptionError("m3_scores", fault)

@@ -62,8 +62,7 @@ class M3Heads(NamedTuple):
 def load_heads(name: str | Path, hidden_size: int) -> M3Heads | None:
     """The heads of a model folder or hub model, in float32 on the CPU; None where it lacks one of them.
 
-    Raises:
-        UserError: a head cannot be read or is for states of another width; the hub cannot be asked.
+    Raises :class:`UserError` where a head cannot be read or is for states of another width, or the hub cannot be asked.
     """
     files = find_heads(name)
     if len(files) < len(HEAD_FILES):
@@ -80,13 +79,9 @@ def rerank(
     *,
     weights: Sequence[float] = M3_WEIGHTS,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Score candidates (query id -> passage ids) in each of ``M3_SCORES``.
+    """Score candidates (query id -> passage ids) in each of ``M3_SCORES``: kind -> query id -> passage id -> score.
 
-    Returns:
-        kind -> query id -> passage id -> score, in the order of ``candidates``.
-
-    Raises:
-        UserError: a batch does not fit in memory.
+    Raises :class:`UserError` where a batch does not fit in memory.
     """
     wanted = {passage_id for ids in candidates.values() for passage_id in ids}
     # Ids may lie on disk: they are read once.

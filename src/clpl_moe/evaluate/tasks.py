@@ -92,18 +92,12 @@ class CurrentEncoder:
 
 
 def plan_tasks(
-    collections: Mapping[str, Collection],
-    arguments: EvaluateArguments,
-    encoding: EncodingArguments,
-    current: CurrentEncoder,
+    collections: Mapping[str, Collection], arguments: EvaluateArguments, current: CurrentEncoder
 ) -> list[Task]:
-    """All that is to be ranked, models outermost.
-
-    Raises:
-        UserError: a model cannot be loaded or takes shorter texts only, other results are in the way.
-    """
+    """All that is to be ranked, models outermost; raises :class:`UserError` where a task cannot be done."""
     from clpl_moe.encoder.lengths import check_lengths
 
+    encoding = current.encoding
     # Two spellings of one folder are one model.
     models = list({_parts(name): name for name in reversed(arguments.model)}.values())[::-1]
     tasks = []

@@ -34,13 +34,12 @@ def report(arguments: ReportArguments) -> Path:
     output = Path(arguments.output)
     refuse_existing(output, arguments.overwrite, marker=PAGE)
     check_metrics([arguments.metric])
-    folders = [Path(run) for run in arguments.runs]
-    if len(set(folders)) < len(folders):
+    names = dict(zip(map(Path, arguments.runs), model_labels(arguments.runs)))  # as evaluate names its folders
+    if len(names) < len(arguments.runs):
         raise OptionError("runs", "a folder stands there twice")
-    names = dict(zip(folders, model_labels(arguments.runs)))  # as evaluate names its folders
     places = {name: _course_folder(folder) for folder, name in names.items()}
     courses = [RunCourse.read(place, name) for name, place in places.items() if place is not None]
-    comparisons = _comparisons(arguments, folders, names)
+    comparisons = _comparisons(arguments, names)
     with atomic_dir(output) as temporary:
         page = render_page(arguments, courses, comparisons, temporary)
         with atomic_open(temporary / PAGE) as file:
@@ -64,13 +63,13 @@ def _results_folder(folder: Path) -> Path:
     return folder / "results" if (folder / "results").is_dir() else folder
 
 
-def _comparisons(arguments: ReportArguments, folders: list[Path], names: dict[Path, str]) -> list[BeforeAfter]:
+def _comparisons(arguments: ReportArguments, names: dict[Path, str]) -> list[BeforeAfter]:
     if arguments.before is None:
         return []
     befores = [_results_folder(Path(path)) for path in arguments.before]
-    afters = [Path(path) for path in arguments.after or folders]
+    afters = [Path(path) for path in arguments.after or names]
     found = []
-    for number, (folder, after) in enumerate(zip(folders, afters)):
+    for number, (name, after) in enumerate(zip(names.values(), afters, strict=True)):
         before, results = befores[number % len(befores)], _results_folder(after)
         languages = arguments.languages or [x for x in languages_of(before) if x in languages_of(results)]
         if not languages:
@@ -78,5 +77,5 @@ def _comparisons(arguments: ReportArguments, folders: list[Path], names: dict[Pa
                 f"{at(results)}: holds no results of a language that {before} has, too; expected what clpl_moe.evaluate"
                 f" writes, a folder per language with run.trec ({before} has {', '.join(languages_of(before)) or 'none'})"
             )
-        found += [compare_results(names[folder], before, results, language, arguments) for language in languages]
+        found += [compare_results(name, before, results, language, arguments) for language in languages]
     return found

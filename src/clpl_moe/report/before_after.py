@@ -77,8 +77,7 @@ def languages_of(folder: Path) -> list[str]:
 def compare_results(run: str, before: Path, after: Path, language: str, arguments: ReportArguments) -> BeforeAfter:
     """Compare the results of a run and of its base model, as ``evaluate`` writes them, on one language.
 
-    Raises:
-        UserError: results or collection are missing, or the results are of another collection.
+    Raises :class:`UserError` where results or collection are missing, or the results are of another collection.
     """
     about = [read_result(folder / language / METRICS_FILE) for folder in (before, after)]
     if about[0]["collection_hash"] != about[1]["collection_hash"]:
