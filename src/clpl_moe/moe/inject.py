@@ -102,8 +102,6 @@ def stack_2024_experts(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         if marker:
             index, _, kind = rest.partition(".")
             experts.setdefault(f"{owner}.dense.{kind}", {})[int(index)] = value
-        elif name.endswith(".dense.gate.weight"):
-            stacked[name.removesuffix("dense.gate.weight") + "router.weight"] = value
         else:
-            stacked[name] = value
+            stacked[name.replace(".dense.gate.weight", ".router.weight")] = value
     return stacked | {name: torch.stack([parts[i] for i in sorted(parts)]) for name, parts in experts.items()}

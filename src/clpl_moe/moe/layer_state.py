@@ -28,8 +28,7 @@ class RouterRecord(NamedTuple):
 class LayerState:
     """What a layer's attention and feed-forward modules share: which tokens are real, and the router's records.
 
-    What belongs to a forward pass is kept for each thread by itself, so that threads can share a model. Copies and
-    pickles of a model start without it, and without records.
+    Threads can share a model: each has its own forward pass. Copies and pickles start without it and without records.
     """
 
     def __init__(self, tracking: bool = False) -> None:

@@ -38,9 +38,7 @@ class Router(nn.Module):
     they are trained, saved and loaded with ``weight``. A class may promise something of its weights that saves work
     (:attr:`unit_at_top_1`, :attr:`fused_as`); one that states no promise is computed in full.
 
-    Attributes:
-        weight: (N, in_features), what :meth:`score` multiplies with.
-        top_k: experts of each token.
+    ``weight`` (N, in_features) is what :meth:`score` multiplies with.
     """
 
     unit_at_top_1: ClassVar[bool] = False
@@ -166,8 +164,6 @@ class SoftmaxTopK(Router):
         nn.init.normal_(self.weight, std=std * 1e-6)
 
     def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
-        if experts.shape == logits.shape:
-            return logits.softmax(-1)
         return logits.softmax(-1).gather(-1, experts) * (logits.shape[-1] / self.top_k)
 
 
@@ -179,7 +175,7 @@ class TopKSoftmax(Router):
     fused_as = "constant"
 
     def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
-        return (logits if experts.shape == logits.shape else logits.gather(-1, experts)).softmax(-1)
+        return logits.gather(-1, experts).softmax(-1)
 
 
 def scores(x: Tensor, weight: Tensor) -> Tensor:
