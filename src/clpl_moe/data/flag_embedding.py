@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
@@ -32,15 +31,18 @@ def _removed_module() -> Iterator[None]:
         return
     stand_in = sys.modules[_REMOVED] = ModuleType(_REMOVED)
     for name in _NAMES_OF_IT:
-        setattr(stand_in, name, partial(_unavailable, name))
+        setattr(stand_in, name, _unavailable(name))
     try:
         yield
     finally:
         del sys.modules[_REMOVED]
 
 
-def _unavailable(name: str, *args: object, **kwargs: object) -> None:
-    raise ImportError(f"{_REMOVED}.{name}: this version of transformers does not have it")
+def _unavailable(name: str) -> Callable[..., None]:
+    def unavailable(*args: object, **kwargs: object) -> None:  # a function: FlagEmbedding gives one to torch.fx.wrap
+        raise ImportError(f"{_REMOVED}.{name}: this version of transformers does not have it")
+
+    return unavailable
 
 
 def _version(package: str) -> str:
