@@ -46,13 +46,7 @@ def highest_score(positive_scores: Sequence[float], selection: SelectionArgument
 
 
 class CopyFilter:
-    """Finds passages that are nearly the same text as a positive of one query.
-
-    Args:
-        query: with its positives.
-        index: of the corpus.
-        max_overlap: share of the shorter text's pieces that two texts may have in common; 1: no limit.
-    """
+    """Finds passages that have more than ``max_overlap`` of the shorter text's pieces in common with a positive."""
 
     def __init__(self, query: MiningQuery, index: PassageIndex, max_overlap: float) -> None:
         self._query, self._index, self._max_overlap = query, index, max_overlap

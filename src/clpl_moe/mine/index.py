@@ -73,11 +73,7 @@ class PassageIndex:
 
     @classmethod
     def load(cls, collection: Collection, positive_queries: str | Path | None = None) -> PassageIndex:
-        """With a file of positive queries; None: the collection's own ``positive_queries.jsonl``, where there is one.
-
-        Raises:
-            UserError: the file is missing or a line of it is broken.
-        """
+        """With a file of positive queries; None: the collection's own ``positive_queries.jsonl``, where there is one."""
         own = Path(collection.directory, collection.language, "positive_queries.jsonl")
         if positive_queries is None and not own.exists():
             return cls(collection)

@@ -65,7 +65,6 @@ def rank_passages(
     queries: Sequence[MiningQuery],
     index: PassageIndex,
     rank_to: int,
-    *,
     encoder: Encoder,
     encoding: EncodingArguments,
     cache: Path | None = None,

@@ -51,9 +51,6 @@ class Reranker:
         """A score for each (query, passage): from 0 to 1, unless the model's own configuration has another function.
 
         ``cache`` is a folder where the scores of these pairs are kept, and taken from where they are there already.
-
-        Raises:
-            UserError: a score is NaN or infinite.
         """
         file = None
         if cache is not None:

@@ -77,15 +77,8 @@ class NegativeMiner:
         if self.selection.sampling != "corpus":
             if self.encoder is None:
                 raise ValueError(f"sampling '{self.selection.sampling}' ranks passages, expected an encoder")
-            ranking = rank_passages(
-                queries,
-                self.index,
-                self.selection.rank_to,
-                encoder=self.encoder,
-                encoding=self.encoding,
-                cache=self.cache,
-                progress=self.progress,
-            )
+            how = (self.encoder, self.encoding, self.cache, self.progress)
+            ranking = rank_passages(queries, self.index, self.selection.rank_to, *how)
         yield from self.select(queries, ranking)
 
     def select(self, queries: Sequence[MiningQuery], ranking: Ranking | None) -> Iterator[Negatives]:

@@ -106,14 +106,9 @@ def read_qrels(
 ) -> dict[tuple[str, str], int]:
     """The judgements of a file with one a line: (query id, passage id) -> relevance.
 
-    Args:
-        path: the file.
-        fields: names of a line's fields, separated by white space; the first is the query's id, the last two are the
-            passage's id and the relevance.
-        queries: those that may be judged.
-        queries_path: where these stand, for the message.
-        header: whether the first line may hold names of fields. It counts as such where its last is no number: some
-            files in BEIR's shape come without.
+    Of a line's fields, separated by white space, the first is the query's id, the last two are the passage's id and the
+    relevance. With ``header`` the first line may hold names of fields; it counts as such where its last is no number:
+    some files in BEIR's shape come without.
 
     Raises:
         UserError: a line has other fields, its query is unknown, or a passage is judged twice and differently.

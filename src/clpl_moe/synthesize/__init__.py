@@ -54,10 +54,7 @@ def synthesize(
 ) -> Synthesized:
     """Ask a language model for queries and write the training lines with them.
 
-    Args:
-        arguments: which passages get queries, who writes them, and what is kept.
-        encoding: how the round trip encodes.
-        planned: called with the plan before anything is asked.
+    ``planned`` is called with the plan before anything is asked.
 
     Raises:
         UserError: a mistake in options or data, or a server that gives no answers. Answers stay in the journal.

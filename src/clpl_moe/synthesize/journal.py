@@ -25,11 +25,7 @@ _FORMAT = "clpl_moe.synthesize 1"
 
 
 def read_answers(path: Path, settings: dict[str, Any], overwrite: bool = False) -> dict[str, list[Answer]]:
-    """The answers that a job with these settings would not ask for again, by passage; leaves the file as it is.
-
-    Raises:
-        UserError: as :class:`Journal`.
-    """
+    """The answers that a job with these settings would not ask for again, by passage; leaves the file as it is."""
     return _read(path, settings, overwrite)[0] if path.exists() else {}
 
 
@@ -79,10 +75,7 @@ def _shorten(text: str) -> str:
 class Journal:
     """The open journal of a running job, which no second job can open. A context manager.
 
-    Args:
-        path: made where it does not exist.
-        settings: what decides the questions, JSON values.
-        overwrite: whether a journal of other settings may be emptied.
+    With ``overwrite`` a journal of other settings is emptied.
 
     Attributes:
         answers: by passage, those of earlier runs and those added.

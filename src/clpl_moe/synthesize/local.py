@@ -14,9 +14,6 @@ from clpl_moe.synthesize.options import SynthesizeArguments
 class LocalModel:
     """A causal language model, on a CUDA device where there is one, asked through its chat template where it has one.
 
-    Attributes:
-        requests: questions asked.
-
     Raises:
         UserError: there is no such model, or it cannot be loaded.
     """

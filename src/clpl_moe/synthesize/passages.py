@@ -42,11 +42,7 @@ def passage_key(text: str) -> str:
 
 
 def read_passages(files: Sequence[Path]) -> dict[str, Passage]:
-    """The distinct passages of training files, positives included, by :func:`passage_key`.
-
-    Raises:
-        UserError: a file cannot be read or a line is faulty, or an id belongs to two texts.
-    """
+    """The distinct passages of training files, positives included, by :func:`passage_key`; every line is checked."""
     passages: dict[str, Passage] = {}
     owner: dict[str, str] = {}
 

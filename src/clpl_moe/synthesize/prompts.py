@@ -13,12 +13,8 @@ _PLACEHOLDERS = ("passage", "queries")
 
 
 def load_prompt(language: str, path: str | Path | None = None) -> str:
-    """The prompt for a language, else the ``generic`` one, of a YAML file; None: of the package's own.
-
-    Raises:
-        UserError: the file has neither, or a prompt in it (of any language) is no text, lacks ``{passage}`` or has
-            another placeholder.
-    """
+    """The prompt for a language, else the ``generic`` one, of a YAML file whose prompts are all checked; None: of the
+    package's own."""
     path = PROMPTS if path is None else Path(path)
     prompts = load_yaml(path)
     for name, prompt in prompts.items():

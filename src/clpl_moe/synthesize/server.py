@@ -25,9 +25,6 @@ _DEFAULT_KEY = "OPENAI_API_KEY"
 class Server:
     """A server and how it is asked.
 
-    Attributes:
-        requests: how many were sent, retries included.
-
     Raises:
         UserError: the package or the key is missing, or the address is none.
     """
@@ -155,9 +152,7 @@ def _read_key(name: str | None, needed: bool) -> str:
         if name is not None:
             raise OptionError("api_key_env", "the environment has no variable of this name, or an empty one")
         if needed:
-            raise UserError(
-                f"no key in the environment: export {_DEFAULT_KEY}=…, or name its variable with api_key_env"
-            )
+            raise UserError(f"no key in the environment: export {_DEFAULT_KEY}=…, or name its variable in api_key_env")
         return _NO_KEY
     if not re.fullmatch(r"[\x21-\x7e]+", key):
         raise UserError("the key in the environment holds white space or letters that no key has")

@@ -43,9 +43,7 @@ class Validation:
 def validate(arguments: ValidateArguments, done: Callable[[FileReport], None] | None = None) -> Validation:
     """Check every line of every file. Faults of the data are in the result; none raises an error.
 
-    Args:
-        arguments: which files, and how training reads them.
-        done: called with each file's report as soon as it is there.
+    ``done`` is called with each file's report as soon as it is there.
 
     Raises:
         UserError: the options cannot be used, the config is one that training refuses, or there is no such tokenizer.

@@ -38,11 +38,7 @@ def _by_kind(query: Value, passage: Value) -> dict[str, Value]:
 
 
 def open_reading(arguments: ValidateArguments) -> tuple[list[str], Reading]:
-    """Paths of the data and how training would read them.
-
-    Raises:
-        UserError: the config is one that training refuses, or the tokenizer cannot be loaded.
-    """
+    """Paths of the data and how training would read them."""
     if arguments.config is None:
         limits = _by_kind(arguments.query_max_len, arguments.passage_max_len)
         required = arguments.knowledge_distillation

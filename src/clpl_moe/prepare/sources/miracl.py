@@ -116,11 +116,8 @@ def placement(language: str, splits: Sequence[str], folder: str | Path = "DIR") 
 def find_files(
     corpus: Path, queries: Path, language: str, splits: Sequence[str]
 ) -> tuple[list[Path], dict[str, tuple[Path, Path]]]:
-    """The corpus's files in order, and for each split its topics and its qrels, of the folders that hold them.
-
-    Raises:
-        UserError: a file is missing; the message says which files go where.
-    """
+    """The corpus's files in order, and for each split its topics and its qrels; where one is missing, the error says which
+    files go where."""
     for folder in (corpus, queries):
         if not folder.is_dir():
             raise UserError(f"{at(folder)}: no such folder; expected one with\n{placement(language, splits, folder)}")
