@@ -89,7 +89,7 @@ def test_an_interrupted_overwrite_leaves_no_metrics_beside_a_run_of_something_el
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clpl_moe.evaluate.evaluation.write_trec_run", interrupted)
+    monkeypatch.setattr("clpl_moe.evaluate.metrics.write_trec_run", interrupted)
     with pytest.raises(SystemExit):
         run(tiny_encoder, collections, tmp_path / "out", query_prompt="x", overwrite="true")
     assert not (tmp_path / "out" / "ko" / "metrics.json").exists()

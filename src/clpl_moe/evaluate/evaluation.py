@@ -15,17 +15,7 @@ from typing import TYPE_CHECKING, Any
 from clpl_moe import __version__
 from clpl_moe.common.files import write_json
 from clpl_moe.evaluate import m3
-from clpl_moe.evaluate.metrics import (
-    DEFAULT_METRICS,
-    DENSE,
-    M3_SCORES,
-    check_metrics,
-    evaluate_run,
-    read_trec_run,
-    run_file,
-    write_trec_qrels,
-    write_trec_run,
-)
+from clpl_moe.evaluate import metrics as scoring
 from clpl_moe.evaluate.tasks import M3_FILE, METRICS_FILE, Task
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.search import search
@@ -54,7 +44,7 @@ def evaluate_retrieval(
     encoding: EncodingArguments,
     *,
     top_k: int = 1000,
-    metrics: Sequence[str] = DEFAULT_METRICS,
+    metrics: Sequence[str] = scoring.DEFAULT_METRICS,
     cache: Path | None = None,
     progress: bool = True,
 ) -> RetrievalResult:
@@ -74,7 +64,7 @@ def evaluate_retrieval(
     Raises:
         UserError: an unknown metric, a length that the encoder cannot take, embeddings that are not finite.
     """
-    check_metrics(metrics)  # an unknown metric shows before the corpus is encoded
+    scoring.check_metrics(metrics)  # an unknown metric shows before the corpus is encoded
     seconds: dict[str, float] = {}
     started = time.perf_counter()
 
@@ -95,7 +85,7 @@ def evaluate_retrieval(
         found = ((ids[i], score) for i, score in zip(row_indices, row_scores) if i != own.get(query_id))
         run[query_id] = dict(itertools.islice(found, top_k))
     clock("search")
-    means, per_query = evaluate_run(collection.qrels, run, metrics)
+    means, per_query = scoring.evaluate_run(collection.qrels, run, metrics)
     clock("score")
     encoded = passages.encoded if isinstance(passages, EmbeddingShards) else len(passages)
     return RetrievalResult(means, per_query, run, seconds, encoded)
@@ -124,10 +114,10 @@ def rank_by_embeddings(
             "passages_per_second": round(result.encoded / result.seconds["encode_passages"], 1),
         }
         # metrics.json vouches for the run file beside it: removed first, written last. Scores of heads were of the old run.
-        for file in (METRICS_FILE, M3_FILE, *map(run_file, M3_SCORES)):
+        for file in (METRICS_FILE, M3_FILE, *map(scoring.run_file, scoring.M3_SCORES)):
             (folder / file).unlink(missing_ok=True)
-        write_trec_qrels(folder / "qrels.trec", collection.qrels)
-        write_trec_run(folder / run_file(DENSE), result.run, tag=Path(task.model).name)
+        scoring.write_trec_qrels(folder / "qrels.trec", collection.qrels)
+        scoring.write_trec_run(folder / scoring.run_file(scoring.DENSE), result.run, tag=Path(task.model).name)
         write_json(task.file, content)
     return content
 
@@ -141,17 +131,17 @@ def rerank_by_heads(
     started = time.perf_counter()
     heads = m3.load_heads(task.model, encoder.model.config.hidden_size)
     assert heads is not None  # the plan has looked
-    dense = read_trec_run(task.folder / run_file(DENSE))
+    dense = scoring.read_trec_run(task.folder / scoring.run_file(scoring.DENSE))
     candidates = {query_id: list(scores)[: arguments.rerank_top] for query_id, scores in dense.items()}
     runs = m3.rerank(encoder, heads, task.collection, candidates, encoding, weights=arguments.m3_weights)
     qrels = task.collection.qrels
     content = {
-        "metrics": {score: evaluate_run(qrels, run, arguments.metrics)[0] for score, run in runs.items()},
+        "metrics": {score: scoring.evaluate_run(qrels, run, arguments.metrics)[0] for score, run in runs.items()},
         **_describe(task, encoder, {"rerank": time.perf_counter() - started}),
     }
     task.file.unlink(missing_ok=True)
     for score, path in task.runs.items():
-        write_trec_run(path, runs[score], tag=f"{Path(task.model).name}_{score}")
+        scoring.write_trec_run(path, runs[score], tag=f"{Path(task.model).name}_{score}")
     write_json(task.file, content)
     return content
 

@@ -32,34 +32,17 @@ def style(mathtext: str = "dejavusans", *, small: bool = False) -> Iterator[None
         raise UserError('matplotlib is not installed: pip install "clpl-moe[figures]"') from None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "font.family": "DejaVu Sans",
-                "font.size": 10,
-                "mathtext.fontset": mathtext,
-                "text.color": INK,
-                "axes.edgecolor": GREY,
-                "axes.labelcolor": INK,
-                "axes.titlesize": 11,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "axes.grid": True,
-                "axes.axisbelow": True,
-                "grid.color": PALE,
-                "xtick.color": GREY,
-                "ytick.color": GREY,
-                "legend.frameon": False,
-                "legend.fontsize": 9,
-                "lines.linewidth": 1.8,
-                "figure.dpi": 150,
-                # Opaque, so that the ink is readable on a dark page too.
-                "figure.facecolor": "white",
-            }
-        )
-        if small:
-            matplotlib.rcParams.update(
-                {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "lines.linewidth": 1.5}
-            )
+        matplotlib.rc("font", family="DejaVu Sans", size=9 if small else 10)
+        matplotlib.rc("mathtext", fontset=mathtext)
+        matplotlib.rc("text", color=INK)
+        matplotlib.rc("axes", edgecolor=GREY, labelcolor=INK, titlesize=10 if small else 11, grid=True, axisbelow=True)
+        matplotlib.rc("axes.spines", top=False, right=False)
+        matplotlib.rc("grid", color=PALE)
+        matplotlib.rc("xtick", color=GREY)
+        matplotlib.rc("ytick", color=GREY)
+        matplotlib.rc("legend", frameon=False, fontsize=8 if small else 9)
+        matplotlib.rc("lines", linewidth=1.5 if small else 1.8)
+        matplotlib.rc("figure", dpi=150, facecolor="white")  # opaque: the ink is readable on a dark page, too
         yield
 
 
