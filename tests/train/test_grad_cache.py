@@ -343,7 +343,7 @@ class TestTraining:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"grad_cache_tokens": 0}, "grad_cache_tokens is 0: choose at least 1"),
+            ({"grad_cache_tokens": 0}, "grad_cache_tokens: found 0, expected at least 1"),
             ({"unified_finetuning": True}, "unified_finetuning needs every token's"),
             ({"sub_batch_size": 2}, "grad_cache_tokens and sub_batch_size"),
             ({"fsdp": "full_shard"}, "FSDP shards"),

@@ -143,7 +143,7 @@ def test_config_of_training_is_checked_as_training_does(tmp_path, capsys):
     config = tmp_path / "c.yaml"
     for text, message in (
         ("pasage_max_len: 5", "unknown option 'pasage_max_len'; did you mean 'passage_max_len'?"),
-        ("model_name_or_path: x\npassage_max_len: 1", "passage_max_len is 1"),
+        ("model_name_or_path: x\npassage_max_len: 1", "passage_max_len: found 1, expected"),
     ):
         config.write_text(text)
         code, _, err = run(capsys, path, "--config", config)

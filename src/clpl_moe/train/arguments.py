@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clpl_moe.common.errors import OptionError
+from clpl_moe.common.errors import OptionError, require_at_least
 from clpl_moe.data.flag_embedding import (
     AbsEmbedderDataArguments,
     EncoderOnlyEmbedderM3ModelArguments,
@@ -17,14 +17,7 @@ from clpl_moe.loss.options import CLPLOptions, LossTermOptions
 from clpl_moe.mine.options import SelectionArguments
 from clpl_moe.train import checks
 from clpl_moe.train.device import choose_device, prefer_activation_checkpointing
-from clpl_moe.train.options import (
-    DataOptions,
-    EvaluationOptions,
-    LossOptions,
-    ModelOptions,
-    RefreshOptions,
-    RunOptions,
-)
+from clpl_moe.train.options import DataOptions, EvaluationOptions, LossOptions, ModelOptions, RefreshOptions, RunOptions
 
 if TYPE_CHECKING:
     import torch
@@ -57,18 +50,9 @@ class CLPLDataArguments(DataOptions, AbsEmbedderDataArguments):
             raise ValueError("train_data is missing: name at least one file or folder of training JSONL")
         if isinstance(self.train_data, str):
             self.train_data = [self.train_data]
-        checks.check_numbers(self, pad_to_multiple_of=1, max_example_num_per_dataset=1, shuffle_ratio=0)
-        if self.train_group_size < 1:
-            raise ValueError(
-                f"train_group_size is {self.train_group_size}: choose at least 1 (2 or more for negatives)"
-            )
-        for name in ("query_max_len", "passage_max_len"):
-            if getattr(self, name) < 3:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}: choose at least 3, two tokens only begin and end a text"
-                )
-        if self.queries_per_negative < 0:
-            raise ValueError(f"queries_per_negative is {self.queries_per_negative}: choose 0 (no penalty) or more")
+        require_at_least(self, pad_to_multiple_of=1, max_example_num_per_dataset=1, shuffle_ratio=0)
+        # Two tokens only begin and end a text. Without a query of its own, a negative has no penalty.
+        require_at_least(self, train_group_size=1, query_max_len=3, passage_max_len=3, queries_per_negative=0)
         for name in ("query_instruction_format", "passage_instruction_format"):
             value = getattr(self, name).replace("\\n", "\n")
             if value.count("{}") != 2:

@@ -5,14 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from transformers import (
-    EarlyStoppingCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.train.metrics_file import METRICS_FILE, append, cut_back
@@ -27,9 +20,7 @@ class EpochCallback(TrainerCallback):
     def __init__(self, sampler: EpochBatchSampler) -> None:
         self.sampler = sampler
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # A run that resumes within an epoch has a fractional one.
         self.sampler.set_epoch(int((state.epoch or 0) + 1e-9))
 
@@ -37,20 +28,13 @@ class EpochCallback(TrainerCallback):
 class MetricsFileCallback(TrainerCallback):
     """Appends every log to ``metrics.jsonl`` of the run folder; a resumed run first drops what it will log again."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         path = Path(args.output_dir or "", METRICS_FILE)
         if state.is_world_process_zero and path.exists():
             cut_back(path, state.global_step)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and logs:
             append(Path(args.output_dir or "", METRICS_FILE), state.global_step, logs)
@@ -59,9 +43,7 @@ class MetricsFileCallback(TrainerCallback):
 class EarlyStopping(EarlyStoppingCallback):
     """transformers', which forgets in a resumed run how long it has been waiting."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         # transformers looks it up when it saves, and does not find it in a run that began without early stopping.
         _saved_callbacks(state).setdefault(type(self).__name__, self.state())
@@ -98,12 +80,7 @@ class ConsoleCallback(ProgressCallback):
     )
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         if self.training_bar is None or not logs:
             return
@@ -111,10 +88,8 @@ class ConsoleCallback(ProgressCallback):
             shown = [f"{name.removeprefix('eval_')} {value:.4f}" for name, value in logs.items() if "@" in name]
             line = "evaluation: " + "  ".join(shown)
         elif "ance_refresh" in logs:
-            line = (
-                f"negatives mined again: {logs['ance_changed']:,} of {logs['ance_negatives']:,} are new"
-                f" ({logs['ance_seconds']:.0f} s)"
-            )
+            new, took = f"{logs['ance_changed']:,} of {logs['ance_negatives']:,}", logs["ance_seconds"]
+            line = f"negatives mined again: {new} are new ({took:.0f} s)"
         elif "loss" in logs:
             line = "  ".join(form.format(logs[name]) for name, form in self._TRAINING if logs.get(name) is not None)
             shares = [value for name, value in logs.items() if name.startswith("expert_load/")]

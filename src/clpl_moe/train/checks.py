@@ -7,20 +7,12 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
-from clpl_moe.common.errors import UserError
+from clpl_moe.common.errors import UserError, require_at_least
 from clpl_moe.train.options import DEV_METRICS, WITHOUT_EFFECT
 
 if TYPE_CHECKING:
     from clpl_moe.data.sampler import EpochBatchSampler
     from clpl_moe.train.arguments import CLPLDataArguments, CLPLTrainingArguments
-
-
-def check_numbers(options: Any, **least: float) -> None:
-    """Raise ValueError where a number is below its least value or not finite; None is no number."""
-    for name, bound in least.items():
-        value = getattr(options, name)
-        if value is not None and not (bound <= value < math.inf):
-            raise ValueError(f"{name} is {value}: choose a number of at least {bound}")
 
 
 def drop_without_effect(options: Any) -> list[str]:
@@ -46,7 +38,7 @@ def check_run(args: CLPLTrainingArguments) -> None:
     ):
         if getattr(args, name):
             raise ValueError(f"{name} is {getattr(args, name)}, and has no effect in this training: {instead}")
-    check_numbers(
+    require_at_least(
         args,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
@@ -81,17 +73,14 @@ def check_loss(args: CLPLTrainingArguments) -> None:
             " this process's own: leave out one of the two"
         )
     args.loss_options()
-    check_numbers(args, balance_loss_weight=0, z_loss_weight=0)
+    require_at_least(args, balance_loss_weight=0, z_loss_weight=0)
 
 
 def check_grad_cache(args: CLPLTrainingArguments) -> None:
     """Raise ValueError where gradient caching does not fit the other options."""
     if args.grad_cache_tokens is None:
         return
-    if args.grad_cache_tokens < 1:
-        raise ValueError(
-            f"grad_cache_tokens is {args.grad_cache_tokens}: choose at least 1, such as 16384, or none to turn it off"
-        )
+    require_at_least(args, grad_cache_tokens=1)
     if args.unified_finetuning:
         raise ValueError(
             "grad_cache_tokens caches dense embeddings only, unified_finetuning needs every token's: choose one of them"

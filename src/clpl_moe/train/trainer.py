@@ -29,15 +29,9 @@ from clpl_moe.encoder.heads import HEAD_FILES
 from clpl_moe.encoder.packing import PackedTexts, send
 from clpl_moe.encoder.weights import load_weights
 from clpl_moe.moe.install import layer_states
+from clpl_moe.train import callbacks
 from clpl_moe.train.ance import NEGATIVES_FILE, NegativeRefresher
 from clpl_moe.train.arguments import CLPLTrainingArguments
-from clpl_moe.train.callbacks import (
-    ConsoleCallback,
-    EarlyStopping,
-    EpochCallback,
-    MetricsFileCallback,
-    waited_enough,
-)
 from clpl_moe.train.model import CLPLModel
 
 
@@ -47,9 +41,8 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
     Args:
         encoder: what is trained; its tokenizer, settings and length are saved with every checkpoint.
         base_heads: the base model's sparse and multi-vector heads by file name, saved along unless they are trained.
-        evaluator: computes metrics of an encoder on the dev collection; None without one.
-        batch_sampler: of this process.
-        refresher: mines negatives again as training goes on; None: the files' own are used throughout.
+        evaluator: computes metrics of an encoder on the dev collection.
+        refresher: mines negatives again as training goes on.
         kwargs: arguments of transformers' Trainer.
     """
 
@@ -66,20 +59,17 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         # transformers wants to see a dataset where there is evaluation; ours is the evaluator's.
         dataset: list[Any] | None = [] if evaluator is not None else None
         super().__init__(eval_dataset=dataset, processing_class=encoder.tokenizer, **kwargs)
-        self.encoder = encoder
-        self.base_heads = base_heads
-        self.evaluator = evaluator
-        self.refresher = refresher
+        self.encoder, self.base_heads, self.batch_sampler = encoder, base_heads, batch_sampler
+        self.evaluator, self.refresher = evaluator, refresher
         self._fresh: tuple[Any, Any] | None = None  # an epoch's batches, and those that took their place
-        self.batch_sampler = batch_sampler
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # in a notebook another one than on a console
         self.remove_callback(PrinterCallback)
-        self.add_callback(EpochCallback(self.batch_sampler))
-        self.add_callback(MetricsFileCallback())
-        self.add_callback(ConsoleCallback())
+        self.add_callback(callbacks.EpochCallback(batch_sampler))
+        self.add_callback(callbacks.MetricsFileCallback())
+        self.add_callback(callbacks.ConsoleCallback())
         if self.args.early_stopping_patience is not None:
-            self.add_callback(EarlyStopping(self.args.early_stopping_patience))
+            self.add_callback(callbacks.EarlyStopping(self.args.early_stopping_patience))
 
     def get_train_dataloader(self) -> DataLoader:
         workers = self.args.dataloader_num_workers
@@ -101,7 +91,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             return super().train(*args, **kwargs)
         finally:  # so that a message begins on a line of its own
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, ConsoleCallback) and callback.training_bar is not None:
+                if isinstance(callback, callbacks.ConsoleCallback) and callback.training_bar is not None:
                     callback.training_bar.close()
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -242,8 +232,9 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # whose checkpoints only training loads
             return False
         state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
-        _, steps = count_steps(self.batch_sampler, self.args)
-        return state.global_step >= steps or waited_enough(state, self.args)
+        return state.global_step >= count_steps(self.batch_sampler, self.args)[1] or callbacks.waited_enough(
+            state, self.args
+        )
 
     def load_result(self, checkpoint: str | Path) -> None:
         """What training would end with after the last checkpoint of a run that :meth:`is_over`."""
