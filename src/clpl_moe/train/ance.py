@@ -35,12 +35,7 @@ NEGATIVES_FILE = "negatives.jsonl"
 
 
 class MinedNegatives:
-    """The negatives of a refresh, as the training set takes them (:class:`clpl_moe.data.dataset.Negatives`).
-
-    Args:
-        index: of the corpus.
-        places: number of the example -> places of its negatives in the index.
-    """
+    """The negatives of a refresh, as the training set takes them: ``places`` has each example's places in the index."""
 
     def __init__(self, index: PassageIndex, places: dict[int, list[int]]) -> None:
         self._index = index
@@ -58,10 +53,6 @@ class NegativeRefresher:
     """Mines negatives and gives them to the training set.
 
     Args:
-        dataset: the training set.
-        index: of the corpus.
-        selection: which passages to take.
-        encoding: lengths and batch size.
         every: ``"epoch"``, or a number of optimizer steps.
         seed: of all draws, together with the step.
         folder: holds the corpus's embeddings during a refresh.
@@ -112,17 +103,9 @@ class NegativeRefresher:
     def refresh(
         self, encoder: Encoder, step: int, steps_per_epoch: int, gather: Callable[[Any], list[Any]], first: bool
     ) -> dict[str, float]:
-        """Mine with the encoder's current weights; all processes have to call this.
+        """Mine with the encoder's current weights after ``step`` steps, and return figures for the log.
 
-        Args:
-            encoder: the encoder that is trained.
-            step: optimizer steps done.
-            steps_per_epoch: optimizer steps of an epoch.
-            gather: collects a value of each process, and gives every process all of them in order.
-            first: whether this process is the first one.
-
-        Returns:
-            Figures for the log.
+        All processes have to call this; ``gather`` gives each of them the values of all in order.
         """
         start = time.perf_counter()
         miner = NegativeMiner(

@@ -49,10 +49,7 @@ def resolve_settings(
 def read_heads(path: str, *, required: bool, **hub: str | None) -> dict[str, dict[str, torch.Tensor]]:
     """The weights of the sparse and multi-vector heads that a base model has, by file name.
 
-    Args:
-        path: folder or hub name.
-        required: whether they are trained, so that it must be known if there are any.
-        hub: ``cache_dir`` and ``token``.
+    They are ``required`` where they are trained, so that it must be known if there are any.
 
     Raises:
         UserError: a file is not a head, or the hub gives no answer although ``required``; otherwise that is warned of.

@@ -154,8 +154,7 @@ def check_batches(sampler: EpochBatchSampler) -> None:
 
 
 def check_gathering(in_batch_negatives: Sequence[bool], data_args: CLPLDataArguments, world_size: int) -> None:
-    """Raise :class:`UserError` where some processes of a step would gather negatives and others would not: they would wait
-    for each other forever."""
+    """Refuse what makes some processes of a step gather negatives and others not: they would wait for each other."""
     if world_size > 1 and not data_args.same_dataset_within_batch and len(set(in_batch_negatives)) > 1:
         raise UserError(
             "negatives_cross_device cannot mix files with in-batch negatives and files without (*no_in_batch_neg) in a"
@@ -164,11 +163,7 @@ def check_gathering(in_batch_negatives: Sequence[bool], data_args: CLPLDataArgum
 
 
 def check_optimizer(args: CLPLTrainingArguments) -> None:
-    """Make the optimizer and the schedule for one number, since they check their options no sooner.
-
-    Raises:
-        UserError: an option is out of range, or the optimizer's package is not installed.
-    """
+    """Make optimizer and schedule for one number, since they check options no sooner; raises :class:`UserError`."""
     import torch
     from torch import nn
     from transformers import Trainer, get_scheduler

@@ -39,9 +39,8 @@ def cached_forward(
     Args:
         module: its parameters, and no others, get gradients.
         forward: calls ``module`` on one chunk and returns floating-point tensors, always the same number of them, that
-            differ between chunks in the first dimension only. It is called a second time in the backward pass, and has to
-            compute the same again; random numbers are drawn again as they were.
-        chunks: whatever ``forward`` takes; at least one. Kept until the backward pass.
+            differ between chunks in the first dimension only. It is called a second time in the backward pass.
+        chunks: whatever ``forward`` takes. Kept until the backward pass.
 
     Returns:
         The outputs of ``forward``, each concatenated over the chunks in their order. With one chunk nothing can be saved,
@@ -54,12 +53,8 @@ def cached_forward(
         raise ValueError("there are no chunks: expected at least one")
     if len(chunks) == 1:
         return forward(chunks[0])
-    names, parameters = [], []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            names.append(name)
-            parameters.append(parameter)
-    return _CachedForward.apply(_Step(module, forward), names, chunks, *parameters)
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return _CachedForward.apply(_Step(module, forward), list(trained), chunks, *trained.values())
 
 
 class _CachedForward(torch.autograd.Function):
@@ -148,14 +143,8 @@ def _autocast_like_now(device: torch.device) -> Callable[[], AbstractContextMana
 def chunks_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Divide texts into chunks of at most ``budget`` tokens, counted as if each were as long as its chunk's longest.
 
-    Args:
-        lengths: tokens of each text.
-        budget: bounds longest length times number of texts, the size of a padded chunk; a packed one is smaller. A longer
-            text is a chunk by itself.
-
-    Returns:
-        For each chunk the numbers of its texts; every text is in one of them. Texts go by length, longest first: those of
-        a chunk are about equally long, and a chunk that does not fit into memory fails at once.
+    A longer text is a chunk by itself. Returns for each chunk the numbers of its texts. Texts go by length, longest first:
+    those of a chunk are about equally long, and a chunk that does not fit into memory fails at once.
     """
     chunks: list[list[int]] = []
     longest = 0

@@ -52,13 +52,12 @@ def help_text(prog: str, description: str) -> str:
         help="YAML file of options, or the name of a packaged one such as ko; the command line overrides it",
     )
     shown = {*WITHOUT_EFFECT, *_REFUSED, *_INTERNAL}
-    own = [(cls.TITLE, list(_fields(cls))) for cls in OPTIONS]
-    others = [
+    groups = [
+        *((cls.TITLE, list(_fields(cls))) for cls in OPTIONS),
         ("FlagEmbedding's options", _installed("FlagEmbedding", _FLAG_EMBEDDING)),
         ("transformers' options", _installed("transformers", _TRANSFORMERS)),
     ]
-    ours = {option.name for _, options in own for option in options}
-    for title, options in [*own, *((title, [o for o in found if o.name not in ours]) for title, found in others)]:
+    for title, options in groups:
         group = parser.add_argument_group(title)
         for option in options:
             if option.name not in shown:

@@ -60,12 +60,14 @@ def append(path: Path, step: int, logs: dict[str, Any]) -> None:
 
 def _fold_expert_load(logs: dict[str, Any]) -> dict[str, Any]:
     """The logs with ``expert_load/layer_i/expert_j`` entries gathered into one table ``expert_load[i][j]``."""
-    folded = {name: value for name, value in logs.items() if not name.startswith("expert_load/")}
+    folded: dict[str, Any] = {}
     table: dict[int, list[float]] = {}
     for name, value in logs.items():
-        if name.startswith("expert_load/"):
-            layer = int(name.split("/")[1].removeprefix("layer_"))
-            table.setdefault(layer, []).append(value)
+        if not name.startswith("expert_load/"):
+            folded[name] = value
+            continue
+        layer = int(name.split("/")[1].removeprefix("layer_"))
+        table.setdefault(layer, []).append(value)
     if table:
         folded["expert_load"] = [table[layer] for layer in sorted(table)]
     return folded

@@ -38,9 +38,7 @@ class CLPLModel(UnifiedModel):
         base_model: ``model``, ``colbert_linear`` and ``sparse_linear``, as FlagEmbedding's ``get_model`` returns them.
         loss: of the dense embeddings. A batch that asks for each query's own negatives only gets the loss without in-batch
             negatives, otherwise with the options that ``dense_loss``, its attribute, has at that moment.
-        settings: pooling and normalisation.
         mask_duplicates: whether negatives with the positive's text are left out.
-        balance_loss_weight, z_loss_weight: of the routers' losses.
         grad_cache_tokens: in training, embed the texts in chunks of so many tokens with gradient caching; None: all at
             once. Not together with unified fine-tuning or ``sub_batch_size``.
         kwargs: further arguments of FlagEmbedding's model.

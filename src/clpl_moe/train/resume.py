@@ -33,13 +33,9 @@ _FIXED_IN_A_RUN = (
 
 
 def check_output_dir(args: CLPLTrainingArguments) -> None:
-    """Resolve ``resume_from_checkpoint: true`` and refuse a folder that holds anything but the run to resume.
-
-    Raises:
-        UserError: the folder is not empty and holds no run that is to be resumed, or there is no such checkpoint.
-    """
-    output_dir = args.folder
-    resume = args.resume_from_checkpoint
+    """Resolve ``resume_from_checkpoint: true``; raise :class:`UserError` for a folder that holds anything but the run to
+    resume, or for a checkpoint that is none."""
+    output_dir, resume = args.folder, args.resume_from_checkpoint
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{at(output_dir)}: a file is in the way of the run folder; name another output_dir")
     refuse_unwritable(output_dir / CONFIG_FILE)
@@ -89,9 +85,7 @@ def _plain(value: object) -> object:
 def check_same_run(config: dict[str, object], checkpoint: str | Path) -> None:
     """Compare the options of a resumed run with those that its checkpoint was made with, where these are still known.
 
-    Raises:
-        UserError: an option differs that the checkpoint does not fit. Other differences, which only change the result, are
-            warned of.
+    Raises :class:`UserError` for an option that the checkpoint does not fit, and warns of those that only change the result.
     """
     path = Path(checkpoint).parent / CONFIG_FILE
     if not path.is_file():

@@ -80,11 +80,8 @@ class UnifiedModel(EncoderOnlyEmbedderM3Model):
                 + self.distill_loss("kl_div", teacher, colbert_scores)
             ) / 3
             loss = (loss + distilled) / 2
-        return loss, {
-            "sparse": sparse_loss.detach(),
-            "colbert": colbert_loss.detach(),
-            "summed": summed_loss.detach(),
-        }
+        terms = {"sparse": sparse_loss, "colbert": colbert_loss, "summed": summed_loss}
+        return loss, {name: term.detach() for name, term in terms.items()}
 
     @staticmethod
     def distill_loss(
