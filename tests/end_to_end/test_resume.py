@@ -164,7 +164,7 @@ def test_a_checkpoint_does_not_go_into_another_run(model, data, whole, tmp_path,
     before = {path: path.stat().st_mtime_ns for path in other.rglob("*")}
     argv = arguments(model, data, other, **options())
     err = refused([*argv, "--resume_from_checkpoint", str(whole / "checkpoint-3")], capsys)
-    assert f"{other}: the folder is not empty, and not the run that {whole / 'checkpoint-3'} is of" in err
+    assert f"{other}: the folder is not empty, and not the run that {whole / 'checkpoint-3'} belongs to" in err
     assert {path: path.stat().st_mtime_ns for path in other.rglob("*")} == before
 
 

@@ -2,8 +2,7 @@ import pytest
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.train.arguments import CLPLDataArguments
-from clpl_moe.train.checks import check_gathering
-from clpl_moe.train.data import open_data
+from clpl_moe.train.data import check_gathering, open_data
 from helpers.tiny_training import arguments, make_runner, refused, write_triplets
 
 

@@ -1,9 +1,11 @@
-"""Checks of options that depend on each other, on the data or on the machine, made before anything is loaded or written."""
+"""Checks of options that depend on each other or on the machine, made before anything is loaded or written.
+
+A fault is a ValueError, or the OptionError of one number.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +13,7 @@ from clpl_moe.common.errors import UserError, require_at_least
 from clpl_moe.train.options import DEV_METRICS, WITHOUT_EFFECT
 
 if TYPE_CHECKING:
-    from clpl_moe.data.sampler import EpochBatchSampler
-    from clpl_moe.train.arguments import CLPLDataArguments, CLPLTrainingArguments
+    from clpl_moe.train.arguments import CLPLTrainingArguments
 
 
 def drop_without_effect(options: Any) -> list[str]:
@@ -38,21 +39,9 @@ def check_run(args: CLPLTrainingArguments) -> None:
     ):
         if getattr(args, name):
             raise ValueError(f"{name} is {getattr(args, name)}, and has no effect in this training: {instead}")
-    require_at_least(
-        args,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,
-        learning_rate=0,
-        max_grad_norm=0,
-        weight_decay=0,
-        save_total_limit=0,
-        dataloader_num_workers=0,
-        seed=0,
-        data_seed=0,
-        dev_batch_tokens=1,
-        early_stopping_patience=1,
-        frozen_layers=0,
-    )
+    require_at_least(args, per_device_train_batch_size=1, gradient_accumulation_steps=1, dev_batch_tokens=1)
+    require_at_least(args, learning_rate=0, max_grad_norm=0, weight_decay=0, early_stopping_patience=1)
+    require_at_least(args, save_total_limit=0, dataloader_num_workers=0, seed=0, data_seed=0, frozen_layers=0)
     if args.seed >= 2**32:
         raise ValueError(f"seed is {args.seed}: choose a number below 2**32")
     for name in ("logging_steps", "save_steps", "eval_steps"):
@@ -66,7 +55,7 @@ def check_run(args: CLPLTrainingArguments) -> None:
 
 
 def check_loss(args: CLPLTrainingArguments) -> None:
-    """Raise ValueError where an option of the loss is out of range."""
+    """Check the options of the loss."""
     if args.negatives_cross_device and not args.in_batch_negatives:
         raise ValueError(
             "negatives_cross_device adds other processes' passages as negatives, in_batch_negatives false forbids even"
@@ -77,7 +66,7 @@ def check_loss(args: CLPLTrainingArguments) -> None:
 
 
 def check_grad_cache(args: CLPLTrainingArguments) -> None:
-    """Raise ValueError where gradient caching does not fit the other options."""
+    """Check that gradient caching fits the other options."""
     if args.grad_cache_tokens is None:
         return
     require_at_least(args, grad_cache_tokens=1)
@@ -98,7 +87,7 @@ def check_grad_cache(args: CLPLTrainingArguments) -> None:
 
 
 def check_evaluation(args: CLPLTrainingArguments) -> None:
-    """Raise ValueError where options of evaluation do not fit together; derive those that follow from others."""
+    """Check that options of evaluation fit together, and derive those that follow from others."""
     if args.dev_collection is None:
         for name in ("early_stopping_patience", "dev_language"):
             if getattr(args, name) is not None:
@@ -125,7 +114,7 @@ def check_evaluation(args: CLPLTrainingArguments) -> None:
 
 
 def check_refreshes(args: CLPLTrainingArguments) -> None:
-    """Raise ValueError where options of refreshes do not fit together."""
+    """Check that options of refreshes fit together."""
     if args.ance_refresh is None:
         if args.ance_collection is not None:
             raise ValueError("ance_collection is for mining in training: set ance_refresh, such as epoch")
@@ -141,25 +130,6 @@ def check_refreshes(args: CLPLTrainingArguments) -> None:
             " the two"
         )
     args.ance_selection()
-
-
-def check_batches(sampler: EpochBatchSampler) -> None:
-    """Raise :class:`UserError` where an epoch has no batch: a run would end without a step."""
-    if len(sampler) == 0:
-        size = sampler.batch_size * sampler.num_processes
-        raise UserError(
-            f"dataloader_drop_last leaves out everything: no file has the {size} examples of a batch; lower"
-            " per_device_train_batch_size or remove dataloader_drop_last"
-        )
-
-
-def check_gathering(in_batch_negatives: Sequence[bool], data_args: CLPLDataArguments, world_size: int) -> None:
-    """Refuse what makes some processes of a step gather negatives and others not: they would wait for each other."""
-    if world_size > 1 and not data_args.same_dataset_within_batch and len(set(in_batch_negatives)) > 1:
-        raise UserError(
-            "negatives_cross_device cannot mix files with in-batch negatives and files without (*no_in_batch_neg) in a"
-            " batch: set same_dataset_within_batch"
-        )
 
 
 def check_optimizer(args: CLPLTrainingArguments) -> None:

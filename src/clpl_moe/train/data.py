@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clpl_moe.common.errors import UserError
@@ -10,7 +11,6 @@ from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLTrainingArguments
-from clpl_moe.train.checks import check_batches, check_gathering
 
 
 @dataclass
@@ -39,7 +39,11 @@ def open_data(data_args: CLPLDataArguments, args: CLPLTrainingArguments) -> RunD
         separate_parts=data_args.same_dataset_within_batch,
         drop_last=args.dataloader_drop_last,
     )
-    check_batches(batches)
+    if len(batches) == 0:  # a run would end without a step
+        raise UserError(
+            f"dataloader_drop_last leaves out everything: no file has the {batches.batch_size * args.world_size} examples"
+            " of a batch; lower per_device_train_batch_size or remove dataloader_drop_last"
+        )
     if args.negatives_cross_device:
         check_gathering(dataset.in_batch_negatives, data_args, args.world_size)
     dev = index = None
@@ -53,3 +57,12 @@ def open_data(data_args: CLPLDataArguments, args: CLPLTrainingArguments) -> RunD
         corpus = Collection.load(args.ance_collection, args.ance_language, args.ance_split)
         index = PassageIndex.load(corpus, args.ance_positive_queries)
     return RunData(dataset, batches, dev, index)
+
+
+def check_gathering(in_batch_negatives: Sequence[bool], data_args: CLPLDataArguments, world_size: int) -> None:
+    """Refuse what makes some processes of a step gather negatives and others not: they would wait for each other."""
+    if world_size > 1 and not data_args.same_dataset_within_batch and len(set(in_batch_negatives)) > 1:
+        raise UserError(
+            "negatives_cross_device cannot mix files with in-batch negatives and files without (*no_in_batch_neg) in a"
+            " batch: set same_dataset_within_batch"
+        )

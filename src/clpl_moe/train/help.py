@@ -17,10 +17,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from clpl_moe.common.cli import HelpFormatter, command_name
 from clpl_moe.train.options import OPTIONS, WITHOUT_EFFECT
 
-# Any other value than the default ends in an error.
-_REFUSED = ("config_name", "use_mrl", "auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha")
-# Launchers add it themselves.
-_INTERNAL = ("local_rank",)
+# Any other value than the default ends in an error; launchers add local_rank themselves.
+_HIDDEN = (
+    "config_name",
+    "use_mrl",
+    "auto_find_batch_size",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "local_rank",
+)
 _FLAG_EMBEDDING = ("abc/finetune/embedder/AbsArguments.py", "finetune/embedder/encoder_only/m3/arguments.py")
 _TRANSFORMERS = ("training_args.py",)
 
@@ -51,7 +56,7 @@ def help_text(prog: str, description: str) -> str:
         default=argparse.SUPPRESS,
         help="YAML file of options, or the name of a packaged one such as ko; the command line overrides it",
     )
-    shown = {*WITHOUT_EFFECT, *_REFUSED, *_INTERNAL}
+    shown = {*WITHOUT_EFFECT, *_HIDDEN}
     groups = [
         *((cls.TITLE, list(_fields(cls))) for cls in OPTIONS),
         ("FlagEmbedding's options", _installed("FlagEmbedding", _FLAG_EMBEDDING)),
