@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable
@@ -129,7 +130,7 @@ class FileReport:
     figures: Figures | None = None
 
 
-def validate_file(path: str | Path, reading: Reading, max_faults: int = 50) -> FileReport:
+def validate_file(path: str | Path, reading: Reading, max_faults: int = sys.maxsize) -> FileReport:
     """Check one file to its end; ``max_faults`` limits the messages that are kept."""
     path = Path(path)
     report, figures = FileReport(path), Figures(reading)
