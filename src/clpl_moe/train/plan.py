@@ -43,8 +43,6 @@ class Plan:
 
     Attributes:
         experts: what the experts are; None: there are none.
-        files: how many files the examples come from.
-        dev: what training is evaluated on.
         mined_passages: how many passages negatives are mined from in training.
         estimate: what it takes; None where the run begins anyway.
     """

@@ -116,11 +116,10 @@ def describe_data(data_args: CLPLDataArguments, training_args: CLPLTrainingArgum
 
 
 def check_same_data(now: dict[str, Any], checkpoint: str | Path) -> None:
-    """Compare :func:`describe_data` of a resumed run with the run of its checkpoint.
+    """Compare :func:`describe_data` of a resumed run with the run of its checkpoint; another path is no difference.
 
     Raises:
-        UserError: the contents of the data differ (another path is no difference), or the number of processes and the batch:
-            some examples would be seen twice in an epoch, others not at all.
+        UserError: contents, or number of processes and batch differ: an epoch would have some examples twice, others never.
     """
     path = Path(checkpoint).parent / DATA_FILE
     try:

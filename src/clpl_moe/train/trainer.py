@@ -95,10 +95,8 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
                     callback.training_bar.close()
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The batches of one optimizer step; before it, negatives are mined again where that is due.
-
-        A checkpoint of the step before has been written then: a run that resumes from it mines the same here.
-        """
+        """The batches of one optimizer step; before it, negatives are mined again where that is due, after the checkpoint
+        of the step before was written: a run that resumes from it mines the same here."""
         if self.refresher is not None:
             accumulation, step = self.args.gradient_accumulation_steps, self.state.global_step
             steps_per_epoch = max(1, count_steps(self.batch_sampler, self.args)[0])
