@@ -239,7 +239,7 @@ def test_nothing_to_resume(model, data, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*argv, "--resume_from_checkpoint", str(tmp_path / "nowhere")])
     assert stop.value.code == 2
-    assert "not a checkpoint" in capsys.readouterr().err
+    assert "names no checkpoint of a run" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
