@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.resources import find_config, with_packaged_samples
+from clpl_moe.common.packaged_files import find_config, with_packaged_samples
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -182,7 +182,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def read_config(name: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The file that ``--config NAME`` means (:func:`clpl_moe.common.resources.find_config`), and its options."""
+    """The file that ``--config NAME`` means (:func:`clpl_moe.common.packaged_files.find_config`), and its options."""
     path = find_config(name)
     return path, with_packaged_samples(path, load_yaml(path))
 

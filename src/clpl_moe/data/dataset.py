@@ -151,20 +151,23 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
             scores = [record["pos_scores"][positive], *(record["neg_scores"][i] for i in drawn)]
         symmetric = record["type"] in ("symmetric_sts", "symmetric_clustering")
         return Example(
-            query=self._as_query(record["query"], record["prompt"]),
-            passages=[self._as_query(t, record["prompt"]) if symmetric else self._as_passage(t) for t in texts],
-            negative_queries=[[self._as_query(q, record["prompt"]) for q in qs] for qs in negative_queries],
+            query=self._with_query_prompt(record["query"], record["prompt"]),
+            passages=[
+                self._with_query_prompt(t, record["prompt"]) if symmetric else self._with_passage_prompt(t)
+                for t in texts
+            ],
+            negative_queries=[[self._with_query_prompt(q, record["prompt"]) for q in qs] for qs in negative_queries],
             teacher_scores=scores,
             in_batch_negatives=self.in_batch_negatives[part],
         )
 
-    def _as_query(self, text: str, prompt: str | None) -> str:
+    def _with_query_prompt(self, text: str, prompt: str | None) -> str:
         if not self.args.query_instruction_for_retrieval:
             return text
         instruction = prompt if prompt is not None else self.args.query_instruction_for_retrieval
         return self.args.query_instruction_format.format(instruction, text)
 
-    def _as_passage(self, text: str) -> str:
+    def _with_passage_prompt(self, text: str) -> str:
         if not self.args.passage_instruction_for_retrieval:
             return text
         return self.args.passage_instruction_format.format(self.args.passage_instruction_for_retrieval, text)

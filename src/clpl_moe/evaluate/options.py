@@ -1,4 +1,4 @@
-"""The options of ``clpl_moe.evaluate``."""
+"""The options of ``clpl_moe.evaluate``; those of encoding stand in :mod:`clpl_moe.retrieval.options`."""
 
 from __future__ import annotations
 

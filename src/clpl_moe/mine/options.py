@@ -1,4 +1,7 @@
-"""Options of ``mine``: what to mine from, and which passages become negatives."""
+"""Options of ``mine``: what to mine from, and which passages become negatives.
+
+Those of encoding stand in :mod:`clpl_moe.retrieval.options`.
+"""
 
 from __future__ import annotations
 

@@ -126,10 +126,6 @@ def register_router(name: str) -> Callable[[AnyRouter], AnyRouter]:
     return register
 
 
-def router_names() -> list[str]:
-    return list(_ROUTERS)
-
-
 def router_class(name: str) -> type[Router]:
     """The router that is registered as ``name``; raises :class:`ValueError`, with the nearest name, where there is none."""
     if name in _ROUTERS:

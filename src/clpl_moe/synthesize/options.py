@@ -1,4 +1,4 @@
-"""Options of ``synthesize``."""
+"""Options of ``synthesize``; those of encoding stand in :mod:`clpl_moe.retrieval.options`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The options of training that this package adds, or whose default it changes, in the groups that ``--help`` shows."""
+"""The options of training that this package adds, or whose default it changes, in the groups that ``--help`` shows.
+
+All others, such as ``learning_rate``, are FlagEmbedding's and transformers' (:mod:`clpl_moe.train.arguments`).
+"""
 
 from __future__ import annotations
 

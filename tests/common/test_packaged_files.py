@@ -5,7 +5,7 @@ import pytest
 
 from clpl_moe.common.cli import read_config
 from clpl_moe.common.errors import UserError
-from clpl_moe.common.resources import ROOT, find_config, packaged_configs, packaged_samples
+from clpl_moe.common.packaged_files import ROOT, find_config, packaged_configs, packaged_samples
 
 
 @pytest.fixture(autouse=True)
