@@ -24,7 +24,7 @@ TEXTS = [
 
 # What a user's process does with folders where clpl_moe cannot be imported; it stores what loaders compute.
 LOADERS = """
-import json, sys
+import importlib.util, json, sys, types
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -35,6 +35,13 @@ sys.meta_path.insert(0, Blocker())
 folders, texts, output = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 import torch
 import transformers
+# FlagEmbedding 1.4.2 cannot be imported with transformers 5.24, whose rerankers' module is gone.
+removed = "transformers.modeling_attn_mask_utils"
+if importlib.util.find_spec(removed) is None:
+    sys.modules[removed] = types.ModuleType(removed)
+    for name in ("AttentionMaskConverter", "_prepare_4d_attention_mask", "_prepare_4d_causal_attention_mask",
+                 "_prepare_4d_causal_attention_mask_for_sdpa"):
+        setattr(sys.modules[removed], name, lambda *_: None)
 from FlagEmbedding import BGEM3FlagModel
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, XLMRobertaModel

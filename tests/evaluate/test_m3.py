@@ -1,3 +1,4 @@
+import importlib
 import shutil
 
 import pytest
@@ -38,6 +39,7 @@ def save_m3(encoder, tokenizer, folder, seed=0, width=32):
 
 @pytest.mark.parametrize(("batch_size", "weights"), [(1, (1.0, 0.3, 1.0)), (24, (0.15, 0.5, 0.35))])
 def test_equals_flag_embedding(tiny_encoder, encoding, batch_size, weights):
+    importlib.import_module("clpl_moe.data.flag_embedding")  # transformers 5.24: not to be imported by itself
     from FlagEmbedding import BGEM3FlagModel
 
     reference = BGEM3FlagModel(str(tiny_encoder), use_fp16=False, devices="cpu")
