@@ -101,3 +101,10 @@ def test_the_package_runs_as_a_module(tmp_path):
         )
         assert done.returncode == 2
         assert done.stderr.startswith("error: unknown option '--modle'; did you mean 'model'")
+
+
+def test_a_reader_that_has_enough_meets_no_traceback():
+    command = f"{sys.executable} -m clpl_moe --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("usage: ")
+    assert done.stderr == ""

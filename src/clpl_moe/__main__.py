@@ -10,6 +10,7 @@ from pathlib import Path
 
 from clpl_moe import __version__
 from clpl_moe.common.cli import called_as
+from clpl_moe.common.errors import command
 
 # In the order in which they are used. Each is a module that `python -m clpl_moe.VERB` runs, too.
 VERBS = {
@@ -27,6 +28,7 @@ VERBS = {
 }
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the first word of ``argv`` names, with the rest of it."""
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -131,3 +131,8 @@ def test_a_command_speaks_of_the_option(capsys):
         main()
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: --weight: found 0, expected more than 0\n"
+
+
+def test_an_argument_without_a_name_is_refused():
+    with pytest.raises(UserError, match=r"weigh\(\): found 'fig' without a name"):
+        weigh("fig")

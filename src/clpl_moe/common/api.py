@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -46,6 +46,9 @@ def takes_options(
         @functools.wraps(function)
         def call(*instances: Any, **options: Any) -> Result:
             if instances:
+                if not is_dataclass(instances[0]):
+                    name = function.__name__
+                    raise UserError(f"{name}(): found {instances[0]!r} without a name; write {name}(name=value, ...)")
                 return function(*instances, **options)
             return function(*_parse(known_types(), function.__name__, options))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,10 +65,14 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     def wrapper(*args, **kwargs) -> None:
         try:
             main(*args, **kwargs)
+            sys.stdout.flush()
         except UserError as error:
             dashes = "--" if isinstance(error, OptionError) else ""
             print(f"error: {dashes}{error}", file=sys.stderr)
             sys.exit(2)
+        except BrokenPipeError:  # the reader of the output, such as `head`, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except OSError as error:
             if error.errno not in _OF_THE_MACHINE:
                 raise
