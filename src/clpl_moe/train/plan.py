@@ -67,7 +67,7 @@ class Plan:
         source = f" ({self.estimate.shape_source})" if self.estimate else ""
         lines = [
             ("base model", f"{self.model_args.model_name_or_path}{source}"),
-            ("experts", str(self.experts or "none")),
+            ("experts", ", ".join(f"{name} {value}" for name, value in (self.experts or {}).items()) or "none"),
             (
                 "parameters",
                 f"{self.parameters:,}, trained {self.trained_parameters:,}"
