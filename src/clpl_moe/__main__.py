@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from clpl_moe import __version__
-from clpl_moe.common.cli import called_as
-from clpl_moe.common.errors import command
+from clpl_moe.common.cli import called_as, nearest
+from clpl_moe.common.errors import UserError, command
 
 # In the order in which they are used. Each is a module that `python -m clpl_moe.VERB` runs, too.
 VERBS = {
@@ -43,10 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif argv[0] == "--version":
         print(f"clpl-moe {__version__}")
     else:
-        close = difflib.get_close_matches(verb or argv[0], VERBS, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else "--help lists the commands"
-        print(f"error: unknown command '{argv[0]}'; {hint}", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"unknown command '{argv[0]}'{nearest(verb or argv[0], VERBS, '; --help lists the commands')}")
 
 
 def _help(program: str) -> str:

@@ -21,6 +21,8 @@ from clpl_moe.common.packaged_files import find_config, with_packaged_samples
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
+CONFIG_HELP = "YAML file of options, or the name of a packaged one such as ko; the command line overrides it"
+
 _called_as: str | None = None
 
 
@@ -83,7 +85,7 @@ def make_parser(
         parser.add_argument(
             "--config",
             metavar="FILE",
-            help="YAML file of options, or the name of a packaged one such as ko; the command line overrides it",
+            help=CONFIG_HELP,
         )
     if positional is not None:
         parser.add_argument(_WORDS, metavar=positional.upper(), nargs="*", help=f"the same as --{positional}")

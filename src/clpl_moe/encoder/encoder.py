@@ -166,8 +166,10 @@ class Encoder:
             UserError: ``max_length`` is beyond the encoder's positions, a batch does not fit in memory, embeddings are not
                 finite.
         """
-        how = {"max_length": max_length, "batch_tokens": batch_tokens}
-        return check_finite(encode(self, texts, kind="query", progress=progress, **how))
+        embeddings = encode(
+            self, texts, kind="query", max_length=max_length, batch_tokens=batch_tokens, progress=progress
+        )
+        return check_finite(embeddings)
 
     def encode_passages(
         self,
@@ -178,8 +180,10 @@ class Encoder:
         progress: bool = True,
     ) -> Tensor:
         """Embed passages, each with the passage prompt; otherwise as :meth:`encode_queries`."""
-        how = {"max_length": max_length, "batch_tokens": batch_tokens}
-        return check_finite(encode(self, texts, kind="passage", progress=progress, **how))
+        embeddings = encode(
+            self, texts, kind="passage", max_length=max_length, batch_tokens=batch_tokens, progress=progress
+        )
+        return check_finite(embeddings)
 
     def embed(
         self,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from clpl_moe.common.cli import HelpFormatter, command_name
+from clpl_moe.common.cli import CONFIG_HELP, HelpFormatter, command_name
 from clpl_moe.train.options import OPTIONS, WITHOUT_EFFECT
 
 # Any other value than the default ends in an error; launchers add local_rank themselves.
@@ -54,7 +54,7 @@ def help_text(prog: str, description: str) -> str:
         "--config",
         metavar="FILE",
         default=argparse.SUPPRESS,
-        help="YAML file of options, or the name of a packaged one such as ko; the command line overrides it",
+        help=CONFIG_HELP,
     )
     shown = {*WITHOUT_EFFECT, *_HIDDEN}
     groups = [
