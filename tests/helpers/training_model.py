@@ -4,7 +4,7 @@ import torch
 
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.dataset import Example
-from clpl_moe.train.trainable import choose_trainable
+from clpl_moe.train.base_model import choose_trainable
 
 
 def make_batch(tokenizer, *, sub_batch_size=-1, examples=None, packing=False, **changes):

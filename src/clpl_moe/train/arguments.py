@@ -16,7 +16,6 @@ from clpl_moe.data.flag_embedding import (
 from clpl_moe.loss.options import CLPLOptions, LossTermOptions
 from clpl_moe.mine.options import SelectionArguments
 from clpl_moe.train import checks
-from clpl_moe.train.device import choose_device, prefer_activation_checkpointing
 from clpl_moe.train.options import DataOptions, EvaluationOptions, LossOptions, ModelOptions, RefreshOptions, RunOptions
 
 if TYPE_CHECKING:
@@ -87,8 +86,8 @@ class CLPLTrainingArguments(
         checks.check_evaluation(self)
         checks.check_refreshes(self)
         self.fp16_asked = self.fp16
-        choose_device(self)
-        prefer_activation_checkpointing(self)
+        checks.choose_device(self)
+        checks.prefer_activation_checkpointing(self)
         if self.resume_from_checkpoint in ("false", "False", ""):
             self.resume_from_checkpoint = None
         super().__post_init__()

@@ -1,10 +1,11 @@
-"""Checks of options that depend on each other or on the machine, made before anything is loaded or written.
+"""Checks of options that depend on each other or on the machine, and values for those that are left open.
 
 A fault is a ValueError, or the OptionError of one number.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from clpl_moe.train.options import DEV_METRICS, WITHOUT_EFFECT
 
 if TYPE_CHECKING:
     from clpl_moe.train.arguments import CLPLTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 def drop_without_effect(options: Any) -> list[str]:
@@ -130,6 +133,44 @@ def check_refreshes(args: CLPLTrainingArguments) -> None:
             " the two"
         )
     args.ance_selection()
+
+
+def choose_device(args: CLPLTrainingArguments) -> None:
+    """Set device, precision, worker processes and what follows from them, where the options leave them open."""
+    import torch
+
+    from clpl_moe.encoder.precision import fast_bfloat16
+
+    # Asked for before the parent looks at devices: without it, processes on a machine without accelerators do not
+    # find each other.
+    if not args.use_cpu and not torch.accelerator.is_available():
+        logger.warning("no GPU was found: training on the CPU, where BGE-M3 takes days (use_cpu true: meant so)")
+        args.use_cpu = True
+    accelerator = None if args.use_cpu else torch.accelerator.current_accelerator()
+    device = accelerator or torch.device("cpu")
+    if args.bf16 is None:
+        args.bf16 = not args.fp16 and fast_bfloat16(device)
+    elif args.bf16 and not fast_bfloat16(device):
+        logger.warning("bf16 is emulated on this %s, and slow: set bf16 false, and fp16 true on a GPU", device.type)
+    if args.fp16 and args.use_cpu:
+        args.fp16 = False
+    if args.logging_nan_inf_filter is None:
+        args.logging_nan_inf_filter = args.fp16_asked
+    if args.fsdp and args.use_cpu:
+        logger.warning("fsdp is for GPUs: these processes hold the whole model each")
+    if args.dataloader_num_workers is None:
+        args.dataloader_num_workers = 0 if args.use_cpu else 2
+    if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
+        args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+
+
+def prefer_activation_checkpointing(args: CLPLTrainingArguments) -> None:
+    """Move ``gradient_checkpointing*`` to the names of transformers 5.20 and later, which warns about the old ones."""
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = old.replace("gradient", "activation")
+        if hasattr(args, new) and getattr(args, old) is not None and getattr(args, new) is None:
+            setattr(args, new, getattr(args, old))
+            setattr(args, old, None)
 
 
 def check_optimizer(args: CLPLTrainingArguments) -> None:

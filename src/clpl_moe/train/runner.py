@@ -22,10 +22,10 @@ from clpl_moe.encoder.packing import can_pack
 from clpl_moe.loss import CLPLLoss
 from clpl_moe.moe.inject import has_experts
 from clpl_moe.retrieval.options import EncodingArguments
-from clpl_moe.train import resume
+from clpl_moe.train import TrainResult, resume
 from clpl_moe.train.ance import NEGATIVES_FILE, NegativeRefresher
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
-from clpl_moe.train.base_model import add_experts, make_heads, read_heads, resolve_settings
+from clpl_moe.train.base_model import add_experts, choose_trainable, make_heads, read_heads, resolve_settings
 from clpl_moe.train.card import CardFacts, metrics_at, write_model_card
 from clpl_moe.train.checks import check_optimizer
 from clpl_moe.train.data import open_data
@@ -33,8 +33,6 @@ from clpl_moe.train.metrics_file import METRICS_FILE, read_metrics
 from clpl_moe.train.model import CLPLModel
 from clpl_moe.train.options import DEV_METRICS
 from clpl_moe.train.plan import Plan, describe
-from clpl_moe.train.result import TrainResult
-from clpl_moe.train.trainable import choose_trainable
 from clpl_moe.train.trainer import CLPLTrainer
 
 logger = logging.getLogger(__name__)
