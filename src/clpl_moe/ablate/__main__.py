@@ -6,10 +6,10 @@ import sys
 from clpl_moe.ablate import Ablation, ablate
 from clpl_moe.common.api import command_of
 
+_DESCRIPTION = "Train and evaluate rows of options on several languages and seeds; write a table that compares them."
 
-@command_of(
-    ablate, "Train and evaluate rows of options on several languages and seeds; write a table that compares them."
-)
+
+@command_of(ablate, _DESCRIPTION)
 def main(ablation: Ablation) -> None:
     for job, folder in ablation.to_do.items():
         print(f"to do: {job} ({folder})")

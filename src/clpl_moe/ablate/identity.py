@@ -7,6 +7,7 @@ rows, places of files and the order of the configuration decide nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 from clpl_moe.common.cli import parse_values
 from clpl_moe.common.errors import UserError
-from clpl_moe.common.files import hash_file
+from clpl_moe.common.files import find_json, hash_file
 from clpl_moe.evaluate.options import EvaluateArguments
 from clpl_moe.mine.options import MineArguments, SelectionArguments
 from clpl_moe.retrieval.options import EncodingArguments
@@ -64,9 +65,7 @@ class Decisive:
 
     def is_of(self, folder: Path) -> bool:
         """Whether a folder's content was made in the same way. An option that it does not know must have its default now."""
-        try:
-            then = json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        if (then := find_json(folder / OPTIONS_FILE)) is None:
             return False
         now = json.loads(json.dumps(self.values, default=str))
         new = {name: value for name, value in self.values.items() if name not in then}
@@ -78,36 +77,32 @@ class Decisive:
         return found[0] if found else root / f"{name}-{self.key[:10]}"
 
 
-class _Contents(dict[str, str]):
-    """Path -> hash of its content; a model of the hub stays as it is."""
-
-    def __missing__(self, name: str) -> str:
-        self[name] = content_hash(Path(name)) if Path(name).exists() else name
-        return self[name]
-
-
 class CommandOptions:
-    """Checks options of the other commands, and says which of them decide the result."""
+    """Checks options of the other commands: for each command those to call it with, and the decisive ones."""
 
     def __init__(self, model: str) -> None:
         self.model = model
-        self.contents = _Contents()
+        self._hash = functools.cache(content_hash)
         self._defaults: dict[str, dict[str, Any]] = {}
 
+    def content(self, source: Any, language: str = "{language}") -> Any:
+        """A path, or each in a list, as the hash of what is there; a model of the hub stays as it is."""
+        if isinstance(source, list):
+            return [self.content(one, language) for one in source]
+        path = Path((source or "").replace("{language}", language))
+        return self._hash(path) if source and path.exists() else source
+
     def mine(self, place: str, values: dict[str, Any]) -> tuple[dict[str, Any], Decisive]:
-        """The options to call ``mine`` with, and the decisive ones."""
         places = {"collection": "-", "language": "-", "output": "-"}
         required = {"model": self.model, **places}
         given = required | values | places
         types = [MineArguments, SelectionArguments, EncodingArguments]
         decisive = self._resolve("mine", types, place, given, required)
         for name in ("mine.model", "mine.reranker"):
-            if (model := decisive.values[name]) is not None:
-                decisive.values[name] = self.contents[model]
+            decisive.values[name] = self.content(decisive.values[name])
         return given, decisive
 
     def evaluate(self, place: str, values: dict[str, Any]) -> tuple[dict[str, Any], Decisive]:
-        """The options to call ``evaluate`` with, and the decisive ones."""
         required = {"model": "-", "collection": "-", "languages": "-", "output": "-"}
         given = values | required
         decisive = self._resolve("evaluate", [EvaluateArguments, EncodingArguments], place, given, required)
@@ -117,7 +112,7 @@ class CommandOptions:
         return given, Decisive(keep, decisive.defaults)
 
     def train(self, place: str, values: dict[str, Any], language: str) -> tuple[dict[str, Any], Decisive]:
-        """The options to call ``train`` with, placeholders included, and the decisive ones."""
+        """The options to call ``train`` with still have placeholders."""
         from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 
         for name in ("output_dir", "resume_from_checkpoint", "dry_run", "seed"):
@@ -131,15 +126,9 @@ class CommandOptions:
         given = required | values
         decisive = self._resolve("train", types, place, given, required)
 
-        def content(value: Any) -> Any:
-            if isinstance(value, list):
-                return [content(v) for v in value]
-            # {collection} and {train_data} stay: their content is known by what it is made from.
-            path = (value or "").replace("{language}", language)
-            return self.contents[path] if path and Path(path).exists() else value
-
-        for name in _SOURCES:
-            decisive.values[f"train.{name}"] = content(decisive.values[f"train.{name}"])
+        # {collection} and {train_data} stay: their content is known by what it is made from.
+        for name in [f"train.{source}" for source in _SOURCES]:
+            decisive.values[name] = self.content(decisive.values[name], language)
         return given, decisive
 
     def _resolve(

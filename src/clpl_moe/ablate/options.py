@@ -16,11 +16,7 @@ _MAPPINGS = ("languages", "rows", "prepare", "mine", "train", "evaluate")
 
 @dataclass
 class AblateArguments:
-    """What to compare. Mappings stand in the ``--config`` file, or are dictionaries in Python.
-
-    Attributes:
-        mappings: those options that are mappings, as dictionaries.
-    """
+    """What to compare. Mappings stand in the ``--config`` file, or are dictionaries in Python (``mappings``)."""
 
     model: str = option("base model: folder or hub name")
     languages: str = option(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from clpl_moe.ablate.identity import CommandOptions, Decisive, content_hash, dig
 from clpl_moe.ablate.options import AblateArguments, mapping
 from clpl_moe.common.cli import parse_values
 from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import find_json
 from clpl_moe.evaluate.metrics import check_metrics, evaluate_run, read_trec_run
 from clpl_moe.retrieval.collection import Collection
 
@@ -72,10 +72,7 @@ class Run:
 
     def result(self) -> dict[str, Any] | None:
         """The result of the finished run; None before."""
-        try:
-            return json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+        return find_json(self.folder / RUN_FILE)
 
     def metric(self, name: str) -> float | None:
         """A metric of the finished run, from its run file where it was not asked for then; None before."""
@@ -130,7 +127,7 @@ def make_plan(arguments: AblateArguments) -> Plan:
             model = arguments.model
             seeds: list[int] | list[None] = [None]
             if spec.get("train") is False:
-                decisive.values["model"] = options.contents[model]
+                decisive.values["model"] = options.content(model)
             else:
                 mine, of_mine = options.mine(f"{place}: mine", own["mine"])
                 of_mine |= data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import statistics
 import sys
@@ -14,7 +13,7 @@ from clpl_moe.ablate.identity import digest
 from clpl_moe.ablate.options import AblateArguments
 from clpl_moe.ablate.plan import Plan
 from clpl_moe.common.errors import UserError
-from clpl_moe.common.files import atomic_open, refuse_existing, refuse_unwritable, write_json
+from clpl_moe.common.files import atomic_open, find_json, refuse_existing, refuse_unwritable, write_json
 from clpl_moe.common.machine import machine, versions, without_folders
 from clpl_moe.report.charts import BLUE, GREY, INK, save, style
 from clpl_moe.report.text import percent
@@ -65,21 +64,20 @@ def table_rows(summary: list[dict[str, Any]]) -> list[dict[str, str]]:
             return "–"
         return f"{value['mean']:.4f}" + ("" if value["spread"] is None else f" ± {value['spread']:.4f}")
 
-    lines = []
-    for number, row in enumerate(summary):
+    def line(row: dict[str, Any]) -> dict[str, str]:
         runs = [len(value["values"]) for value in row["languages"].values()]
         changes = [percent(value["error_change"]) for value in row["languages"].values()]
-        lines.append(
-            {
-                "method": row["label"],
-                "seeds": str(min(runs)) if min(runs) == max(runs) else f"{min(runs)}–{max(runs)}",
-                **{language: cell(value) for language, value in row["languages"].items()},
-                "average": cell(row["average"]),
-                "error": "" if number == 0 else percent(row["average"]["error_change"]),
-                "error by language": "" if number == 0 else ", ".join(changes),
-            }
-        )
-    return lines
+        return {
+            "method": row["label"],
+            "seeds": str(min(runs)) if min(runs) == max(runs) else f"{min(runs)}–{max(runs)}",
+            **{language: cell(value) for language, value in row["languages"].items()},
+            "average": cell(row["average"]),
+            "error": percent(row["average"]["error_change"]),
+            "error by language": ", ".join(changes),
+        }
+
+    first, *others = map(line, summary)
+    return [first | {"error": "", "error by language": ""}, *others]
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -108,11 +106,8 @@ def refuse_other_results(arguments: AblateArguments) -> None:
     """Raise :class:`UserError` where results of another configuration would be replaced unasked."""
     path = Path(arguments.output)
     refuse_unwritable(path)
-    try:
-        if json.loads(path.read_text(encoding="utf-8"))["ablation"] == _identity(arguments):
-            return
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    if (find_json(path) or {}).get("ablation") == _identity(arguments):
+        return
     for place in (path, path.with_suffix(".md"), path.with_suffix(".png")):
         refuse_existing(place, arguments.overwrite)
 
@@ -170,9 +165,8 @@ def _plot(summary: Sequence[dict[str, Any]], metric: str, output: Path) -> None:
             if cell["mean"] is None:
                 continue
             color = GREY if place == 0 else BLUE
-            axes.errorbar(
-                cell["mean"], place, xerr=cell["spread"], fmt="o", color=color, markersize=6, capsize=3, zorder=3
-            )
+            how = {"color": color, "markersize": 6, "capsize": 3, "zorder": 3}
+            axes.errorbar(cell["mean"], place, xerr=cell["spread"], fmt="o", **how)
             if len(cell["values"]) > 1:
                 axes.plot(cell["values"], [place] * len(cell["values"]), "|", color=color, alpha=0.5, markersize=9)
         if cells[0]["mean"] is not None:

@@ -136,16 +136,20 @@ def mine(shop: Workshop, job: MineJob) -> str:
 
 def train_and_evaluate(shop: Workshop, run: Run, keep_model: bool, metric: str) -> str:
     """Do a run, or the rest of one."""
+    collection, language = run.collection, run.collection.language
     with locked(run.folder) as lock:
         write_json(run.folder / OPTIONS_FILE, run.decisive.values)
         model = run.folder / "model"
         if run.train is not None and not (model / "README.md").is_file():  # training writes its card last
             if model.is_dir() and not (model / "train_config.yaml").is_file():
                 shutil.rmtree(model)  # killed before it began
-            options = _fill(run.train, run) | {"output_dir": str(model), "resume_from_checkpoint": "true"}
+            places = {"{collection}": str(collection.directory), "{language}": language}
+            if run.mined is not None:
+                places["{train_data}"] = str(run.mined.data)
+            options = {name: _fill(value, places) for name, value in run.train.items()}
+            options |= {"output_dir": str(model), "resume_from_checkpoint": "true"}
             shop.call("train", options, run.folder, lock)
-        language = run.collection.language
-        places = {"collection": str(run.collection.directory), "output": str(run.folder / "results")}
+        places = {"collection": str(collection.directory), "output": str(run.folder / "results")}
         evaluated = {"model": run.model if run.train is None else str(model), "languages": language, "overwrite": True}
         shop.call("evaluate", run.evaluate | evaluated | places, run.folder, lock)
         found = read_result(run.folder / "results" / language / METRICS_FILE)
@@ -169,21 +173,14 @@ def train_and_evaluate(shop: Workshop, run: Run, keep_model: bool, metric: str) 
     return f"{metric} {run.metric(metric):.4f}"
 
 
-def _fill(options: dict[str, Any], run: Run) -> dict[str, Any]:
-    """The options of training with the run's places for placeholders."""
-    places = {"{collection}": str(run.collection.directory), "{language}": run.collection.language}
-    if run.mined is not None:
-        places["{train_data}"] = str(run.mined.data)
-
-    def fill(value: Any) -> Any:
-        if isinstance(value, list):
-            return [fill(v) for v in value]
-        if isinstance(value, str):
-            for name, place in places.items():
-                value = value.replace(name, place)
-        return value
-
-    return {name: fill(value) for name, value in options.items()}
+def _fill(value: Any, places: dict[str, str]) -> Any:
+    """An option of training with places for its placeholders."""
+    if isinstance(value, list):
+        return [_fill(one, places) for one in value]
+    if isinstance(value, str):
+        for name, place in places.items():
+            value = value.replace(name, place)
+    return value
 
 
 def _training(run: Run, model: Path) -> dict[str, Any] | None:

@@ -230,6 +230,14 @@ def read_json(path: str | Path, kind: type) -> Any:
     return value
 
 
+def find_json(path: str | Path) -> dict[str, Any] | None:
+    """The object that a JSON file holds; None where there is none."""
+    try:
+        return read_json(path, dict)
+    except (OSError, UserError):
+        return None
+
+
 def hash_file(path: str | Path) -> str:
     """SHA-256 of a file's content, in hexadecimal digits; raises :class:`UserError` where it cannot be read."""
     digest = hashlib.sha256()
