@@ -5,7 +5,7 @@ import time
 import pytest
 
 from clpl_moe.synthesize.__main__ import main
-from clpl_moe.synthesize.prompts import fill, load_prompt
+from clpl_moe.synthesize.job import fill, load_prompt
 from helpers.synthesis import arguments, good, refused, results, text, train_file
 
 pytest.importorskip("openai")

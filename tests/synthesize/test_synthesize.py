@@ -9,7 +9,7 @@ from clpl_moe.data.schema import find_faults
 from clpl_moe.retrieval.collection import read_positive_queries
 from clpl_moe.synthesize import Synthesized, synthesize
 from clpl_moe.synthesize.__main__ import main
-from clpl_moe.synthesize.prompts import fill, load_prompt
+from clpl_moe.synthesize.job import fill, load_prompt
 from helpers.synthesis import SERVER, STAND_IN, arguments, good, refused, results, text, train_file
 
 pytest.importorskip("openai")

@@ -50,6 +50,11 @@ def type_name(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
+def shorten(text: str, most: int) -> str:
+    """A text of at most ``most`` characters, for messages."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 # What the machine refuses, rather than a fault of the program: it is told as briefly.
 _OF_THE_MACHINE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC),

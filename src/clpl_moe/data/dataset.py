@@ -21,36 +21,25 @@ from clpl_moe.data.schema import data_files, read_examples
 # Epoch and number of an example. Its random choices depend on these and the seed only, so that resumed runs choose alike.
 Draw = tuple[int, int]
 
+_TEXT, _SCORES = datasets.Value("string"), datasets.List(datasets.Value("float64"))
+_TEXTS = datasets.List(_TEXT)
 _FEATURES = datasets.Features(
     {
-        "query": datasets.Value("string"),
-        "pos": datasets.List(datasets.Value("string")),
-        "neg": datasets.List(datasets.Value("string")),
-        "negative_queries": datasets.List(datasets.List(datasets.Value("string"))),
-        "pos_scores": datasets.List(datasets.Value("float64")),
-        "neg_scores": datasets.List(datasets.Value("float64")),
-        "prompt": datasets.Value("string"),
-        "type": datasets.Value("string"),
+        **{"query": _TEXT, "pos": _TEXTS, "neg": _TEXTS, "negative_queries": datasets.List(_TEXTS)},
+        **{"pos_scores": _SCORES, "neg_scores": _SCORES, "prompt": _TEXT, "type": _TEXT},
     }
 )
 
 
 @dataclass
 class Example:
-    """One query with its group, prompts applied.
-
-    Attributes:
-        passages: the positive, then ``train_group_size - 1`` negatives.
-        negative_queries: for each of these negatives the queries that it answers, possibly none.
-        teacher_scores: one for each passage, or None.
-        in_batch_negatives: False where the file asks for its own negatives only.
-    """
+    """One query with its group, prompts applied."""
 
     query: str
-    passages: list[str]
-    negative_queries: list[list[str]]
-    teacher_scores: list[float] | None
-    in_batch_negatives: bool
+    passages: list[str]  # the positive, then `train_group_size - 1` negatives
+    negative_queries: list[list[str]]  # for each of these negatives the queries that it answers, possibly none
+    teacher_scores: list[float] | None  # one for each passage
+    in_batch_negatives: bool  # False where the file asks for its own negatives only
 
 
 class Negatives(Protocol):
@@ -86,10 +75,8 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
             self.in_batch_negatives += [not own_only] * (len(parts) - len(self.in_batch_negatives))
         self.part_sizes = [len(part) for part in parts]
         if not parts:
-            raise UserError(
-                f"small_threshold is {args.small_threshold} and drop_threshold {args.drop_threshold}: no file of"
-                " train_data has so many examples"
-            )
+            limits = f"small_threshold is {args.small_threshold} and drop_threshold {args.drop_threshold}"
+            raise UserError(f"{limits}: no file of train_data has so many examples")
         self.dataset = datasets.concatenate_datasets(parts)
         self.mined: Negatives | None = None
         self._part_of = [part for part, size in enumerate(self.part_sizes) for _ in range(size)]
@@ -149,28 +136,25 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         scores = None
         if self.args.knowledge_distillation:
             scores = [record["pos_scores"][positive], *(record["neg_scores"][i] for i in drawn)]
+
+        def prompted(query: str) -> str:
+            if not (prompt := self.args.query_instruction_for_retrieval):
+                return query
+            prompt = prompt if record["prompt"] is None else record["prompt"]
+            return self.args.query_instruction_format.format(prompt, query)
+
         symmetric = record["type"] in ("symmetric_sts", "symmetric_clustering")
         return Example(
-            query=self._with_query_prompt(record["query"], record["prompt"]),
-            passages=[
-                self._with_query_prompt(t, record["prompt"]) if symmetric else self._with_passage_prompt(t)
-                for t in texts
-            ],
-            negative_queries=[[self._with_query_prompt(q, record["prompt"]) for q in qs] for qs in negative_queries],
+            query=prompted(record["query"]),
+            passages=[prompted(text) if symmetric else self._prompted_passage(text) for text in texts],
+            negative_queries=[list(map(prompted, queries)) for queries in negative_queries],
             teacher_scores=scores,
             in_batch_negatives=self.in_batch_negatives[part],
         )
 
-    def _with_query_prompt(self, text: str, prompt: str | None) -> str:
-        if not self.args.query_instruction_for_retrieval:
-            return text
-        instruction = prompt if prompt is not None else self.args.query_instruction_for_retrieval
-        return self.args.query_instruction_format.format(instruction, text)
-
-    def _with_passage_prompt(self, text: str) -> str:
-        if not self.args.passage_instruction_for_retrieval:
-            return text
-        return self.args.passage_instruction_format.format(self.args.passage_instruction_for_retrieval, text)
+    def _prompted_passage(self, text: str) -> str:
+        prompt = self.args.passage_instruction_for_retrieval
+        return self.args.passage_instruction_format.format(prompt, text) if prompt else text
 
     def _shuffle_words(self, rng: random.Random, text: str) -> str:
         """With probability ``shuffle_ratio``, a long text in thirds in another order."""
@@ -202,11 +186,10 @@ def _read_for_arrow(path: str, shown: str, version: str, with_scores: bool):
 @contextlib.contextmanager
 def _no_bars_of_datasets() -> Iterator[None]:
     # _read_for_arrow has a bar of its own for large files.
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
+    shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
+        if shown:
+            datasets.enable_progress_bars()

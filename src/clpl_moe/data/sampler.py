@@ -17,13 +17,8 @@ class EpochBatchSampler(Sampler[list[Draw]]):
 
     All processes share one order of global batches, and each takes its part: N processes with batch B train on the
     batches of one process with batch N·B. A global batch that cannot be divided evenly is filled up with the first
-    examples of the epoch.
-
-    Args:
-        part_sizes: number of examples of each part of the dataset.
-        batch_size: examples per process and batch.
-        separate_parts: whether each global batch takes examples of one part only.
-        drop_last: whether to leave out a part's last, incomplete batch.
+    examples of the epoch. ``batch_size`` is per process. With ``separate_parts`` each global batch takes examples of one
+    part of the dataset only.
     """
 
     def __init__(
@@ -47,7 +42,6 @@ class EpochBatchSampler(Sampler[list[Draw]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose batches come next."""
         self.epoch = epoch
 
     def __len__(self) -> int:

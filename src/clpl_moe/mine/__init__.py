@@ -28,12 +28,7 @@ __all__ = ["Mined", "mine"]
 
 @dataclass
 class Mined:
-    """The training data that were written.
-
-    Attributes:
-        path: of the JSONL file.
-        counts: what was taken and what was left out, by name.
-    """
+    """The JSONL file of training data, and what was taken and what was left out, by name."""
 
     path: Path
     counts: Counter[str]
@@ -50,6 +45,7 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
     """
     from clpl_moe.mine.index import PassageIndex
     from clpl_moe.mine.lines import training_lines
+    from clpl_moe.mine.rerank import Reranker
     from clpl_moe.mine.select import NegativeMiner
     from clpl_moe.retrieval.collection import Collection
     from clpl_moe.retrieval.store import cache_folder, encode_passages, processes
@@ -69,8 +65,6 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
             return None
         reranker = None
         if arguments.reranker is not None:
-            from clpl_moe.mine.rerank import Reranker
-
             sizes = (arguments.reranker_max_len, arguments.reranker_batch_size)
             reranker = Reranker(arguments.reranker, *sizes, encoding.trust_remote_code)
         miner = NegativeMiner(
@@ -82,13 +76,12 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
             reranker=reranker,
             cache=cache,
         )
-        counts = miner.counts
         lines = training_lines(miner, collection, arguments.max_positive_queries)
         line = next(lines, None)  # before a file is opened, of which a kill while encoding would leave something
         if line is None:
-            why = "; ".join(f"{name}: {count:,}" for name, count in (+counts).items())
+            why = "; ".join(f"{name}: {count:,}" for name, count in (+miner.counts).items())
             raise UserError(f"no query of {index.source} could be given negatives ({why})")
         write_jsonl(arguments.output, itertools.chain([line], lines))
     if index.unknown:
-        counts["lines of positive_queries.jsonl left out: passage not in the corpus"] = index.unknown
-    return Mined(Path(arguments.output), counts)
+        miner.counts["lines of positive_queries.jsonl left out: passage not in the corpus"] = index.unknown
+    return Mined(Path(arguments.output), miner.counts)

@@ -28,7 +28,7 @@ def without_known_answers(candidates: Sequence[Candidate], query: MiningQuery) -
 def below_ceiling(
     candidates: Sequence[Candidate], positive_scores: Sequence[float], selection: SelectionArguments
 ) -> list[Candidate]:
-    """The candidates whose score is far enough below that of the lowest positive."""
+    """The candidates whose score is far enough below the lowest positive's."""
     ceiling = highest_score(positive_scores, selection)
     return [(place, score) for place, score in candidates if score <= ceiling]
 
@@ -56,7 +56,6 @@ class CopyFilter:
         return [_pieces(text) for text in self._query.positive_texts(self._index)]
 
     def is_copy(self, place: int) -> bool:
-        """Whether the passage at a place is a copy of a positive."""
         if self._max_overlap >= 1:
             return False
         pieces = _pieces(self._index.texts[place])

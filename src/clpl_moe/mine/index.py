@@ -25,9 +25,8 @@ class PassageIndex:
         source: the collection's folder.
         rows: for each distinct passage (its *place*), the first row of the corpus that holds it.
         texts: the text at each place, read when asked for.
-        unknown: how many entries of ``positive_queries`` name no passage of the corpus.
-        reserved: how many passages belong to another split.
-        repeated: how many passages are empty or equal to an earlier one.
+        unknown: number of entries of ``positive_queries`` that name no passage of the corpus.
+        reserved, repeated: number of passages of another split, and of empty ones and those equal to an earlier one.
     """
 
     def __init__(self, collection: Collection, positive_queries: Iterable[tuple[str, Sequence[str]]] = ()) -> None:
@@ -94,7 +93,7 @@ class PassageIndex:
         return list(dict.fromkeys(found))
 
     def negative_queries(self, place: int) -> list[str]:
-        """The queries that the passage at a place is known to answer: as a negative it brings them along."""
+        """The queries that a passage is known to answer: as a negative it brings them along."""
         return list(self._queries.get(place, {}).values())
 
     def answering(self, query: str) -> set[int]:
@@ -121,8 +120,6 @@ class PassageIndex:
 
 
 class _Rows(LazyTexts):
-    """Some rows of a sequence, taken out of it when asked for."""
-
     def __init__(self, values: Sequence[str], rows: np.ndarray) -> None:
         self._values, self._rows = values, rows
 

@@ -1,7 +1,4 @@
-"""Options of ``mine``: what to mine from, and which passages become negatives.
-
-Those of encoding stand in :mod:`clpl_moe.retrieval.options`.
-"""
+"""Options of ``mine``; those of encoding stand in :mod:`clpl_moe.retrieval.options`."""
 
 from __future__ import annotations
 

@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from clpl_moe.encoder import Encoder
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.retrieval.options import EncodingArguments
-
-if TYPE_CHECKING:
-    import torch
+from clpl_moe.retrieval.search import search
+from clpl_moe.retrieval.store import encode_passages, encode_queries
 
 Candidate = tuple[int, float]  # place in the index, score
 
@@ -25,21 +25,13 @@ _ROWS_AT_ONCE = 4096
 
 @dataclass
 class MiningQuery:
-    """A query that wants negatives.
+    """A query that wants negatives."""
 
-    Attributes:
-        key: seeds its draws, so that other queries do not matter.
-        text: without prompt.
-        positives: places of its positives in the index.
-        excluded: places of all passages known to answer it, its positives among them.
-        other_positives: texts of positives that the corpus does not hold.
-    """
-
-    key: str
-    text: str
-    positives: list[int]
-    excluded: set[int]
-    other_positives: list[str] = field(default_factory=list)
+    key: str  # seeds its draws, so that other queries do not matter
+    text: str  # without prompt
+    positives: list[int]  # places in the index
+    excluded: set[int]  # places of all passages known to answer it, its positives among them
+    other_positives: list[str] = field(default_factory=list)  # texts that the corpus does not hold
 
     def positive_texts(self, index: PassageIndex) -> list[str]:
         """Texts of all its positives."""
@@ -48,17 +40,11 @@ class MiningQuery:
 
 @dataclass
 class Ranking:
-    """Passages by similarity to each of Q queries.
+    """Passages by similarity to each of Q queries."""
 
-    Attributes:
-        scores: (Q, K) float32, best first.
-        places: (Q, K) int64, in the index.
-        positive_scores: of each query's positives, then of its other positives.
-    """
-
-    scores: torch.Tensor
-    places: torch.Tensor
-    positive_scores: list[list[float]]
+    scores: torch.Tensor  # (Q, K) float32, best first
+    places: torch.Tensor  # (Q, K) int64, in the index
+    positive_scores: list[list[float]]  # of each query's positives, then of its other positives
 
 
 def rank_passages(
@@ -71,8 +57,6 @@ def rank_passages(
     progress: bool = True,
 ) -> Ranking:
     """The passages most similar to each query, ``rank_to`` of them besides those that have no rank."""
-    from clpl_moe.retrieval.search import search
-    from clpl_moe.retrieval.store import encode_passages, encode_queries
 
     encoder = dataclasses.replace(encoder, settings=dataclasses.replace(encoder.settings, normalize=True))
     query_embeddings = encode_queries(encoder, [query.text for query in queries], encoding, progress=progress)

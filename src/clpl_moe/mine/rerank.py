@@ -23,9 +23,7 @@ from clpl_moe.retrieval.collection import hash_texts
 class Reranker:
     """A cross encoder with one output, such as BAAI/bge-reranker-v2-m3, through sentence-transformers.
 
-    Raises:
-        UserError: there is no such model, it was not trained to score pairs, it gives several scores, or ``max_length`` is
-            beyond its positions.
+    :class:`UserError` where the model is missing or no such one, or ``max_length`` is beyond its positions.
     """
 
     def __init__(self, name: str, max_length: int, batch_size: int, trust_remote_code: bool) -> None:

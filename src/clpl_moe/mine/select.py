@@ -36,34 +36,27 @@ _QUERIES_AT_ONCE = 64
 
 @dataclass
 class Negatives:
-    """The negatives of one query: places in the index, best first, and scores; None where none were computed.
+    """The negatives of one query; no scores where none were computed."""
 
-    ``positive_scores`` are of the positives that the index holds, then of the others.
-    """
-
-    places: list[int]
+    places: list[int]  # in the index, best first
     scores: list[float] | None
-    positive_scores: list[float] | None
+    positive_scores: list[float] | None  # of positives that the index holds, then of the others
 
 
 @dataclass(kw_only=True)
 class NegativeMiner:
     """Finds the negatives of queries.
 
-    Args:
-        encoder: ranks the passages, by cosine whatever its settings say; None with ``sampling: corpus`` only.
-        seed: of all draws, together with each query's key.
-        counts: counts what was left out, and why.
-        cache: folder for embeddings of passages and the reranker's scores, from which an interrupted run goes on.
-        progress: whether to show bars.
+    The encoder ranks the passages, by cosine whatever its settings say; it is None with ``sampling: corpus`` only. From
+    ``cache``, a folder for embeddings and the reranker's scores, an interrupted run goes on.
     """
 
     index: PassageIndex
     selection: SelectionArguments
     encoding: EncodingArguments = field(default_factory=EncodingArguments)
     encoder: Encoder | None = None
-    seed: int | str = 42
-    counts: Counter[str] = field(default_factory=Counter)
+    seed: int | str = 42  # of all draws, together with each query's key
+    counts: Counter[str] = field(default_factory=Counter)  # what was left out, and why
     reranker: Reranker | None = None
     cache: Path | None = None
     progress: bool = True
@@ -118,8 +111,8 @@ class NegativeMiner:
                 continue
             if copies.is_copy(place):
                 self.counts["passages left out: nearly the same text as a positive"] += 1
-                continue
-            taken.append(place)
+            else:
+                taken.append(place)
         return taken
 
     def _draw(self, query: MiningQuery) -> random.Random:
@@ -128,14 +121,13 @@ class NegativeMiner:
 
 def _in_order(allowed: Sequence[Candidate], selection: SelectionArguments, draw: random.Random) -> Iterator[int]:
     """The places of the candidates in the order in which they are taken."""
-    if selection.sampling == "top":
-        return iter([place for place, _ in allowed])
     if selection.sampling == "random":
-        return iter([place for place, _ in draw.sample(allowed, len(allowed))])
-    # The greatest sums of logarithmic weight and Gumbel noise are a draw by these weights without putting back.
-    keys = [s / selection.sampling_temperature - math.log(draw.expovariate(1) or 1e-300) for _, s in allowed]
-    order = sorted(range(len(allowed)), key=lambda i: -keys[i])
-    return iter([allowed[i][0] for i in order])
+        allowed = draw.sample(allowed, len(allowed))
+    elif selection.sampling == "score":
+        # The greatest sums of logarithmic weight and Gumbel noise are a draw by these weights without putting back.
+        keys = [s / selection.sampling_temperature - math.log(draw.expovariate(1) or 1e-300) for _, s in allowed]
+        allowed = [allowed[i] for i in sorted(range(len(allowed)), key=lambda i: -keys[i])]
+    return (place for place, _ in allowed)
 
 
 def shuffled(count: int, draw: random.Random) -> Iterator[int]:

@@ -62,7 +62,7 @@ def synthesize(
     from clpl_moe.retrieval.store import cache_folder
     from clpl_moe.synthesize.backends import open_backend
     from clpl_moe.synthesize.job import Job, output_paths
-    from clpl_moe.synthesize.journal import Journal, read_answers
+    from clpl_moe.synthesize.journal import Journal, read_journal
     from clpl_moe.synthesize.round_trip import drop_lost_queries, open_round_trip_encoder
 
     journal_path = arguments.beside("journal")
@@ -72,7 +72,7 @@ def synthesize(
         ours = path != Path(arguments.output) and journal_path.exists()
         refuse_existing(path, arguments.overwrite or ours)
     job = Job(arguments)
-    before = read_answers(journal_path, job.settings, arguments.overwrite)
+    before = read_journal(journal_path, job.settings, arguments.overwrite)[0] if journal_path.exists() else {}
     plan = job.plan(before)
     if planned is not None:
         planned(plan)

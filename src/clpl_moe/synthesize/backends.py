@@ -18,14 +18,8 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back.
-
-    Attributes:
-        text: None where the reply held nothing that can be read.
-        cut: whether it ended at its limit of tokens.
-        prompt_tokens: counted by the server or tokenizer; 0 where that did not count.
-        answer_tokens: likewise.
-    """
+    """What came back: text (None: nothing that can be read), whether it ended at its limit of tokens, and how many tokens the
+    server or the tokenizer counted."""
 
     text: str | None
     cut: bool = False
@@ -37,13 +31,9 @@ Done = Callable[[Question, Answer | str], None]
 
 
 class Backend(Protocol):
-    """Who is asked.
+    """Who is asked."""
 
-    Attributes:
-        requests: how many were made, retries included.
-    """
-
-    requests: int
+    requests: int  # so far, retries included
 
     def ask(self, questions: Iterable[Question], done: Done) -> None:
         """Ask everything, in order and several at once, and hand over each answer, or why there is none, as it comes.

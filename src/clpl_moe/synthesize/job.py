@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from clpl_moe.common.errors import OptionError
+from clpl_moe.common.cli import load_yaml
+from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.files import write_jsonl
 from clpl_moe.data.schema import data_files
 from clpl_moe.retrieval.collection import load_passages
@@ -17,24 +20,48 @@ from clpl_moe.synthesize.backends import Answer, Backend, Question
 from clpl_moe.synthesize.journal import Journal
 from clpl_moe.synthesize.options import SynthesizeArguments
 from clpl_moe.synthesize.passages import fill_lines, read_passages
-from clpl_moe.synthesize.prompts import fill, load_prompt
 
+PROMPTS = Path(__file__).with_name("prompts.yaml")
+_PLACEHOLDERS = ("passage", "queries")
 _ASKED_AT_MOST = 2
 _BYTES_PER_TOKEN = 4  # of UTF-8: what tokenizers of large models need for English, Korean, Persian and Hindi, roughly
-
 
 Answers = Mapping[str, Sequence[Answer]]  # by key of the passage
 
 
+def load_prompt(language: str, path: str | Path | None = None) -> str:
+    """The prompt for a language, else the ``generic`` one, of a YAML file whose prompts are all checked; None: of the
+    package's own."""
+    path = PROMPTS if path is None else Path(path)
+    prompts = load_yaml(path)
+    for name, prompt in prompts.items():
+        place = at(path, field=name)
+        if not isinstance(prompt, str):
+            raise UserError(f"{place}: found a {type(prompt).__name__}, expected the prompt's text")
+        if "{passage}" not in prompt:
+            raise UserError(f"{place}: the prompt has no {{passage}}, the place of the passage")
+        for placeholder in re.findall(r"\{(\w+)\}", prompt):
+            if placeholder not in _PLACEHOLDERS:
+                raise UserError(f"{place}: found {{{placeholder}}}, expected {{passage}} or {{queries}}")
+    for name in (language, "generic"):
+        if name in prompts:
+            return prompts[name]
+    raise UserError(f"{at(path)}: no prompt for '{language}' and no 'generic' one; the file has {', '.join(prompts)}")
+
+
+def fill(prompt: str, passage: str, queries: int) -> str:
+    """A prompt with a passage put into it; braces of the passage mean nothing."""
+    return prompt.replace("{queries}", str(queries)).replace("{passage}", passage)
+
+
 class Job:
-    """One run: the questions, and what their answers hold.
+    """One run: the questions, and what their answers hold; passages have their keys.
 
     Attributes:
         settings: what decides the questions, for the journal.
-        passages: of the training files, by key.
-        wanted: those without a query anywhere.
+        wanted: passages without a query anywhere.
         corpus: further passages that the round trip searches.
-        queries: of the passages that were asked about, the usable ones.
+        queries: the usable ones of passages that were asked about.
         failures: why other passages have none; ``no_answer``: where no answer came at all.
     """
 
@@ -70,19 +97,15 @@ class Job:
 
     def read(self, key: str, answers: Sequence[Answer]) -> tuple[list[str], str | None]:
         """The usable queries of a passage's answers, or what is wrong with the last of these."""
+        given = self.arguments
+        how: dict[str, Any] = {"wanted": given.queries_per_passage, "max_chars": given.max_query_chars}
         fault = None
         for answer in answers:
             if answer.text is None:
                 fault = "reply not readable"
                 continue
-            queries, fault = read_queries(
-                answer.text,
-                self.wanted[key].text,
-                language=self.arguments.language,
-                wanted=self.arguments.queries_per_passage,
-                max_chars=self.arguments.max_query_chars,
-                cut=answer.cut,
-            )
+            passage = self.wanted[key].text
+            queries, fault = read_queries(answer.text, passage, language=given.language, cut=answer.cut, **how)
             if queries:
                 return queries, None
         return [], fault
@@ -131,7 +154,7 @@ class Job:
                 self.failures[key] = self.no_answer.get(key) or fault or "not asked"
 
     def count(self, answers: Answers, before: Answers, dropped: Mapping[str, int]) -> dict[str, int]:
-        """Figures of the job, by name: of the answers, of what the round trip ``dropped``, of queries and failures."""
+        """Figures of the job, by name, with those that the round trip ``dropped``."""
         given = [answer for key in self.wanted for answer in answers.get(key, ())]
         new = len(given) - sum(len(before.get(key, ())) for key in self.wanted)
         reasons = Counter(reason.partition(": ")[0] for reason in self.failures.values())

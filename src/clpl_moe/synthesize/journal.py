@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.errors import UserError, at, shorten
 from clpl_moe.common.files import parse_line
 from clpl_moe.synthesize.backends import Answer
 
@@ -24,13 +24,9 @@ if sys.platform != "win32":
 _FORMAT = "clpl_moe.synthesize 1"
 
 
-def read_answers(path: Path, settings: dict[str, Any], overwrite: bool = False) -> dict[str, list[Answer]]:
-    """The answers that a job with these settings would not ask for again, by passage; leaves the file as it is."""
-    return _read(path, settings, overwrite)[0] if path.exists() else {}
-
-
-def _read(path: Path, settings: dict[str, Any], overwrite: bool) -> tuple[dict[str, list[Answer]], int]:
-    """The answers of each passage to go on from, and where the last whole line ends; 0: begin anew."""
+def read_journal(path: Path, settings: dict[str, Any], overwrite: bool) -> tuple[dict[str, list[Answer]], int]:
+    """The answers that a job with these settings goes on from, by passage, and where the last whole line ends; 0: begin
+    anew."""
     found: dict[str, Any] = {}
     answers: dict[str, list[Answer]] = {}
     end = 0
@@ -52,33 +48,22 @@ def _read(path: Path, settings: dict[str, Any], overwrite: bool) -> tuple[dict[s
                 raise UserError(f"{at(path, number)}: found {', '.join(record) or '{}'}, expected {expected}") from None
     if end == 0 or found == settings:
         return answers, end
-    if not overwrite:
-        _refuse_other(path, found, settings)
-    return {}, 0
-
-
-def _refuse_other(path: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
+    if overwrite:
+        return {}, 0
     parts = []
     for name in (name for name in {**found, **settings} if found.get(name) != settings.get(name)):
-        short = [_shorten(json.dumps(s.get(name), ensure_ascii=False)) for s in (found, settings)]
-        parts.append(f"{name} was {short[0]}, now {short[1]}" if name != "prompt" else "prompt")
+        was, now = (shorten(json.dumps(s.get(name), ensure_ascii=False), 60) for s in (found, settings))
+        parts.append(f"{name} was {was}, now {now}" if name != "prompt" else "prompt")
     raise UserError(
         f"{at(path)}: the journal holds answers to other settings ({'; '.join(parts)}); name another output, or"
         " set overwrite to throw these answers away"
     )
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 class Journal:
-    """The open journal of a running job, which no second job can open. A context manager.
+    """The open journal of a running job, which no second job can open, with the answers of all runs. A context manager.
 
     With ``overwrite`` a journal of other settings is emptied.
-
-    Attributes:
-        answers: by passage, those of earlier runs and those added.
 
     Raises:
         UserError: the journal belongs to other settings or to a job that runs, or is none.
@@ -94,7 +79,7 @@ class Journal:
                     fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise UserError(f"{at(path)}: another job is writing to this journal; wait for it") from None
-            self.answers, end = _read(path, settings, overwrite)
+            self.answers, end = read_journal(path, settings, overwrite)
             self._file.truncate(end)
             if end == 0:
                 self._write({"journal": _FORMAT, "settings": settings})

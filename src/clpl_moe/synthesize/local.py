@@ -6,24 +6,19 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from clpl_moe.common.errors import UserError
+from clpl_moe.encoder.bars import no_bar_of_weights
 from clpl_moe.synthesize.backends import Answer, Done, Question
 from clpl_moe.synthesize.options import SynthesizeArguments
 
 
 class LocalModel:
-    """A causal language model, on a CUDA device where there is one, asked through its chat template where it has one.
-
-    Raises:
-        UserError: there is no such model, or it cannot be loaded.
-    """
+    """A causal language model, on a CUDA device where there is one, asked through its chat template where it has one."""
 
     def __init__(self, arguments: SynthesizeArguments, trust_remote_code: bool) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from clpl_moe.encoder.bars import no_bar_of_weights
-
         model, code = arguments.model, {"trust_remote_code": trust_remote_code}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **code)
@@ -68,8 +63,6 @@ class LocalModel:
         return self._tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _generate(self, prompts: list[list[int]]) -> list[Answer]:
-        import torch
-
         inputs = self._tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self._model.device)  # (B, L)
         try:
             with torch.inference_mode():

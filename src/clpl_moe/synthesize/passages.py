@@ -19,21 +19,13 @@ from clpl_moe.retrieval.collection import LazyTexts, normalize_text
 
 @dataclass
 class Passage:
-    """A distinct passage of the training files.
+    """A distinct passage of the training files."""
 
-    Attributes:
-        text: as it first occurs.
-        ids: all that the files give it.
-        negative: whether it occurs as a negative.
-        bare: whether it does so without a query.
-        negative_queries: those that it answers according to the files, by normalised text.
-    """
-
-    text: str
-    ids: list[str] = field(default_factory=list)
-    negative: bool = False
-    bare: bool = False
-    negative_queries: dict[str, str] = field(default_factory=dict)
+    text: str  # as it first occurs
+    ids: list[str] = field(default_factory=list)  # all that the files give it
+    negative: bool = False  # whether it occurs as a negative
+    bare: bool = False  # whether it does so without a query
+    negative_queries: dict[str, str] = field(default_factory=dict)  # that it answers, by normalised text
 
 
 def passage_key(text: str) -> str:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from clpl_moe.encoder import Encoder
+from clpl_moe.encoder.lengths import check_lengths
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
+from clpl_moe.retrieval.search import search
+from clpl_moe.retrieval.store import encode_passages, encode_queries
 from clpl_moe.synthesize.job import Job
 from clpl_moe.synthesize.passages import SearchedPassages
-
-if TYPE_CHECKING:
-    from clpl_moe.encoder import Encoder
 
 
 def open_round_trip_encoder(name: str, encoding: EncodingArguments) -> Encoder:
     """The encoder of the round trip; raises :class:`UserError` where it is missing or cannot take the lengths."""
-    from clpl_moe.encoder.lengths import check_lengths
-
     encoder = open_encoder(name, encoding)
     check_lengths(encoder.model, encoding.query_max_len, encoding.passage_max_len)
     return encoder
@@ -24,9 +22,6 @@ def open_round_trip_encoder(name: str, encoding: EncodingArguments) -> Encoder:
 
 def drop_lost_queries(job: Job, encoder: Encoder, encoding: EncodingArguments, cache: Path) -> int:
     """Drop a job's queries that do not find their passage among the first ranks; returns how many."""
-    from clpl_moe.retrieval.search import search
-    from clpl_moe.retrieval.store import encode_passages, encode_queries
-
     asked = [(key, query) for key, queries in job.queries.items() for query in queries]
     if not asked:
         return 0

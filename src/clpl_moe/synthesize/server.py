@@ -14,29 +14,26 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
-from clpl_moe.common.errors import OptionError, UserError
+from clpl_moe.common.errors import OptionError, UserError, shorten
 from clpl_moe.synthesize.backends import Answer, Done, Question
 from clpl_moe.synthesize.options import SynthesizeArguments
+
+try:
+    import openai
+except ImportError:
+    raise UserError(
+        'asking a server needs the openai package: pip install "clpl-moe[synthesize]"'
+        " (or set backend to transformers for a local model)"
+    ) from None
 
 _NO_KEY = "none"  # what is sent to a server that needs no key: the package insists on one
 _DEFAULT_KEY = "OPENAI_API_KEY"
 
 
 class Server:
-    """A server and how it is asked.
-
-    Raises:
-        UserError: the package or the key is missing, or the address is none.
-    """
+    """A server and how it is asked; :class:`UserError` where the key is missing, or the address is none."""
 
     def __init__(self, arguments: SynthesizeArguments) -> None:
-        try:
-            import openai  # noqa: F401
-        except ImportError:
-            raise UserError(
-                'asking a server needs the openai package: pip install "clpl-moe[synthesize]"'
-                " (or set backend to transformers for a local model)"
-            ) from None
         self._arguments, self._fields, self._base_url = arguments, arguments.request_fields(), arguments.base_url
         if self._base_url is not None:
             _check_url(self._base_url)
@@ -52,8 +49,6 @@ class Server:
         asyncio.run(self._ask(questions, done))
 
     async def _ask(self, questions: Iterable[Question], done: Done) -> None:
-        import openai
-
         server = self
 
         class Connection(openai.DefaultAsyncHttpxClient):
@@ -91,8 +86,6 @@ class Server:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask_one(self, client: Any, question: Question) -> Answer | str:
-        import openai
-
         messages = [{"role": "user", "content": question.prompt}]
         try:
             # The raw reply: whatever is in it, it has been paid for.
@@ -162,8 +155,7 @@ def _read_key(name: str | None, needed: bool) -> str:
 def _short(error: Exception, hide: Callable[[str], str]) -> str:
     body = getattr(error, "body", None)
     message = body.get("message") if isinstance(body, dict) else None
-    text = hide(" ".join(str(message or error).split()))  # before it is cut: of a key, half is too much
-    return text if len(text) <= 300 else text[:297] + "..."
+    return shorten(hide(" ".join(str(message or error).split())), 300)  # hidden first: of a key, half is too much
 
 
 def _read_reply(reply: str, hide: Callable[[str], str]) -> Answer:

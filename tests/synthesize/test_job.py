@@ -3,7 +3,7 @@ import re
 import pytest
 
 from clpl_moe.synthesize.__main__ import main
-from clpl_moe.synthesize.prompts import PROMPTS, fill, load_prompt
+from clpl_moe.synthesize.job import PROMPTS, fill, load_prompt
 from helpers.synthesis import arguments, refused, text, train_file
 
 pytest.importorskip("openai")
