@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open
 from clpl_moe.common.machine import versions
-from clpl_moe.train.options import DEV_METRICS
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
     from clpl_moe.encoder.settings import EmbeddingSettings
+    from clpl_moe.train.model import CLPLModel
     from clpl_moe.train.plan import Plan
 
 CARD = "README.md"
@@ -41,33 +41,25 @@ class Evaluated:
     before: dict[str, float] | None = None  # of the base model
 
 
-@dataclass
-class CardFacts:
-    """A finished run, as far as its card tells of it.
-
-    Attributes:
-        steps: optimizer steps of the run; ``saved_step``: those after which the model was as saved.
-        evaluations: the records of ``metrics.jsonl`` that hold metrics of the dev collection.
-    """
-
-    plan: Plan
-    settings: EmbeddingSettings
-    parameters: int
-    trained_parameters: int
-    steps: int
-    saved_step: int
-    evaluations: list[dict[str, float]]
-
-
-def write_model_card(facts: CardFacts) -> None:
-    """Write ``README.md`` of a finished run into its folder."""
+def write_model_card(
+    plan: Plan,
+    settings: EmbeddingSettings,
+    model: CLPLModel,
+    steps: int,
+    metrics: dict[str, float] | None,
+    before: dict[str, float] | None,
+) -> None:
+    """Write ``README.md`` of a finished run of ``steps`` optimizer steps into its folder; ``metrics`` are those of the saved
+    model on the dev collection, and ``before`` those of the base model, where there was an evaluation."""
     import jinja2
     from huggingface_hub import ModelCardData
 
-    plan = facts.plan
     args, base, experts = plan.training_args, plan.model_args.model_name_or_path, plan.experts is not None
     name = args.folder.resolve().name
-    results = _in_training(facts)
+    results = []
+    if metrics is not None and args.dev_collection is not None and args.dev_language is not None:
+        collection = Path(args.dev_collection).resolve().name
+        results.append(Evaluated(collection, args.dev_language, args.dev_split, metrics, before))
     header = ModelCardData(
         language=list(dict.fromkeys(x for x in (args.dev_language, args.ance_language) if x is not None)) or None,
         library_name="sentence-transformers",
@@ -85,11 +77,13 @@ def write_model_card(facts: CardFacts) -> None:
         folder=name if args.folder.is_absolute() else args.folder,
         base=Path(base).name if Path(base).is_absolute() else base,
         results=_results_section(results),
-        facts=facts,
         plan=plan,
+        steps=steps,
+        parameters=sum(p.numel() for p in model.model.parameters()),
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         args=args,
         data=plan.data_args,
-        settings=facts.settings,
+        settings=settings,
         pooled=_POOLED,
         experts=json.dumps(plan.experts) if experts else None,
         files=", ".join(f"`{Path(path).name}`" for path in plan.data_args.train_data),
@@ -101,22 +95,6 @@ def write_model_card(facts: CardFacts) -> None:
 
 def _front_matter(data: ModelCardData) -> str:
     return data.to_yaml(original_order=["language", "library_name"])
-
-
-def _in_training(facts: CardFacts) -> list[Evaluated]:
-    """The evaluation of the saved model, where there was one, and the evaluation before training."""
-    args, saved = facts.plan.training_args, metrics_at(facts.evaluations, facts.saved_step)
-    if saved is None or args.dev_collection is None or args.dev_language is None:
-        return []
-    before = metrics_at(facts.evaluations, 0) if facts.saved_step > 0 else None
-    name = Path(args.dev_collection).resolve().name
-    return [Evaluated(name, args.dev_language, args.dev_split, saved, before)]
-
-
-def metrics_at(evaluations: list[dict[str, float]], step: int) -> dict[str, float] | None:
-    """The metrics of an evaluation in training after ``step``, the latest if there are several; None without one."""
-    found = [record for record in evaluations if record["step"] == step]
-    return {shown: found[-1][f"eval_{name}"] for name, shown in DEV_METRICS.items()} if found else None
 
 
 def _eval_results(results: Sequence[Evaluated]) -> list[Any]:

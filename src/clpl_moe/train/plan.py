@@ -20,37 +20,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class Estimate:
-    """What a run takes, worked out from a sample of its examples.
+    """What a run takes, worked out from a sample of its examples."""
 
-    Attributes:
-        shape_source: where the encoder's shape comes from.
-        with_penalty: share of the negatives that have queries.
-        tokens_per_step: without padding; ``tokens_exact`` where a tokenizer counted them.
-        state_bytes: of weights, gradients and optimizer on one device; ``activation_bytes`` likewise.
-    """
-
-    shape_source: str
-    with_penalty: float
-    tokens_per_step: int
-    tokens_exact: bool
-    state_bytes: int
-    activation_bytes: int
+    shape_source: str  # where the encoder's shape comes from
+    with_penalty: float  # share of the negatives that have queries
+    tokens_per_step: int  # without padding
+    tokens_exact: bool  # counted by a tokenizer
+    state_bytes: int  # of weights, gradients and optimizer on one device
+    activation_bytes: int  # on one device
 
 
 @dataclass
 class Plan:
-    """What a run is; ``str`` is the text for people.
-
-    Attributes:
-        experts: what the experts are; None: there are none.
-        mined_passages: how many passages negatives are mined from in training.
-        estimate: what it takes; None where the run begins anyway.
-    """
+    """What a run is; ``str`` is the text for people."""
 
     model_args: CLPLModelArguments
     data_args: CLPLDataArguments
     training_args: CLPLTrainingArguments
-    experts: dict[str, Any] | None
+    experts: dict[str, Any] | None  # None: there are none
     parameters: int
     trained_parameters: int
     examples: int
@@ -58,66 +45,56 @@ class Plan:
     steps_per_epoch: int
     steps: int
     dev: Collection | None
-    mined_passages: int | None
-    estimate: Estimate | None = None
+    mined_passages: int | None  # how many passages negatives are mined from in training
+    estimate: Estimate | None = None  # None where the run begins anyway
 
     def __str__(self) -> str:
-        args, data = self.training_args, self.data_args
+        args, data, estimate = self.training_args, self.data_args, self.estimate
+        share = self.trained_parameters / self.parameters
         frozen = f", {args.frozen_layers} layers frozen" if args.frozen_layers else ""
-        source = f" ({self.estimate.shape_source})" if self.estimate else ""
+        gpu = torch.cuda.is_available() and not args.use_cpu
         lines = [
-            ("base model", f"{self.model_args.model_name_or_path}{source}"),
-            ("experts", ", ".join(f"{name} {value}" for name, value in (self.experts or {}).items()) or "none"),
-            (
-                "parameters",
-                f"{self.parameters:,}, trained {self.trained_parameters:,}"
-                f" ({self.trained_parameters / self.parameters:.1%}, trainable: {args.trainable}{frozen})",
-            ),
-            ("examples", f"{self.examples:,} in {self.files} file(s)"),
-            ("lengths", f"queries {data.query_max_len}, passages {data.passage_max_len} tokens"),
-            (
-                "batch",
-                f"{args.per_device_train_batch_size} per device × {args.world_size} device(s) ×"
-                f" {args.gradient_accumulation_steps} accumulated, {data.train_group_size} passages a query",
-            ),
-            ("steps", f"{self.steps:,} ({self.steps_per_epoch:,} an epoch)"),
-            (
-                "loss",
-                f"temperature {args.temperature}, penalty weight {args.penalty_weight} ({args.penalty}), in-batch negatives"
-                f" {'on' if args.in_batch_negatives else 'off'}",
-            ),
-            ("device", _device(args)),
-            *self._estimated(),
+            f"base model      {self.model_args.model_name_or_path}{f' ({estimate.shape_source})' if estimate else ''}",
+            f"experts         {', '.join(f'{name} {value}' for name, value in (self.experts or {}).items()) or 'none'}",
+            f"parameters      {self.parameters:,}, trained {self.trained_parameters:,} ({share:.1%},"
+            f" trainable: {args.trainable}{frozen})",
+            f"examples        {self.examples:,} in {self.files} file(s)",
+            f"lengths         queries {data.query_max_len}, passages {data.passage_max_len} tokens",
+            f"batch           {args.per_device_train_batch_size} per device × {args.world_size} device(s) ×"
+            f" {args.gradient_accumulation_steps} accumulated, {data.train_group_size} passages a query",
+            f"steps           {self.steps:,} ({self.steps_per_epoch:,} an epoch)",
+            f"loss            temperature {args.temperature}, penalty weight {args.penalty_weight} ({args.penalty}),"
+            f" in-batch negatives {'on' if args.in_batch_negatives else 'off'}",
+            f"device          {torch.cuda.get_device_name() if gpu else args.device.type},"
+            f" {'bfloat16' if args.bf16 else 'float16' if args.fp16 else 'float32'}",
         ]
+        if estimate is not None:
+            guess = "" if estimate.tokens_exact else " (from the texts' characters: the tokenizer could not be fetched)"
+            state, activations = estimate.state_bytes / 2**30, estimate.activation_bytes / 2**30
+            lines += [
+                f"penalty         {estimate.with_penalty:.0%} of the looked-at negatives have queries",
+                f"tokens a step   about {estimate.tokens_per_step:,}{guess}",
+                f"memory          about {state + activations:.1f} GiB a device: weights, gradients and optimizer {state:.1f},"
+                f" activations {activations:.1f}",
+            ]
         if self.dev is not None:
-            sizes = f"{len(self.dev.queries):,} queries, {len(self.dev.passages):,} passages"
-            lines.append(("evaluation", f"{sizes} of {args.dev_collection}, language {args.dev_language}"))
+            lines.append(
+                f"evaluation      {len(self.dev.queries):,} queries, {len(self.dev.passages):,} passages of"
+                f" {args.dev_collection}, language {args.dev_language}"
+            )
         if self.mined_passages is not None:
             every = "epoch" if args.ance_refresh == "epoch" else f"{args.ance_refresh} steps"
-            mined = f"mined again each {every}, from {self.mined_passages:,} passages of {args.ance_collection}"
-            lines.append(("negatives", mined))
+            lines.append(
+                f"negatives       mined again each {every}, from {self.mined_passages:,} passages of {args.ance_collection}"
+            )
         if args.resume_from_checkpoint is not None:
-            lines.append(("resumed from", args.resume_from_checkpoint))
-        lines.append(("output", str(args.output_dir)))
+            lines.append(f"resumed from    {args.resume_from_checkpoint}")
+        lines.append(f"output          {args.output_dir}")
         if args.fp16_asked and not torch.accelerator.is_available():
-            lines.append(("note", "fp16 needs a CUDA device and this machine has none: the run itself would stop here"))
-        return "\n".join(f"{name:<16}{text}" for name, text in lines)
-
-    def _estimated(self) -> list[tuple[str, str]]:
-        if self.estimate is None:
-            return []
-        exact = self.estimate.tokens_exact
-        guess = "" if exact else " (from the texts' characters: the tokenizer could not be fetched)"
-        state, activations = self.estimate.state_bytes / 2**30, self.estimate.activation_bytes / 2**30
-        return [
-            ("penalty", f"{self.estimate.with_penalty:.0%} of the looked-at negatives have queries"),
-            ("tokens a step", f"about {self.estimate.tokens_per_step:,}{guess}"),
-            (
-                "memory",
-                f"about {state + activations:.1f} GiB a device: weights, gradients and optimizer {state:.1f},"
-                f" activations {activations:.1f}",
-            ),
-        ]
+            lines.append(
+                "note            fp16 needs a CUDA device and this machine has none: the run itself would stop here"
+            )
+        return "\n".join(lines)
 
 
 def describe(
@@ -144,8 +121,3 @@ def describe(
         dev=data.dev,
         mined_passages=None if data.index is None else len(data.index),
     )
-
-
-def _device(args: CLPLTrainingArguments) -> str:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() and not args.use_cpu else args.device.type
-    return f"{name}, {'bfloat16' if args.bf16 else 'float16' if args.fp16 else 'float32'}"

@@ -26,7 +26,7 @@ from clpl_moe.train import TrainResult, resume
 from clpl_moe.train.ance import NEGATIVES_FILE, NegativeRefresher
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.train.base_model import add_experts, choose_trainable, make_heads, read_heads, resolve_settings
-from clpl_moe.train.card import CardFacts, metrics_at, write_model_card
+from clpl_moe.train.card import write_model_card
 from clpl_moe.train.checks import check_optimizer
 from clpl_moe.train.data import open_data
 from clpl_moe.train.metrics_file import METRICS_FILE, read_metrics
@@ -214,30 +214,32 @@ class CLPLRunner:
             self.trainer.train(resume_from_checkpoint=checkpoint)
         self.trainer.save_model()
         self.trainer.save_state()
-        facts = self._card_facts()
+        state = self.trainer.state
+        best = state.best_model_checkpoint
+        saved_step = state.global_step
+        if best is not None and args.load_best_model_at_end:
+            saved_step = int(best.rpartition("-")[2])
+        evaluated = self._evaluations()
+        before, saved, changed = evaluated.get(0), evaluated.get(saved_step), saved_step > 0
         if self.trainer.is_world_process_zero():
-            write_model_card(facts)
-        best = self.trainer.state.best_model_checkpoint
+            write_model_card(
+                self.plan, self.settings, self.model, state.global_step, saved, before if changed else None
+            )
         return TrainResult(
             output_dir,
-            before=metrics_at(facts.evaluations, 0),
-            after=metrics_at(facts.evaluations, facts.saved_step) if facts.saved_step > 0 else None,
+            before=before,
+            after=saved if changed else None,
             best_checkpoint=None if best is None else output_dir / Path(best).name,
             metrics_file=output_dir / METRICS_FILE,
             plan=self.plan,
         )
 
-    def _card_facts(self) -> CardFacts:
-        state, encoder = self.trainer.state, self.encoder.model
-        best = state.best_model_checkpoint if self.training_args.load_best_model_at_end else None
+    def _evaluations(self) -> dict[int, dict[str, float]]:
+        """Metrics of the dev collection after each step with an evaluation; the latest, where there were several."""
         course = self.training_args.folder / METRICS_FILE
         records = read_metrics(course) if course.exists() else []
-        return CardFacts(
-            self.plan,
-            self.settings,
-            parameters=sum(p.numel() for p in encoder.parameters()),
-            trained_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            steps=state.global_step,
-            saved_step=state.global_step if best is None else int(best.rpartition("-")[2]),
-            evaluations=[record for record in records if "eval_ndcg@10" in record],
-        )
+        return {
+            record["step"]: {shown: record[f"eval_{name}"] for name, shown in DEV_METRICS.items()}
+            for record in records
+            if "eval_ndcg@10" in record
+        }
