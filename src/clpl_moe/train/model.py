@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from clpl_moe.data.flag_embedding import EmbedderOutput
+from clpl_moe.data.flag_embedding import EmbedderOutput, EncoderOnlyEmbedderM3Model
 from clpl_moe.encoder.packing import PackedTexts, embed_packed, send
-from clpl_moe.encoder.settings import EmbeddingSettings
+from clpl_moe.encoder.settings import EmbeddingSettings, pool
 from clpl_moe.loss import CLPLLoss
+from clpl_moe.loss.distributed import gather_rows
 from clpl_moe.moe.balance import pop_router_terms, put_router_records, take_router_records, track_routers
 from clpl_moe.moe.inject import has_experts
 from clpl_moe.train.grad_cache import cached_forward, chunks_by_tokens
-from clpl_moe.train.unified import UnifiedModel, teacher_targets
 
 Features = dict[str, Tensor] | list[dict[str, Tensor]]
 
@@ -26,6 +28,91 @@ class CLPLModelOutput(EmbedderOutput):
     """``loss`` with a graph, and the terms by name, detached scalars (``expert_load``: (L, N))."""
 
     terms: dict[str, Tensor] | None = None
+
+
+class UnifiedModel(EncoderOnlyEmbedderM3Model):
+    """FlagEmbedding's M3 model; those of its losses that fail or train too slowly are mended here."""
+
+    def distillation_loss(self, query: Tensor, passages: Tensor, targets: Tensor, own_only: bool) -> Tensor:
+        """FlagEmbedding's loss of the dense similarities (B, D) to (B·G, D), which are to have the teacher's ``targets``."""
+        across = self._compute_cross_device_neg_loss if self.negatives_cross_device else self._compute_in_batch_neg_loss
+        compute = self._compute_no_in_batch_neg_loss if own_only else across
+        return compute(query, passages, teacher_targets=targets, compute_score_func=self.compute_dense_score)[1]
+
+    def unified_loss(
+        self,
+        dense_loss: Tensor,
+        query: tuple[Tensor, ...],
+        passage: tuple[Tensor, ...],
+        *,
+        query_mask: Tensor,
+        targets: Tensor | None,
+        own_only: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """FlagEmbedding's joint loss of dense, sparse, multi-vector and summed scores, and its terms.
+
+        ``dense_loss`` is the only part that sees other processes' passages. ``query`` and ``passage`` are dense (B, D) and
+        (B·G, D), sparse and multi-vector embeddings; ``query_mask`` (B, L) is 1 where a token is no padding; ``targets``
+        are (B, G) from teacher scores. With ``own_only`` each query has its own negatives only.
+        """
+        compute = self._compute_no_in_batch_neg_loss if own_only else self._compute_in_batch_neg_loss
+        compute = partial(compute, teacher_targets=targets)
+        (query_dense, query_sparse, query_vectors), (passage_dense, passage_sparse, passage_vectors) = query, passage
+        sparse_scores, sparse_loss = compute(query_sparse, passage_sparse, compute_score_func=self.compute_sparse_score)
+        colbert_scores, colbert_loss = compute(
+            query_vectors, passage_vectors, compute_score_func=self.compute_colbert_score, q_mask=query_mask
+        )
+        dense_scores = self.compute_dense_score(query_dense, passage_dense)  # (B, B·G)
+        if own_only:
+            dense_scores = self.get_local_score(query_dense, passage_dense, dense_scores)  # (B, G)
+        summed = self.ensemble_score(None, None, dense_scores, sparse_scores, colbert_scores)
+        if own_only:
+            # FlagEmbedding's helper would look for the groups' scores among all; these are the groups' already.
+            summed_loss = self._group_loss(summed, targets)
+        else:
+            _, summed_loss = compute(query_dense, passage_dense, compute_score_func=lambda q, p: summed)
+        loss = (dense_loss + summed_loss + 0.1 * sparse_loss + colbert_loss) / 4
+        if self.use_self_distill and self.step > self.self_distill_start_step:
+            teacher = summed.detach().softmax(-1)
+            kinds = (dense_scores, sparse_scores, colbert_scores)
+            dense, sparse, colbert = (self.distill_loss("kl_div", teacher, scores) for scores in kinds)
+            loss = (loss + (dense + 0.1 * sparse + colbert) / 3) / 2
+        terms = {"sparse": sparse_loss, "colbert": colbert_loss, "summed": summed_loss}
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+    @staticmethod
+    def distill_loss(
+        kd_loss_type: str, teacher_targets: Tensor, student_scores: Tensor, group_size: int | None = None
+    ) -> Tensor:
+        """FlagEmbedding's distillation loss, whose ``m3_kd_loss`` fails on scores (B, G) of each query's own group."""
+        if kd_loss_type != "m3_kd_loss" or student_scores.shape[1] != group_size:
+            return EncoderOnlyEmbedderM3Model.distill_loss(kd_loss_type, teacher_targets, student_scores, group_size)
+        # Each passage against those after it, weighted by its target.
+        terms = [student_scores[:, i:].log_softmax(-1)[:, 0] * teacher_targets[:, i] for i in range(group_size)]
+        return -torch.stack(terms).sum(0).mean()
+
+    def _group_loss(self, scores: Tensor, targets: Tensor | None) -> Tensor:
+        """Loss of scores (B, G) of each query's own group, the positive first, with or without teacher targets."""
+        positive = torch.zeros(scores.shape[0], dtype=torch.long, device=scores.device)
+        if targets is None:
+            return self.compute_loss(scores, positive)
+        loss = self.distill_loss(self.kd_loss_type, targets, scores, group_size=scores.shape[1])
+        return loss + self.compute_loss(scores, positive) if self.kd_loss_type == "kl_div" else loss
+
+    def _dense_embedding(self, last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
+        return pool(last_hidden_state, attention_mask, self.sentence_pooling_method)
+
+    def _dist_gather_tensor(self, t: Tensor | None) -> Tensor | None:
+        # The stock version lets no gradient back to the other processes, and so trains at 1 / processes of the rate.
+        return None if t is None else gather_rows(t)[0]
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """The name by which transformers 5.20 and later asks for gradient checkpointing."""
+        self.model.activation_checkpointing_enable(**kwargs)
+
+    def save(self, output_dir: str) -> None:
+        """Not used: the trainer saves the encoder as a model folder."""
+        raise NotImplementedError("use clpl_moe.encoder.save_encoder")
 
 
 class CLPLModel(UnifiedModel):
@@ -156,3 +243,11 @@ class CLPLModel(UnifiedModel):
             put_router_records(self.model, *records)
         order = torch.tensor([row for rows in chunks for row in rows]).argsort()
         return embeddings[send(order, embeddings.device)]
+
+
+def teacher_targets(scores: list[float] | None, like: Tensor) -> Tensor | None:
+    """A teacher's scores of B·G passages as probabilities (B, G), on the device of the queries ``like`` (B, D)."""
+    if scores is None:
+        return None
+    values = send(torch.tensor(scores, dtype=torch.float32), like.device)
+    return F.softmax(values.view(like.shape[0], -1), dim=-1)
