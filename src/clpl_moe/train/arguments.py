@@ -80,11 +80,7 @@ class CLPLTrainingArguments(
             raise ValueError("output_dir is missing: name the folder of the run")
         if self.use_mrl:
             raise ValueError("use_mrl: FlagEmbedding's M3 models do not support it, remove it")
-        checks.check_run(self)
-        checks.check_loss(self)
-        checks.check_grad_cache(self)
-        checks.check_evaluation(self)
-        checks.check_refreshes(self)
+        checks.check_options(self)
         self.fp16_asked = self.fp16
         checks.choose_device(self)
         checks.prefer_activation_checkpointing(self)

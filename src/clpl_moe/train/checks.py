@@ -33,18 +33,34 @@ def drop_without_effect(options: Any) -> list[str]:
     return dropped
 
 
-def check_run(args: CLPLTrainingArguments) -> None:
+# Options that cannot be set together, and why.
+_EXCLUDING = (
+    (
+        "grad_cache_tokens",
+        "unified_finetuning",
+        "only dense embeddings are cached, unified_finetuning needs every token's",
+    ),
+    ("grad_cache_tokens", "sub_batch_size", "both cut batches into chunks, sub_batch_size saves hardly any memory"),
+    ("grad_cache_tokens", "fsdp", "the backward pass needs every parameter whole, and FSDP shards them"),
+    ("ance_refresh", "fsdp", "each process encodes a part of the corpus, and FSDP shards parameters"),
+)
+# Options that transformers or FlagEmbedding would not look at here.
+_REFUSED = (
+    ("auto_find_batch_size", "lower per_device_train_batch_size, or set grad_cache_tokens"),
+    ("label_smoothing_factor", "remove it"),
+    ("neftune_noise_alpha", "remove it"),
+)
+
+
+def check_options(args: CLPLTrainingArguments) -> None:
     """What transformers and torch would stop at in the middle, take for something else, or not look at."""
-    for name, instead in (
-        ("auto_find_batch_size", "lower per_device_train_batch_size, or set grad_cache_tokens"),
-        ("label_smoothing_factor", "remove it"),
-        ("neftune_noise_alpha", "remove it"),
-    ):
+    for name, instead in _REFUSED:
         if getattr(args, name):
             raise ValueError(f"{name} is {getattr(args, name)}, and has no effect in this training: {instead}")
     require_at_least(args, per_device_train_batch_size=1, gradient_accumulation_steps=1, dev_batch_tokens=1)
     require_at_least(args, learning_rate=0, max_grad_norm=0, weight_decay=0, early_stopping_patience=1)
     require_at_least(args, save_total_limit=0, dataloader_num_workers=0, seed=0, data_seed=0, frozen_layers=0)
+    require_at_least(args, balance_loss_weight=0, z_loss_weight=0, grad_cache_tokens=1)
     if args.seed >= 2**32:
         raise ValueError(f"seed is {args.seed}: choose a number below 2**32")
     for name in ("logging_steps", "save_steps", "eval_steps"):
@@ -55,41 +71,20 @@ def check_run(args: CLPLTrainingArguments) -> None:
         raise ValueError(f"num_train_epochs is {args.num_train_epochs}: choose a number above 0, or set max_steps")
     if args.sub_batch_size is not None and args.sub_batch_size < 1 and args.sub_batch_size != -1:
         raise ValueError(f"sub_batch_size is {args.sub_batch_size}: choose at least 1, or -1 for whole batches")
-
-
-def check_loss(args: CLPLTrainingArguments) -> None:
-    """Check the options of the loss."""
     if args.negatives_cross_device and not args.in_batch_negatives:
         raise ValueError(
             "negatives_cross_device adds other processes' passages as negatives, in_batch_negatives false forbids even"
             " this process's own: leave out one of the two"
         )
+    for first, second, why in _EXCLUDING:
+        if not any(getattr(args, name) in (None, False, "", [], -1) for name in (first, second)):
+            raise ValueError(f"{first} and {second}: {why}; leave out one of the two")
     args.loss_options()
-    require_at_least(args, balance_loss_weight=0, z_loss_weight=0)
+    _check_evaluation(args)
+    _check_refreshes(args)
 
 
-def check_grad_cache(args: CLPLTrainingArguments) -> None:
-    """Check that gradient caching fits the other options."""
-    if args.grad_cache_tokens is None:
-        return
-    require_at_least(args, grad_cache_tokens=1)
-    if args.unified_finetuning:
-        raise ValueError(
-            "grad_cache_tokens caches dense embeddings only, unified_finetuning needs every token's: choose one of them"
-        )
-    if args.sub_batch_size is not None and args.sub_batch_size > 0:
-        raise ValueError(
-            "grad_cache_tokens and sub_batch_size both cut batches into chunks: leave out sub_batch_size, which saves"
-            " hardly any memory in training"
-        )
-    if args.fsdp:
-        raise ValueError(
-            "grad_cache_tokens needs every parameter whole in the backward pass, and FSDP shards them: leave out one"
-            " of the two"
-        )
-
-
-def check_evaluation(args: CLPLTrainingArguments) -> None:
+def _check_evaluation(args: CLPLTrainingArguments) -> None:
     """Check that options of evaluation fit together, and derive those that follow from others."""
     if args.dev_collection is None:
         for name in ("early_stopping_patience", "dev_language"):
@@ -116,7 +111,7 @@ def check_evaluation(args: CLPLTrainingArguments) -> None:
         raise ValueError(f"metric_for_best_model is {args.metric_for_best_model!r}: choose one of {known}")
 
 
-def check_refreshes(args: CLPLTrainingArguments) -> None:
+def _check_refreshes(args: CLPLTrainingArguments) -> None:
     """Check that options of refreshes fit together."""
     if args.ance_refresh is None:
         if args.ance_collection is not None:
@@ -127,11 +122,6 @@ def check_refreshes(args: CLPLTrainingArguments) -> None:
     for name in ("ance_collection", "ance_language"):
         if getattr(args, name) is None:
             raise ValueError(f"ance_refresh needs {name}: where the passages are that negatives are mined from")
-    if args.fsdp:
-        raise ValueError(
-            "ance_refresh lets each process encode a part of the corpus, and FSDP shards parameters: leave out one of"
-            " the two"
-        )
     args.ance_selection()
 
 
