@@ -21,13 +21,7 @@ __all__ = ["Passage", "Prepared", "Source", "Split", "prepare", "register_source
 
 @dataclass
 class Prepared:
-    """The collection that was written.
-
-    Attributes:
-        folder: with ``corpus.jsonl``, queries and judgements.
-        counts: what was read, skipped, merged and left, by name.
-        note: what else the source says of it.
-    """
+    """The folder of the collection that was written; what was read, skipped, merged and left, by name; the source's note."""
 
     folder: Path
     counts: Counter[str]
@@ -45,9 +39,7 @@ def prepare(arguments: PrepareArguments) -> Prepared:
     source = arguments.reader
     for path in source.files():
         if Path(path).resolve().is_relative_to(folder.resolve()):
-            raise UserError(
-                f"{at(path)}: the collection would replace {folder}, which holds this source; set another output or"
-                " language"
-            )
+            fault = f"the collection would replace {folder}, which holds this source"
+            raise UserError(f"{at(path)}: {fault}; set another output or language")
     refuse_existing(folder, arguments.overwrite, marker="corpus.jsonl")
     return Prepared(folder, source.write(folder, arguments.titles), source.note)

@@ -139,10 +139,9 @@ def _merge_questions(asked: Sequence[_Asked], is_dev: Sequence[bool], counts: Co
     for number, passage_id, question in asked:
         split = "dev" if is_dev[number] else "train"
         text = normalize_text(question.text)
-        if owners.setdefault(question.id, text) != text:
-            raise UserError(
-                f"{question.place}: the id '{question.id}' belongs to another question already: '{owners[question.id]}'"
-            )
+        if (owner := owners.setdefault(question.id, text)) != text:
+            fault = f"the id '{question.id}' belongs to another question already: '{owner}'"
+            raise UserError(f"{question.place}: {fault}")
         if split == "train" and text in dev_texts:
             counts["train questions that equal a dev question left out"] += 1
             continue
@@ -181,9 +180,8 @@ def _choose_dev(
     """For each article, whether its questions are for dev."""
 
     def order(numbers: list[int]) -> bytes:
-        names = sorted(
-            titles[n] + "\n" + normalize_text(" ".join(c for c, _ in articles[n].paragraphs)) for n in numbers
-        )
+        texts = {n: normalize_text(" ".join(context for context, _ in articles[n].paragraphs)) for n in numbers}
+        names = sorted(f"{titles[n]}\n{text}" for n, text in texts.items())
         return hashlib.sha256("\n".join([str(seed), *names]).encode("utf-8", "surrogatepass")).digest()
 
     shuffled = sorted(groups, key=order)

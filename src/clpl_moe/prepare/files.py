@@ -20,9 +20,6 @@ def read_source_lines(path: Path, bar: Any = None) -> Iterator[tuple[int, bytes]
     """Line number (from 1) and bytes of each line that is not blank, of a plain or a ``.gz`` file.
 
     A tqdm bar is moved by the bytes of the file on disk.
-
-    Raises:
-        UserError: the file is missing, empty, not gzip, cut short, or not fetched by Git LFS.
     """
     if not path.is_file():
         raise UserError(f"{at(path)}: no such file")
@@ -109,17 +106,13 @@ def read_qrels(
     Of a line's fields, separated by white space, the first is the query's id, the last two are the passage's id and the
     relevance. With ``header`` the first line may hold names of fields; it counts as such where its last is no number:
     some files in BEIR's shape come without.
-
-    Raises:
-        UserError: a line has other fields, its query is unknown, or a passage is judged twice and differently.
     """
     judgements: dict[tuple[str, str], int] = {}
     for number, line in read_table(path):
         words = line.split()
         if len(words) != len(fields):
-            raise UserError(
-                f"{at(path, number)}: found {len(words)} fields, expected {len(fields)}: {', '.join(fields)}"
-            )
+            expected = f"{len(fields)}: {', '.join(fields)}"
+            raise UserError(f"{at(path, number)}: found {len(words)} fields, expected {expected}")
         query_id, passage_id, relevance = words[0], words[-2], words[-1]
         try:
             grade = int(relevance)

@@ -13,11 +13,7 @@ from clpl_moe.retrieval.collection import check_language
 
 @dataclass(kw_only=True)
 class PrepareArguments:
-    """What all sources share; :func:`prepare_arguments` adds the options of each.
-
-    Attributes:
-        reader: the source that was chosen, with its options.
-    """
+    """What all sources share; :func:`prepare_arguments` adds the options of each. ``reader`` is the source chosen."""
 
     output: str = option("folder for collections")
     language: str | None = option(
@@ -61,12 +57,9 @@ def prepare_arguments() -> type[PrepareArguments]:
     for cls in registered_sources():
         types = get_type_hints(cls)
         for known in fields(cls):
-            text = known.metadata.get("help", "")
-            if known.name == cls.name:
-                kinds[known.name] = (types[known.name] | None, None)
-                helps[known.name] = [text]
-            else:
-                kinds[known.name] = (types[known.name], known.default)
-                helps.setdefault(known.name, []).append(f"with {cls.name}: {text}")
+            name, text = known.name, known.metadata.get("help", "")
+            chooses = name == cls.name
+            kinds[name] = (types[name] | None, None) if chooses else (types[name], known.default)
+            helps.setdefault(name, []).append(text if chooses else f"with {cls.name}: {text}")
     options = [(name, kind, option("; ".join(helps[name]), default)) for name, (kind, default) in kinds.items()]
     return make_dataclass("PrepareArguments", options, bases=(PrepareArguments,), kw_only=True)

@@ -29,18 +29,12 @@ class Passage(NamedTuple):
 
 @dataclass
 class Split:
-    """Queries and judgements of one split.
+    """Queries and judgements of one split."""
 
-    Attributes:
-        queries: id -> text.
-        judgements: (query id, passage id) -> relevance; 0 is an explicit negative.
-    """
-
-    queries: dict[str, str]
-    judgements: dict[tuple[str, str], int]
+    queries: dict[str, str]  # id -> text
+    judgements: dict[tuple[str, str], int]  # query id and passage id -> relevance; 0 is an explicit negative
 
     def write(self, folder: Path, name: str) -> None:
-        """Write the files of the split of this name."""
         write_jsonl(folder / f"{name}_queries.jsonl", ({"id": i, "text": text} for i, text in self.queries.items()))
         qrels = ({"qid": q, "docid": p, "relevance": grade} for (q, p), grade in self.judgements.items())
         write_jsonl(folder / f"{name}_qrels.jsonl", qrels)
@@ -105,11 +99,9 @@ class Source(ABC):
             counts["passages"] = len(hashes)
             for name, split in splits.items():
                 split.write(temporary, name)
-                grades = split.judgements.values()
+                grades, judged = split.judgements.values(), {query_id for query_id, _ in split.judgements}
                 counts[f"{name} queries"] = len(split.queries)
-                counts[f"{name} queries without judgement"] = len(
-                    split.queries.keys() - {q for q, _ in split.judgements}
-                )
+                counts[f"{name} queries without judgement"] = len(split.queries.keys() - judged)
                 counts[f"{name} judgements: relevant"] = sum(grade > 0 for grade in grades)
                 counts[f"{name} judgements: not relevant"] = sum(grade <= 0 for grade in grades)
         counts["relevant passages that the corpus lacks"] = len(relevant)
@@ -139,13 +131,10 @@ _SOURCES: dict[str, type[Source]] = {}
 
 
 def register_source(name: str) -> Callable[[SourceClass], SourceClass]:
-    """Decorate a :class:`Source` to make it an option of ``prepare``.
+    """Decorate a :class:`Source`, a dataclass, so that its fields become options of ``prepare``.
 
-    The class is a dataclass. Its fields become options of ``prepare``; the field called ``name`` chooses the source.
-
-    Raises:
-        ValueError: the class has no field of that name, another field has no default, the name is taken, or another
-            source has one of the options with another default.
+    The field called ``name`` chooses the source. :class:`ValueError` if there is none, another field has no default, the
+    name is taken, or another source has one of the options with another default.
     """
 
     def register(cls: SourceClass) -> SourceClass:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,67 +78,87 @@ class Miracl(Source):
 
     @cached_property
     def _files(self) -> tuple[list[Path], dict[str, tuple[Path, Path]]]:
-        language, splits = self.miracl, self.splits or []
-        roots = download(language, splits) if self.source is None else (Path(self.source), Path(self.source))
-        parts, files = find_files(*roots, language, splits)
-        if len(parts) < PARTS[language]:
-            few = f"{parts[0].parent}: {len(parts)} of the {PARTS[language]} files of MIRACL's passages in {language}"
+        """The corpus's files in order, and for each split its topics and its qrels."""
+        corpus, queries = self._download() if self.source is None else (Path(self.source), Path(self.source))
+        for folder in (corpus, queries):
+            if not folder.is_dir():
+                raise UserError(f"{at(folder)}: no such folder; expected one with\n{self._placement(folder)}")
+        missing, found = [], {}
+        for split in self.splits or ():
+            topics, qrels = (
+                queries / (name if (queries / name).is_file() else Path(name).name) for name in self._names(split)
+            )
+            missing += [path.name for path in (topics, qrels) if not path.is_file()]
+            found[split] = (topics, qrels)
+        pattern = "docs-*.jsonl.gz"
+        there = list((corpus / self._corpus_folder).glob(pattern)) or list(corpus.glob(pattern))
+        matches = ((re.fullmatch(r"docs-(\d+)\.jsonl\.gz", path.name), path) for path in there)
+        numbers = {int(match[1]): path for match, path in matches if match}
+        missing += [f"docs-{n}.jsonl.gz" for n in range(max(numbers, default=0) + 1) if n not in numbers]
+        if missing:
+            place = at(queries if queries == corpus else corpus)
+            raise UserError(f"{place}: {', '.join(missing)} not found; expected\n{self._placement(corpus)}")
+        if len(numbers) < PARTS[self.miracl]:
+            few = f"{numbers[0].parent}: {len(numbers)} of the {PARTS[self.miracl]} files of MIRACL's passages"
+            few += f" in {self.miracl}"
             if self.source is None:
                 raise UserError(f"{few} have come; run again with a network")
             print(f"warning: {few} are here; the collection will hold what these have", file=sys.stderr)
-        return parts, files
+        return [numbers[n] for n in sorted(numbers)], found
 
+    @property
+    def _corpus_folder(self) -> str:
+        return f"miracl-corpus-v1.0-{self.miracl}"
 
-def _names(language: str, split: str) -> tuple[str, str]:
-    """Paths of the topics and of the qrels in their repository."""
-    base = f"miracl-v1.0-{language}"
-    return f"{base}/topics/topics.{base}-{split}.tsv", f"{base}/qrels/qrels.{base}-{split}.tsv"
+    def _names(self, split: str) -> tuple[str, str]:
+        """Paths of the topics and of the qrels in their repository."""
+        base = f"miracl-v1.0-{self.miracl}"
+        return f"{base}/topics/topics.{base}-{split}.tsv", f"{base}/qrels/qrels.{base}-{split}.tsv"
 
+    def _placement(self, folder: str | Path = "DIR") -> str:
+        """For messages: which files go where in a local folder, and which repositories have them."""
+        parts = PARTS[self.miracl]
+        files = [
+            *((f"{self._corpus_folder}/docs-{number}.jsonl.gz", CORPUS) for number in sorted({0, parts - 1})),
+            *((name, QUERIES) for split in self.splits or () for name in self._names(split)),
+        ]
+        width = max(len(name) for name, _ in files)
+        lines = [f"  {folder}/{name:<{width}}  from {_PAGE}{repo}" for name, repo in files]
+        if parts > 2:
+            lines.insert(1, "  ... and all between")
+        return "\n".join([*lines, f"or all of them in {folder} itself."])
 
-def _corpus_folder(language: str) -> str:
-    return f"miracl-corpus-v1.0-{language}"
+    def _download(self) -> tuple[Path, Path]:
+        """Fetch the files through the hub's cache, where they stay; returns the folders of the corpus and of the queries."""
+        from huggingface_hub import hf_hub_download, snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-
-def placement(language: str, splits: Sequence[str], folder: str | Path = "DIR") -> str:
-    """For messages: which files go where in a local folder, and which repositories have them."""
-    files = [
-        (f"{_corpus_folder(language)}/docs-0.jsonl.gz", CORPUS),
-        *((f"{_corpus_folder(language)}/docs-{PARTS[language] - 1}.jsonl.gz", CORPUS),) * (PARTS[language] > 1),
-        *((name, QUERIES) for split in splits for name in _names(language, split)),
-    ]
-    width = max(len(name) for name, _ in files)
-    lines = [f"  {folder}/{name:<{width}}  from {_PAGE}{repo}" for name, repo in files]
-    if PARTS[language] > 2:
-        lines.insert(1, "  ... and all between")
-    return "\n".join([*lines, f"or all of them in {folder} itself."])
-
-
-def find_files(
-    corpus: Path, queries: Path, language: str, splits: Sequence[str]
-) -> tuple[list[Path], dict[str, tuple[Path, Path]]]:
-    """The corpus's files in order, and for each split its topics and its qrels; where one is missing, the error says which
-    files go where."""
-    for folder in (corpus, queries):
-        if not folder.is_dir():
-            raise UserError(f"{at(folder)}: no such folder; expected one with\n{placement(language, splits, folder)}")
-    missing, found = [], {}
-    for split in splits:
-        topics, qrels = (
-            queries / (name if (queries / name).is_file() else Path(name).name) for name in _names(language, split)
-        )
-        missing += [path.name for path in (topics, qrels) if not path.is_file()]
-        found[split] = (topics, qrels)
-    pattern = "docs-*.jsonl.gz"
-    there = list((corpus / _corpus_folder(language)).glob(pattern)) or list(corpus.glob(pattern))
-    matches = ((re.fullmatch(r"docs-(\d+)\.jsonl\.gz", path.name), path) for path in there)
-    numbers = {int(match[1]): path for match, path in matches if match}
-    missing += [f"docs-{n}.jsonl.gz" for n in range(max(numbers, default=0) + 1) if n not in numbers]
-    if missing:
-        raise UserError(
-            f"{at(queries if queries == corpus else corpus)}: {', '.join(missing)} not found; expected\n"
-            f"{placement(language, splits, corpus)}"
-        )
-    return [numbers[n] for n in sorted(numbers)], found
+        by_hand = f"Or place the files by hand and set source to their folder DIR:\n{self._placement()}"
+        try:
+            # The small files first: a missing token shows before hundreds of megabytes have come.
+            for split in self.splits or ():
+                for name in self._names(split):
+                    queries = Path(hf_hub_download(QUERIES, name, repo_type="dataset")).parents[2]
+            pattern = f"{self._corpus_folder}/*.jsonl.gz"
+            corpus = Path(snapshot_download(CORPUS, repo_type="dataset", allow_patterns=pattern))
+        except (
+            Exception
+        ) as error:  # beside the hub's own there are those of its HTTP library, which depends on its version
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # a full disk, say
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            if status in (401, 403):
+                fault = (
+                    f"the hub refused {QUERIES} ({status}). Accept its terms on {_PAGE}{QUERIES} (logged in), then run"
+                    " `hf auth login`, or set HF_TOKEN to a token that may read gated repositories."
+                )
+            elif isinstance(error, LocalEntryNotFoundError) or status is None:
+                reason = type(error.__cause__ or error).__name__
+                fault = f"the hub could not be reached ({reason}). With a network, run again: what has come is kept."
+            else:
+                fault = f"the hub answered with an error ({status}); run again later."
+            raise UserError(f"{fault} {by_hand}") from None
+        return corpus, queries
 
 
 def _read_topics(path: Path) -> Iterator[tuple[int, str, str]]:
@@ -148,38 +168,3 @@ def _read_topics(path: Path) -> Iterator[tuple[int, str, str]]:
             raise UserError(f"{at(path, number)}: found {line!r:.80}, expected a query's id, a tab and its text")
         check_id(identifier, path, number, "query id")
         yield number, identifier, text.strip()
-
-
-def download(language: str, splits: Sequence[str]) -> tuple[Path, Path]:
-    """Fetch the files through the hub's cache, and return the folders of the corpus and of the queries.
-
-    What is there already is not fetched again; an interrupted download goes on when run again. The hub's own settings
-    hold: ``HF_TOKEN`` or ``hf auth login``, ``HF_HOME``, ``HF_ENDPOINT``.
-    """
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    by_hand = f"Or place the files by hand and set source to their folder DIR:\n{placement(language, splits)}"
-    try:
-        # The small files first: a missing token shows before hundreds of megabytes have come.
-        for split in splits:
-            for name in _names(language, split):
-                queries = Path(hf_hub_download(QUERIES, name, repo_type="dataset")).parents[2]
-        pattern = f"{_corpus_folder(language)}/*.jsonl.gz"
-        corpus = Path(snapshot_download(CORPUS, repo_type="dataset", allow_patterns=pattern))
-    except Exception as error:  # beside the hub's own there are those of its HTTP library, which depends on its version
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # a full disk, say
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        if status in (401, 403):
-            fault = (
-                f"the hub refused {QUERIES} ({status}). Accept its terms on {_PAGE}{QUERIES} (logged in), then run"
-                " `hf auth login`, or set HF_TOKEN to a token that may read gated repositories."
-            )
-        elif isinstance(error, LocalEntryNotFoundError) or status is None:
-            reason = type(error.__cause__ or error).__name__
-            fault = f"the hub could not be reached ({reason}). With a network, run again: what has come is kept."
-        else:
-            fault = f"the hub answered with an error ({status}); run again later."
-        raise UserError(f"{fault} {by_hand}") from None
-    return corpus, queries

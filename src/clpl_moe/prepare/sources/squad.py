@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from clpl_moe.prepare.source import Source, register_source
 from clpl_moe.retrieval.collection import check_id
 
 _EXPECTED = {str: "a string", bool: "true or false", list: "a list", dict: "an object"}
+_NOTHING = object()
 
 
 @register_source("squad")
@@ -48,11 +49,7 @@ class Squad(Source):
 
 
 def read_squad(path: str | Path) -> list[Article]:
-    """The articles of one file in SQuAD's shape.
-
-    Raises:
-        UserError: not such a file; the message has the path, as in ``data[3].paragraphs[0].context``.
-    """
+    """The articles of one file; :class:`UserError` with the place of a fault, as in ``data[3].paragraphs[0].context``."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{at(path)}: no such file")
@@ -66,53 +63,45 @@ def read_squad(path: str | Path) -> list[Article]:
         raise UserError(f"{place}: not JSON ({json_fault(error)}), expected SQuAD's shape") from None
     refuse_lone_surrogates(content, raw, at(path))
     articles = []
-    for article, of_article in _objects(path, _checked(path, content, "", dict), "", "data"):
-        title = _get(path, article, of_article, "title", str, default="")
+    for article in _Object(path, "", content).objects("data"):
         paragraphs = []
-        for paragraph, of_paragraph in _objects(path, article, of_article, "paragraphs"):
-            context = _get(path, paragraph, of_paragraph, "context", str)
-            qas = _objects(path, paragraph, of_paragraph, "qas")
-            paragraphs.append((context, [_read_question(path, qa, of_qa) for qa, of_qa in qas]))
-        articles.append(Article(title, paragraphs))
+        for paragraph in article.objects("paragraphs"):
+            questions = [_read_question(qa) for qa in paragraph.objects("qas")]
+            paragraphs.append((paragraph.get("context", str), questions))
+        articles.append(Article(article.get("title", str, default=""), paragraphs))
     if not articles:
         raise UserError(f"{at(path, field='data')}: holds no article")
     return articles
 
 
-def _read_question(path: Path, record: dict[str, Any], place: str) -> Question:
-    identifier = str(_get(path, record, place, "id", str, int))
-    check_id(identifier, path, None, f"{place}.id")
-    text = _get(path, record, place, "question", str)
-    impossible = _get(path, record, place, "is_impossible", bool, default=False)
+def _read_question(qa: _Object) -> Question:
+    identifier = str(qa.get("id", str, int))
+    check_id(identifier, qa.path, None, f"{qa.place}.id")
+    impossible = qa.get("is_impossible", bool, default=False)
     # Test sets may lack the answers; an empty list says that there is none.
-    answers = _get(path, record, place, "answers", list, default=[None])
-    return Question(at(path, field=place), identifier, text, impossible or not answers)
+    answers = qa.get("answers", list, default=[None])
+    place = at(qa.path, field=qa.place)
+    return Question(place, identifier, qa.get("question", str), impossible or not answers)
 
 
-def _objects(path: Path, record: dict[str, Any], place: str, key: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects in a list of a record, each with its place."""
-    for index, item in enumerate(_get(path, record, place, key, list)):
-        inner = f"{_join(place, key)}[{index}]"
-        yield _checked(path, item, inner, dict), inner
+class _Object:
+    """An object at a place of the file."""
 
+    def __init__(self, path: Path, place: str, value: Any) -> None:
+        self.path, self.place = path, place
+        self.values = self._checked(value, place, dict)
 
-def _get(path: Path, record: dict[str, Any], place: str, key: str, *kinds: type, default: Any = None) -> Any:
-    if record.get(key) is None and default is not None:
-        return default
-    if key not in record:
-        raise _fault(path, _join(place, key), "nothing", kinds)
-    return _checked(path, record[key], _join(place, key), *kinds)
+    def get(self, key: str, *kinds: type, default: Any = None) -> Any:
+        if self.values.get(key) is None and default is not None:
+            return default
+        return self._checked(self.values.get(key, _NOTHING), f"{self.place}.{key}".lstrip("."), *kinds)
 
+    def objects(self, key: str) -> Iterator[_Object]:
+        for index, value in enumerate(self.get(key, list)):
+            yield _Object(self.path, f"{self.place}.{key}[{index}]".lstrip("."), value)
 
-def _checked(path: Path, value: Any, place: str, *kinds: type) -> Any:
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise _fault(path, place, type_name(value), kinds)
-    return value
-
-
-def _fault(path: Path, place: str, found: str, kinds: Sequence[type]) -> UserError:
-    return UserError(f"{at(path, field=place or None)}: found {found}, expected {_EXPECTED[kinds[0]]}")
-
-
-def _join(place: str, key: str) -> str:
-    return f"{place}.{key}" if place else key
+    def _checked(self, value: Any, place: str, *kinds: type) -> Any:
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            found = "nothing" if value is _NOTHING else type_name(value)
+            raise UserError(f"{at(self.path, field=place or None)}: found {found}, expected {_EXPECTED[kinds[0]]}")
+        return value
