@@ -23,16 +23,11 @@ def takes_options(
     """Let a function of one instance of each dataclass be called with their fields as keyword arguments.
 
     ``config`` names a file of options as ``--config`` does, unless a dataclass has a field of that name. Arguments
-    override the file; one that is None has the option's default. Calls with the instances themselves, as commands make
-    them, go through unchanged. The function's docstring gets the help of each option.
+    override the file; one that is None has the option's default. An unknown or missing argument, or an ill-typed value,
+    raises :class:`UserError`. Calls with the instances themselves, as commands make them, go through unchanged.
 
-    Args:
-        dataclass_types: whose fields the options are. A function returns one or several at each call, for options that
-            depend on what is registered, or that take long to import.
-        shown: whose fields signature and docstring show; those of all others come as ``**options``.
-
-    Raises:
-        UserError: at the call, for an unknown or missing argument or an ill-typed value.
+    A function in place of a dataclass returns one or several at each call, for options that depend on what is registered,
+    or that take long to import. Signature and docstring get the fields and help of ``shown``, of all unless given.
     """
 
     def known_types() -> list[type]:
@@ -64,13 +59,9 @@ def takes_options(
 def command_of(
     function: Callable[..., Result], description: str, positional: str | None = None, **hooks: Callable[..., Any]
 ) -> Callable[[Callable[[Result], None]], Callable[..., None]]:
-    """Make the command of a verb's function from a function that prints its result.
+    """Make the command of a verb's function (:func:`takes_options`) from a function that prints its result.
 
-    Args:
-        function: of :func:`takes_options`.
-        description: for ``--help``.
-        positional: option that may also be written as bare words.
-        hooks: further arguments of ``function``.
+    ``positional`` names an option that may also be written as bare words; ``hooks`` are further arguments of the function.
     """
 
     def decorate(show: Callable[[Result], None]) -> Callable[..., None]:
@@ -125,32 +116,27 @@ def _signature(dataclass_types: Sequence[type], function: Callable[..., Any], op
             hints |= get_type_hints(described)
         except NameError:  # imported for type checkers only
             continue
-    known = sorted(_fields(dataclass_types).values(), key=_has_default)
-    parameters = [_parameter(field, hints.get(field.name, field.type)) for field in known]
+    parameters = []
+    for field in sorted(_fields(dataclass_types).values(), key=_has_default):
+        default = inspect.Parameter.empty if field.default is MISSING else field.default
+        default = default if field.default_factory is MISSING else field.default_factory()
+        parameters.append(_keyword(field.name, hints.get(field.name, field.type), default))
     if not reads_config(dataclass_types):
-        parameters.append(
-            inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | Path | None)
-        )
+        parameters.append(_keyword("config", str | Path | None, None))
     if open_end:
         parameters.append(inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD, annotation=Any))
     result = hints.get("return", inspect.signature(function).return_annotation)
     return inspect.Signature(parameters, return_annotation=result)
 
 
-def _parameter(field: Field, annotation: Any) -> inspect.Parameter:
-    default = inspect.Parameter.empty if field.default is MISSING else field.default
-    if field.default_factory is not MISSING:
-        default = field.default_factory()
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _with_help(doc: str | None, dataclass_types: Sequence[type]) -> str:
     """The docstring, and the help of each option below it, for ``help()`` and notebooks."""
-    lines = [
-        f"    {name}: {field.metadata['help']}"
-        for name, field in _fields(dataclass_types).items()
-        if "help" in field.metadata
-    ]
+    helps = {name: field.metadata.get("help") for name, field in _fields(dataclass_types).items()}
+    lines = [f"    {name}: {text}" for name, text in helps.items() if text is not None]
     if not lines:
         return doc or ""
     if not reads_config(dataclass_types):

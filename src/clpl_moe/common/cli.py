@@ -57,8 +57,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if not action.option_strings:
             return super()._format_action_invocation(action)
         names = [n for n in action.option_strings if "-" not in n.lstrip("-")] or action.option_strings
-        default = action.dest.upper()
-        value = "" if action.nargs == 0 else " " + self._format_args(action, default)
+        value = "" if action.nargs == 0 else " " + self._format_args(action, action.dest.upper())
         return ", ".join(names) + value
 
 
@@ -82,11 +81,7 @@ def make_parser(
         allow_abbrev=False,
     )
     if not reads_config(dataclass_types):
-        parser.add_argument(
-            "--config",
-            metavar="FILE",
-            help=CONFIG_HELP,
-        )
+        parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     if positional is not None:
         parser.add_argument(_WORDS, metavar=positional.upper(), nargs="*", help=f"the same as --{positional}")
     for action in parser._actions:
@@ -124,29 +119,28 @@ def _to_argv(path: str | Path, values: dict[str, Any], parser: argparse.Argument
     known = _option_names(parser)
     argv: list[str] = []
     for key, value in values.items():
+        place = at(path, field=key)
         if key not in known:
             raise UserError(f"{at(path)}: unknown option '{key}'{nearest(str(key), known)}")
         if value is None:
             default = known[key].default
             if default not in (None, [], argparse.SUPPRESS):
-                raise UserError(
-                    f"{at(path, field=key)}: found null, expected a value; without the line it is {default}"
-                )
+                raise UserError(f"{place}: found null, expected a value; without the line it is {default}")
             continue
         items = value if isinstance(value, list) else [value]
         if isinstance(value, list) and known[key].nargs not in ("+", "*"):
-            raise UserError(f"{at(path, field=key)}: a list was found, one value is expected")
+            raise UserError(f"{place}: a list was found, one value is expected")
         if not items:
-            raise UserError(f"{at(path, field=key)}: an empty list was found, at least one value is expected")
+            raise UserError(f"{place}: an empty list was found, at least one value is expected")
         words = [json.dumps(v, default=str) if isinstance(v, dict) else str(v) for v in items]
         for item, word in zip(items, words):
-            _check_value(path, key, item, known[key], word)
+            _check_value(place, item, known[key], word)
         # `=` keeps a value that begins with a dash from being taken for an option.
         argv += [f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words]
     return argv
 
 
-def _check_value(path: str | Path, key: str, value: Any, action: argparse.Action, word: str) -> None:
+def _check_value(place: str, value: Any, action: argparse.Action, word: str) -> None:
     """Refuse an ill-typed value here, where the file's name is known."""
     if value == "" or not callable(action.type):
         return
@@ -155,10 +149,9 @@ def _check_value(path: str | Path, key: str, value: Any, action: argparse.Action
     except (argparse.ArgumentTypeError, TypeError, ValueError):
         expected = getattr(action.type, "__name__", str(action.type))
         expected = {"string_to_bool": "true or false"}.get(expected, expected)
-        raise UserError(f"{at(path, field=key)}: found {value!r}, expected {expected}") from None
+        raise UserError(f"{place}: found {value!r}, expected {expected}") from None
     if action.choices is not None and converted not in action.choices:
-        choices = ", ".join(map(str, action.choices))
-        raise UserError(f"{at(path, field=key)}: found {value!r}, expected one of {choices}")
+        raise UserError(f"{place}: found {value!r}, expected one of {', '.join(map(str, action.choices))}")
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -220,8 +213,7 @@ def parse(
 ) -> list[Any]:
     """Read ``--config FILE`` and the command line into one instance of each dataclass (see :func:`make_parser`).
 
-    Raises:
-        UserError: unknown or ill-typed options (with the nearest known name), missing required ones.
+    :class:`UserError` for unknown options (with the nearest known name), ill-typed ones, and missing required ones.
     """
     typed = argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser(dataclass_types, prog, description, positional)
@@ -270,17 +262,9 @@ def parse_values(
     values: dict[str, Any],
     config: tuple[Path, dict[str, Any]] | None = None,
 ) -> list[Any]:
-    """As :func:`parse`, from a dictionary of options that is part of another command's configuration.
+    """As :func:`parse`, from a dictionary of options as YAML has them, and from a file's, which ``values`` override.
 
-    Args:
-        dataclass_types: what the options are of.
-        prog: the command that they are for.
-        place: where they stand, for messages.
-        values: option -> value, as YAML has them.
-        config: further options, and the file that they are from; ``values`` override them.
-
-    Raises:
-        UserError: as :func:`parse`; the message begins with ``place``.
+    Messages begin with ``place``, which says where ``values`` stand.
     """
     parser = make_parser(dataclass_types, prog, "")
     argv = [] if config is None else _to_argv(*config, parser)

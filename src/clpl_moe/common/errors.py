@@ -18,17 +18,11 @@ class UserError(Exception):
 
 
 class OptionError(UserError):
-    """A wrong value of an option; in Python, of the argument of that name.
-
-    Args:
-        option: its name, without dashes.
-        fault: what was found and what was expected.
-    """
+    """A wrong value of an option, in Python of the argument of that name: what was found and what was expected."""
 
     def __init__(self, option: str, fault: str) -> None:
         super().__init__(f"{option}: {fault}")
-        self.option = option
-        self.fault = fault
+        self.option, self.fault = option, fault
 
 
 def require_at_least(options: object, **least: float) -> None:

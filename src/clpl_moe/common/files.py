@@ -25,18 +25,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, parse_line(path, number, raw)
 
 
-def read_jsonl_places(path: str | Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Like :func:`read_jsonl`: line number, the byte where the line begins, and object."""
-    for number, start, raw in read_lines(path):
-        yield number, start, parse_line(path, number, raw)
-
-
 def read_lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
-    """Line number (from 1), the byte where it begins, and bytes of each line that is not blank.
-
-    Raises:
-        UserError: the file is missing, empty or unreadable.
-    """
+    """Line number (from 1), the byte where it begins, and bytes of each line that is not blank; errors as
+    :func:`read_jsonl`."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{at(path)}: no such file" if not path.exists() else f"{at(path)}: not a file")
@@ -135,13 +126,10 @@ def refuse_lone_surrogates(value: Any, raw: bytes, place: str) -> None:
 
 
 def refuse_existing(path: str | Path, overwrite: bool = False, *, marker: str | None = None) -> None:
-    """Raise :class:`UserError` if an output is in the way or could not be written.
+    """Raise :class:`UserError` if an output is in the way and may not be replaced, or could not be written.
 
-    Args:
-        path: the output.
-        overwrite: whether it may be replaced.
-        marker: where the output is a folder, a file that each such folder has: another folder is not replaced, even if
-            asked (a slip of the pen would delete anything). None: the output is a file.
+    Where the output is a folder, ``marker`` is a file that each such folder has: another folder is not replaced, even if
+    asked (a slip of the pen would delete anything).
     """
     path = Path(path)
     refuse_unwritable(path)

@@ -23,15 +23,8 @@ def packaged_configs() -> list[str]:
 
 
 def find_config(name: str | Path) -> Path:
-    """The file that ``--config NAME`` means.
-
-    That is the file of this path; else ``NAME.yaml`` in the current folder; else the packaged config of this name.
-
-    Raises:
-        UserError: there is none; the message lists the packaged names.
-    """
-    path = Path(name)
-    beside = Path(f"{name}.yaml")
+    """The file that ``--config NAME`` means: of this path; else ``NAME.yaml`` in the current folder; else the packaged one."""
+    path, beside = Path(name), Path(f"{name}.yaml")
     for found in (path, beside):
         if found.is_file():
             return found

@@ -27,7 +27,7 @@ from typing import Any, overload
 import numpy as np
 
 from clpl_moe.common.errors import UserError, at, type_name
-from clpl_moe.common.files import read_jsonl, read_jsonl_places
+from clpl_moe.common.files import parse_line, read_jsonl, read_lines
 
 _MOST_RELEVANT = 1000  # trec_eval's arithmetic overflows far above it, without a word
 
@@ -214,7 +214,8 @@ def read_positive_queries(path: str | Path) -> Iterator[tuple[str, list[str]]]:
 def _read_corpus(path: Path) -> tuple[_PackedTexts, _CorpusTexts, dict[str, str]]:
     ids, splits = _PackedTexts(), {}
     starts, lines, hashes = array("q"), array("q"), array("q")
-    for line, start, record in read_jsonl_places(path):
+    for line, start, raw in read_lines(path):
+        record = parse_line(path, line, raw)
         identifier = _identifier(path, line, record, "id")
         _get(path, line, record, "text", str, "a string")
         if not isinstance(title := record.get("title") or "", str):

@@ -99,8 +99,8 @@ class Miracl(Source):
             place = at(queries if queries == corpus else corpus)
             raise UserError(f"{place}: {', '.join(missing)} not found; expected\n{self._placement(corpus)}")
         if len(numbers) < PARTS[self.miracl]:
-            few = f"{numbers[0].parent}: {len(numbers)} of the {PARTS[self.miracl]} files of MIRACL's passages"
-            few += f" in {self.miracl}"
+            folder, language = numbers[0].parent, self.miracl
+            few = f"{folder}: {len(numbers)} of the {PARTS[language]} files of MIRACL's passages in {language}"
             if self.source is None:
                 raise UserError(f"{few} have come; run again with a network")
             print(f"warning: {few} are here; the collection will hold what these have", file=sys.stderr)
@@ -141,9 +141,7 @@ class Miracl(Source):
                     queries = Path(hf_hub_download(QUERIES, name, repo_type="dataset")).parents[2]
             pattern = f"{self._corpus_folder}/*.jsonl.gz"
             corpus = Path(snapshot_download(CORPUS, repo_type="dataset", allow_patterns=pattern))
-        except (
-            Exception
-        ) as error:  # beside the hub's own there are those of its HTTP library, which depends on its version
+        except Exception as error:  # some are of the hub's HTTP library, which depends on its version
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # a full disk, say
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
