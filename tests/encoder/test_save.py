@@ -272,7 +272,7 @@ import sys
 from transformers import AutoModel
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 from clpl_moe import merge_experts
-from clpl_moe.encoder.save import save_encoder
+from clpl_moe.encoder.encoder import save_encoder
 from clpl_moe.moe.inject import expert_parameters
 for function in (merge_experts, expert_parameters, lambda model: save_encoder(model, None, sys.argv[1], None)):
     try:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from clpl_moe.encoder.encoder import Encoder
+from clpl_moe.encoder.encoder import Encoder, save_encoder
 from clpl_moe.encoder.load import load_encoder
-from clpl_moe.encoder.save import save_encoder
 
 __all__ = ["Encoder", "load_encoder", "save_encoder"]

@@ -15,15 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from clpl_moe.common.errors import UserError
-from clpl_moe.encoder.bars import no_bar_of_weights
 from clpl_moe.encoder.encode import Kind, check_finite, encode, tokenize
-from clpl_moe.encoder.fingerprint import model_fingerprint
-from clpl_moe.encoder.heads import HEAD_FILES, find_heads
-from clpl_moe.encoder.lengths import longest_input
 from clpl_moe.encoder.load import load_encoder
 from clpl_moe.encoder.packing import PackedTexts, embed_packed
 from clpl_moe.encoder.precision import autocast, compute_dtype
-from clpl_moe.encoder.settings import EmbeddingSettings, pool, stated_by_folder, write_settings
+from clpl_moe.encoder.settings import EmbeddingSettings, longest_input, pool, stated_by_folder, write_settings
+from clpl_moe.encoder.weights import HEAD_FILES, find_heads, model_fingerprint, no_bar_of_weights
 from clpl_moe.moe.inject import refuse_foreign_experts
 from clpl_moe.moe.install import has_experts
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
@@ -282,3 +279,30 @@ class Encoder:
     def parameters(self) -> Iterator[nn.Parameter]:
         """The model's parameters, for an optimizer."""
         return self.model.parameters()
+
+
+def save_encoder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    settings: EmbeddingSettings | None = None,
+    *,
+    max_length: int | None = None,
+    heads: Mapping[str, Mapping[str, Tensor]] | None = None,
+    heads_from: str | Path | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a model folder that every tool of the field loads: :meth:`Encoder.save` for a model and a tokenizer.
+
+    ``model``, ``tokenizer``, ``settings`` and ``max_length`` are :class:`Encoder`'s, the others :meth:`Encoder.save`'s, but
+    ``heads_from``: folder or hub name of the base model, from which heads that ``heads`` does not name are copied.
+
+    Raises:
+        ValueError: the encoder has experts but is of a class that cannot be loaded again, or those of a folder's own code.
+        UserError: it cannot be told whether ``heads_from`` has heads, since the hub is out of reach; or ``settings`` is None
+            and those of the model's folder cannot be computed. Nothing is written.
+    """
+    encoder = Encoder(model, tokenizer, settings, max_length)
+    if heads_from is not None and not set(HEAD_FILES) <= set(heads or {}):
+        encoder.head_files = find_heads(heads_from)
+    encoder.save(folder, heads=heads, state_dict=state_dict)

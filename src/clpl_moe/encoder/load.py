@@ -12,9 +12,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import read_json
-from clpl_moe.encoder.bars import no_bar_of_weights
 from clpl_moe.encoder.settings import read_stated, remember_stated
-from clpl_moe.encoder.weights import find_file, read_weights, weight_names
+from clpl_moe.encoder.weights import find_file, no_bar_of_weights, read_weights, weight_names
 from clpl_moe.moe.config import MoEConfig
 from clpl_moe.moe.inject import stack_2024_experts
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES

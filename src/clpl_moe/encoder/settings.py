@@ -1,6 +1,6 @@
-"""Pooling, normalisation, prompts and length of a model folder, and pooling itself.
+"""Pooling, normalisation, prompts and length of a model folder, pooling itself, and the checks of lengths.
 
-They stand in the files of sentence-transformers, where every tool of the field looks for them. These files have two
+The first four stand in the files of sentence-transformers, where every tool of the field looks for them. These files have two
 formats; both are read, and the older one is written, since sentence-transformers 5 and 6 load it.
 """
 
@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.files import read_json, write_json
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ _POOLING = {
 }
 _OLD_PREFIX = "pooling_mode_"
 _STATED = "_clpl_moe_stated"  # the attribute of a model
+_NO_LIMIT = 10**9  # tokenizers that know of no limit state 10**30
 
 
 @dataclass(frozen=True)
@@ -107,12 +110,12 @@ def read_stated(folder: str | Path, **hub: str | None) -> Stated:
         return Stated(fault=str(error))
 
 
-def remember_stated(model: torch.nn.Module, stated: Stated) -> None:
+def remember_stated(model: nn.Module, stated: Stated) -> None:
     """Keep with a model what its folder states, for :func:`stated_by_folder`."""
     setattr(model, _STATED, stated)
 
 
-def stated_by_folder(model: torch.nn.Module) -> Stated:
+def stated_by_folder(model: nn.Module) -> Stated:
     """What was kept with a model; otherwise the defaults."""
     return getattr(model, _STATED, Stated())
 
@@ -224,3 +227,34 @@ def _from_hub(repository: str, name: str, hub: dict[str, Any]) -> Path | None:
     except (errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.HFValidationError):
         pass
     return None
+
+
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stated: int | None = None) -> int:
+    """The longest input in tokens: ``stated`` or else the tokenizer's limit, but no more than the encoder's positions."""
+    limits = [stated or getattr(tokenizer, "model_max_length", None), max_positions(model)]
+    found = [limit for limit in limits if limit is not None and limit < _NO_LIMIT]
+    return min(found) if found else getattr(model.config, "max_position_embeddings", 512)
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """The longest sequence that a model has position embeddings for; None where it has no such table."""
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    if table is None:
+        return None
+    # Where the table has a padding row, as in XLM-R, positions start after it.
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
+def check_length(model: nn.Module, max_length: int, option: str = "max_length", name: str = "the encoder") -> None:
+    """Raise :class:`OptionError` for ``option`` where an encoder (``name`` in the message) has too few positions."""
+    if max_length < 1:
+        raise ValueError(f"{option} must be at least 1, found {max_length}")
+    limit = max_positions(model)
+    if limit is not None and max_length > limit:
+        raise OptionError(option, f"found {max_length} tokens, {name} takes {limit} at most")
+
+
+def check_lengths(model: nn.Module, query_max_len: int, passage_max_len: int, name: str = "the encoder") -> None:
+    """:func:`check_length` for both kinds of text."""
+    check_length(model, query_max_len, "query_max_len", name)
+    check_length(model, passage_max_len, "passage_max_len", name)

@@ -1,20 +1,30 @@
-"""The weights of a model folder or hub model: in one file or several, in either format."""
+"""The weights of a model folder or hub model, in one file or several, in either format: encoder, heads, their hash."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from clpl_moe.common.errors import UserError, at
 
+HEAD_FILES = ("sparse_linear.pt", "colbert_linear.pt")  # of BGE-M3, as FlagEmbedding names them
+
 _FORMATS = ("model.safetensors", "pytorch_model.bin")
 _WEIGHT_FILES = [name + index for name in _FORMATS for index in ("", ".index.json")]
+_WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -80,3 +90,79 @@ def find_file(path: str, name: str, hub: dict[str, Any] | None = None) -> str | 
         return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **(hub or {}))
     except (OSError, ValueError):
         return None
+
+
+def find_heads(path: str | Path, **hub: Any) -> dict[str, str]:
+    """Where the sparse and multi-vector heads of a folder or hub model lie on this disk, by file name; those it has.
+
+    Raises:
+        UserError: there is no such folder, and the hub gives no answer.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    if Path(path).is_dir():
+        return {name: str(Path(path) / name) for name in HEAD_FILES if (Path(path) / name).is_file()}
+    found = {}
+    for name in HEAD_FILES:
+        try:
+            found[name] = hf_hub_download(str(path), name, **hub)
+        except (errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:  # HTTP errors are OSErrors
+            if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+                continue
+            raise UserError(
+                f"{at(path)}: neither a folder here nor a model that the hub gives, so that it cannot be told whether"
+                f" there are sparse and multi-vector heads ({', '.join(HEAD_FILES)}); check the spelling and the network"
+            ) from None
+    return found
+
+
+def read_head(file: str) -> dict[str, Tensor]:
+    """A head's ``weight`` (C, D) and ``bias`` (C,), on the CPU; :class:`UserError` where a file is not of a head."""
+    try:
+        head = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise errors of many kinds
+        raise UserError(f"{at(file)}: the head cannot be read ({type(error).__name__})") from None
+    weight, bias = (head.get("weight"), head.get("bias")) if isinstance(head, dict) else (None, None)
+    if isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.dim() == 2 and bias.shape == weight.shape[:1]:
+        return {"weight": weight, "bias": bias}
+    raise UserError(f"{at(file)}: not a head, expected the weight and the bias of a Linear layer")
+
+
+def model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of weights, configuration and tokenizer."""
+    digest = hashlib.sha256()
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _WITHOUT_EFFECT}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # Truncation and padding are set by each call: they are no part of the tokenizer.
+        described = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
+    else:
+        described = tokenizer.get_vocab()
+    digest.update(json.dumps(described, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def no_bar_of_weights() -> Iterator[None]:
+    """Load or save without transformers' bar, which lasts a moment; bars of downloads stay."""
+    if not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    downloads = not are_progress_bars_disabled()
+    with warnings.catch_warnings():  # where the environment decides on bars of downloads
+        warnings.simplefilter("ignore")
+        transformers_logging.disable_progress_bar()
+        if downloads:
+            enable_progress_bars()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            transformers_logging.enable_progress_bar()
+            if not downloads:
+                disable_progress_bars()

@@ -95,7 +95,7 @@ def plan_tasks(
     collections: Mapping[str, Collection], arguments: EvaluateArguments, current: CurrentEncoder
 ) -> list[Task]:
     """All that is to be ranked, models outermost; raises :class:`UserError` where a task cannot be done."""
-    from clpl_moe.encoder.lengths import check_lengths
+    from clpl_moe.encoder.settings import check_lengths
 
     encoding = current.encoding
     # Two spellings of one folder are one model.

@@ -12,9 +12,8 @@ import numpy as np
 
 from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import atomic_open
-from clpl_moe.encoder.bars import no_bar_of_weights
-from clpl_moe.encoder.fingerprint import model_fingerprint
-from clpl_moe.encoder.lengths import max_positions
+from clpl_moe.encoder.settings import max_positions
+from clpl_moe.encoder.weights import model_fingerprint, no_bar_of_weights
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.mine.rank import Candidate, MiningQuery
 from clpl_moe.retrieval.collection import hash_texts

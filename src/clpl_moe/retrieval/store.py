@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open, refuse_unwritable, write_json
 from clpl_moe.encoder.encode import check_finite, encode_tokenized, tokenize
-from clpl_moe.encoder.lengths import check_length
+from clpl_moe.encoder.settings import check_length
 from clpl_moe.retrieval.collection import hash_texts
 
 if TYPE_CHECKING:

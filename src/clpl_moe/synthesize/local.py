@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clpl_moe.common.errors import UserError
-from clpl_moe.encoder.bars import no_bar_of_weights
+from clpl_moe.encoder.weights import no_bar_of_weights
 from clpl_moe.synthesize.backends import Answer, Done, Question
 from clpl_moe.synthesize.options import SynthesizeArguments
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clpl_moe.encoder import Encoder
-from clpl_moe.encoder.lengths import check_lengths
+from clpl_moe.encoder.settings import check_lengths
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
 from clpl_moe.retrieval.search import search
 from clpl_moe.retrieval.store import encode_passages, encode_queries

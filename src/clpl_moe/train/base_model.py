@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.encoder.heads import HEAD_FILES, find_heads, read_head
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
+from clpl_moe.encoder.weights import HEAD_FILES, find_heads, read_head
 from clpl_moe.moe.config import MoEConfig
 from clpl_moe.moe.inject import expert_parameters, ffn_parameters, has_experts, inject_moe
 from clpl_moe.moe.install import find_layers

@@ -7,8 +7,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.data.dataset import CLPLTrainDataset
-from clpl_moe.encoder.lengths import check_lengths
 from clpl_moe.encoder.load import is_2024_checkpoint, read_config, refuse_unloadable
+from clpl_moe.encoder.settings import check_lengths
 from clpl_moe.moe.config import MoEConfig
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments

@@ -17,8 +17,8 @@ from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import atomic_open, write_json
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.encoder import Encoder
-from clpl_moe.encoder.lengths import check_lengths
 from clpl_moe.encoder.packing import can_pack
+from clpl_moe.encoder.settings import check_lengths
 from clpl_moe.loss import CLPLLoss
 from clpl_moe.moe.inject import has_experts
 from clpl_moe.retrieval.options import EncodingArguments

@@ -25,9 +25,8 @@ from clpl_moe.common.errors import UserError
 from clpl_moe.data.flag_embedding import EncoderOnlyEmbedderM3Trainer
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.encoder import Encoder
-from clpl_moe.encoder.heads import HEAD_FILES
 from clpl_moe.encoder.packing import PackedTexts, send
-from clpl_moe.encoder.weights import load_weights
+from clpl_moe.encoder.weights import HEAD_FILES, load_weights
 from clpl_moe.moe.install import layer_states
 from clpl_moe.train import callbacks
 from clpl_moe.train.ance import NEGATIVES_FILE, NegativeRefresher
