@@ -11,7 +11,7 @@ from torch import nn
 from clpl_moe import MoEConfig, inject_moe, merge_experts
 from clpl_moe.moe.balance import pop_router_terms, track_routers
 from clpl_moe.moe.inject import expert_parameters, ffn_parameters, stack_2024_experts
-from clpl_moe.moe.install import DenseOutput, has_experts, layer_states
+from clpl_moe.moe.install import dense_half, has_experts, layer_states
 from clpl_moe.moe.layer import RoutedOutput
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from helpers.tiny import DENSE_CLASSES, make_batch, make_encoder, make_moe
@@ -186,6 +186,7 @@ def test_merging_is_the_inverse_of_injection(target):
     assert state.keys() == expected.keys()
     for name in state:
         torch.testing.assert_close(state[name], expected[name])
+    assert list(map(type, merged.modules())) == list(map(type, dense.modules()))
     batch = make_batch([9, 4])
     torch.testing.assert_close(merged(**batch)[0], dense(**batch)[0])
     assert not has_experts(merged)
@@ -306,7 +307,7 @@ def test_the_sorted_order_is_kept_through_the_output_linear():
     other = make_moe(num_experts=4)
     for layer in other.encoder.layer:
         layer.intermediate.hands_over = False
-        layer.output = DenseOutput(layer.output)
+        layer.output = dense_half(layer.output)
     found = real(other, batch)
     torch.testing.assert_close(found, expected)
     found.pow(3).sum().backward()

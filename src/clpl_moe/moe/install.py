@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
-from torch import Tensor, nn
+from torch import nn
 
 from .config import MoEConfig
 from .experts import Experts
@@ -15,46 +15,12 @@ from .layer_state import LayerState, add_padding_hooks, remove_padding_hooks
 from .router import Router, router_class
 
 
-class DenseIntermediate(nn.Module):
-    """The first half of a dense feed-forward part, with the mean of the experts' weights."""
-
-    dense: nn.Linear
-    intermediate_act_fn: nn.Module
-
-    def __init__(self, moe: MoEIntermediate) -> None:
-        super().__init__()
-        self.dense = moe.dense.merged()
-        self.intermediate_act_fn = moe.intermediate_act_fn
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(B, L, hidden) to (B, L, ffn)."""
-        return self.intermediate_act_fn(self.dense(hidden))
-
-
-class DenseOutput(nn.Module):
-    """The second half of a dense feed-forward part, with the mean of the experts' weights, where ``moe`` has experts."""
-
-    dense: nn.Linear
-    dropout: nn.Module
-    LayerNorm: nn.LayerNorm
-
-    def __init__(self, moe: OutputHalf) -> None:
-        super().__init__()
-        self.dense = moe.dense.merged() if isinstance(moe.dense, Experts) else moe.dense
-        self.dropout = moe.dropout
-        self.LayerNorm = moe.LayerNorm
-
-    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """(B, L, ffn) and the residual (B, L, hidden) to (B, L, hidden)."""
-        return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
-
-
 class TransformerLayer(nn.Module):
     """What a layer of XLM-R, BERT or RoBERTa has, for type checkers; no such object is made."""
 
     attention: nn.Module
-    intermediate: DenseIntermediate
-    output: DenseOutput
+    intermediate: Any
+    output: Any
 
 
 def install_experts(encoder: nn.Module, config: MoEConfig) -> None:
@@ -74,14 +40,20 @@ def remove_experts(encoder: nn.Module) -> None:
     if not has_experts(encoder):
         raise ValueError("the encoder has no experts to merge")
     for layer in find_layers(encoder):
-        intermediate: nn.Module = layer.intermediate
-        output: nn.Module = layer.output
-        if isinstance(intermediate, MoEIntermediate):
-            layer.intermediate = DenseIntermediate(intermediate)
-        if isinstance(output, OutputHalf):
-            layer.output = DenseOutput(output)
+        for name in ("intermediate", "output"):
+            if isinstance(half := getattr(layer, name), (MoEIntermediate, OutputHalf)):
+                setattr(layer, name, dense_half(half))
         remove_padding_hooks(layer.attention)
     remove_padding_hooks(encoder)
+
+
+def dense_half(half: MoEIntermediate | OutputHalf) -> nn.Module:
+    """The module whose place a half with experts took, with what the half has now and the mean of its experts."""
+    dense: nn.Module = half.__dict__["dense_half"]
+    for part in dict(dense.named_children()):
+        setattr(dense, part, getattr(half, part))
+    dense.dense = half.dense if isinstance(half, RoutedOutput) else half.dense.merged()
+    return dense.train(half.training)
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -91,7 +63,7 @@ def has_experts(model: nn.Module) -> bool:
 def layer_states(encoder: nn.Module) -> list[tuple[int, LayerState, Router]]:
     """Number, shared state and router of each layer with experts, in order."""
     return [
-        (index, getattr(half, "state"), getattr(half, "router"))  # noqa: B009 - only halves with experts have them
+        (index, half.state, half.router)
         for index, layer in enumerate(find_layers(encoder))
         for half in (layer.intermediate, layer.output)
         if hasattr(half, "router")
@@ -174,6 +146,10 @@ def _install_in_layer(layer: TransformerLayer, config: MoEConfig) -> LayerState:
         new["intermediate"] = MoEFFNIntermediate(router, experts(first.dense), first.intermediate_act_fn, state)
         new["output"] = MoEFFNOutput(experts(second.dense), second.dropout, second.LayerNorm, state)
     for name, half in new.items():
+        dense = getattr(layer, name)
+        dense.dense = None
+        # For the way back; no submodule, since its other parts are the new half's, too.
+        half.__dict__["dense_half"] = dense
         setattr(layer, name, half.train(layer.training))
     return state
 
