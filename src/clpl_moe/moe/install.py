@@ -47,8 +47,8 @@ def remove_experts(encoder: nn.Module) -> None:
     remove_padding_hooks(encoder)
 
 
-def dense_half(half: MoEIntermediate | OutputHalf) -> nn.Module:
-    """The module whose place a half with experts took, with what the half has now and the mean of its experts."""
+def dense_half(half: Any) -> nn.Module:
+    """The module whose place a half with experts took, with the parts that the half has now and the mean of its experts."""
     dense: nn.Module = half.__dict__["dense_half"]
     for part in dict(dense.named_children()):
         setattr(dense, part, getattr(half, part))

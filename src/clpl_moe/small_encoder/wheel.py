@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.small_encoder.checkpoint import MAX_LENGTH, BertCheckpoint
+from clpl_moe.small_encoder.build import MAX_LENGTH, BertCheckpoint
 from clpl_moe.small_encoder.options import WHEEL
 
 if TYPE_CHECKING:
