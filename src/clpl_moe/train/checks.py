@@ -11,7 +11,7 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 from clpl_moe.common.errors import UserError, require_at_least
-from clpl_moe.train.options import DEV_METRICS, WITHOUT_EFFECT
+from clpl_moe.train.options import DEV_METRICS, REFUSED, WITHOUT_EFFECT
 
 if TYPE_CHECKING:
     from clpl_moe.train.arguments import CLPLTrainingArguments
@@ -44,17 +44,11 @@ _EXCLUDING = (
     ("grad_cache_tokens", "fsdp", "the backward pass needs every parameter whole, and FSDP shards them"),
     ("ance_refresh", "fsdp", "each process encodes a part of the corpus, and FSDP shards parameters"),
 )
-# Options that transformers or FlagEmbedding would not look at here.
-_REFUSED = (
-    ("auto_find_batch_size", "lower per_device_train_batch_size, or set grad_cache_tokens"),
-    ("label_smoothing_factor", "remove it"),
-    ("neftune_noise_alpha", "remove it"),
-)
 
 
 def check_options(args: CLPLTrainingArguments) -> None:
     """What transformers and torch would stop at in the middle, take for something else, or not look at."""
-    for name, instead in _REFUSED:
+    for name, instead in REFUSED:
         if getattr(args, name):
             raise ValueError(f"{name} is {getattr(args, name)}, and has no effect in this training: {instead}")
     require_at_least(args, per_device_train_batch_size=1, gradient_accumulation_steps=1, dev_batch_tokens=1)

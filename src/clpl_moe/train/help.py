@@ -15,17 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from clpl_moe.common.cli import CONFIG_HELP, HelpFormatter, command_name
-from clpl_moe.train.options import OPTIONS, WITHOUT_EFFECT
+from clpl_moe.train.options import OPTIONS, REFUSED, WITHOUT_EFFECT
 
 # Any other value than the default ends in an error; launchers add local_rank themselves.
-_HIDDEN = (
-    "config_name",
-    "use_mrl",
-    "auto_find_batch_size",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "local_rank",
-)
+_HIDDEN = ("config_name", "use_mrl", "local_rank", *(name for name, _ in REFUSED))
 _FLAG_EMBEDDING = ("abc/finetune/embedder/AbsArguments.py", "finetune/embedder/encoder_only/m3/arguments.py")
 _TRANSFORMERS = ("training_args.py",)
 
@@ -50,12 +43,7 @@ def help_text(prog: str, description: str) -> str:
     )
     general = parser.add_argument_group("general")
     general.add_argument("--help", action="help", help="show this text and exit")
-    general.add_argument(
-        "--config",
-        metavar="FILE",
-        default=argparse.SUPPRESS,
-        help=CONFIG_HELP,
-    )
+    general.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=CONFIG_HELP)
     shown = {*WITHOUT_EFFECT, *_HIDDEN}
     groups = [
         *((cls.TITLE, list(_fields(cls))) for cls in OPTIONS),
@@ -118,20 +106,17 @@ def _source_fields(cls: ast.ClassDef) -> Iterator[_Option]:
         if isinstance(target, ast.Name)
     }
     for node in cls.body:
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
         words = {word.arg: word.value for word in node.value.keywords} if isinstance(node.value, ast.Call) else {}
-        if not isinstance(node.value, ast.Call) or "init" in words:
+        if not words or "init" in words:
             continue
-        metadata = words.get("metadata")
         about = {}
-        if isinstance(metadata, ast.Dict):
+        if isinstance(metadata := words.get("metadata"), ast.Dict):
             about = {_value(k, {}): _value(v, constants) for k, v in zip(metadata.keys, metadata.values) if k}
-        default: Any = dataclasses.MISSING
+        default = None if "default_factory" in words else dataclasses.MISSING
         if "default" in words:
             default = _value(words["default"], constants)
-        elif "default_factory" in words:
-            default = None
         yield _Option(
             node.target.id, _shown(ast.unparse(node.annotation)), default, about.get("help") or "", about.get("choices")
         )

@@ -205,3 +205,10 @@ WITHOUT_EFFECT = (
     *("average_tokens_across_devices", "include_num_input_tokens_seen", "use_liger_kernel", "liger_kernel_config"),
     *("dataloader_multiprocessing_context", "dataloader_in_order"),
 )
+
+# Options of transformers that nothing would look at, and what to do instead.
+REFUSED = (
+    ("auto_find_batch_size", "lower per_device_train_batch_size, or set grad_cache_tokens"),
+    ("label_smoothing_factor", "remove it"),
+    ("neftune_noise_alpha", "remove it"),
+)

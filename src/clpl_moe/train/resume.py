@@ -5,6 +5,7 @@ A run folder keeps its options in ``train_config.yaml`` and the digests of its d
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,7 +14,7 @@ from typing import Any
 
 from clpl_moe.common.cli import load_yaml
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import hash_file, refuse_unwritable
+from clpl_moe.common.files import hash_file, read_json, refuse_unwritable
 from clpl_moe.data.schema import data_files
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLTrainingArguments
 from clpl_moe.train.options import WITHOUT_EFFECT
@@ -33,8 +34,8 @@ _FIXED_IN_A_RUN = (
 
 
 def check_output_dir(args: CLPLTrainingArguments) -> None:
-    """Resolve ``resume_from_checkpoint: true``; raise :class:`UserError` for a folder that holds anything but the run to
-    resume, or for a checkpoint that is none."""
+    """Resolve ``resume_from_checkpoint: true``; refuse a folder that holds anything but the run to resume, and a checkpoint
+    that is none."""
     output_dir, resume = args.folder, args.resume_from_checkpoint
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{at(output_dir)}: a file is in the way of the run folder; name another output_dir")
@@ -75,18 +76,13 @@ def resolved_config(*groups: Any) -> dict[str, object]:
     values.pop("resume_from_checkpoint", None)
     # An empty list is the default of every option that takes one, but for this one's.
     values["report_to"] = values.get("report_to") or "none"
-    return {name: _plain(value) for name, value in values.items() if value != []}
-
-
-def _plain(value: object) -> object:
-    return json.loads(json.dumps(value, default=lambda v: v.to_dict() if hasattr(v, "to_dict") else str(v)))
+    values = {name: value for name, value in values.items() if value != []}
+    return json.loads(json.dumps(values, default=lambda v: v.to_dict() if hasattr(v, "to_dict") else str(v)))
 
 
 def check_same_run(config: dict[str, object], checkpoint: str | Path) -> None:
-    """Compare the options of a resumed run with those that its checkpoint was made with, where these are still known.
-
-    Raises :class:`UserError` for an option that the checkpoint does not fit, and warns of those that only change the result.
-    """
+    """Compare the options of a resumed run with those of its checkpoint, where these are still known: refuse one that the
+    checkpoint does not fit, and warn of those that only change the result."""
     path = Path(checkpoint).parent / CONFIG_FILE
     if not path.is_file():
         return
@@ -116,18 +112,15 @@ def describe_data(data_args: CLPLDataArguments, training_args: CLPLTrainingArgum
 
 
 def check_same_data(now: dict[str, Any], checkpoint: str | Path) -> None:
-    """Compare :func:`describe_data` of a resumed run with the run of its checkpoint; another path is no difference.
-
-    Raises:
-        UserError: contents, or number of processes and batch differ: an epoch would have some examples twice, others never.
-    """
+    """Compare :func:`describe_data` of a resumed run with the run of its checkpoint; another path is no difference. Refuse
+    other contents or another batch: an epoch would have some examples twice, others never."""
     path = Path(checkpoint).parent / DATA_FILE
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path, dict)
         files, processes, batch = before["files"], before["processes"], before["batch_of_all"]
     except FileNotFoundError:
         return
-    except (ValueError, KeyError, TypeError):
+    except (UserError, KeyError):
         raise UserError(
             f"{at(path)}: cannot be read, though the run to resume wrote it; restore or remove it"
         ) from None
@@ -152,14 +145,10 @@ def check_same_data(now: dict[str, Any], checkpoint: str | Path) -> None:
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest checkpoint of a run that was written to its end; a killed run may leave one that was not."""
-    found = []
+    found = {}
     for folder in Path(output_dir).glob("checkpoint-*"):
-        number = folder.name.removeprefix("checkpoint-")
-        try:
+        with contextlib.suppress(OSError, ValueError, UserError):
             # Written last, so that what comes before it is whole where this can be read.
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if number.isdigit():
-            found.append((int(number), folder))
-    return max(found)[1] if found else None
+            read_json(folder / "trainer_state.json", dict)
+            found[int(folder.name.removeprefix("checkpoint-"))] = folder
+    return found[max(found)] if found else None
