@@ -27,18 +27,14 @@ __all__ = ["AblateArguments", "Ablation", "ablate"]
 class Ablation:
     """The state of a comparison; printed, it is the table.
 
-    Attributes:
-        rows: for each row mean, spread and values of the metric (:func:`clpl_moe.ablate.results.summarize`).
-        table: the same as Markdown, with a sentence that says what it shows.
-        output: the JSON file; ``written`` says whether this call wrote it (a dry run does not).
-        to_do: jobs that a dry run found unfinished, with their folders.
-        failed: jobs that failed, with the reason; the same call goes on with them.
+    ``rows`` are those of :func:`clpl_moe.ablate.results.summarize`. ``to_do`` are jobs that a dry run found unfinished, with
+    their folders. ``failed`` are jobs that failed, with the reason; the same call goes on with them.
     """
 
     rows: list[dict[str, Any]]
-    table: str
-    output: Path
-    written: bool = False
+    table: str  # the same as Markdown, with a sentence that says what it shows
+    output: Path  # the JSON file
+    written: bool = False  # whether this call wrote the file; a dry run does not
     to_do: dict[str, Path] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 

@@ -21,6 +21,8 @@ from clpl_moe.common.files import find_json, hash_file
 from clpl_moe.evaluate.options import EvaluateArguments
 from clpl_moe.mine.options import MineArguments, SelectionArguments
 from clpl_moe.retrieval.options import EncodingArguments
+from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
+from clpl_moe.train.resume import resolved_config
 
 OPTIONS_FILE = "options.json"
 
@@ -113,7 +115,6 @@ class CommandOptions:
 
     def train(self, place: str, values: dict[str, Any], language: str) -> tuple[dict[str, Any], Decisive]:
         """The options to call ``train`` with still have placeholders."""
-        from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 
         for name in ("output_dir", "resume_from_checkpoint", "dry_run", "seed"):
             if name in values:
@@ -134,7 +135,6 @@ class CommandOptions:
     def _resolve(
         self, part: str, types: Sequence[type], place: str, given: dict[str, Any], required: dict[str, Any]
     ) -> Decisive:
-        from clpl_moe.train.resume import resolved_config
 
         def named(values: dict[str, Any]) -> dict[str, Any]:
             return {f"{part}.{k}": v for k, v in values.items() if k not in _PLACES}

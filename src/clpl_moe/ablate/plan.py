@@ -12,6 +12,7 @@ from clpl_moe.common.cli import parse_values
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import find_json
 from clpl_moe.evaluate.metrics import check_metrics, evaluate_run, read_trec_run
+from clpl_moe.prepare.options import prepare_arguments
 from clpl_moe.retrieval.collection import Collection
 
 RUN_FILE = "run.json"  # in the folder of a finished run
@@ -76,8 +77,7 @@ class Run:
 
     def metric(self, name: str) -> float | None:
         """A metric of the finished run, from its run file where it was not asked for then; None before."""
-        result = self.result()
-        if result is None:
+        if (result := self.result()) is None:
             return None
         if name in result["metrics"]:
             return result["metrics"][name]
@@ -153,7 +153,6 @@ def _seeds(place: str, own: Any, shared: list[int]) -> list[int]:
 
 
 def _collection(language: str, spec: Any, arguments: AblateArguments, root: Path) -> CollectionJob:
-    from clpl_moe.prepare.options import prepare_arguments
 
     place = f"languages: '{language}'"
     spec = mapping(place, spec, {"collection", "squad", "prepare", "mine", "train", "evaluate"})

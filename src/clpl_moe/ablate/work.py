@@ -16,6 +16,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+import yaml
+from tqdm import tqdm
+
 from clpl_moe.ablate.identity import OPTIONS_FILE
 from clpl_moe.ablate.plan import RUN_FILE, CollectionJob, MineJob, Run
 from clpl_moe.common.errors import UserError, at
@@ -35,8 +39,6 @@ class Workshop:
     """Runs jobs, ``parallel`` of them at a time; processes that are under way end with it."""
 
     def __init__(self, parallel: int) -> None:
-        import torch
-
         self.parallel = parallel
         # Processes that wait for each other on busy cores are slower than one after the other.
         cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or usable_cores()
@@ -47,7 +49,6 @@ class Workshop:
 
     def run_all(self, jobs: Sequence[Job], work: Callable[[Job], str], name: str) -> dict[str, str]:
         """Do all jobs; returns those that failed, with the reason. Shows a bar, and a line for each job, on stderr."""
-        from tqdm import tqdm
 
         failed: dict[str, str] = {}
         if not jobs:
@@ -72,7 +73,6 @@ class Workshop:
 
     def call(self, module: str, options: dict[str, Any], folder: Path, lock: int) -> None:
         """Run ``python -m clpl_moe.<module>`` with these options; its output is appended to the folder's ``log.txt``."""
-        import yaml
 
         config, log = folder / f"{module}.yaml", folder / "log.txt"
         with atomic_open(config) as file:

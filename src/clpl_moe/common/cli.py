@@ -10,10 +10,13 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import yaml
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.packaged_files import find_config, with_packaged_samples
@@ -154,15 +157,30 @@ def _check_value(place: str, value: Any, action: argparse.Action, word: str) -> 
         raise UserError(f"{place}: found {value!r}, expected one of {', '.join(map(str, action.choices))}")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-5`` as a string and takes the last of two equal keys; both surprise in a config."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, str(key.value)) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                mark = node.value[index][0].start_mark
+                raise yaml.composer.ComposerError(None, None, f"'{key[1]}' stands twice", mark)
+        return node
+
+
+_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file as a dictionary; raises :class:`UserError` with file and line where it is not one."""
-    import yaml
-
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{at(path)}: no such config file")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_yaml_loader())
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except UnicodeDecodeError as error:
         raise UserError(f"{at(path)}: not UTF-8 text ({error.reason})") from None
     except yaml.YAMLError as error:
@@ -180,28 +198,6 @@ def read_config(name: str | Path) -> tuple[Path, dict[str, Any]]:
     """The file that ``--config NAME`` means (:func:`clpl_moe.common.packaged_files.find_config`), and its options."""
     path = find_config(name)
     return path, with_packaged_samples(path, load_yaml(path))
-
-
-def _yaml_loader() -> type:
-    """YAML 1.1 reads ``1e-5`` as a string and takes the last of two equal keys; both surprise in a config."""
-    import re
-
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def compose_mapping_node(self, anchor):
-            node = super().compose_mapping_node(anchor)
-            keys = [(key.tag, str(key.value)) for key, _ in node.value]
-            for index, key in enumerate(keys):
-                if key in keys[:index]:
-                    mark = node.value[index][0].start_mark
-                    raise yaml.composer.ComposerError(None, None, f"'{key[1]}' stands twice", mark)
-            return node
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-    )
-    return Loader
 
 
 def parse(

@@ -34,10 +34,7 @@ def find_config(name: str | Path) -> Path:
 
 
 def with_packaged_samples(config: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """The options of a packaged config, with paths to samples that are not in the current folder.
-
-    Other configs come back as they are: their paths are relative to the current folder.
-    """
+    """A packaged config's options, with paths to samples that are not in the current folder; other configs stay as they are."""
     if _CONFIGS not in config.resolve().parents:
         return values
     return {key: _with_packaged_samples(value) for key, value in values.items()}

@@ -69,11 +69,8 @@ class ArticleCollection:
 def make_collection(
     articles: Sequence[Article], dev_share: float = 0.2, seed: int = 42, with_titles: bool = True
 ) -> ArticleCollection:
-    """Merge, split and name what was read; see the module for how.
-
-    Raises:
-        UserError: a side that ``dev_share`` asks for is left empty, or two different questions share an id.
-    """
+    """Merge, split and name what was read; see the module for how. :class:`UserError` where a side that ``dev_share`` asks
+    for is left empty, or two different questions share an id."""
     counts: Counter[str] = Counter(articles=len(articles))
     titles = [normalize_text(article.title.replace("_", " ")) for article in articles]
     corpus, asked = _merge_contexts(articles, titles if with_titles else [""] * len(articles), counts)

@@ -31,19 +31,12 @@ __all__ = ["Synthesized", "synthesize"]
 
 @dataclass
 class Synthesized:
-    """What a job did.
+    """What a job did; with ``dry_run`` the plan alone."""
 
-    Attributes:
-        plan: passages and requests before anything was asked, by name.
-        counts: answers, tokens and queries, by name; empty with ``dry_run``.
-        paths: of the filled lines, of the new queries by passage id, and of the failures; none with ``dry_run``.
-        unanswered: passages for which no answer came; a call with ``overwrite`` asks about these again.
-    """
-
-    plan: dict[str, int]
-    counts: dict[str, int] = field(default_factory=dict)
-    paths: list[Path] = field(default_factory=list)
-    unanswered: int = 0
+    plan: dict[str, int]  # passages and requests before anything was asked, by name
+    counts: dict[str, int] = field(default_factory=dict)  # answers, tokens and queries, by name
+    paths: list[Path] = field(default_factory=list)  # the filled lines, the new queries by passage id, the failures
+    unanswered: int = 0  # passages for which no answer came; a call with `overwrite` asks about these again
 
 
 @takes_options(SynthesizeArguments, EncodingArguments)

@@ -38,8 +38,7 @@ class Backend(Protocol):
     def ask(self, questions: Iterable[Question], done: Done) -> None:
         """Ask everything, in order and several at once, and hand over each answer, or why there is none, as it comes.
 
-        Raises:
-            UserError: nothing more will come: wrong key, no such model, no server, nothing but errors, no memory.
+        :class:`UserError` where nothing more will come: wrong key, no such model, no server, no memory.
         """
 
 

@@ -55,15 +55,7 @@ def fill(prompt: str, passage: str, queries: int) -> str:
 
 
 class Job:
-    """One run: the questions, and what their answers hold; passages have their keys.
-
-    Attributes:
-        settings: what decides the questions, for the journal.
-        wanted: passages without a query anywhere.
-        corpus: further passages that the round trip searches.
-        queries: the usable ones of passages that were asked about.
-        failures: why other passages have none; ``no_answer``: where no answer came at all.
-    """
+    """One run: the questions, and what their answers hold; passages have their keys."""
 
     def __init__(self, arguments: SynthesizeArguments) -> None:
         self.arguments = arguments
@@ -73,8 +65,9 @@ class Job:
             raise OptionError("output", f"{where}; name another folder")
         self.prompt = load_prompt(arguments.language, arguments.prompts)
         given = {name: getattr(arguments, name) for name in ("backend", "model", "language", "queries_per_passage")}
+        # What decides the questions, for the journal.
         self.settings = {**given, "prompt": self.prompt, "request": arguments.request_fields()}
-        # Checked before answers are paid for, though the round trip comes after them.
+        # Further passages that the round trip searches, checked before answers are paid for.
         self.corpus: Sequence[str] = ()
         if arguments.round_trip_collection:
             self.corpus = load_passages(arguments.round_trip_collection, arguments.language)
@@ -87,9 +80,9 @@ class Job:
             for passage in self.passages.values():
                 passage.negative_queries.clear()
         self.wanted = {key: p for key, p in self.passages.items() if p.bare and not p.negative_queries}
-        self.queries: dict[str, list[str]] = {}
-        self.failures: dict[str, str] = {}
-        self.no_answer: dict[str, str] = {}
+        self.queries: dict[str, list[str]] = {}  # the usable ones
+        self.failures: dict[str, str] = {}  # why other passages have none
+        self.no_answer: dict[str, str] = {}  # of these, why no answer came at all
 
     def question(self, key: str) -> Question:
         """What is asked about a passage."""

@@ -63,10 +63,7 @@ def read_journal(path: Path, settings: dict[str, Any], overwrite: bool) -> tuple
 class Journal:
     """The open journal of a running job, which no second job can open, with the answers of all runs. A context manager.
 
-    With ``overwrite`` a journal of other settings is emptied.
-
-    Raises:
-        UserError: the journal belongs to other settings or to a job that runs, or is none.
+    With ``overwrite`` a journal of other settings is emptied; without, it raises :class:`UserError`.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool = False) -> None:
