@@ -65,11 +65,9 @@ class CLPLTrainingArguments(
 ):
     """The loss, what is trained, evaluation in training, and everything that transformers' Trainer offers.
 
-    Changed defaults: ``logging_steps`` 10, ``report_to`` tensorboard, ``save_total_limit`` 2,
-    ``metric_for_best_model`` ndcg@10, ``logging_nan_inf_filter`` with ``fp16`` only, non-reentrant gradient checkpointing,
-    ``use_cpu`` where there is no accelerator, ``dataloader_num_workers`` 2 where there is one, and ``bf16`` where the
-    hardware is fast at it and ``fp16`` is not asked for. With ``dev_collection``, evaluation follows ``save_strategy``
-    unless it is set, and the best checkpoint is loaded at the end.
+    Besides the defaults of :mod:`clpl_moe.train.options`, these are changed: non-reentrant gradient checkpointing,
+    ``use_cpu`` where there is no accelerator. With ``dev_collection``, evaluation follows ``save_strategy`` unless it is
+    set, and the best checkpoint is loaded at the end.
     """
 
     def __post_init__(self) -> None:
@@ -90,11 +88,8 @@ class CLPLTrainingArguments(
         checks.drop_without_effect(self)  # some are derived from others
         if self.n_gpu > 1:
             # transformers would take torch's DataParallel, which cannot divide these batches.
-            logger.warning(
-                "training on one of %d GPUs; on all of them: torchrun --nproc_per_node %d -m clpl_moe.train ...",
-                self.n_gpu,
-                self.n_gpu,
-            )
+            on_all = f"torchrun --nproc_per_node {self.n_gpu} -m clpl_moe.train ..."
+            logger.warning(f"training on one of {self.n_gpu} GPUs; on all of them: {on_all}")
             self._n_gpu = 1
 
     @property

@@ -38,10 +38,8 @@ def resolve_settings(
         prompts[kind], _, after = form.format(instruction, "\0").partition("\0")
         if after:
             logger.warning(
-                "%s_instruction_format puts text after the %s: the saved folder's prompt cannot say so, add it yourself"
-                " when you encode",
-                kind,
-                kind,
+                f"{kind}_instruction_format puts text after the {kind}: the saved folder's prompt cannot say so, add it"
+                " yourself when you encode"
             )
     pooling = training_args.sentence_pooling_method or base.pooling
     return EmbeddingSettings(pooling, training_args.normalize_embeddings, prompts["query"], prompts["passage"])
@@ -106,34 +104,30 @@ def choose_trainable(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> N
         UserError: ``moe`` for a model without experts, ``frozen_layers`` that the encoder does not have, or nothing would
             be trained.
     """
-    try:
-        _choose(encoder, args)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _choose(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> None:
     if args.trainable == "moe" and not has_experts(encoder):
-        raise ValueError(
+        raise UserError(
             "trainable is moe but the model has no experts: set num_experts to 2 or more, or trainable to full"
         )
-    if args.trainable != "full":
-        chosen = expert_parameters(encoder) if args.trainable == "moe" else ffn_parameters(encoder)
-        encoder.requires_grad_(False)
-        for _, parameter in chosen:
-            parameter.requires_grad_(True)
+    try:
+        if args.trainable != "full":
+            chosen = expert_parameters(encoder) if args.trainable == "moe" else ffn_parameters(encoder)
+            encoder.requires_grad_(False)
+            for _, parameter in chosen:
+                parameter.requires_grad_(True)
+        layers = find_layers(encoder) if args.frozen_layers else []
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if args.frozen_layers > len(layers):
+        raise UserError(f"frozen_layers is {args.frozen_layers}: found {len(layers)} layers in the encoder")
     for name, parameter in encoder.named_parameters():
         positions = args.fix_position_embedding and "position_embeddings" in name
         # Nothing that is trained uses the pooling layer.
         if args.fix_encoder or positions or name.startswith("pooler."):
             parameter.requires_grad_(False)
     if args.frozen_layers:
-        layers = find_layers(encoder)
-        if args.frozen_layers > len(layers):
-            raise ValueError(f"frozen_layers is {args.frozen_layers}: found {len(layers)} layers in the encoder")
         for part in (encoder.embeddings, *layers[: args.frozen_layers]):
             part.requires_grad_(False)
     if not args.unified_finetuning and not any(parameter.requires_grad for parameter in encoder.parameters()):
-        raise ValueError(
+        raise UserError(
             "nothing would be trained: fix_encoder without unified_finetuning, or frozen_layers, leaves no parameters"
         )

@@ -20,15 +20,9 @@ from clpl_moe.train.plan import Estimate, Plan, describe
 # The shape of the base model of the published recipe, so that its configs can be checked where the hub is out of reach
 # (config.json of BAAI/bge-m3).
 _BGE_M3 = {
-    "model_type": "xlm-roberta",
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "vocab_size": 250002,
-    "max_position_embeddings": 8194,
-    "type_vocab_size": 1,
-}
+    "model_type": "xlm-roberta", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "vocab_size": 250002, "max_position_embeddings": 8194, "type_vocab_size": 1,
+}  # fmt: skip
 _SAMPLE = 256  # examples whose lengths are looked at
 _CHARACTERS_PER_TOKEN = 2.5  # of the XLM-R tokenizer on Korean, Persian and Hindi text: 1.9 to 3.3
 

@@ -40,14 +40,11 @@ def cached_forward(
         module: its parameters, and no others, get gradients.
         forward: calls ``module`` on one chunk and returns floating-point tensors, always the same number of them, that
             differ between chunks in the first dimension only. It is called a second time in the backward pass.
-        chunks: whatever ``forward`` takes. Kept until the backward pass.
+        chunks: whatever ``forward`` takes, at least one. Kept until the backward pass.
 
     Returns:
         The outputs of ``forward``, each concatenated over the chunks in their order. With one chunk nothing can be saved,
         and ``forward`` is called just once, with its graph.
-
-    Raises:
-        ValueError: there are no chunks.
     """
     if not chunks:
         raise ValueError("there are no chunks: expected at least one")
@@ -123,14 +120,11 @@ class _RandomState:
     @contextmanager
     def restored(self):
         """Within it, random numbers are drawn from this state; after it, as if nothing had been drawn."""
-        if self.accelerator is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(self.cpu)
-                yield
-            return
-        with torch.random.fork_rng(devices=[self.device], device_type=self.device.type):
+        here = {} if self.accelerator is None else {"device_type": self.device.type}
+        with torch.random.fork_rng(devices=[self.device] if here else [], **here):
             torch.set_rng_state(self.cpu)
-            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+            if self.accelerator is not None:
+                torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
             yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -39,14 +40,11 @@ def cut_back(path: Path, step: int) -> None:
     """Drop the records that a run resumed at ``step`` will write again; all of them for a run that begins anew."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with contextlib.suppress(ValueError, KeyError):  # cut off when the run was killed
             record = json.loads(line)
             # Negatives that were mined after the checkpoint of the same step are mined again.
-            after = record["step"] + ("ance_refresh" in record)
-            if after <= step and step > 0:
+            if record["step"] + ("ance_refresh" in record) <= step and step > 0:
                 kept.append(line)
-        except (ValueError, KeyError):
-            continue  # cut off when the run was killed
     with atomic_open(path) as file:
         file.writelines(f"{line}\n" for line in kept)
 
@@ -60,14 +58,10 @@ def append(path: Path, step: int, logs: dict[str, Any]) -> None:
 
 def _fold_expert_load(logs: dict[str, Any]) -> dict[str, Any]:
     """The logs with ``expert_load/layer_i/expert_j`` entries gathered into one table ``expert_load[i][j]``."""
-    folded: dict[str, Any] = {}
     table: dict[int, list[float]] = {}
     for name, value in logs.items():
-        if not name.startswith("expert_load/"):
-            folded[name] = value
-            continue
-        layer = int(name.split("/")[1].removeprefix("layer_"))
-        table.setdefault(layer, []).append(value)
-    if table:
-        folded["expert_load"] = [table[layer] for layer in sorted(table)]
-    return folded
+        if name.startswith("expert_load/"):
+            layer = int(name.split("/")[1].removeprefix("layer_"))
+            table.setdefault(layer, []).append(value)
+    others = {name: value for name, value in logs.items() if not name.startswith("expert_load/")}
+    return others | ({"expert_load": [table[layer] for layer in sorted(table)]} if table else {})
