@@ -115,7 +115,6 @@ class CommandOptions:
 
     def train(self, place: str, values: dict[str, Any], language: str) -> tuple[dict[str, Any], Decisive]:
         """The options to call ``train`` with still have placeholders."""
-
         for name in ("output_dir", "resume_from_checkpoint", "dry_run", "seed"):
             if name in values:
                 raise UserError(f"{place}: '{name}' is set for each run by this command, remove it (see option seeds)")
@@ -126,7 +125,6 @@ class CommandOptions:
         required = {"model_name_or_path": self.model, "train_data": "{train_data}", "output_dir": "-"}
         given = required | values
         decisive = self._resolve("train", types, place, given, required)
-
         # {collection} and {train_data} stay: their content is known by what it is made from.
         for name in [f"train.{source}" for source in _SOURCES]:
             decisive.values[name] = self.content(decisive.values[name], language)
@@ -135,7 +133,6 @@ class CommandOptions:
     def _resolve(
         self, part: str, types: Sequence[type], place: str, given: dict[str, Any], required: dict[str, Any]
     ) -> Decisive:
-
         def named(values: dict[str, Any]) -> dict[str, Any]:
             return {f"{part}.{k}": v for k, v in values.items() if k not in _PLACES}
 

@@ -26,8 +26,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
-    """Line number (from 1), the byte where it begins, and bytes of each line that is not blank; errors as
-    :func:`read_jsonl`."""
+    """Line number (from 1), the byte where it begins, and bytes of each line that is not blank, of a file that has some."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{at(path)}: no such file" if not path.exists() else f"{at(path)}: not a file")
@@ -69,12 +68,12 @@ def inspect_line(number: int, raw: bytes) -> tuple[dict[str, Any] | None, list[s
     try:
         # The byte-order mark that some editors write is no part of the text.
         record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=unique)
+        if raw.count(b"[") + raw.count(b"{") > _DEEPEST and _nested_too_deeply(record):
+            raise RecursionError
     except UnicodeDecodeError as error:
         return None, [f"not UTF-8 text ({error.reason})"]
     except (ValueError, RecursionError) as error:
         return None, [f"not JSON ({json_fault(error)}), expected one object a line"]
-    if raw.count(b"[") + raw.count(b"{") > _DEEPEST and _nested_too_deeply(record):
-        return None, [f"not JSON ({json_fault(RecursionError())}), expected one object a line"]
     if not isinstance(record, dict):
         return None, [f"found {type(record).__name__}, expected a JSON object"]
     faults = [f"not JSON ({name!r} stands twice), expected one object a line" for name in twice]

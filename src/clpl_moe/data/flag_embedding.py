@@ -16,8 +16,10 @@ from types import ModuleType
 from clpl_moe.common.errors import UserError
 
 _REMOVED = "transformers.modeling_attn_mask_utils"
-_4D = "_prepare_4d_causal_attention_mask"
-_NAMES_OF_IT = ("AttentionMaskConverter", "_prepare_4d_attention_mask", _4D, f"{_4D}_for_sdpa")
+_NAMES_OF_IT = (
+    *("AttentionMaskConverter", "_prepare_4d_attention_mask"),
+    *("_prepare_4d_causal_attention_mask", "_prepare_4d_causal_attention_mask_for_sdpa"),
+)
 
 
 @contextlib.contextmanager

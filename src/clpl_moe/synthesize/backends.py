@@ -18,12 +18,11 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: text (None: nothing that can be read), whether it ended at its limit of tokens, and how many tokens the
-    server or the tokenizer counted."""
+    """What came back."""
 
-    text: str | None
-    cut: bool = False
-    prompt_tokens: int = 0
+    text: str | None  # None: nothing that can be read
+    cut: bool = False  # whether it ended at its limit of tokens
+    prompt_tokens: int = 0  # 0 where neither server nor tokenizer counted
     answer_tokens: int = 0
 
 

@@ -25,8 +25,7 @@ _FORMAT = "clpl_moe.synthesize 1"
 
 
 def read_journal(path: Path, settings: dict[str, Any], overwrite: bool) -> tuple[dict[str, list[Answer]], int]:
-    """The answers that a job with these settings goes on from, by passage, and where the last whole line ends; 0: begin
-    anew."""
+    """The answers that a job with these settings goes on from, by passage, and where the last whole line ends."""
     found: dict[str, Any] = {}
     answers: dict[str, list[Answer]] = {}
     end = 0
