@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from clpl_moe.common.errors import UserError, command
-from clpl_moe.common.files import atomic_dir, atomic_open, read_jsonl, refuse_existing, refuse_unwritable
+from clpl_moe.common.files import atomic_open, read_jsonl, refuse_existing, refuse_unwritable
+from clpl_moe.common.output import atomic_dir
 from clpl_moe.prepare.sources.squad import read_squad
 
 

@@ -6,13 +6,15 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
+import re
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.lock import try_lock
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -157,34 +159,42 @@ def atomic_open(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO
     """A file that gets its name only when the block ends well; until then ``path`` is untouched. Text is UTF-8."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    _remove_unfinished(path)
+    handle, temporary = _make_temporary(path)
     try:
         with os.fdopen(handle, mode, encoding="utf-8" if mode == "w" else None) as file:
             yield file
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
+            file.flush()
+            temporary.chmod(0o666 & ~_umask())
+            if sys.platform != "win32":  # which renames no open file
+                temporary.replace(path)
+        if sys.platform == "win32":
+            temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-@contextlib.contextmanager
-def atomic_dir(path: str | Path) -> Iterator[Path]:
-    """A folder that is filled under a temporary name and takes the place of ``path`` when the block ends well."""
-    path = Path(path).absolute()  # of "." and of "" there is no parent
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.exists() or path.is_symlink():
-            path.unlink()
-        temporary.replace(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+def _make_temporary(path: Path) -> tuple[int, Path]:
+    """A file that is to become ``path``. It is locked while it is open: an unlocked one is of a dead process."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        temporary = Path(name)
+        if try_lock(handle) is not False and temporary.exists():
+            return handle, temporary
+        os.close(handle)  # another process that writes this file was faster, and took it for unfinished
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Remove what processes that were killed have left of :func:`atomic_open` for this path."""
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")
+    for file in [file for file in path.parent.iterdir() if ours.fullmatch(file.name)]:
+        with contextlib.suppress(OSError):
+            handle = os.open(file, os.O_RDWR)
+            dead = try_lock(handle)
+            os.close(handle)
+            if dead:
+                file.unlink()
 
 
 def _umask() -> int:

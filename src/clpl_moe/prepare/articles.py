@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from clpl_moe.common.errors import UserError
-from clpl_moe.common.files import atomic_dir, write_jsonl
+from clpl_moe.common.files import write_jsonl
+from clpl_moe.common.output import atomic_dir
 from clpl_moe.prepare.source import Split
 from clpl_moe.retrieval.collection import normalize_text
 

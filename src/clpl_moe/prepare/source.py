@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import atomic_dir, write_jsonl
+from clpl_moe.common.files import write_jsonl
+from clpl_moe.common.output import atomic_dir
 from clpl_moe.retrieval.collection import normalize_text
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import OptionError, UserError, at
-from clpl_moe.common.files import atomic_dir, atomic_open, refuse_existing
+from clpl_moe.common.files import atomic_open, refuse_existing
+from clpl_moe.common.output import atomic_dir
 from clpl_moe.evaluate.metrics import check_metrics
 from clpl_moe.evaluate.tasks import model_labels
 from clpl_moe.report.before_after import BeforeAfter, compare_results, languages_of, write_queries

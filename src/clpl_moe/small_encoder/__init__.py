@@ -12,7 +12,8 @@ from pathlib import Path
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import OptionError
-from clpl_moe.common.files import atomic_dir, refuse_existing
+from clpl_moe.common.files import refuse_existing
+from clpl_moe.common.output import atomic_dir
 from clpl_moe.small_encoder.options import INSTALL, WHEEL, SmallEncoderArguments
 
 __all__ = ["SmallEncoderArguments", "small_encoder"]

@@ -1,0 +1,175 @@
+"""An output while a command writes it: one process at a time, and a place for all that is unfinished.
+
+1. As long as an output is written, a *work folder* lies beside it, or in it where the output is a folder that is filled in
+   place. The file ``lock`` in it says who writes, and keeps others out (:mod:`clpl_moe.common.lock`).
+2. A folder that is to be replaced is made in the work folder. The old one moves there, the new one takes its place, the old
+   one is removed.
+3. Embeddings lie in the work folder, too. They outlive an interruption, and the next run goes on from them.
+4. Whoever has the lock knows that all it finds is of a dead process: a folder that was being replaced goes back to its place.
+   Files are the command's own, and may be replaced, where the dead process has claimed them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import refuse_unwritable
+from clpl_moe.common.lock import FileLock
+
+# A name that the upload of a run folder (transformers) and patterns such as */metrics.json pass over.
+WORK_FOLDER = "_clpl_moe"
+
+_LOCK, _CLAIMS, _NEW, _OLD = "lock", "claims", "new", "old"
+
+
+class Output:
+    """An output that this process alone may write, see :func:`writing`.
+
+    Attributes:
+        path: the file or folder.
+        work: the work folder.
+        first: whether this is the first of the processes that ``torchrun`` started; the others write nothing but embeddings.
+    """
+
+    def __init__(self, path: Path, work: Path, first: bool = True) -> None:
+        self.path, self.work, self.first = path, work, first
+        self.embeddings = work / "embeddings"
+
+    def claim(self, *paths: Path) -> None:
+        """Say that these files are written now: should this process die, the next one may replace them."""
+        with (self.work / _CLAIMS).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(str(path.absolute())) + "\n" for path in paths)
+
+    def claimed(self, path: Path) -> bool:
+        """Whether a process that died was writing this file."""
+        with contextlib.suppress(FileNotFoundError):
+            lines = (self.work / _CLAIMS).read_text(encoding="utf-8").splitlines()
+            return json.dumps(str(path.absolute())) in lines
+        return False
+
+    @contextlib.contextmanager
+    def replacement(self) -> Iterator[Path]:
+        """A folder that takes the place of the output when the block ends well; until then that is untouched."""
+        new, old = self.work / _NEW, self.work / _OLD
+        new.mkdir()
+        try:
+            yield new
+            if os.path.lexists(self.path):
+                self.path.rename(old)
+            new.rename(self.path)
+        finally:
+            self.recover()
+
+    def recover(self) -> None:
+        """Put a folder back that was being replaced, and remove what was to come, or has gone, in its place."""
+        old = self.work / _OLD
+        if os.path.lexists(old) and not os.path.lexists(self.path):
+            old.rename(self.path)
+        _remove(old)
+        _remove(self.work / _NEW)
+
+    def clear(self, error: BaseException | None) -> bool:
+        """Remove from the work folder what no next run needs; returns whether it is empty but for the lock."""
+        if error is None:
+            _remove(self.work / _CLAIMS)
+        if error is None or isinstance(
+            error, UserError
+        ):  # not of an interruption: the same command would end the same way
+            _remove(self.embeddings)
+        return [path.name for path in self.work.iterdir()] == [_LOCK]
+
+
+_lock = threading.Lock()
+_open: dict[Path, tuple[Output, int]] = {}  # by work folder, with the thread
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, *, inside: bool = False) -> Iterator[Output]:
+    """Keep an output to this process until the block ends. A block within, of the same thread, gets the same output.
+
+    Args:
+        path: a file, or a folder that is replaced as a whole.
+        inside: the output is a folder that is filled in place. Other processes may see it under another path, such as a
+            volume of several containers; so the lock lies inside.
+
+    Raises:
+        UserError: another process writes it, or it cannot be written.
+    """
+    path = Path(path).absolute()  # of "." and of "" there is no parent
+    work = path.resolve() / WORK_FOLDER if inside else path.parent.resolve() / f".{path.name}.clpl_moe"
+    if not is_first_process():
+        yield Output(path, work, first=False)
+        return
+    with _lock:
+        known = _open.get(work)
+    if known is not None:
+        if known[1] != threading.get_ident():
+            raise UserError(f"{at(path)}: another thread of this process writes this output; name another")
+        yield known[0]
+        return
+    refuse_unwritable(path / WORK_FOLDER if inside else path)
+    if work.exists() and not (work / _LOCK).exists() and any(work.iterdir()):
+        raise UserError(f"{at(work)}: found another folder where one for unfinished work is to be; rename it")
+    missing = [folder for folder in work.parents if not folder.exists()]
+    lock = FileLock(work / _LOCK)
+    if not lock.take():
+        raise UserError(f"{at(path)}: {_taken(lock)}")
+    output, error = Output(path, work), None
+    try:
+        with _lock:
+            _open[work] = output, threading.get_ident()
+        output.recover()
+        yield output
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        with _lock:
+            del _open[work]
+        empty = output.clear(error)
+        lock.release(keep=not empty)
+        # Others may have come for the lock meanwhile, or put something into the folders.
+        with contextlib.suppress(OSError):
+            for folder in (work, *(missing if error is not None else ())):
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | Path) -> Iterator[Path]:
+    """A folder that is filled under a temporary name and takes the place of ``path`` when the block ends well."""
+    with writing(path) as output, output.replacement() as folder:
+        yield folder
+
+
+def _taken(lock: FileLock) -> str:
+    holder = lock.holder()
+    if not holder.keys() >= {"host", "pid", "since"}:
+        return "another process writes this output; wait for it to end, or name another output"
+    host = holder["host"]
+    who = f"process {holder['pid']} on {host} writes this output since {holder['since']}"
+    hint = "" if host == socket.gethostname() else f"; if that one is dead, remove {lock.file}"
+    return f"{who}; wait for it to end, or name another output{hint}"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_first_process() -> bool:
+    """Whether this process, of those that ``torchrun`` started, is the one that writes."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"

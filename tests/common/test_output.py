@@ -1,0 +1,166 @@
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from clpl_moe.common.errors import UserError
+from clpl_moe.common.output import WORK_FOLDER, atomic_dir, writing
+
+# Writes an output and is killed at the nth change of a name or file in it, or sleeps in the block.
+WRITE = """
+import os, signal, sys, time
+from pathlib import Path
+from clpl_moe.common import output as module
+from clpl_moe.common.output import atomic_dir, writing
+
+path, when = Path(sys.argv[1]), sys.argv[2]
+if when.isdigit():
+    left = int(when)
+
+    def killing(function):
+        def call(*args, **kwargs):
+            global left
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            return function(*args, **kwargs)
+        return call
+
+    for name in ("rename", "unlink", "write_text", "mkdir"):
+        setattr(Path, name, killing(getattr(Path, name)))
+    module.shutil.rmtree = killing(module.shutil.rmtree)
+with atomic_dir(path) as folder:
+    for name in "abc":
+        (folder / name).write_text("new")
+    if when == "sleep":
+        print("ready", flush=True)
+        time.sleep(600)
+print("done")
+"""
+
+
+def write(path, when):
+    return subprocess.Popen([sys.executable, "-c", WRITE, str(path), when], stdout=subprocess.PIPE, text=True)
+
+
+def content(folder):
+    return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_nobody_else_writes_it_meanwhile(tmp_path, inside):
+    refusals = []
+
+    def other():
+        with pytest.raises(UserError) as error, writing(tmp_path / "out", inside=inside):
+            pass
+        refusals.append(str(error.value))
+
+    with writing(tmp_path / "out", inside=inside) as output:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        with writing(tmp_path / "out", inside=inside) as again:  # a function that calls another
+            assert again is output
+        assert output.work.is_dir()
+    assert "another thread" in refusals[0]
+    assert list(tmp_path.iterdir()) == ([tmp_path / "out"] if inside else [])
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kills here")
+def test_the_message_names_who_writes_it(tmp_path):
+    process = write(tmp_path / "out", "sleep")
+    assert process.stdout.readline() == "ready\n"
+    with pytest.raises(UserError) as error, writing(tmp_path / "out"):
+        pass
+    process.kill()
+    process.communicate()
+    who = f"{tmp_path / 'out'}: process {process.pid} on {socket.gethostname()} writes this output since 20"
+    assert str(error.value).startswith(who)
+    assert len(list(tmp_path.iterdir())) == 1  # unfinished
+    with atomic_dir(tmp_path / "out") as folder:
+        (folder / "a").write_text("mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert content(tmp_path / "out") == {"a": "mine"}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kills here")
+def test_a_folder_is_whole_wherever_its_replacement_is_killed(tmp_path):
+    states = []
+    for number in range(100):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        old = folder / "out"
+        old.mkdir()
+        for name in "abcd":
+            (old / name).write_text("old")
+        code = write(old, str(number)).wait()
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        # The old one, the new one, or none under this name for a moment: never a part.
+        now = content(old) if old.exists() else None
+        assert now in (None, dict.fromkeys("abcd", "old"), dict.fromkeys("abc", "new"))
+        with writing(old):
+            pass
+        states.append(content(old))
+        assert states[-1] in (dict.fromkeys("abcd", "old"), dict.fromkeys("abc", "new"))
+        assert [path.name for path in folder.iterdir()] == ["out"]
+    else:
+        raise AssertionError("it never ended")
+    assert len(set(map(str, states))) == 2
+
+
+def test_embeddings_outlive_an_interruption_and_claims_a_death(tmp_path):
+    path = tmp_path / "out"
+
+    def work(error, claim=False):
+        with contextlib.suppress(error), writing(path, inside=True) as output:
+            output.embeddings.mkdir(exist_ok=True)
+            if claim:
+                output.claim(path / "run.trec")
+            raise error
+        return sorted(p.name for p in (path / WORK_FOLDER).iterdir()) if path.exists() else None
+
+    assert work(UserError) is None
+    assert work(KeyboardInterrupt) == ["embeddings", "lock"]
+    assert work(OSError, claim=True) == ["claims", "embeddings", "lock"]
+    assert work(UserError) == ["claims", "lock"]
+    with writing(path, inside=True) as output:
+        assert output.claimed(path / "run.trec")
+        assert not output.claimed(path / "metrics.json")
+        assert not output.embeddings.exists()
+    assert list(path.iterdir()) == []
+
+
+def test_somebody_elses_folder_stays(tmp_path):
+    other = tmp_path / "out" / WORK_FOLDER
+    other.mkdir(parents=True)
+    (other / "embeddings").write_text("mine")
+    with pytest.raises(UserError, match="found another folder"), writing(tmp_path / "out", inside=True):
+        pass
+    assert content(other) == {"embeddings": "mine"}
+
+
+def test_a_link_is_replaced_and_not_what_it_names(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a").write_text("old")
+    (tmp_path / "out").symlink_to(tmp_path / "there")
+    with atomic_dir(tmp_path / "out") as folder:
+        (folder / "a").write_text("new")
+    assert not (tmp_path / "out").is_symlink()
+    assert (content(tmp_path / "out"), content(tmp_path / "there")) == ({"a": "new"}, {"a": "old"})
+
+
+def test_of_several_processes_the_first_one_has_the_lock(tmp_path, monkeypatch):
+    with writing(tmp_path / "out", inside=True) as first:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "1")
+        with writing(tmp_path / "out", inside=True) as second:
+            assert not second.first
+            assert second.embeddings == first.embeddings
+    assert list((tmp_path / "out").iterdir()) == []
