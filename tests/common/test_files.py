@@ -1,10 +1,12 @@
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from clpl_moe.common.errors import UserError, command
-from clpl_moe.common.files import atomic_open, read_jsonl, refuse_existing, refuse_unwritable
+from clpl_moe.common.files import atomic_open, read_jsonl, refuse_existing, refuse_unwritable, write_json
 from clpl_moe.common.output import atomic_dir
 from clpl_moe.prepare.sources.squad import read_squad
 
@@ -113,3 +115,34 @@ def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path, make):
         fail()
     assert [p.name for p in tmp_path.iterdir()] == ["output"]
     assert path.read_text() == "before"
+
+
+UNFINISHED = """
+import sys, time
+from clpl_moe.common.files import atomic_open
+
+with atomic_open(sys.argv[1]) as file:
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_process_was_writing_goes_when_the_file_is_written_again(tmp_path):
+    path = tmp_path / "out.json"
+    own = {".out.json.tmp", ".out.json.backup_1.tmp.txt", ".other.json.abcdefgh.tmp"}
+    for name in own:
+        (tmp_path / name).write_text("the user's")
+    command = [sys.executable, "-c", UNFINISHED, str(path)]
+    killed, living = (subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2))
+    for process in (killed, living):
+        assert process.stdout.readline() == "ready\n"
+    killed.kill()
+    killed.communicate()
+    assert len(list(tmp_path.iterdir())) == 5
+    write_json(path, [])
+    unfinished = {file.name for file in tmp_path.iterdir()} - own - {"out.json"}
+    assert len(unfinished) == 1
+    living.kill()
+    living.communicate()
+    write_json(path, [])
+    assert {file.name for file in tmp_path.iterdir()} == own | {"out.json"}
