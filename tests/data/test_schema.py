@@ -115,7 +115,9 @@ def test_unknown_fields_are_allowed():
 
 
 def test_all_faults_of_a_line_are_found():
-    fields = {fault.field for fault in find_faults({"query": "", "pos": [], "neg": ["n"], "neg_q": [None, None]})}
+    fields = {
+        fault.split("'")[1] for fault in find_faults({"query": "", "pos": [], "neg": ["n"], "neg_q": [None, None]})
+    }
     assert fields == {"query", "pos", "neg_q"}
 
 

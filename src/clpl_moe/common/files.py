@@ -79,8 +79,8 @@ def inspect_line(number: int, raw: bytes) -> tuple[dict[str, Any] | None, list[s
     if not isinstance(record, dict):
         return None, [f"found {type(record).__name__}, expected a JSON object"]
     faults = [f"not JSON ({name!r} stands twice), expected one object a line" for name in twice]
-    if _has_lone_surrogates(record, raw):
-        faults.append(_LONE_SURROGATE)
+    if has_lone_surrogates(record, raw):
+        faults.append(LONE_SURROGATE)
     return record, faults
 
 
@@ -107,10 +107,11 @@ def _nested_too_deeply(value: Any) -> bool:
     return True
 
 
-_LONE_SURROGATE = "holds half of a surrogate pair (an escape \\ud800 to \\udfff)"
+LONE_SURROGATE = "holds half of a surrogate pair (an escape \\ud800 to \\udfff)"
 
 
-def _has_lone_surrogates(value: Any, raw: bytes) -> bool:
+def has_lone_surrogates(value: Any, raw: bytes) -> bool:
+    """Whether JSON holds half a surrogate pair: no tokenizer or file takes such a text."""
     if b"\\ud" not in raw and b"\\uD" not in raw:  # they come in as escapes only
         return False
     try:
@@ -118,12 +119,6 @@ def _has_lone_surrogates(value: Any, raw: bytes) -> bool:
     except UnicodeEncodeError:
         return True
     return False
-
-
-def refuse_lone_surrogates(value: Any, raw: bytes, place: str) -> None:
-    """Raise :class:`UserError` where JSON holds half a surrogate pair: no tokenizer or file takes such a text."""
-    if _has_lone_surrogates(value, raw):
-        raise UserError(f"{place}: {_LONE_SURROGATE}")
 
 
 def refuse_existing(path: str | Path, overwrite: bool = False, *, marker: str | None = None) -> None:

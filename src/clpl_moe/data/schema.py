@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +24,18 @@ from clpl_moe.common.files import inspect_line, read_lines
 _LARGEST_SCORE = 3.4028234663852886e38  # of float32, in which losses are computed
 
 
-@dataclass(frozen=True)
-class Fault:
-    """A fault of one field: what was found, and what is expected."""
-
-    field: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"field '{self.field}': {self.message}"
-
-
-def find_faults(record: dict[str, Any], *, scores_required: bool = False) -> Iterator[Fault]:
-    """All faults of a parsed line; with ``scores_required`` (knowledge distillation) it needs teacher scores."""
+def find_faults(record: dict[str, Any], *, scores_required: bool = False) -> Iterator[str]:
+    """All faults of a parsed line: field, what was found, and what is expected. With ``scores_required`` (knowledge
+    distillation) it needs teacher scores."""
     if "query" in record:
         yield from _text("query", record["query"])
     else:
-        yield Fault("query", "is missing, expected a string")
+        yield _fault("query", "is missing, expected a string")
     for field in ("pos", "neg"):
         yield from _passages(record, field)
     for field in ("prompt", "type"):
         if not isinstance(value := record.get(field), str | None):
-            yield Fault(field, f"found {_found(value)}, expected a string")
+            yield _fault(field, f"found {_found(value)}, expected a string")
     yield from _negative_queries(record)
     for field, texts in (("pos_scores", "pos"), ("neg_scores", "neg")):
         yield from _scores(record, field, texts, scores_required)
@@ -76,7 +65,7 @@ def check_line(number: int, raw: bytes, *, scores_required: bool = False) -> tup
     """Line ``number`` (from 1) as an object, or None, and its faults, which validation reports and training refuses."""
     record, faults = inspect_line(number, raw)
     if record is not None:
-        faults += map(str, find_faults(record, scores_required=scores_required))
+        faults += find_faults(record, scores_required=scores_required)
     return record, faults
 
 
@@ -120,46 +109,50 @@ def data_files(paths: list[str]) -> list[Path]:
     return files
 
 
+def _fault(field: str, message: str) -> str:
+    return f"field '{field}': {message}"
+
+
 def _found(value: Any) -> str:
     if value is None:
         return "null"
     return {str: "a string", bool: "a boolean", list: "a list", dict: "an object"}.get(type(value), "a number")
 
 
-def _text(field: str, value: Any, expected: str = "a string", in_place_of_empty: str = "text") -> Iterator[Fault]:
+def _text(field: str, value: Any, expected: str = "a string", in_place_of_empty: str = "text") -> Iterator[str]:
     if not isinstance(value, str):
-        yield Fault(field, f"found {_found(value)}, expected {expected}")
+        yield _fault(field, f"found {_found(value)}, expected {expected}")
     elif not value.strip():
-        yield Fault(field, f"found an empty string, expected {in_place_of_empty}")
+        yield _fault(field, f"found an empty string, expected {in_place_of_empty}")
 
 
-def _texts(field: str, values: list[Any]) -> Iterator[Fault]:
+def _texts(field: str, values: list[Any]) -> Iterator[str]:
     for index, value in enumerate(values):
         yield from _text(f"{field}[{index}]", value)
 
 
-def _passages(record: dict[str, Any], field: str) -> Iterator[Fault]:
+def _passages(record: dict[str, Any], field: str) -> Iterator[str]:
     value = record.get(field)
     if field not in record:
-        yield Fault(field, "is missing, expected a list of strings")
+        yield _fault(field, "is missing, expected a list of strings")
     elif not isinstance(value, list):
-        yield Fault(field, f"found {_found(value)}, expected a list of strings")
+        yield _fault(field, f"found {_found(value)}, expected a list of strings")
     elif not value:
-        yield Fault(field, "found an empty list, expected at least one passage")
+        yield _fault(field, "found an empty list, expected at least one passage")
     else:
         yield from _texts(field, value)
 
 
-def _beside(record: dict[str, Any], field: str, texts: str, expected: str, entries: str) -> Iterator[Fault]:
+def _beside(record: dict[str, Any], field: str, texts: str, expected: str, entries: str) -> Iterator[str]:
     """Faults of a list whose entries belong to those of the list ``texts``; not those of the entries themselves."""
     value, beside = record[field], record.get(texts)
     if not isinstance(value, list):
-        yield Fault(field, f"found {_found(value)}, expected {expected}")
+        yield _fault(field, f"found {_found(value)}, expected {expected}")
     elif isinstance(beside, list) and len(value) != len(beside):
-        yield Fault(field, f"found {len(value)} {entries}, expected {len(beside)}, one for each entry of '{texts}'")
+        yield _fault(field, f"found {len(value)} {entries}, expected {len(beside)}, one for each entry of '{texts}'")
 
 
-def _negative_queries(record: dict[str, Any]) -> Iterator[Fault]:
+def _negative_queries(record: dict[str, Any]) -> Iterator[str]:
     value = record.get("neg_q")
     if value is None:
         return
@@ -173,17 +166,17 @@ def _negative_queries(record: dict[str, Any]) -> Iterator[Fault]:
             yield from _text(field, entry, expected, "text, or null where there is no query")
 
 
-def _scores(record: dict[str, Any], field: str, texts: str, required: bool) -> Iterator[Fault]:
+def _scores(record: dict[str, Any], field: str, texts: str, required: bool) -> Iterator[str]:
     value = record.get(field)
     if value is None:
         if required:
             expected = f"numbers, one for each entry of '{texts}' (knowledge_distillation)"
-            yield Fault(field, f"is missing, expected {expected}")
+            yield _fault(field, f"is missing, expected {expected}")
         return
     yield from _beside(record, field, texts, "a list of numbers", "numbers")
     for index, score in enumerate(value if isinstance(value, list) else ()):
         if isinstance(score, bool) or not isinstance(score, (int, float)):
-            yield Fault(f"{field}[{index}]", f"found {_found(score)}, expected a number")
+            yield _fault(f"{field}[{index}]", f"found {_found(score)}, expected a number")
         elif not abs(score) <= _LARGEST_SCORE:  # an int may be larger than any float
             found = "NaN" if isinstance(score, float) and math.isnan(score) else "a number too large"
-            yield Fault(f"{field}[{index}]", f"found {found}, expected a finite number")
+            yield _fault(f"{field}[{index}]", f"found {found}, expected a finite number")

@@ -23,7 +23,7 @@ from pathlib import Path
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import refuse_existing, refuse_unwritable
-from clpl_moe.retrieval.options import EncodingArguments
+from clpl_moe.retrieval.options import EncodingArguments, open_encoder
 from clpl_moe.synthesize.options import SynthesizeArguments
 
 __all__ = ["Synthesized", "synthesize"]
@@ -52,11 +52,12 @@ def synthesize(
     Raises:
         UserError: a mistake in options or data, or a server that gives no answers. Answers stay in the journal.
     """
+    from clpl_moe.encoder.settings import check_lengths
     from clpl_moe.retrieval.store import cache_folder
     from clpl_moe.synthesize.backends import open_backend
     from clpl_moe.synthesize.job import Job, output_paths
     from clpl_moe.synthesize.journal import Journal, read_journal
-    from clpl_moe.synthesize.round_trip import drop_lost_queries, open_round_trip_encoder
+    from clpl_moe.synthesize.round_trip import drop_lost_queries
 
     journal_path = arguments.beside("journal")
     refuse_unwritable(journal_path)
@@ -73,8 +74,10 @@ def synthesize(
         return Synthesized(plan)
     backend = open_backend(arguments, encoding.trust_remote_code) if plan["requests to make"] else None
     # Before answers are paid for, too: only a loaded one shows that it is whole, and what lengths it takes.
-    name = arguments.round_trip_model
-    encoder = None if name is None else open_round_trip_encoder(name, encoding)
+    encoder = None
+    if arguments.round_trip_model is not None:
+        encoder = open_encoder(arguments.round_trip_model, encoding)
+        check_lengths(encoder.model, encoding.query_max_len, encoding.passage_max_len)
     with Journal(journal_path, job.settings, arguments.overwrite) as journal:
         try:
             if backend is not None:

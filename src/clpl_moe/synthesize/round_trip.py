@@ -5,19 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from clpl_moe.encoder import Encoder
-from clpl_moe.encoder.settings import check_lengths
-from clpl_moe.retrieval.options import EncodingArguments, open_encoder
+from clpl_moe.retrieval.options import EncodingArguments
 from clpl_moe.retrieval.search import search
 from clpl_moe.retrieval.store import encode_passages, encode_queries
 from clpl_moe.synthesize.job import Job
 from clpl_moe.synthesize.passages import SearchedPassages
-
-
-def open_round_trip_encoder(name: str, encoding: EncodingArguments) -> Encoder:
-    """The encoder of the round trip; raises :class:`UserError` where it is missing or cannot take the lengths."""
-    encoder = open_encoder(name, encoding)
-    check_lengths(encoder.model, encoding.query_max_len, encoding.passage_max_len)
-    return encoder
 
 
 def drop_lost_queries(job: Job, encoder: Encoder, encoding: EncodingArguments, cache: Path) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from clpl_moe.common.errors import OptionError, UserError, at, type_name
-from clpl_moe.common.files import json_fault, refuse_lone_surrogates
+from clpl_moe.common.files import LONE_SURROGATE, has_lone_surrogates, json_fault
 from clpl_moe.common.options import option
 from clpl_moe.prepare.articles import Article, Question, make_collection
 from clpl_moe.prepare.source import Source, register_source
@@ -61,7 +61,8 @@ def read_squad(path: str | Path) -> list[Article]:
     except (ValueError, RecursionError) as error:
         place = at(path, getattr(error, "lineno", None))
         raise UserError(f"{place}: not JSON ({json_fault(error)}), expected SQuAD's shape") from None
-    refuse_lone_surrogates(content, raw, at(path))
+    if has_lone_surrogates(content, raw):
+        raise UserError(f"{at(path)}: {LONE_SURROGATE}")
     articles = []
     for article in _Object(path, "", content).objects("data"):
         paragraphs = []
