@@ -50,16 +50,10 @@ def evaluate_retrieval(
 ) -> RetrievalResult:
     """Rank a collection's passages for each of its queries by similarity, exactly, and score the ranking.
 
-    As in BEIR, a query does not find itself (:meth:`~clpl_moe.retrieval.collection.Collection.own_passages`).
-
-    Args:
-        encoder: the encoder, on the device that is to compute.
-        collection: passages, queries and judgements.
-        encoding: lengths and batch size; precision and settings are the encoder's.
-        top_k: passages kept for each query (all, where the corpus has fewer).
-        metrics: names in the spelling of ``ir_measures``.
-        cache: folder for the passages' embeddings, as :func:`clpl_moe.retrieval.store.encode_passages` takes it.
-        progress: whether to show bars.
+    As in BEIR, a query does not find itself (:meth:`~clpl_moe.retrieval.collection.Collection.own_passages`). Of
+    ``encoding``, lengths and batch size count; precision and settings are the encoder's. ``top_k`` passages are kept for
+    each query. ``metrics`` are named as in ``ir_measures``. ``cache`` is a folder for the passages' embeddings, as
+    :func:`clpl_moe.retrieval.store.encode_passages` takes it.
 
     Raises:
         UserError: an unknown metric, a length that the encoder cannot take, embeddings that are not finite.

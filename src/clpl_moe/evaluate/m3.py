@@ -256,12 +256,11 @@ def _embed_tokens(encoder: Encoder, heads: M3Heads, sequences: list[np.ndarray])
 
 def _load_linear(file: str, hidden_size: int) -> nn.Linear:
     head = read_head(file)
-    weight, bias = head["weight"].float(), head["bias"].float()
-    if not (weight.isfinite().all() and bias.isfinite().all()):
+    if not all(tensor.isfinite().all() for tensor in head.values()):
         raise UserError(f"{at(file)}: holds NaN or infinite weights")
-    if weight.shape[1] != hidden_size:
-        found = f"found a head for states of width {weight.shape[1]}"
-        raise UserError(f"{at(file)}: {found}, the model's are {hidden_size}")
-    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    linear.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    out, width = head["weight"].shape
+    if width != hidden_size:
+        raise UserError(f"{at(file)}: found a head for states of width {width}, the model's are {hidden_size}")
+    linear = nn.Linear(width, out)
+    linear.load_state_dict(head)
     return linear.requires_grad_(False)

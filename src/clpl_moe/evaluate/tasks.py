@@ -6,7 +6,6 @@ computed again; other content in the same folder is refused.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import refuse_unwritable
+from clpl_moe.common.files import read_json, refuse_unwritable
 from clpl_moe.evaluate.metrics import DENSE, M3_SCORES, run_file
 from clpl_moe.evaluate.options import EvaluateArguments
 from clpl_moe.retrieval.collection import Collection
@@ -60,13 +59,19 @@ class Task:
 
     def finished(self) -> dict[str, Any] | None:
         """The content of the file of metrics; None where a result is missing."""
-        return _read(self.file) if all(path.is_file() for path in self.runs.values()) else None
+        return self._found() if all(path.is_file() for path in self.runs.values()) else None
+
+    def _found(self) -> dict[str, Any] | None:
+        try:
+            return read_result(self.file)
+        except UserError:
+            return None
 
     def refuse_other_results(self) -> None:
         """Raise :class:`UserError` where results of something else are in the way."""
         remedy = "name another output, or set overwrite to replace it"
         if self.file.exists():
-            found = _read(self.file) or {}
+            found = self._found() or {}
             if differing := [name for name in self.key if found.get(name) != self.key[name]]:
                 other = f"holds results of something else (other {', '.join(differing)})"
                 raise UserError(f"{at(self.file)}: {other}; {remedy}")
@@ -153,18 +158,11 @@ def _hash_heads(model: str, encoder: Encoder) -> str | None:
 def read_result(path: Path) -> dict[str, Any]:
     """The content of a ``metrics.json``; raises :class:`UserError` where there is none of ``clpl_moe.evaluate``."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content["metrics"], dict) and {"collection", "collection_hash", "split"} <= content.keys():
-            return content
+        content = read_json(path, dict)
     except OSError:
         raise UserError(f"{at(path)}: no such file; expected results of clpl_moe.evaluate") from None
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{at(path)}: not the results of clpl_moe.evaluate")
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return read_result(path)
     except UserError:
-        return None
+        content = {}
+    if isinstance(content.get("metrics"), dict) and {"collection", "collection_hash", "split"} <= content.keys():
+        return content
+    raise UserError(f"{at(path)}: not the results of clpl_moe.evaluate")

@@ -58,7 +58,15 @@ def quickstart(arguments: QuickstartArguments) -> Quickstart:
     else:
         _tell(f"1 of 3: writing the small encoder to {model}")
         small_encoder(output=model)
-    _train(arguments, resume=run.exists())
+    options: dict[str, Any] = {"model_name_or_path": arguments.model, "output_dir": arguments.output_dir}
+    if arguments.max_steps is not None:
+        options |= dict.fromkeys(("max_steps", "eval_steps", "save_steps"), arguments.max_steps)
+    if run.exists():
+        _tell(f"2 of 3: {run} exists: continuing it (remove the folder to start again)")
+        options["resume_from_checkpoint"] = "true"
+    else:
+        _tell(f"2 of 3: training, to {run}")
+    train(config=_CONFIG, **options)
     _tell("3 of 3: evaluating before and after")
     evaluation = evaluate(
         model=[str(model), str(run)],
@@ -71,18 +79,6 @@ def quickstart(arguments: QuickstartArguments) -> Quickstart:
     )
     before, after = (result.metrics for result in evaluation.results)
     return Quickstart(run, before, after, evaluation)
-
-
-def _train(arguments: QuickstartArguments, resume: bool) -> None:
-    options: dict[str, Any] = {"model_name_or_path": arguments.model, "output_dir": arguments.output_dir}
-    if arguments.max_steps is not None:
-        options |= dict.fromkeys(("max_steps", "eval_steps", "save_steps"), arguments.max_steps)
-    if resume:
-        _tell(f"2 of 3: {arguments.output_dir} exists: continuing it (remove the folder to start again)")
-        options["resume_from_checkpoint"] = "true"
-    else:
-        _tell(f"2 of 3: training, to {arguments.output_dir}")
-    train(config=_CONFIG, **options)
 
 
 def _tell(step: str) -> None:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from clpl_moe.common.errors import require_at_least
+from clpl_moe.common.options import option
 
 
 @dataclass
 class QuickstartArguments:
     """Where the quickstart's folders lie, and how long it trains."""
 
-    model: str = field(
-        default="models/small-encoder",
-        metadata={"help": "folder of the encoder to train; the small encoder is written there if it does not exist"},
+    model: str = option(
+        "folder of the encoder to train; the small encoder is written there if it does not exist",
+        "models/small-encoder",
     )
-    output_dir: str = field(
-        default="runs/quickstart",
-        metadata={"help": "run folder: the trained model, its card, checkpoints; one that exists is resumed"},
+    output_dir: str = option(
+        "run folder: the trained model, its card, checkpoints; one that exists is resumed", "runs/quickstart"
     )
-    results: str = field(
-        default="results/quickstart", metadata={"help": "folder for the results before and after training"}
-    )
-    max_steps: int | None = field(
-        default=None, metadata={"help": "optimizer steps; not given: as many as the config quickstart says"}
-    )
+    results: str = option("folder for the results before and after training", "results/quickstart")
+    max_steps: int | None = option("optimizer steps; not given: as many as the config quickstart says", None)
 
     def __post_init__(self) -> None:
         require_at_least(self, max_steps=1)

@@ -18,19 +18,12 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Reading:
-    """How training reads texts.
+    """How training reads texts."""
 
-    Attributes:
-        count: lengths of texts in tokens, special ones included; None: characters are counted.
-        limits: kind of text -> longest length in tokens; None where it is not known.
-        prompts: kind of text -> what is put in front of it.
-        scores_required: whether each line must have teacher scores.
-    """
-
-    count: Count | None = None
-    limits: dict[str, int | None] = field(default_factory=lambda: _by_kind(None, None))
+    count: Count | None = None  # of tokens, special ones included; None: characters are counted
+    limits: dict[str, int | None] = field(default_factory=lambda: _by_kind(None, None))  # in tokens; None: not known
     prompts: dict[str, str] = field(default_factory=lambda: _by_kind("", ""))
-    scores_required: bool = False
+    scores_required: bool = False  # of each line, from a teacher
 
 
 def _by_kind(query: Value, passage: Value) -> dict[str, Value]:

@@ -24,23 +24,15 @@ _BLOCK = 1 << 20  # characters whose tokens and scripts are counted at once
 
 
 class Figures:
-    """Counts, repeats, lengths and scripts of the lines without fault of one file.
-
-    Attributes:
-        examples: number of lines.
-        per_query: ``pos`` and ``neg`` -> how many of them each line has.
-        answered: number of negatives with queries.
-        repeats: name of a repetition -> how often.
-        first: name of a repetition -> number of the first line with it.
-        lengths: kind of text -> lengths of all its texts.
-    """
+    """Counts, repeats, lengths and scripts of the lines without fault of one file."""
 
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
-        self.examples = self.answered = 0
-        self.per_query: dict[str, array] = {kind: array("I") for kind in ("pos", "neg")}
-        self.repeats: Counter[str] = Counter()
-        self.first: dict[str, int] = {}
+        self.examples = 0
+        self.answered = 0  # negatives with queries
+        self.per_query: dict[str, array] = {kind: array("I") for kind in ("pos", "neg")}  # how many each line has
+        self.repeats: Counter[str] = Counter()  # name of a repetition -> how often
+        self.first: dict[str, int] = {}  # name of a repetition -> number of the first line with it
         self.lengths: dict[str, array] = {kind: array("I") for kind in KINDS}
         self._known_lengths: dict[str, dict[int, int]] = {kind: {} for kind in KINDS}
         self._characters: dict[str, np.ndarray] = {kind: np.zeros(0, dtype=np.int64) for kind in KINDS}
