@@ -81,8 +81,7 @@ def compare_results(run: str, before: Path, after: Path, language: str, argument
     """
     about = [read_result(folder / language / METRICS_FILE) for folder in (before, after)]
     if about[0]["collection_hash"] != about[1]["collection_hash"]:
-        other = f"its results are of another collection than those of {before / language}"
-        raise UserError(f"{at(after / language)}: {other}")
+        raise UserError(f"{at(after / language)}: results of another collection than those of {before / language}")
     loaded = Collection.load(arguments.collection or about[1]["collection"], language, about[1]["split"])
     if loaded.fingerprint() != about[1]["collection_hash"]:
         raise UserError(
@@ -110,9 +109,9 @@ def _add_passages(
     texts = {p: collection.passages[place] for place, p in enumerate(collection.passage_ids) if p in wanted}
     for query in queries:
         query.relevant = [texts[p] for p in relevant[query.id] if p in texts]
-        for name, found in zip(("hits_before", "hits_after"), top, strict=True):
-            hits = [Hit(rank, texts[p], p in relevant[query.id]) for rank, p in enumerate(found[query.id], 1)]
-            setattr(query, name, hits)
+        query.hits_before, query.hits_after = (
+            [Hit(rank, texts[p], p in relevant[query.id]) for rank, p in enumerate(found[query.id], 1)] for found in top
+        )
 
 
 def write_queries(path: Path, comparisons: Sequence[BeforeAfter]) -> None:

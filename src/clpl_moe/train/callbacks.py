@@ -33,9 +33,7 @@ class MetricsFileCallback(TrainerCallback):
         if state.is_world_process_zero and path.exists():
             cut_back(path, state.global_step)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             append(Path(args.output_dir or "", METRICS_FILE), state.global_step, logs)
 
@@ -79,9 +77,7 @@ class ConsoleCallback(ProgressCallback):
         ("grad_norm", "grad {:.2f}"),
     )
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is None or not logs:
             return
         if any(name.startswith("eval_") for name in logs):

@@ -37,6 +37,11 @@ from clpl_moe.train.trainer import CLPLTrainer
 
 logger = logging.getLogger(__name__)
 
+_OPTIONS_OF_THE_MODEL = (
+    *("mask_duplicates", "balance_loss_weight", "z_loss_weight", "grad_cache_tokens", "sub_batch_size", "kd_loss_type"),
+    *("unified_finetuning", "use_self_distill", "self_distill_start_step"),
+)
+
 
 class CLPLRunner:
     """Model, data and trainer of a run, made from its options.
@@ -102,18 +107,10 @@ class CLPLRunner:
             base,
             loss=CLPLLoss(**dataclasses.asdict(training.loss_options())),
             settings=self.settings,
-            mask_duplicates=training.mask_duplicates,
-            balance_loss_weight=training.balance_loss_weight,
-            z_loss_weight=training.z_loss_weight,
-            grad_cache_tokens=training.grad_cache_tokens,
             tokenizer=self.encoder.tokenizer,
             # One process has all passages already.
             negatives_cross_device=training.negatives_cross_device and training.world_size > 1,
-            sub_batch_size=training.sub_batch_size,
-            kd_loss_type=training.kd_loss_type,
-            unified_finetuning=training.unified_finetuning,
-            use_self_distill=training.use_self_distill,
-            self_distill_start_step=training.self_distill_start_step,
+            **{name: getattr(training, name) for name in _OPTIONS_OF_THE_MODEL},
         )
 
     def _packs(self) -> bool:
