@@ -5,7 +5,7 @@ from clpl_moe.common.errors import UserError
 from clpl_moe.encoder import precision
 from clpl_moe.train.__main__ import main
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLTrainingArguments
-from clpl_moe.train.data import check_gathering, open_data
+from clpl_moe.train.plan import check_gathering, open_data
 from helpers.tiny_training import arguments, make_runner, refused, write_triplets
 
 

@@ -1,5 +1,7 @@
+from pathlib import Path
+
 from clpl_moe.validate.reading import Reading
-from clpl_moe.validate.report import Figures
+from clpl_moe.validate.report import Figures, FileReport, table
 
 
 def test_scripts_are_counted_over_all_blocks(monkeypatch):
@@ -13,3 +15,9 @@ def test_scripts_are_counted_over_all_blocks(monkeypatch):
     assert list(figures.lengths["pos"]) == [8, 6, 2, 2]
     assert not figures.letters["neg_q"]
     assert not Figures(Reading()).letters["neg"]
+
+
+def test_a_file_without_a_good_line_has_a_table():
+    rows = list(table(FileReport(Path("t.jsonl"), 2, 1, figures=Figures(Reading()))))
+    assert rows == ["  examples  0", "  faults    2 in 1 lines, which the rest of this table leaves out"]
+    assert not list(table(FileReport(Path("t.jsonl"), 1)))

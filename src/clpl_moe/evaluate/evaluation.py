@@ -59,18 +59,11 @@ def evaluate_retrieval(
         UserError: an unknown metric, a length that the encoder cannot take, embeddings that are not finite.
     """
     scoring.check_metrics(metrics)  # an unknown metric shows before the corpus is encoded
-    seconds: dict[str, float] = {}
-    started = time.perf_counter()
-
-    def clock(step: str) -> None:
-        nonlocal started
-        now = time.perf_counter()
-        seconds[step], started = now - started, now
-
+    times = [time.perf_counter()]
     queries = encode_queries(encoder, collection.queries, encoding, progress=progress)
-    clock("encode_queries")
+    times.append(time.perf_counter())
     passages = encode_passages(encoder, collection.passages, encoding, cache=cache, progress=progress)
-    clock("encode_passages")
+    times.append(time.perf_counter())
     own = collection.own_passages()
     scores, indices = search(queries.to(encoder.device), passages, top_k + bool(own))
     ids = collection.passage_ids
@@ -78,9 +71,11 @@ def evaluate_retrieval(
     for query_id, row_indices, row_scores in zip(collection.query_ids, indices.tolist(), scores.tolist()):
         found = ((ids[i], score) for i, score in zip(row_indices, row_scores) if i != own.get(query_id))
         run[query_id] = dict(itertools.islice(found, top_k))
-    clock("search")
+    times.append(time.perf_counter())
     means, per_query = scoring.evaluate_run(collection.qrels, run, metrics)
-    clock("score")
+    times.append(time.perf_counter())
+    steps = ("encode_queries", "encode_passages", "search", "score")
+    seconds = {step: end - start for step, start, end in zip(steps, times, times[1:])}
     encoded = passages.encoded if isinstance(passages, EmbeddingShards) else len(passages)
     return RetrievalResult(means, per_query, run, seconds, encoded)
 

@@ -41,8 +41,9 @@ def check_metrics(metrics: Sequence[str]) -> dict[str, Any]:
             # A name may parse but lack its cutoff, or be of a program that does not run here.
             ir_measures.calc([measure], {"q": {"p": 1}}, {"q": {"p": 1.0}})
         except Exception:
+            expected = "expected names such as nDCG@10, R@100, RR@10, AP"
             raise UserError(
-                f"metric '{name}' is unknown to ir_measures, or cannot be computed here; expected names such as nDCG@10, R@100, RR@10, AP"
+                f"metric '{name}' is unknown to ir_measures, or cannot be computed here; {expected}"
             ) from None
         measures[name] = measure
     return measures
@@ -77,11 +78,8 @@ def evaluate_run(
 
 
 def write_trec_run(path: str | Path, run: Run, tag: str) -> None:
-    """Write a run file: ``query-id Q0 passage-id rank score tag`` a line, whole or not at all.
-
-    Ranks are trec_eval's (descending score, then descending id) and scores are written so that the same
-    32-bit float is read back: metrics of the file are metrics of ``run``.
-    """
+    """Write a run file, ``query-id Q0 passage-id rank score tag`` a line, whole or not at all: with trec_eval's ranks, and
+    scores of which the same 32-bit float is read back, so that metrics of the file are metrics of ``run``."""
     tag = "_".join(tag.split()) or "run"
     with atomic_open(path) as file:
         for query_id, scores in run.items():

@@ -50,15 +50,10 @@ class MinedNegatives:
 
 
 class NegativeRefresher:
-    """Mines negatives and gives them to the training set.
+    """Mines negatives and gives them to the training set, ``every`` epoch or number of optimizer steps.
 
-    Args:
-        every: ``"epoch"``, or a number of optimizer steps.
-        seed: of all draws, together with the step.
-        folder: holds the corpus's embeddings during a refresh.
-
-    Raises:
-        UserError: no example takes passages of a corpus.
+    All draws depend on ``seed`` and the step. ``folder`` holds the corpus's embeddings during a refresh. Raises
+    :class:`UserError` where no example takes passages of a corpus.
     """
 
     def __init__(
@@ -153,11 +148,7 @@ class NegativeRefresher:
         write_jsonl(path, itertools.chain([{"step": self._last_step}], lines))
 
     def load(self, path: Path) -> None:
-        """Go on with the negatives that :meth:`save` wrote, if it wrote any.
-
-        Raises:
-            UserError: the file is of another collection.
-        """
+        """Go on with the negatives that :meth:`save` wrote, if any; refuse those of another collection."""
         if not path.exists():
             return
         records = [record for _, record in read_jsonl(path)]

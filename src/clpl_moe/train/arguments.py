@@ -81,7 +81,6 @@ class CLPLTrainingArguments(
         checks.check_options(self)
         self.fp16_asked = self.fp16
         checks.choose_device(self)
-        checks.prefer_activation_checkpointing(self)
         if self.resume_from_checkpoint in ("false", "False", ""):
             self.resume_from_checkpoint = None
         super().__post_init__()

@@ -146,12 +146,8 @@ def choose_device(args: CLPLTrainingArguments) -> None:
         args.dataloader_num_workers = 0 if args.use_cpu else 2
     if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
         args.gradient_checkpointing_kwargs = {"use_reentrant": False}
-
-
-def prefer_activation_checkpointing(args: CLPLTrainingArguments) -> None:
-    """Move ``gradient_checkpointing*`` to the names of transformers 5.20 and later, which warns about the old ones."""
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-        new = old.replace("gradient", "activation")
+        new = old.replace("gradient", "activation")  # in transformers 5.20 and later, which warns about the old names
         if hasattr(args, new) and getattr(args, old) is not None and getattr(args, new) is None:
             setattr(args, new, getattr(args, old))
             setattr(args, old, None)

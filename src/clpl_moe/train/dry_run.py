@@ -14,8 +14,7 @@ from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.train.base_model import add_experts, choose_trainable
 from clpl_moe.train.checks import check_optimizer
-from clpl_moe.train.data import open_data
-from clpl_moe.train.plan import Estimate, Plan, describe
+from clpl_moe.train.plan import Estimate, Plan, describe, open_data
 
 # The shape of the base model of the published recipe, so that its configs can be checked where the hub is out of reach
 # (config.json of BAAI/bge-m3).

@@ -46,7 +46,7 @@ def help_text(prog: str, description: str) -> str:
     general.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=CONFIG_HELP)
     shown = {*WITHOUT_EFFECT, *_HIDDEN}
     groups = [
-        *((cls.TITLE, list(_fields(cls))) for cls in OPTIONS),
+        *((cls.TITLE, _fields(cls)) for cls in OPTIONS),
         ("FlagEmbedding's options", _installed("FlagEmbedding", _FLAG_EMBEDDING)),
         ("transformers' options", _installed("transformers", _TRANSFORMERS)),
     ]
@@ -83,18 +83,16 @@ def _fields(cls: type) -> Iterator[_Option]:
         yield _Option(field.name, _shown(str(hints[field.name])), default, field.metadata["help"], choices)
 
 
-def _installed(package: str, files: tuple[str, ...]) -> list[_Option]:
+def _installed(package: str, files: tuple[str, ...]) -> Iterator[_Option]:
     """The fields of the dataclasses in a package's source files, which are not run."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        return []
-    options = []
+        return
     for file in files:
         tree = ast.parse(Path(spec.origin).parent.joinpath(file).read_text(encoding="utf-8"))
         for cls in tree.body:
             if isinstance(cls, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in cls.decorator_list):
-                options += list(_source_fields(cls))
-    return options
+                yield from _source_fields(cls)
 
 
 def _source_fields(cls: ast.ClassDef) -> Iterator[_Option]:

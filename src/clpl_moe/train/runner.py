@@ -28,11 +28,10 @@ from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPL
 from clpl_moe.train.base_model import add_experts, choose_trainable, make_heads, read_heads, resolve_settings
 from clpl_moe.train.card import write_model_card
 from clpl_moe.train.checks import check_optimizer
-from clpl_moe.train.data import open_data
 from clpl_moe.train.metrics_file import METRICS_FILE, read_metrics
 from clpl_moe.train.model import CLPLModel
 from clpl_moe.train.options import DEV_METRICS
-from clpl_moe.train.plan import Plan, describe
+from clpl_moe.train.plan import Plan, describe, open_data
 from clpl_moe.train.trainer import CLPLTrainer
 
 logger = logging.getLogger(__name__)
@@ -164,9 +163,9 @@ class CLPLRunner:
         from clpl_moe.evaluate.evaluation import evaluate_retrieval
 
         def evaluator(encoder: Encoder) -> dict[str, float]:
-            metrics = tuple(DEV_METRICS.values())
-            result = evaluate_retrieval(encoder, collection, encoding, top_k=100, metrics=metrics, progress=False)
-            return {name: result.metrics[known] for name, known in DEV_METRICS.items()}
+            known = list(DEV_METRICS.values())
+            result = evaluate_retrieval(encoder, collection, encoding, top_k=100, metrics=known, progress=False)
+            return {name: result.metrics[metric] for name, metric in DEV_METRICS.items()}
 
         return evaluator
 

@@ -5,7 +5,7 @@ import sys
 from clpl_moe.common.api import command_of
 from clpl_moe.common.errors import UserError
 from clpl_moe.validate import FileReport, Validation, validate
-from clpl_moe.validate.table import table
+from clpl_moe.validate.report import table
 
 
 def _print(report: FileReport) -> None:
