@@ -52,11 +52,8 @@ class Comparison:
 
 
 def compare(systems: Mapping[str, Mapping[str, float]]) -> list[Comparison]:
-    """Test every pair of systems (name -> query id -> value of the metric), in their order.
-
-    Raises:
-        ValueError: the systems have different queries, or none.
-    """
+    """Test every pair of systems (name -> query id -> value of the metric), in their order; raises ValueError where they
+    have different queries, or none."""
     ids = list(next(iter(systems.values()), {}))
     if not ids or any(set(values) != set(ids) for values in systems.values()):
         raise ValueError("systems can be compared over the same queries only, at least one")

@@ -48,10 +48,8 @@ def resolve_settings(
 def read_heads(path: str, *, required: bool, **hub: str | None) -> dict[str, dict[str, torch.Tensor]]:
     """The weights of the sparse and multi-vector heads that a base model has, by file name.
 
-    They are ``required`` where they are trained, so that it must be known if there are any.
-
-    Raises:
-        UserError: a file is not a head, or the hub gives no answer although ``required``; otherwise that is warned of.
+    They are ``required`` where they are trained: then :class:`UserError` is raised where the hub gives no answer, which is
+    warned of otherwise.
     """
     try:
         files = find_heads(path, **hub)
@@ -66,11 +64,7 @@ def read_heads(path: str, *, required: bool, **hub: str | None) -> dict[str, dic
 def make_heads(
     weights: dict[str, dict[str, torch.Tensor]], path: str, hidden_size: int, colbert_dim: int
 ) -> dict[str, nn.Linear]:
-    """The heads of a base model as modules, new ones where it has none.
-
-    Raises:
-        UserError: the base model's heads have other shapes.
-    """
+    """The heads of a base model as modules, new ones where it has none; :class:`UserError` for heads of other shapes."""
     widths = {"sparse_linear.pt": 1, "colbert_linear.pt": colbert_dim if colbert_dim > 0 else hidden_size}
     heads = {}
     for name in HEAD_FILES:
@@ -98,12 +92,8 @@ def add_experts(encoder: PreTrainedModel, config: MoEConfig | None, path: str) -
 
 
 def choose_trainable(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> None:
-    """Leave gradients only where ``trainable``, ``frozen_layers`` and FlagEmbedding's ``fix_*`` options want them.
-
-    Raises:
-        UserError: ``moe`` for a model without experts, ``frozen_layers`` that the encoder does not have, or nothing would
-            be trained.
-    """
+    """Leave gradients only where ``trainable``, ``frozen_layers`` and FlagEmbedding's ``fix_*`` options want them; raises
+    :class:`UserError` where the encoder has no such experts or layers, or nothing would be trained."""
     if args.trainable == "moe" and not has_experts(encoder):
         raise UserError(
             "trainable is moe but the model has no experts: set num_experts to 2 or more, or trainable to full"

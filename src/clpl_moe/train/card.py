@@ -135,11 +135,8 @@ def _results_section(results: Sequence[Evaluated]) -> str:
 
 
 def add_results(folder: str | Path, results: Sequence[Evaluated]) -> None:
-    """Put results into the card of a run's folder, for the reader and for the hub, in place of those it has.
-
-    Raises:
-        UserError: the folder has no card of a run.
-    """
+    """Put results into the card of a run's folder, for the reader and for the hub, in place of those it has; raises
+    :class:`UserError` for a folder without a card."""
     import yaml
     from huggingface_hub import ModelCard
 
@@ -147,9 +144,7 @@ def add_results(folder: str | Path, results: Sequence[Evaluated]) -> None:
     try:
         card = ModelCard.load(path, ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError):
-        raise UserError(
-            f"{at(path)}: no such file, or no model card; expected that of a run of clpl_moe.train"
-        ) from None
+        raise UserError(f"{at(path)}: no such file, or no model card; expected the card of a run") from None
     if _BEGIN not in card.text or _END not in card.text:
         raise UserError(f"{at(path)}: has no place for results, expected the lines {_BEGIN} and {_END}")
     before, rest = card.text.split(_BEGIN, 1)

@@ -29,11 +29,7 @@ _CHARACTERS_PER_TOKEN = 2.5  # of the XLM-R tokenizer on Korean, Persian and Hin
 def plan_run(
     model_args: CLPLModelArguments, data_args: CLPLDataArguments, training_args: CLPLTrainingArguments
 ) -> Plan:
-    """Read config and data as training would, and estimate what the run takes.
-
-    Raises:
-        UserError: training would stop at a fault, too.
-    """
+    """Read config and data as training would, stop at the same faults, and estimate what the run takes."""
     check_optimizer(training_args)
     data = open_data(data_args, training_args)
     encoder, shape_source, reached = _meta_encoder(model_args)

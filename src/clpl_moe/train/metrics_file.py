@@ -15,11 +15,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``, without an unfinished last line.
-
-    Raises:
-        UserError: there is no such file, or it is not JSONL.
-    """
+    """The records of a ``metrics.jsonl``, without an unfinished last line; :class:`UserError` where there are none."""
     if not path.is_file():
         raise UserError(f"{at(path)}: no such file; expected the folder of a training run")
     lines = path.read_bytes().splitlines(keepends=True)

@@ -174,8 +174,7 @@ class CLPLModel(UnifiedModel):
     ) -> CLPLModelOutput:
         """Loss and terms of one batch as :class:`clpl_moe.data.collator.CLPLCollator` makes it, padded or packed.
 
-        Raises:
-            ValueError: a packed batch in unified fine-tuning, whose sparse and multi-vector losses need padded ones.
+        In unified fine-tuning batches must be padded: sparse and multi-vector losses need the states in rows.
         """
         if has_experts(self.model):
             track_routers(self.model)  # forgets what a pass left that failed

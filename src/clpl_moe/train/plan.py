@@ -30,11 +30,8 @@ class RunData:
 
 
 def open_data(data_args: CLPLDataArguments, args: CLPLTrainingArguments) -> RunData:
-    """Open and check the data of a run.
-
-    Raises:
-        UserError: data or a collection have a fault, no batch can be made, or the run wants scores of mined negatives.
-    """
+    """Open and check the data of a run; raises :class:`UserError` where data or a collection have a fault, no batch can be
+    made, or the run wants scores of mined negatives."""
     dataset = CLPLTrainDataset(data_args, seed=args.seed)
     batches = EpochBatchSampler(
         dataset.part_sizes,

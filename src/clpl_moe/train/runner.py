@@ -43,15 +43,8 @@ _OPTIONS_OF_THE_MODEL = (
 
 
 class CLPLRunner:
-    """Model, data and trainer of a run, made from its options.
-
-    Attributes:
-        trainer: ready to train.
-        plan: what the run is.
-
-    Raises:
-        UserError: anything that the user can mend; before any file is written.
-    """
+    """Model, data, trainer and plan of a run, made from its options; all that the user can mend is raised as
+    :class:`UserError` before any file is written."""
 
     def __init__(
         self, model_args: CLPLModelArguments, data_args: CLPLDataArguments, training_args: CLPLTrainingArguments
@@ -184,10 +177,8 @@ class CLPLRunner:
         )
 
     def run(self, on_plan: Callable[[Plan], None] | None = None) -> TrainResult:
-        """Train, from the beginning or from a checkpoint, and leave the model in the run folder.
-
-        ``on_plan`` gets the plan when all has been checked, before the first step.
-        """
+        """Train, from the beginning or from a checkpoint, and leave the model in the run folder. ``on_plan`` gets the plan
+        when all has been checked, before the first step."""
         args, output_dir = self.training_args, self.training_args.folder
         config = resume.resolved_config(self.model_args, self.data_args, args)
         data = resume.describe_data(self.data_args, args)

@@ -37,12 +37,9 @@ from clpl_moe.train.model import CLPLModel
 class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
     """FlagEmbedding's trainer with what it lacks.
 
-    Args:
-        encoder: what is trained; its tokenizer, settings and length are saved with every checkpoint.
-        base_heads: the base model's sparse and multi-vector heads by file name, saved along unless they are trained.
-        evaluator: computes metrics of an encoder on the dev collection.
-        refresher: mines negatives again as training goes on.
-        kwargs: arguments of transformers' Trainer.
+    Tokenizer, settings and length of ``encoder``, which is trained, are saved with every checkpoint, and so are
+    ``base_heads``, the base model's heads by file name, unless they are trained. ``evaluator`` computes metrics of an
+    encoder on the dev collection, ``refresher`` mines negatives again. ``kwargs`` are transformers'.
     """
 
     def __init__(
@@ -132,11 +129,8 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean of each loss term, similarity and expert load since the last log, over all processes.
-
-        Raises:
-            UserError: the loss is nan or inf, and steps with such losses are not skipped.
-        """
+        """Add the mean of each loss term, similarity and expert load since the last log, over all processes; raises
+        :class:`UserError` where the loss is nan or inf, and steps with such losses are not skipped."""
         if "loss" in logs:
             logs = {**logs, **self._pop_terms()}
         super().log(logs, start_time)
