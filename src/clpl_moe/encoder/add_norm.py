@@ -91,18 +91,10 @@ def _backward_kernel(
 def add_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, slots: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """``layer_norm(x + residual)``, computed in float32; differentiable.
+    """``layer_norm(x + residual)`` with weight (D,) and bias (D,), computed in float32; differentiable.
 
-    Args:
-        x: (T, D) of any float dtype; with ``slots``, the row of token t is ``x[slots[t]]``.
-        residual: (T, D), of any float dtype.
-        weight: (D,), the layer norm's.
-        bias: (D,), likewise.
-        eps: likewise.
-        slots: (T,) int64, a permutation, or None.
-
-    Returns:
-        The result (T, D) in the dtype of ``residual``, and where that of ``x`` is another one, in that, too.
+    ``x`` and ``residual`` are (T, D), of any float dtypes. With ``slots`` (T,) int64, a permutation, the row of token t is
+    ``x[slots[t]]``. The result (T, D) comes in the dtype of ``residual``, and again in the dtype of ``x`` if that is another.
     """
     with torch.cuda.device_of(x):  # where Triton launches, whatever the current device is
         wide, half = _AddNorm.apply(x, residual, weight, bias, eps, slots)

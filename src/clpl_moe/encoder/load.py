@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import read_json
-from clpl_moe.encoder.settings import read_stated, remember_stated
+from clpl_moe.encoder.settings import remember_stated
 from clpl_moe.encoder.weights import find_file, no_bar_of_weights, read_weights, weight_names
 from clpl_moe.moe.config import MoEConfig
 from clpl_moe.moe.inject import stack_2024_experts
@@ -59,7 +59,7 @@ def load_encoder(
             raise UserError(
                 f"{at(path)}: the weights lack {len(missing)} parameters of the model, first '{missing[0]}'"
             )
-    remember_stated(model, read_stated(path, **hub))
+    remember_stated(model, path, **hub)
     model.to(dtype)  # type: ignore[arg-type]
     named = str(tokenizer or path)
     with refuse_unloadable(named, "tokenizer", trust_remote_code):

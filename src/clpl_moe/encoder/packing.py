@@ -37,7 +37,7 @@ from transformers.models.xlm_roberta import modeling_xlm_roberta as xlmr
 
 from clpl_moe.encoder.settings import check_pooling, pool
 from clpl_moe.moe.dispatch import cast, linear_dtype
-from clpl_moe.moe.install import has_experts, layer_states
+from clpl_moe.moe.install import layer_states
 from clpl_moe.moe.kernel_choice import triton_compiles
 from clpl_moe.moe.layer import RoutedOutput, RoutedTokens
 
@@ -127,17 +127,13 @@ def _layers(encoder: StockEncoder) -> list[StockLayer]:
 
 
 def embed_packed(encoder: PreTrainedModel, packed: PackedTexts, *, pooling: str, normalize: bool = False) -> Tensor:
-    """Embed texts in one pass of the encoder, in its mode (training or evaluation) and under the caller's autocast.
+    """Embed n texts in one pass of the encoder, in its mode (training or evaluation) and under the caller's autocast.
+
+    The texts are on the encoder's device, and none is longer than its positions. They need no order, but texts of equal
+    length side by side need not be moved. Where :func:`can_pack` says no, they are padded to the longest.
 
     Embeddings and gradients are those of padded batches. With CLS or last-token pooling, routers of the last layer see
     only the tokens that are pooled, so that its balance loss and load count these.
-
-    Args:
-        encoder: any encoder; where :func:`can_pack` says no, the texts are padded to the longest.
-        packed: n texts on the encoder's device; no text longer than its positions. Nothing has to be sorted, but with
-            texts of equal length side by side the tokens need not be moved.
-        pooling: ``"cls"``, ``"mean"`` or ``"last_token"``.
-        normalize: scale embeddings to length 1.
 
     Returns:
         (n, D) in at least float32, in the order of ``packed``.
@@ -178,13 +174,12 @@ class _Stream:
 
 def _embed_stream(encoder: StockEncoder, packed: PackedTexts, pooling: str) -> Tensor:
     flash = _flash_fits(encoder, packed.input_ids.device)
-    lengths = packed.lengths.tolist()
-    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
     order = None
-    if not flash and len(runs) > len(set(lengths)):
+    if not flash and len(packed.lengths.unique_consecutive()) > len(packed.lengths.unique()):
         order = packed.lengths.argsort(stable=True)
         packed = packed.select(order)
-        runs = [(length, len(list(same))) for length, same in groupby(sorted(lengths))]
+    lengths = packed.lengths.tolist()
+    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
     stream = _Stream(flash, packed.offsets.int(), max(lengths), runs)
     rows = {"cls": packed.offsets[:-1], "last_token": packed.offsets[1:] - 1, "mean": None}[pooling]  # (n,)
     layers = _layers(encoder)
@@ -229,7 +224,6 @@ def _run_layer(
 
     Hidden states come and go in layer norm's dtype and, where it is another, in autocast's: so they are cast only once.
     """
-
     if not (layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()):
         return _layer(layer, stream, rows, *hidden)
     checkpoint = getattr(layer, "_gradient_checkpointing_func", None)  # transformers sets both attributes together
@@ -324,7 +318,7 @@ def _flash_fits(encoder: StockEncoder, device: torch.device) -> bool:
 @contextlib.contextmanager
 def _running(encoder: StockEncoder) -> Iterator[None]:
     """Tells experts that this is the pass itself, and not what checkpointing repeats of it."""
-    states = [state for _, state, _ in layer_states(encoder)] if has_experts(encoder) else []
+    states = [state for _, state, _ in layer_states(encoder)]
     for state in states:
         state.set_running(True)
     try:

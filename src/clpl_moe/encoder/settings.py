@@ -54,12 +54,10 @@ class EmbeddingSettings:
 
 
 def read_settings(folder: str | Path, **hub: str | None) -> EmbeddingSettings:
-    """The settings that the sentence-transformers files of a model state.
+    """The settings that the sentence-transformers files of a folder or hub model state.
 
-    Args:
-        folder: a model folder, or the name of a model on the hub. A model without these files (a bare
-            encoder) or one that cannot be reached has the defaults of :class:`EmbeddingSettings`.
-        hub: ``cache_dir`` and ``token``, as for the weights.
+    A model without these files (a bare encoder) or one that cannot be reached has the defaults of
+    :class:`EmbeddingSettings`. ``hub`` takes ``cache_dir`` and ``token``, as for the weights.
 
     Raises:
         UserError: a file is not JSON, or asks for something that this package cannot compute: another
@@ -101,22 +99,18 @@ class Stated:
     fault: str | None = None  # why the settings cannot be used
 
 
-def read_stated(folder: str | Path, **hub: str | None) -> Stated:
-    """As :func:`read_settings`, with the length; a fault is no error here: it concerns only those who use the settings."""
+def remember_stated(model: nn.Module, folder: str | Path, **hub: str | None) -> None:
+    """Keep with a model what its folder states; a fault is no error here: it concerns only those who use the settings."""
     try:
         modules = _read(folder, "modules.json", list, hub)
-        return Stated(_settings_of(folder, modules, hub), _max_length_of(folder, modules or [], hub))
+        stated = Stated(_settings_of(folder, modules, hub), _max_length_of(folder, modules or [], hub))
     except UserError as error:
-        return Stated(fault=str(error))
-
-
-def remember_stated(model: nn.Module, stated: Stated) -> None:
-    """Keep with a model what its folder states, for :func:`stated_by_folder`."""
+        stated = Stated(fault=str(error))
     setattr(model, _STATED, stated)
 
 
 def stated_by_folder(model: nn.Module) -> Stated:
-    """What was kept with a model; otherwise the defaults."""
+    """What :func:`remember_stated` kept with a model; otherwise the defaults."""
     return getattr(model, _STATED, Stated())
 
 
@@ -130,11 +124,7 @@ def _max_length_of(folder: str | Path, modules: list[dict[str, Any]], hub: dict[
 
 
 def write_settings(folder: str | Path, settings: EmbeddingSettings, max_length: int, hidden_size: int) -> None:
-    """Write the sentence-transformers files of an encoder, so that ``SentenceTransformer(folder)`` loads it.
-
-    Raises:
-        ValueError: unknown ``settings.pooling``.
-    """
+    """Write an encoder's files of sentence-transformers, which loads them; :class:`ValueError` for an unknown pooling."""
     check_pooling(settings.pooling)
     folder = Path(folder)
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
@@ -156,18 +146,10 @@ def write_settings(folder: str | Path, settings: EmbeddingSettings, max_length: 
 
 
 def pool(last_hidden_state: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Token states to one vector a text; padding may stand on either side.
+    """Token states (B, T, D) of any floating dtype to one vector a text, (B, D), in their dtype.
 
-    Args:
-        last_hidden_state: (B, T, D), any floating dtype.
-        attention_mask: (B, T), 1 or True where a token is no padding.
-        pooling: ``"cls"``, ``"mean"`` or ``"last_token"``.
-
-    Returns:
-        (B, D) in the dtype of ``last_hidden_state``; the mean is summed in at least float32.
-
-    Raises:
-        ValueError: unknown ``pooling``.
+    ``attention_mask`` (B, T) is 1 or True where a token is no padding, which may stand on either side. ``pooling`` is
+    ``"cls"``, ``"mean"`` (summed in at least float32) or ``"last_token"``; another raises :class:`ValueError`.
     """
     import torch
 

@@ -93,7 +93,7 @@ def find_file(path: str, name: str, hub: dict[str, Any] | None = None) -> str | 
 
 
 def find_heads(path: str | Path, **hub: Any) -> dict[str, str]:
-    """Where the sparse and multi-vector heads of a folder or hub model lie on this disk, by file name; those it has.
+    """Where the sparse and multi-vector heads that a folder or hub model has lie on this disk, by file name.
 
     Raises:
         UserError: there is no such folder, and the hub gives no answer.

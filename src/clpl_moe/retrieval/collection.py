@@ -262,8 +262,8 @@ def _read_qrels(path: Path, query_ids: set[str], queries_path: Path) -> dict[str
         query_id = _identifier(path, line, record, "qid")
         passage_id = _identifier(path, line, record, "docid")
         relevance = record.get("relevance")
-        if not isinstance(relevance, int) or isinstance(relevance, bool):
-            found = "nothing" if "relevance" not in record else repr(relevance)
+        if type(relevance) is not int:
+            found = repr(relevance) if "relevance" in record else "nothing"
             raise UserError(f"{at(path, line, 'relevance')}: found {found}, expected an integer")
         if abs(relevance) > _MOST_RELEVANT:
             raise UserError(f"{at(path, line, 'relevance')}: found {relevance}, expected at most {_MOST_RELEVANT}")

@@ -17,16 +17,11 @@ _QUERY_BLOCK = 1024
 def search(
     queries: Tensor, passages: Tensor | EmbeddingShards, k: int, *, chunk_size: int = 16384
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` passages of the greatest dot product with each query, best first.
+    """The ``k`` passages (N, D) of the greatest dot product with each query (Q, D), best first.
 
-    Of equal scores the lower index goes first, also at the cut after ``k``: the result does not depend on how ``topk``
-    breaks ties. Memory beyond the inputs: ``1024 * chunk_size`` scores and the result.
-
-    Args:
-        queries: (Q, D), on the device that is to compute.
-        passages: (N, D), any floating dtype, any device or on disk; moved there and to float32 a chunk at a time.
-        k: how many passages for each query.
-        chunk_size: passages a chunk.
+    The queries' device computes; passages of any floating dtype, on any device or disk, are moved there and to float32 a
+    chunk at a time. Of equal scores the lower index goes first, also at the cut after ``k``: the result does not depend on
+    how ``topk`` breaks ties. Memory beyond the inputs: ``1024 * chunk_size`` scores and the result.
 
     Returns:
         scores (Q, min(k, N)) float32 and indices (Q, min(k, N)) int64, on the CPU.

@@ -120,16 +120,10 @@ def encode_passages(
     cache: Path | None = None,
     progress: bool = True,
 ) -> Tensor | EmbeddingShards:
-    """Embed passages in memory, or in a folder of shards of which only missing ones are computed.
+    """Embed passages in memory or, with ``cache``, in a folder of shards within it, of which only missing ones are computed.
 
-    With a folder and ``torch.distributed``, all processes have to call this; each encodes its part, and each can read all.
-
-    Args:
-        encoder: on the device that is to compute.
-        texts: with a folder they are read several times, front to back.
-        encoding: length and batch size.
-        cache: folder for folders of shards; None: in memory.
-        progress: whether to show a bar, and to print how many shards were found.
+    With ``cache``, texts are read several times, front to back. With ``torch.distributed`` too, all processes have to call
+    this; each encodes its part, and each can read all. ``progress`` also prints how many shards were found.
 
     Returns:
         (N, D): a float32 tensor on the CPU, or shards, in 16-bit floats.
