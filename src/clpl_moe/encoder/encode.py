@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from clpl_moe.common.errors import UserError
-from clpl_moe.encoder.onednn import onednn_linear
 from clpl_moe.encoder.packing import PackedTexts, can_pack, embed_packed
-from clpl_moe.encoder.precision import autocast
+from clpl_moe.encoder.precision import autocast, onednn_linear
 from clpl_moe.encoder.settings import check_length
 
 if TYPE_CHECKING:

@@ -95,16 +95,9 @@ class Encoder:
     ) -> Encoder:
         """Load an encoder from a folder or by its name on the hub, in evaluation mode.
 
-        Args:
-            path: a stock model, a folder with experts, or a checkpoint of 2024, as :func:`load_encoder` takes it.
-            settings: instead of what the folder states.
-            dtype: of the weights.
-            compute_dtype: as :class:`Encoder` takes it.
-            device: where to put the model; None: a CUDA device where there is one, otherwise the CPU.
-            trust_remote_code: whether to run code of the model's folder.
-            cache_dir: of the hub.
-            token: of the hub.
-            tokenizer: folder or hub name of another tokenizer.
+        ``path`` is what :func:`load_encoder` takes, and ``tokenizer`` the folder or hub name of another tokenizer. ``settings``
+        take the place of those that the folder states. ``dtype`` is the weights', ``compute_dtype`` is :class:`Encoder`'s.
+        Without ``device`` it is a CUDA device where there is one. ``trust_remote_code`` lets code of the folder run.
 
         Raises:
             UserError: nothing is found at ``path``, it cannot be loaded, or its settings cannot be computed.
@@ -149,12 +142,9 @@ class Encoder:
     ) -> Tensor:
         """Embed queries, each with the query prompt, without gradients.
 
-        Args:
-            texts: any number of texts.
-            max_length: longest input in tokens, prompt included; the rest is cut off. None: the encoder's.
-            batch_tokens: tokens a batch at most (padding counts where there is any), but one text at least. None:
-                16,384, or 2,048 on a CPU, where small batches stay in its cache.
-            progress: whether to show a bar.
+        Texts are cut off after ``max_length`` tokens, prompt included; None: the encoder's. A batch has ``batch_tokens`` at most
+        (padding counts where there is any), but one text at least; None: 16,384, or 2,048 on a CPU, where small batches stay
+        in its cache.
 
         Returns:
             (n, D) float32 on the CPU, in the order of ``texts``.
@@ -185,11 +175,9 @@ class Encoder:
     ) -> Tensor:
         """Embed one batch with gradients, in the mode that the model is in: for a training loop of one's own.
 
-        Args:
-            batch: texts; or the tokenizer's output for texts with their prompts, padded, with ``attention_mask``; or packed
-                texts.
-            kind: which prompt goes in front of each text; needed for texts, without effect otherwise.
-            max_length: longest text in tokens, prompt included; the rest is cut off. None: the encoder's.
+        The batch holds texts, which need ``kind`` for their prompt and are cut off after ``max_length`` tokens, prompt included
+        (None: the encoder's); or it is the tokenizer's output for texts with their prompts, padded, with ``attention_mask``; or
+        packed texts.
 
         Returns:
             (n, D) float32 on the model's device, in the order of the batch; computed in the precision of a surrounding
@@ -225,11 +213,9 @@ class Encoder:
         With experts it also holds their code, so that ``AutoModel``, ``BGEM3FlagModel`` and ``SentenceTransformer`` load
         it with ``trust_remote_code=True``, without this package.
 
-        Args:
-            folder: is created where it does not exist; files of the same names are replaced.
-            heads: state dicts to write as ``sparse_linear.pt`` and ``colbert_linear.pt``, by file name; those not named are
-                copied from the folder that the encoder was loaded from.
-            state_dict: weights to write instead of the model's own (gathered from several devices, for instance).
+        Files of the same names are replaced. ``heads`` are state dicts by file name, ``sparse_linear.pt`` and
+        ``colbert_linear.pt``; those not named are copied from the folder that the encoder was loaded from. ``state_dict``
+        holds weights to write instead of the model's own (gathered from several devices, for instance).
 
         Raises:
             ValueError: the encoder has experts but is of a class that cannot be loaded again, or runs code of its folder.
@@ -291,9 +277,8 @@ def save_encoder(
     ``heads_from``: folder or hub name of the base model, from which heads that ``heads`` does not name are copied.
 
     Raises:
-        ValueError: the encoder's experts could not be loaded again.
-        UserError: the hub does not say whether ``heads_from`` has heads, or the settings of the model's folder cannot be
-            computed. Nothing is written.
+        UserError: as :class:`Encoder` does, or the hub does not say whether ``heads_from`` has heads. Nothing is written.
+        ValueError: as :meth:`Encoder.save` does.
     """
     encoder = Encoder(model, tokenizer, settings, max_length)
     if heads_from is not None and not set(HEAD_FILES) <= set(heads or {}):

@@ -34,13 +34,10 @@ _NO_LIMIT = 10**9  # tokenizers that know of no limit state 10**30
 
 @dataclass(frozen=True)
 class EmbeddingSettings:
-    """What turns token states into the embedding of a text.
+    """What turns token states into the embedding of a text; prompts are put before every query and every passage.
 
-    Args:
-        pooling: ``"cls"`` (first token), ``"mean"`` (over all tokens but padding) or ``"last_token"``.
-        normalize: scale embeddings to length 1.
-        query_prompt: text put before every query.
-        passage_prompt: text put before every passage.
+    ``pooling`` is ``"cls"`` (first token), ``"mean"`` (over all tokens but padding) or ``"last_token"``; ``normalize`` scales
+    embeddings to length 1.
     """
 
     pooling: str = "cls"

@@ -7,12 +7,13 @@ import hashlib
 import json
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -71,8 +72,6 @@ def _weight_map(file: str) -> dict[str, str]:
 def _read_file(file: str, names_only: bool = False) -> dict[str, Any]:
     try:
         if file.endswith(".safetensors"):
-            from safetensors import safe_open
-
             with safe_open(file, framework="pt") as tensors:
                 return {key: None if names_only else tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
         # Files of before torch 1.6 are no archives and cannot be mapped.
@@ -93,11 +92,7 @@ def find_file(path: str, name: str, hub: dict[str, Any] | None = None) -> str | 
 
 
 def find_heads(path: str | Path, **hub: Any) -> dict[str, str]:
-    """Where the sparse and multi-vector heads that a folder or hub model has lie on this disk, by file name.
-
-    Raises:
-        UserError: there is no such folder, and the hub gives no answer.
-    """
+    """Files on this disk of the heads that a model has, by name; :class:`UserError` where there is no folder and no hub."""
     from huggingface_hub import errors, hf_hub_download
 
     if Path(path).is_dir():
@@ -152,17 +147,16 @@ def no_bar_of_weights() -> Iterator[None]:
     if not transformers_logging.is_progress_bar_enabled():
         yield
         return
-    downloads = not are_progress_bars_disabled()
-    with warnings.catch_warnings():  # where the environment decides on bars of downloads
-        warnings.simplefilter("ignore")
-        transformers_logging.disable_progress_bar()
-        if downloads:
-            enable_progress_bars()
+    set_downloads = disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars
     try:
+        _set_bars(transformers_logging.disable_progress_bar, set_downloads)
         yield
     finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            transformers_logging.enable_progress_bar()
-            if not downloads:
-                disable_progress_bars()
+        _set_bars(transformers_logging.enable_progress_bar, set_downloads)
+
+
+def _set_bars(*settings: Callable[[], None]) -> None:
+    with warnings.catch_warnings():  # where the environment decides on bars of downloads
+        warnings.simplefilter("ignore")
+        for set_bars in settings:  # transformers' own changes those of downloads, too
+            set_bars()

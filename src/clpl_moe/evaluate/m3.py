@@ -29,8 +29,7 @@ from tqdm.auto import tqdm
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.encoder.encode import batches, default_batch_tokens, refuse_too_large, tokenize
-from clpl_moe.encoder.onednn import onednn_linear
-from clpl_moe.encoder.precision import autocast
+from clpl_moe.encoder.precision import autocast, onednn_linear
 from clpl_moe.encoder.settings import pool
 from clpl_moe.encoder.weights import HEAD_FILES, find_heads, read_head
 from clpl_moe.evaluate.metrics import M3_SCORES, M3_WEIGHTS

