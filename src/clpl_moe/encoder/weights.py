@@ -7,7 +7,7 @@ import hashlib
 import json
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +147,17 @@ def no_bar_of_weights() -> Iterator[None]:
     if not transformers_logging.is_progress_bar_enabled():
         yield
         return
-    set_downloads = disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars
+    downloads = not are_progress_bars_disabled()
     try:
-        _set_bars(transformers_logging.disable_progress_bar, set_downloads)
+        _set_bars(weights=False, downloads=downloads)
         yield
     finally:
-        _set_bars(transformers_logging.enable_progress_bar, set_downloads)
+        _set_bars(weights=True, downloads=downloads)
 
 
-def _set_bars(*settings: Callable[[], None]) -> None:
+def _set_bars(weights: bool, downloads: bool) -> None:
     with warnings.catch_warnings():  # where the environment decides on bars of downloads
         warnings.simplefilter("ignore")
-        for set_bars in settings:  # transformers' own changes those of downloads, too
-            set_bars()
+        # The bar of weights comes first, since it sets those of downloads, too.
+        transformers_logging.enable_progress_bar() if weights else transformers_logging.disable_progress_bar()
+        enable_progress_bars() if downloads else disable_progress_bars()
