@@ -175,16 +175,13 @@ class Encoder:
     ) -> Tensor:
         """Embed one batch with gradients, in the mode that the model is in: for a training loop of one's own.
 
-        The batch holds texts, which need ``kind`` for their prompt and are cut off after ``max_length`` tokens, prompt included
-        (None: the encoder's); or it is the tokenizer's output for texts with their prompts, padded, with ``attention_mask``; or
-        packed texts.
+        The batch holds texts, which need ``kind`` for their prompt (:class:`ValueError` without it) and are cut off after
+        ``max_length`` tokens, prompt included (None: the encoder's); or it is the tokenizer's output for texts with their
+        prompts, padded, with ``attention_mask``; or packed texts.
 
         Returns:
             (n, D) float32 on the model's device, in the order of the batch; computed in the precision of a surrounding
             autocast block, otherwise in the encoder's ``dtype``.
-
-        Raises:
-            ValueError: texts without ``kind``.
         """
         if not isinstance(batch, (Mapping, PackedTexts)):
             if kind not in ("query", "passage"):

@@ -33,10 +33,8 @@ def load_encoder(
     Folders with experts load without remote code, also those of 2024 (``config.json`` with ``moe``, ``num_experts`` and
     ``num_experts_per_tok``), whose router becomes ``topk_softmax``. A pooling layer is kept only where the weights hold
     one. The model is in evaluation mode, in ``dtype``, on the CPU. It remembers the settings and the length that its folder
-    states, for ``save_encoder`` and :class:`~clpl_moe.encoder.encoder.Encoder`.
-
-    Raises:
-        UserError: nothing is found at ``path``, or what is there cannot be loaded.
+    states, for ``save_encoder`` and :class:`~clpl_moe.encoder.encoder.Encoder`. A ``path`` where nothing is found, or nothing
+    that can be loaded, raises :class:`UserError`.
     """
     hub = {"cache_dir": cache_dir, "token": token}
     path = str(path)

@@ -62,10 +62,8 @@ class Collection:
         """Read and check a collection.
 
         As in trec_eval, a relevant passage that the corpus lacks counts as never found. Such passages, and queries without
-        a relevant passage, bring a warning.
-
-        Raises:
-            UserError: a file is missing or empty, or a line is broken, repeats an id or names an unknown query.
+        a relevant passage, bring a warning. A file that is missing or empty, and a line that is broken, repeats an id or
+        names an unknown query, raise :class:`UserError`.
         """
         directory = Path(directory)
         folder = _language_folder(directory, language)

@@ -78,6 +78,11 @@ class EmbeddingShards:
             return found.dtype == np.float16 and found.shape == (len(self.rows(number)), self.shape[1])
         return False
 
+    def write(self, number: int, embeddings: Tensor) -> None:
+        """Store a shard, (rows, D) in float16."""
+        with atomic_open(self.file(number), "wb") as file:
+            np.save(file, embeddings.numpy())
+
     def __getitem__(self, index: slice | Sequence[int]) -> Tensor:
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
@@ -156,8 +161,7 @@ def encode_passages(
             if following is not None:
                 coming.append(thread.submit(read, following))
             embeddings = encode_tokenized(encoder, tokenized, batch_tokens=batch_tokens, on_batch=bar.update).half()
-            with atomic_open(shards.file(number), "wb") as file:
-                np.save(file, check_finite(embeddings).numpy())
+            shards.write(number, check_finite(embeddings))
             shards.encoded += len(embeddings)
             bar.update(len(embeddings) - len(tokenized.sequences))  # equal texts were encoded once
     _wait()
