@@ -36,13 +36,13 @@ def parser():
 def test_own_options_come_first(groups):
     assert list(groups) == [
         "general",
-        *(cls.TITLE for cls in OPTIONS),
+        *OPTIONS,
         "FlagEmbedding's options",
         "transformers' options",
     ]
-    for cls in OPTIONS:
-        assert list(groups[cls.TITLE]) == [f.name for f in dataclasses.fields(cls) if f.name not in WITHOUT_EFFECT]
-    assert 50 < sum(len(groups[cls.TITLE]) for cls in OPTIONS) < 65
+    for title, cls in OPTIONS.items():
+        assert list(groups[title]) == [f.name for f in dataclasses.fields(cls) if f.name not in WITHOUT_EFFECT]
+    assert 50 < sum(len(groups[title]) for title in OPTIONS) < 65
     assert "temperature" in {**groups["FlagEmbedding's options"], **groups["loss"]}
     assert "learning_rate" in groups["transformers' options"]
 
@@ -59,7 +59,7 @@ def test_every_option_of_the_installed_versions_is_listed_once(groups, parser):
 def test_defaults_are_those_of_the_parser(groups, parser):
     switched_off = [a for a in parser._actions if a.option_strings[0].startswith("--no_")]
     actions = {action.dest: action for action in parser._actions if action not in switched_off}
-    own = {name for cls in OPTIONS for name in groups[cls.TITLE]}
+    own = {name for title in OPTIONS for name in groups[title]}
     for name, text in (item for group in list(groups.values())[1:] for item in group.items()):
         action, shown = actions[name], re.search(r"\((required|default: .*)\)$", text).group(1)
         if action.required:

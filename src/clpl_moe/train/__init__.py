@@ -82,7 +82,7 @@ def all_options() -> list[type]:
     return [CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments]
 
 
-@takes_options(all_options, shown=OPTIONS)
+@takes_options(all_options, shown=list(OPTIONS.values()))
 def train(
     model_args: CLPLModelArguments,
     data_args: CLPLDataArguments,

@@ -18,13 +18,12 @@ from clpl_moe.common.files import atomic_open
 from clpl_moe.common.machine import versions
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
-
     from clpl_moe.encoder.settings import EmbeddingSettings
     from clpl_moe.train.model import CLPLModel
     from clpl_moe.train.plan import Plan
 
 CARD = "README.md"
+_FIRST = ["language", "library_name"]  # of the front matter
 # Between these the card's results can be replaced by later ones.
 _BEGIN, _END = "<!-- results -->", "<!-- end of results -->"
 _POOLED = {"cls": "states[:, 0]", "mean": "(states * mask).sum(1) / mask.sum(1)", "last_token": "states[:, -1]"}
@@ -72,7 +71,7 @@ def write_model_card(
     )
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     card = jinja2.Template(template, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(
-        header=_front_matter(header),
+        header=header.to_yaml(original_order=_FIRST),
         name=name,
         folder=name if args.folder.is_absolute() else args.folder,
         base=Path(base).name if Path(base).is_absolute() else base,
@@ -91,10 +90,6 @@ def write_model_card(
     )
     with atomic_open(args.folder / CARD) as file:
         file.write(card)
-
-
-def _front_matter(data: ModelCardData) -> str:
-    return data.to_yaml(original_order=["language", "library_name"])
 
 
 def _eval_results(results: Sequence[Evaluated]) -> list[Any]:
@@ -152,4 +147,4 @@ def add_results(folder: str | Path, results: Sequence[Evaluated]) -> None:
     card.data.eval_results = _eval_results(results)
     card.data.model_name = card.data.model_name or Path(folder).resolve().name
     with atomic_open(path) as file:
-        file.write(f"---\n{_front_matter(card.data)}\n---\n{card.text}")
+        file.write(f"---\n{card.data.to_yaml(original_order=_FIRST)}\n---\n{card.text}")

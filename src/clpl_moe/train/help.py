@@ -46,7 +46,7 @@ def help_text(prog: str, description: str) -> str:
     general.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=CONFIG_HELP)
     shown = {*WITHOUT_EFFECT, *_HIDDEN}
     groups = [
-        *((cls.TITLE, _fields(cls)) for cls in OPTIONS),
+        *((title, _fields(cls)) for title, cls in OPTIONS.items()),
         ("FlagEmbedding's options", _installed("FlagEmbedding", _FLAG_EMBEDDING)),
         ("transformers' options", _installed("transformers", _TRANSFORMERS)),
     ]

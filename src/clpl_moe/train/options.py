@@ -6,7 +6,7 @@ All others, such as ``learning_rate``, are FlagEmbedding's and transformers' (:m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 from clpl_moe.common.options import option
 from clpl_moe.loss.options import LossTermOptions
@@ -23,8 +23,6 @@ def _as_in_mine(name: str, **metadata: Any) -> Any:
 @dataclass
 class ModelOptions:
     """The experts that are put into the base model."""
-
-    TITLE: ClassVar[str] = "model and experts"
 
     model_name_or_path: str = option("The base model: a folder, or a name on the hub.")
     token: str | None = option("Token for the hub; not given: HF_TOKEN of the environment, or the stored login.", None)
@@ -56,8 +54,6 @@ class ModelOptions:
 class DataOptions:
     """The data, and how they are cut into groups and tokens."""
 
-    TITLE: ClassVar[str] = "data"
-
     train_data: list[str] = option("Files or folders of training JSONL (see docs/data-formats.md).", [])
     train_group_size: int = option("Passages per query: one positive, the rest negatives.", 8)
     query_max_len: int = option("Longest query in tokens, the queries of negatives included; longer ones are cut.", 32)
@@ -75,8 +71,6 @@ class DataOptions:
 class LossOptions(LossTermOptions):
     """The loss."""
 
-    TITLE: ClassVar[str] = "loss"
-
     mask_duplicates: bool = option("Leave out negatives whose text is the query's own positive.", True)
     balance_loss_weight: float = option("Weight of the routers' load-balancing loss.", 0.0)
     z_loss_weight: float = option("Weight of the routers' z-loss.", 0.0)
@@ -85,8 +79,6 @@ class LossOptions(LossTermOptions):
 @dataclass
 class RunOptions:
     """What is trained, and how the run goes."""
-
-    TITLE: ClassVar[str] = "training"
 
     output_dir: str | None = option("Run folder; must be new or empty, unless resuming.", None)
     dry_run: bool = option("Check config and data, print the plan, and stop; loads no weights.", False)
@@ -141,8 +133,6 @@ class RunOptions:
 class EvaluationOptions:
     """Evaluation in training."""
 
-    TITLE: ClassVar[str] = "evaluation in training"
-
     dev_collection: str | None = option(
         "Collection folder for evaluation in training (see docs/data-formats.md).", None
     )
@@ -162,8 +152,6 @@ class EvaluationOptions:
 @dataclass
 class RefreshOptions:
     """Negatives mined again as training goes on."""
-
-    TITLE: ClassVar[str] = "negatives mined in training"
 
     ance_refresh: str | None = option(
         "Mine negatives again with the current weights: epoch (before each but the first), or a number of"
@@ -190,7 +178,15 @@ class RefreshOptions:
     ance_max_overlap: float = _as_in_mine("max_overlap")
 
 
-OPTIONS: tuple[type[Any], ...] = (ModelOptions, DataOptions, LossOptions, RunOptions, EvaluationOptions, RefreshOptions)
+# In the order of ``--help``, by title.
+OPTIONS: dict[str, type[Any]] = {
+    "model and experts": ModelOptions,
+    "data": DataOptions,
+    "loss": LossOptions,
+    "training": RunOptions,
+    "evaluation in training": EvaluationOptions,
+    "negatives mined in training": RefreshOptions,
+}
 
 # Metrics of evaluation in training, and their names in ``ir_measures``.
 DEV_METRICS = {"ndcg@5": "nDCG@5", "ndcg@10": "nDCG@10", "recall@100": "R@100"}
