@@ -24,6 +24,7 @@ from clpl_moe.ablate.identity import OPTIONS_FILE
 from clpl_moe.ablate.plan import RUN_FILE, CollectionJob, MineJob, Run
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open, write_json
+from clpl_moe.common.lock import try_lock
 from clpl_moe.common.machine import machine, usable_cores, versions
 from clpl_moe.evaluate.tasks import METRICS_FILE, read_result
 from clpl_moe.report.course import RunCourse
@@ -108,14 +109,10 @@ def _last_words(log: Path, start: int) -> str:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int]:
     """A folder in which nobody else works, as long as the yielded file descriptor is open in any process."""
-    import fcntl
-
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{at(folder)}: another process works in this folder; wait for it to end") from None
+        if try_lock(file.fileno()) is False:
+            raise UserError(f"{at(folder)}: another process works in this folder; wait for it to end")
         yield file.fileno()
 
 

@@ -9,17 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from clpl_moe.common.errors import UserError, at, shorten
 from clpl_moe.common.files import parse_line
+from clpl_moe.common.lock import try_lock
 from clpl_moe.synthesize.backends import Answer
-
-if sys.platform != "win32":
-    import fcntl
 
 _FORMAT = "clpl_moe.synthesize 1"
 
@@ -70,11 +67,8 @@ class Journal:
         self._file = path.open("ab")
         self._sync = ThreadPoolExecutor(1)
         try:
-            if sys.platform != "win32":  # there, two jobs on one journal are not kept apart
-                try:
-                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(f"{at(path)}: another job is writing to this journal; wait for it") from None
+            if try_lock(self._file.fileno()) is False:
+                raise UserError(f"{at(path)}: another job is writing to this journal; wait for it")
             self.answers, end = read_journal(path, settings, overwrite)
             self._file.truncate(end)
             if end == 0:
