@@ -34,27 +34,19 @@ _MOST_RELEVANT = 1000  # trec_eval's arithmetic overflows far above it, without 
 
 @dataclass
 class Collection:
-    """The passages of one language, and the queries and relevance judgements of one split.
+    """The passages of one language, and the queries and relevance judgements of one split."""
 
-    Attributes:
-        directory: the folder that holds a folder per language.
-        split: which queries, such as ``dev``.
-        passages: title and text of each passage, joined by a space, at the place of its id. Of a loaded collection,
-            each is read from the file when it is asked for.
-        queries: text of each query, at the place of its id.
-        qrels: for each judged query, passage id -> relevance (above 0 is relevant).
-        reserved: passage id -> the split that alone may train on it, for passages that name one. All are searched
-            in every split.
-    """
-
-    directory: Path
+    directory: Path  # holds a folder per language
     language: str
-    split: str
+    split: str  # which queries, such as dev
     passage_ids: Sequence[str] = field(repr=False)
+    # Title and text of each passage, joined by a space; of a loaded collection, read from the file when it is asked for.
     passages: Sequence[str] = field(repr=False)
     query_ids: list[str] = field(repr=False)
     queries: list[str] = field(repr=False)
+    # For each judged query, passage id -> relevance (above 0 is relevant).
     qrels: dict[str, dict[str, int]] = field(repr=False)
+    # Passage id -> the split that alone may train on it, for passages that name one. All are searched in every split.
     reserved: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
