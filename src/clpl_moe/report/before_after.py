@@ -81,7 +81,8 @@ def compare_results(run: str, before: Path, after: Path, language: str, argument
     """
     about = [read_result(folder / language / METRICS_FILE) for folder in (before, after)]
     if about[0]["collection_hash"] != about[1]["collection_hash"]:
-        raise UserError(f"{at(after / language)}: results of another collection than those of {before / language}")
+        other = f"its results are of another collection than those of {before / language}"
+        raise UserError(f"{at(after / language)}: {other}")
     loaded = Collection.load(arguments.collection or about[1]["collection"], language, about[1]["split"])
     if loaded.fingerprint() != about[1]["collection_hash"]:
         raise UserError(
