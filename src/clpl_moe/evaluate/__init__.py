@@ -12,11 +12,11 @@ from pathlib import Path
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import OptionError
-from clpl_moe.common.files import write_json
+from clpl_moe.common.output import Output, writing
 from clpl_moe.evaluate.metrics import check_metrics, evaluate_run, read_trec_run
 from clpl_moe.evaluate.options import EvaluateArguments
-from clpl_moe.evaluate.results import Evaluation, Result, refuse_other_table, write_query_table
-from clpl_moe.evaluate.significance import TEST, compare_results
+from clpl_moe.evaluate.results import Evaluation, Result
+from clpl_moe.evaluate.significance import compare_results
 from clpl_moe.evaluate.tasks import CurrentEncoder, plan_tasks
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.options import EncodingArguments
@@ -34,7 +34,13 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evalu
     Raises:
         UserError: a fault in a collection, an unknown model or metric, results of something else in the way.
     """
+    with writing(arguments.output, inside=True) as output:
+        return _evaluate(arguments, encoding, output)
+
+
+def _evaluate(arguments: EvaluateArguments, encoding: EncodingArguments, output: Output) -> Evaluation:
     from clpl_moe.evaluate.evaluation import rank_by_embeddings, rerank_by_heads
+    from clpl_moe.evaluate.shared import TABLE, refuse_others_files, write_shared_files
     from clpl_moe.retrieval.store import processes
 
     check_metrics(arguments.metrics)
@@ -42,20 +48,21 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evalu
         language: Collection.load(arguments.collection, language, arguments.split)
         for language in dict.fromkeys(arguments.languages)
     }
-    output = Path(arguments.output)
-    evaluation = Evaluation([], [], output / "per_query.csv")
+    evaluation = Evaluation([], [], Path(arguments.output, TABLE))
+    computed: set[tuple[str, str]] = set()  # label and language
     with processes() as first:
         current = CurrentEncoder(encoding)
-        tasks = plan_tasks(collections, arguments, current)
+        tasks = plan_tasks(collections, arguments, current, output)
         if arguments.m3_scores and not any(task.heads for task in tasks):
             fault = "no model has sparse and multi-vector heads (sparse_linear.pt, colbert_linear.pt)"
             raise OptionError("m3_scores", fault)
-        refuse_other_table(evaluation.table)
+        refuse_others_files(Path(arguments.output))
         for task in tasks:
             found = None if arguments.overwrite else task.finished()
             if found is None:
                 work = rerank_by_heads if task.heads else rank_by_embeddings
-                found = work(task, current.open(task.model), arguments, encoding)
+                found = work(task, current.open(task.model), arguments, encoding, output)
+                computed.add((task.label, task.collection.language))
             elif first:
                 print(f"{task.file}: the same model, collection and settings; not computed again", file=sys.stderr)
             if not first or found is None:
@@ -68,11 +75,7 @@ def evaluate(arguments: EvaluateArguments, encoding: EncodingArguments) -> Evalu
                 evaluation.results.append(Result(*names, metrics, per_query, task.folder, about))
     if not first:
         return evaluation
-    write_query_table(evaluation.table, collections, evaluation.results, arguments.metrics)
     evaluation.comparisons = compare_results(evaluation.results, arguments.compared_metrics)
-    significance = output / "significance.json"
-    if evaluation.comparisons:
-        write_json(significance, {"test": TEST, "comparisons": evaluation.comparisons})
-    else:
-        significance.unlink(missing_ok=True)
+    folder = Path(arguments.output)
+    write_shared_files(folder, collections, evaluation.results, arguments.metrics, evaluation.comparisons, computed)
     return evaluation

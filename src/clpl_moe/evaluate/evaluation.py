@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from clpl_moe import __version__
 from clpl_moe.common.files import write_json
+from clpl_moe.common.output import Output
 from clpl_moe.evaluate import m3
 from clpl_moe.evaluate import metrics as scoring
-from clpl_moe.evaluate.tasks import M3_FILE, METRICS_FILE, Task
+from clpl_moe.evaluate.tasks import QRELS_FILE, Task
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.search import search
 from clpl_moe.retrieval.store import EmbeddingShards, cache_folder, encode_passages, encode_queries, process
@@ -81,11 +82,11 @@ def evaluate_retrieval(
 
 
 def rank_by_embeddings(
-    task: Task, encoder: Encoder, arguments: EvaluateArguments, encoding: EncodingArguments
+    task: Task, encoder: Encoder, arguments: EvaluateArguments, encoding: EncodingArguments, output: Output
 ) -> dict[str, Any] | None:
     """Do a task of the command; returns the content of its file of metrics, None in a process that does not write."""
     collection, folder = task.collection, task.folder
-    with cache_folder(encoding, beside=folder / ".embeddings") as cache:
+    with cache_folder(encoding, beside=output.embeddings) as cache:
         if process()[0] > 0:
             encode_passages(encoder, collection.passages, encoding, cache=cache, progress=False)
             return None
@@ -102,17 +103,15 @@ def rank_by_embeddings(
             **_describe(task, encoder, result.seconds),
             "passages_per_second": round(result.encoded / result.seconds["encode_passages"], 1),
         }
-        # metrics.json vouches for the run file beside it: removed first, written last. Scores of heads were of the old run.
-        for file in (METRICS_FILE, M3_FILE, *map(scoring.run_file, scoring.M3_SCORES)):
-            (folder / file).unlink(missing_ok=True)
-        scoring.write_trec_qrels(folder / "qrels.trec", collection.qrels)
+        task.begin(output)
+        scoring.write_trec_qrels(folder / QRELS_FILE, collection.qrels)
         scoring.write_trec_run(folder / scoring.run_file(scoring.DENSE), result.run, tag=Path(task.model).name)
         write_json(task.file, content)
     return content
 
 
 def rerank_by_heads(
-    task: Task, encoder: Encoder, arguments: EvaluateArguments, encoding: EncodingArguments
+    task: Task, encoder: Encoder, arguments: EvaluateArguments, encoding: EncodingArguments, output: Output
 ) -> dict[str, Any] | None:
     """Do a task whose run of the embeddings is written; as :func:`rank_by_embeddings`."""
     if process()[0] > 0:  # the passages are few: the first process does it alone
@@ -128,7 +127,7 @@ def rerank_by_heads(
         "metrics": {score: scoring.evaluate_run(qrels, run, arguments.metrics)[0] for score, run in runs.items()},
         **_describe(task, encoder, {"rerank": time.perf_counter() - started}),
     }
-    task.file.unlink(missing_ok=True)
+    task.begin(output)
     for score, path in task.runs.items():
         scoring.write_trec_run(path, runs[score], tag=f"{Path(task.model).name}_{score}")
     write_json(task.file, content)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import atomic_open
 from clpl_moe.evaluate.metrics import DENSE
 from clpl_moe.evaluate.significance import TEST
-from clpl_moe.retrieval.collection import Collection
-
-_COLUMNS = ["language", "query_id", "query"]  # of per_query.csv, before those of the metrics
 
 
 @dataclass
@@ -101,30 +95,3 @@ def _align(rows: list[list[str]], left: int) -> str:
         words = [w.ljust(n) if column < left else w.rjust(n) for column, (w, n) in enumerate(zip(row, widths))]
         lines.append("  ".join(words).rstrip())
     return "\n".join(lines)
-
-
-def refuse_other_table(path: Path) -> None:
-    """Raise :class:`UserError` where the file is not a table of ours. An earlier table is made anew from the run files."""
-    if path.exists():
-        heading = f"{','.join(_COLUMNS)},".encode()
-        with path.open("rb") as file:
-            if file.read(len(heading)) != heading:
-                raise UserError(
-                    f"{at(path)}: found another file, expected none or an earlier table; name another output"
-                )
-
-
-def write_query_table(
-    path: Path, collections: Mapping[str, Collection], results: Sequence[Result], metrics: Sequence[str]
-) -> None:
-    """A row for each judged query, a column for each metric of each model and kind of score."""
-    values = {(result.language, result.system): result.per_query for result in results}
-    systems = list(dict.fromkeys(result.system for result in results))
-    with atomic_open(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*_COLUMNS, *(f"{name} {system}" for name in metrics for system in systems)])
-        for language, collection in collections.items():
-            for query_id, text in zip(collection.query_ids, collection.queries):
-                if query_id in collection.qrels:
-                    row = (values[language, system][query_id][name] for name in metrics for system in systems)
-                    writer.writerow([language, query_id, text, *row])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import read_json, refuse_unwritable
+from clpl_moe.common.output import Output
 from clpl_moe.evaluate.metrics import DENSE, M3_SCORES, run_file
 from clpl_moe.evaluate.options import EvaluateArguments
 from clpl_moe.retrieval.collection import Collection
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.json"
 M3_FILE = "metrics.m3.json"
+QRELS_FILE = "qrels.trec"
 
 
 @dataclass
@@ -67,18 +69,32 @@ class Task:
         except UserError:
             return None
 
-    def refuse_other_results(self) -> None:
-        """Raise :class:`UserError` where results of something else are in the way."""
+    @property
+    def files(self) -> list[Path]:
+        """All files of the task; that of metrics, which is written last, vouches for the others."""
+        # Of scores that came from the run of the embeddings, nothing is left when that is made anew.
+        judged = [] if self.heads else [QRELS_FILE, run_file(DENSE), M3_FILE]
+        return [self.file, *(self.folder / name for name in (*judged, *map(run_file, M3_SCORES)))]
+
+    def refuse_other_results(self, output: Output) -> None:
+        """Raise :class:`UserError` where results of something else, or files of others, are in the way."""
         remedy = "name another output, or set overwrite to replace it"
         if self.file.exists():
             found = self._found() or {}
             if differing := [name for name in self.key if found.get(name) != self.key[name]]:
                 other = f"holds results of something else (other {', '.join(differing)})"
                 raise UserError(f"{at(self.file)}: {other}; {remedy}")
-        elif not self.heads:  # metrics.json vouches for the heads' runs, too: a killed command may have left some
-            for path in (self.folder / run_file(score) for score in (DENSE, *M3_SCORES)):
-                if path.exists():
-                    raise UserError(f"{at(path)}: a run file without {self.file.name} is in the way; {remedy}")
+        for path in (
+            () if self.file.exists() or self.heads else self.files
+        ):  # metrics.json vouches for the heads' runs, too
+            if path.exists() and not output.claimed(path):
+                raise UserError(f"{at(path)}: a file without {self.file.name} beside it is in the way; {remedy}")
+
+    def begin(self, output: Output) -> None:
+        """Clear the place of the task's files, of which it writes that of metrics last."""
+        output.claim(*self.files)
+        for path in self.files:
+            path.unlink(missing_ok=True)
 
 
 class CurrentEncoder:
@@ -97,7 +113,7 @@ class CurrentEncoder:
 
 
 def plan_tasks(
-    collections: Mapping[str, Collection], arguments: EvaluateArguments, current: CurrentEncoder
+    collections: Mapping[str, Collection], arguments: EvaluateArguments, current: CurrentEncoder, output: Output
 ) -> list[Task]:
     """All that is to be ranked, models outermost; raises :class:`UserError` where a task cannot be done."""
     from clpl_moe.encoder.settings import check_lengths
@@ -123,7 +139,7 @@ def plan_tasks(
     for task in tasks:
         refuse_unwritable(task.file)
         if not arguments.overwrite:
-            task.refuse_other_results()
+            task.refuse_other_results(output)
     return tasks
 
 
