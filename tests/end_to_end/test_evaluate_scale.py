@@ -69,13 +69,13 @@ def test_killed_three_times_it_gives_the_same_and_encodes_nothing_twice(start, u
     made: dict[Path, int] = {}
     for more in (1, 2, SHARDS):  # the last time in the search
         process, stop = start(tmp_path), min(SHARDS, len(made) + more)
-        while process.poll() is None and len(list(tmp_path.glob("ko/.embeddings/*/*.npy"))) < stop:
+        while process.poll() is None and len(list(tmp_path.glob("_clpl_moe/embeddings/*/*.npy"))) < stop:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         printed = process.communicate()[0]
         assert process.returncode == -signal.SIGKILL
         assert f" {len(made)} of {SHARDS} shards found" in printed
-        now = {path: path.stat().st_mtime_ns for path in tmp_path.glob("ko/.embeddings/*/*.npy")}
+        now = {path: path.stat().st_mtime_ns for path in tmp_path.glob("_clpl_moe/embeddings/*/*.npy")}
         assert len(now) > len(made)
         assert made.items() <= now.items()
         made = now
@@ -85,7 +85,7 @@ def test_killed_three_times_it_gives_the_same_and_encodes_nothing_twice(start, u
     assert process.returncode == 0, errors
     assert f"{SHARDS} of {SHARDS} shards found" in printed
     assert result(tmp_path) == undisturbed
-    assert not (tmp_path / "ko" / ".embeddings").exists()
+    assert not (tmp_path / "_clpl_moe").exists()
 
 
 @pytest.mark.slow
@@ -97,4 +97,4 @@ def test_two_processes_give_the_same(start, undisturbed, tmp_path):
     assert printed.count("nDCG@10") == 1
     assert result(tmp_path) == undisturbed
     assert json.loads((tmp_path / "ko" / "metrics.json").read_text())["passages_per_second"] > 0
-    assert not (tmp_path / "ko" / ".embeddings").exists()
+    assert not (tmp_path / "_clpl_moe").exists()

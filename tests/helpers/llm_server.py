@@ -104,6 +104,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(f"질문이 무엇인가요 {self.headers['Authorization']} {number}")
         elif what == "surrogate":
             self.answer(f"{number}번째 물음은 \ud83d 무엇인가요?")
+        elif what == "boxer":
+            self.answer(f"{number}번째 boxer는 누구인가요?")
         else:
             self.answer(TEXTS.get(what) or good(number))
 

@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import re
@@ -12,6 +13,7 @@ import pytest
 from clpl_moe.synthesize.__main__ import main
 from clpl_moe.synthesize.backends import Answer
 from clpl_moe.synthesize.journal import Journal
+from helpers.holding import held
 from helpers.synthesis import arguments, good, json_lines, refused, results, train_file
 
 pytest.importorskip("openai")
@@ -56,11 +58,16 @@ def test_a_journal_that_is_none_is_named(tmp_path, capfd):
     journal.unlink()
     with Journal(journal, {"model": "writer"}) as open_journal:
         open_journal.add("k", Answer("x"))
-        with pytest.raises(Exception, match="another job is writing"):
-            Journal(journal, {"model": "writer"})
+    with held(journal):
+        assert f"{journal}: process " in refused(capfd, argv)
     with journal.open("a") as file:
         file.write('{"passage": "k", "sum": 1}\n')
     assert "out.journal.jsonl:3: found sum, expected an answer" in refused(capfd, argv)
+    whole = '{"passage": "k", "text": "x", "cut": false, "prompt_tokens": 1, "answer_tokens": 1}'
+    for name, value in (("text", 1), ("cut", 0), ("prompt_tokens", "1"), ("answer_tokens", True), ("cut", None)):
+        line = json.dumps(json.loads(whole) | {name: value})
+        journal.write_text(f"{journal.read_text().splitlines()[0]}\n{line}\n")
+        assert "out.journal.jsonl:2: found " in refused(capfd, argv)
 
 
 def start(argv, **environment):

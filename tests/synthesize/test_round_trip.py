@@ -61,7 +61,7 @@ def test_the_round_trip_keeps_its_embeddings_on_disk_and_goes_on_from_them(
         with pytest.raises(SystemExit) as exit:
             main(argv)
     assert exit.value.code == 130
-    beside = tmp_path / "out.jsonl.embeddings"
+    beside = tmp_path / ".out.journal.jsonl.clpl_moe" / "embeddings"
     assert len(list(beside.rglob("*.npy"))) == 1
     assert not (tmp_path / "out.jsonl").exists()
     capfd.readouterr()

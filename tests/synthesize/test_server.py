@@ -129,3 +129,20 @@ def test_no_key_for_the_public_server_is_a_message(tmp_path, capfd, monkeypatch)
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     assert "export OPENAI_API_KEY" in refused(capfd, arguments(None, train_file(tmp_path, 2), tmp_path))
+
+
+def test_a_short_key_is_no_part_of_the_answers(llm, tmp_path, monkeypatch):
+    """Servers without keys take any; x stands in many a word."""
+    for key in ("x", "boxer"):
+        monkeypatch.setenv("MY_KEY", key)
+        server = llm({"0": ["boxer"]})
+        main(arguments(server, train_file(tmp_path, 1), tmp_path, api_key_env="MY_KEY", overwrite="true"))
+        assert results(tmp_path)[1] == {"p0": ["0번째 boxer는 누구인가요?"]}
+        (tmp_path / "out.journal.jsonl").unlink()
+
+
+def test_no_more_requests_at_once_than_there_are_passages(llm, tmp_path, monkeypatch):
+    started = time.time()
+    main(arguments(llm(), train_file(tmp_path, 11), tmp_path, concurrency=1_000_000_000))
+    assert len(results(tmp_path)[1]) == 11
+    assert time.time() - started < 30

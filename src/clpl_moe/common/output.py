@@ -32,7 +32,7 @@ _LOCK, _CLAIMS, _NEW, _OLD = "lock", "claims", "new", "old"
 
 
 class Output:
-    """An output that this process alone may write, see :func:`writing`.
+    """An output, which between :func:`writing` and its end this process alone may write.
 
     Attributes:
         path: the file or folder.
@@ -40,9 +40,11 @@ class Output:
         first: whether this is the first of the processes that ``torchrun`` started; the others write nothing but embeddings.
     """
 
-    def __init__(self, path: Path, work: Path, first: bool = True) -> None:
-        self.path, self.work, self.first = path, work, first
-        self.embeddings = work / "embeddings"
+    def __init__(self, path: str | Path, *, inside: bool = False, first: bool = True) -> None:
+        self.path = path = Path(path).absolute()  # of "." and of "" there is no parent
+        self.first = first
+        self.work = path.resolve() / WORK_FOLDER if inside else path.parent.resolve() / f".{path.name}.clpl_moe"
+        self.embeddings = self.work / "embeddings"
 
     def claim(self, *paths: Path) -> None:
         """Say that these files are written now: should this process die, the next one may replace them."""
@@ -104,10 +106,10 @@ def writing(path: str | Path, *, inside: bool = False) -> Iterator[Output]:
     Raises:
         UserError: another process writes it, or it cannot be written.
     """
-    path = Path(path).absolute()  # of "." and of "" there is no parent
-    work = path.resolve() / WORK_FOLDER if inside else path.parent.resolve() / f".{path.name}.clpl_moe"
-    if not is_first_process():
-        yield Output(path, work, first=False)
+    output = Output(path, inside=inside, first=is_first_process())
+    path, work = output.path, output.work
+    if not output.first:
+        yield output
         return
     with _lock:
         known = _open.get(work)
@@ -123,7 +125,7 @@ def writing(path: str | Path, *, inside: bool = False) -> Iterator[Output]:
     lock = FileLock(work / _LOCK)
     if not lock.take():
         raise UserError(f"{at(path)}: {_taken(lock)}")
-    output, error = Output(path, work), None
+    error = None
     try:
         with _lock:
             _open[work] = output, threading.get_ident()

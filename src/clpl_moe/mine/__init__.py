@@ -7,11 +7,12 @@
 3. Each negative brings the queries that it is known to answer, by the judgements and by ``positive_queries.jsonl``
    (:mod:`clpl_moe.mine.lines`).
 
-Embeddings of passages are kept beside the output until that is written: an interrupted job goes on from them.
+Embeddings of passages are kept until the output is written: an interrupted job goes on from them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pathlib import Path
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import refuse_existing, write_jsonl
+from clpl_moe.common.output import writing
 from clpl_moe.mine.options import MineArguments, SelectionArguments
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
 
@@ -52,11 +54,13 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
 
     if arguments.reranker is not None and selection.sampling == "corpus":
         raise OptionError("reranker", "sampling 'corpus' ranks nothing; leave out one of the two")
-    refuse_existing(arguments.output, arguments.overwrite)
-    collection = Collection.load(arguments.collection, arguments.language, arguments.split)
-    index = PassageIndex.load(collection)
-    beside = Path(f"{arguments.output}.embeddings")
-    with processes() as first, cache_folder(encoding, beside) as cache:
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(writing(arguments.output))
+        refuse_existing(arguments.output, arguments.overwrite)
+        collection = Collection.load(arguments.collection, arguments.language, arguments.split)
+        index = PassageIndex.load(collection)
+        first = stack.enter_context(processes())
+        cache = stack.enter_context(cache_folder(encoding, output.embeddings))
         # Only in here each process has a GPU of its own.
         encoder = None if selection.sampling == "corpus" else open_encoder(arguments.model, encoding)
         if not first:  # it encodes its part, the first one does the rest

@@ -23,6 +23,7 @@ from pathlib import Path
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import refuse_existing, refuse_unwritable
+from clpl_moe.common.output import Output, writing
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
 from clpl_moe.synthesize.options import SynthesizeArguments
 
@@ -52,6 +53,17 @@ def synthesize(
     Raises:
         UserError: a mistake in options or data, or a server that gives no answers. Answers stay in the journal.
     """
+    journal = arguments.beside("journal")
+    with contextlib.nullcontext(Output(journal)) if arguments.dry_run else writing(journal) as output:
+        return _synthesize(arguments, encoding, planned, output)
+
+
+def _synthesize(
+    arguments: SynthesizeArguments,
+    encoding: EncodingArguments,
+    planned: Callable[[Mapping[str, int]], None] | None,
+    output: Output,
+) -> Synthesized:
     from clpl_moe.encoder.settings import check_lengths
     from clpl_moe.retrieval.store import cache_folder
     from clpl_moe.synthesize.backends import open_backend
@@ -59,14 +71,14 @@ def synthesize(
     from clpl_moe.synthesize.journal import Journal, read_journal
     from clpl_moe.synthesize.round_trip import drop_lost_queries
 
-    journal_path = arguments.beside("journal")
+    journal_path = output.path
     refuse_unwritable(journal_path)
-    for path in output_paths(arguments):
-        # Beside a journal, files without the output itself are of a run that was killed as it wrote.
-        ours = path != Path(arguments.output) and journal_path.exists()
-        refuse_existing(path, arguments.overwrite or ours)
+    main, *beside = output_paths(arguments)
+    refuse_existing(main, arguments.overwrite or output.claimed(main))
     job = Job(arguments)
     before = read_journal(journal_path, job.settings, arguments.overwrite)[0] if journal_path.exists() else {}
+    for path in beside:  # after the journal, whose message says more
+        refuse_existing(path, arguments.overwrite or output.claimed(path))
     plan = job.plan(before)
     if planned is not None:
         planned(plan)
@@ -97,8 +109,9 @@ def synthesize(
     dropped: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
         if encoder is not None:  # its embeddings stay until the files are written
-            cache = stack.enter_context(cache_folder(encoding, beside=Path(f"{arguments.output}.embeddings")))
+            cache = stack.enter_context(cache_folder(encoding, beside=output.embeddings))
             dropped["queries dropped by the round trip"] = drop_lost_queries(job, encoder, encoding, cache)
+        output.claim(main, *beside)
         paths = job.write()
     requests = 0 if backend is None else backend.requests
     counts = {"requests sent, retries included": requests, **job.count(answers, before, dropped)}

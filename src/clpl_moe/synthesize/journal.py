@@ -15,7 +15,6 @@ from typing import Any
 
 from clpl_moe.common.errors import UserError, at, shorten
 from clpl_moe.common.files import parse_line
-from clpl_moe.common.lock import try_lock
 from clpl_moe.synthesize.backends import Answer
 
 _FORMAT = "clpl_moe.synthesize 1"
@@ -38,7 +37,7 @@ def read_journal(path: Path, settings: dict[str, Any], overwrite: bool) -> tuple
                         raise KeyError
                     found = dict(record["settings"])
                 else:
-                    answers.setdefault(record.pop("passage"), []).append(Answer(**record))
+                    answers.setdefault(record.pop("passage"), []).append(_answer(record))
             except (KeyError, TypeError, ValueError):
                 expected = "an answer" if number > 1 else f'"journal": "{_FORMAT}" and its settings'
                 raise UserError(f"{at(path, number)}: found {', '.join(record) or '{}'}, expected {expected}") from None
@@ -56,8 +55,18 @@ def read_journal(path: Path, settings: dict[str, Any], overwrite: bool) -> tuple
     )
 
 
+def _answer(record: dict[str, Any]) -> Answer:
+    answer = Answer(**record)
+    counts = (answer.prompt_tokens, answer.answer_tokens)
+    if not isinstance(answer.text, str | None) or not isinstance(answer.cut, bool):
+        raise TypeError
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise TypeError
+    return answer
+
+
 class Journal:
-    """The open journal of a running job, which no second job can open, with the answers of all runs. A context manager.
+    """The open journal of a running job, which has it to itself, with the answers of all runs. A context manager.
 
     With ``overwrite`` a journal of other settings is emptied; without, it raises :class:`UserError`.
     """
@@ -67,8 +76,6 @@ class Journal:
         self._file = path.open("ab")
         self._sync = ThreadPoolExecutor(1)
         try:
-            if try_lock(self._file.fileno()) is False:
-                raise UserError(f"{at(path)}: another job is writing to this journal; wait for it")
             self.answers, end = read_journal(path, settings, overwrite)
             self._file.truncate(end)
             if end == 0:

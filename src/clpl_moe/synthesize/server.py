@@ -7,6 +7,7 @@ back-off, and waits as long as ``Retry-After`` says (up to two minutes; what is 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ except ImportError:
 
 _NO_KEY = "none"  # what is sent to a server that needs no key: the package insists on one
 _DEFAULT_KEY = "OPENAI_API_KEY"
+_SHORTEST_KEY = 8  # characters; those of a server without keys of its own, such as "x" or "token", are no secret
 
 
 class Server:
@@ -66,8 +68,8 @@ class Server:
 
         remaining = iter(questions)
 
-        async def work() -> None:
-            for question in remaining:
+        async def work(first: Question) -> None:
+            for question in itertools.chain([first], remaining):
                 done(question, await self._ask_one(client, question))
 
         async with openai.AsyncOpenAI(
@@ -77,7 +79,9 @@ class Server:
             max_retries=self._arguments.max_retries,
             http_client=Connection(),
         ) as client:
-            tasks = [asyncio.create_task(work()) for _ in range(self._arguments.concurrency)]
+            # Not more than there are questions.
+            firsts = list(itertools.islice(remaining, self._arguments.concurrency))
+            tasks = [asyncio.create_task(work(first)) for first in firsts]
             try:
                 await asyncio.gather(*tasks)
             finally:
@@ -105,7 +109,7 @@ class Server:
             return self._failed(f"the connection broke ({type(error.__cause__).__name__})")
         except openai.OpenAIError as error:
             raise UserError(_short(error, self._hide)) from None
-        answer = _read_reply(reply.text, self._hide)
+        answer = _read_reply(reply.text, self._hide_in_data)
         if answer.text is None:
             # Kept as an answer, since it may have been paid for; but a row of them means a wrong address.
             self._failed("the replies are no chat completions")
@@ -124,6 +128,12 @@ class Server:
     def _hide(self, text: str) -> str:
         """Text of the server's without the key, which some send back."""
         return text if self._key == _NO_KEY else text.replace(self._key, "[key]")
+
+    def _hide_in_data(self, text: str) -> str:
+        """An answer without the key. A short one, or one within a word, may well be a word of the answer itself."""
+        if len(self._key) < _SHORTEST_KEY:
+            return text
+        return re.sub(rf"(?<![A-Za-z0-9_-]){re.escape(self._key)}(?![A-Za-z0-9_-])", "[key]", text)
 
 
 def _check_url(base_url: str) -> None:
