@@ -76,13 +76,18 @@ def test_outputs_that_cannot_be_written_are_refused_beforehand(tmp_path, monkeyp
 def test_overwrite_replaces_outputs_of_its_kind_only(tmp_path):
     """With --output ~ --overwrite true nobody means to delete it."""
     (tmp_path / "thesis.tex").write_text("")
-    for marker in ("corpus.jsonl", None):
+    names = ("corpus.jsonl", "*_queries.jsonl")
+    for files in (names, ()):
         with pytest.raises(UserError, match="found a folder with other things"):
-            refuse_existing(tmp_path, True, marker=marker)
-    (tmp_path / "corpus.jsonl").write_text("")
-    refuse_existing(tmp_path, True, marker="corpus.jsonl")
+            refuse_existing(tmp_path, True, files=files)
+    for name in ("corpus.jsonl", "dev_queries.jsonl"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=r"thesis.tex: not written by this command"):
+        refuse_existing(tmp_path, True, files=names)
+    (tmp_path / "thesis.tex").unlink()
+    refuse_existing(tmp_path, True, files=names)
     (tmp_path / "empty").mkdir()
-    refuse_existing(tmp_path / "empty", marker="corpus.jsonl")
+    refuse_existing(tmp_path / "empty", files=names)
 
 
 def test_what_the_machine_refuses_is_one_line(capsys):

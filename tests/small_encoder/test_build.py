@@ -156,8 +156,11 @@ def test_existing_output_is_kept_unless_asked(hub_only, tmp_path, capsys):
     assert "found a folder with other things" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
     (folder / "config.json").write_text("{}")
+    with pytest.raises(SystemExit):  # nor is what else lies in one
+        main(["--output", str(folder), "--overwrite", "true"])
+    assert f"{folder / 'mine.txt'}: not written by this command" in capsys.readouterr().err
+    (folder / "mine.txt").unlink()
     main(["--output", str(folder), "--overwrite", "true"])
-    assert not (folder / "mine.txt").exists()
     assert (folder / "model.safetensors").is_file()
 
 

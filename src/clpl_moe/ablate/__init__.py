@@ -19,6 +19,7 @@ from typing import Any
 from clpl_moe.ablate.options import AblateArguments
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.files import refuse_unwritable
+from clpl_moe.common.output import writing
 
 __all__ = ["AblateArguments", "Ablation", "ablate"]
 
@@ -49,6 +50,13 @@ def ablate(arguments: AblateArguments) -> Ablation:
     Raises:
         UserError: a mistake in the configuration, other results in the way.
     """
+    if arguments.dry_run:
+        return _ablate(arguments)
+    with writing(arguments.output):
+        return _ablate(arguments)
+
+
+def _ablate(arguments: AblateArguments) -> Ablation:
     from clpl_moe.ablate import results, work
     from clpl_moe.ablate.plan import make_plan
 

@@ -5,13 +5,12 @@ Mining, training and evaluation are commands in processes of their own.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,10 +21,10 @@ from tqdm import tqdm
 
 from clpl_moe.ablate.identity import OPTIONS_FILE
 from clpl_moe.ablate.plan import RUN_FILE, CollectionJob, MineJob, Run
-from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import atomic_open, write_json
-from clpl_moe.common.lock import try_lock
 from clpl_moe.common.machine import machine, usable_cores, versions
+from clpl_moe.common.output import writing
 from clpl_moe.evaluate.tasks import METRICS_FILE, read_result
 from clpl_moe.report.course import RunCourse
 
@@ -72,9 +71,11 @@ class Workshop:
                 raise
         return failed
 
-    def call(self, module: str, options: dict[str, Any], folder: Path, lock: int) -> None:
-        """Run ``python -m clpl_moe.<module>`` with these options; its output is appended to the folder's ``log.txt``."""
+    def call(self, module: str, options: dict[str, Any], folder: Path) -> None:
+        """Run ``python -m clpl_moe.<module>`` with these options; its output is appended to the folder's ``log.txt``.
 
+        It keeps others from what it writes by itself, also if this process is killed.
+        """
         config, log = folder / f"{module}.yaml", folder / "log.txt"
         with atomic_open(config) as file:
             yaml.safe_dump(options, file, allow_unicode=True, sort_keys=False)
@@ -87,8 +88,7 @@ class Workshop:
                 environment["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)]
             with log.open("ab") as output:
                 start = output.tell()
-                # The child holds the folder's lock, too: if this process is killed, nobody else works there meanwhile.
-                process = subprocess.Popen(argv, stdout=output, stderr=output, env=environment, pass_fds=(lock,))
+                process = subprocess.Popen(argv, stdout=output, stderr=output, env=environment)
             self.processes.add(process)
             code = process.wait()
         finally:
@@ -106,27 +106,17 @@ def _last_words(log: Path, start: int) -> str:
     return (errors or lines or ["it said nothing"])[-1]
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """A folder in which nobody else works, as long as the yielded file descriptor is open in any process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        if try_lock(file.fileno()) is False:
-            raise UserError(f"{at(folder)}: another process works in this folder; wait for it to end")
-        yield file.fileno()
-
-
 def prepare(job: CollectionJob) -> str:
     counts = job.prepare.reader.write(job.directory / job.language, job.prepare.titles)
     return ", ".join(f"{counts[name]:,} {name}" for name in ("passages", "train queries", "dev queries"))
 
 
 def mine(shop: Workshop, job: MineJob) -> str:
-    with locked(job.folder) as lock:
+    with writing(job.folder, inside=True):
         write_json(job.folder / OPTIONS_FILE, job.decisive.values)
         collection = job.collection
         places = {"collection": str(collection.directory), "language": collection.language, "output": str(job.data)}
-        shop.call("mine", job.options | places, job.folder, lock)
+        shop.call("mine", job.options | places, job.folder)
     with job.data.open(encoding="utf-8") as file:
         return f"{sum(1 for _ in file):,} lines"
 
@@ -134,21 +124,19 @@ def mine(shop: Workshop, job: MineJob) -> str:
 def train_and_evaluate(shop: Workshop, run: Run, keep_model: bool, metric: str) -> str:
     """Do a run, or the rest of one."""
     collection, language = run.collection, run.collection.language
-    with locked(run.folder) as lock:
+    with writing(run.folder, inside=True):
         write_json(run.folder / OPTIONS_FILE, run.decisive.values)
         model = run.folder / "model"
         if run.train is not None and not (model / "README.md").is_file():  # training writes its card last
-            if model.is_dir() and not (model / "train_config.yaml").is_file():
-                shutil.rmtree(model)  # killed before it began
             places = {"{collection}": str(collection.directory), "{language}": language}
             if run.mined is not None:
                 places["{train_data}"] = str(run.mined.data)
             options = {name: _fill(value, places) for name, value in run.train.items()}
             options |= {"output_dir": str(model), "resume_from_checkpoint": "true"}
-            shop.call("train", options, run.folder, lock)
+            shop.call("train", options, run.folder)
         places = {"collection": str(collection.directory), "output": str(run.folder / "results")}
         evaluated = {"model": run.model if run.train is None else str(model), "languages": language, "overwrite": True}
-        shop.call("evaluate", run.evaluate | evaluated | places, run.folder, lock)
+        shop.call("evaluate", run.evaluate | evaluated | places, run.folder)
         found = read_result(run.folder / "results" / language / METRICS_FILE)
         content = {
             "key": run.decisive.key,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -121,22 +122,30 @@ def has_lone_surrogates(value: Any, raw: bytes) -> bool:
     return False
 
 
-def refuse_existing(path: str | Path, overwrite: bool = False, *, marker: str | None = None) -> None:
+def refuse_existing(path: str | Path, overwrite: bool = False, *, files: Sequence[str] = ()) -> None:
     """Raise :class:`UserError` if an output is in the way and may not be replaced, or could not be written.
 
-    Where the output is a folder, ``marker`` is a file that each such folder has: another folder is not replaced, even if
-    asked (a slip of the pen would delete anything).
+    Where the output is a folder, ``files`` are the names of what the command writes into it, with wildcards; first the one
+    that each such folder has. Another folder, or one that holds anything else, is not replaced, even if asked: a slip of
+    the pen would delete anything.
     """
     path = Path(path)
     refuse_unwritable(path)
-    if not path.exists() or (marker is not None and path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or (files and path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
         kind = "folder is not empty" if path.is_dir() else "file exists"
         raise UserError(f"{at(path)}: the output {kind}; name another, or set overwrite to replace it")
-    if path.is_dir() and (marker is None or not (path / marker).is_file()):
-        expected = "a file" if marker is None else f"a folder with {marker}"
+    if not path.is_dir():
+        return
+    if not files or not (path / files[0]).is_file():
+        expected = f"a folder with {files[0]}" if files else "a file"
         raise UserError(f"{at(path)}: found a folder with other things, expected {expected} to replace; name another")
+    for found in sorted(path.iterdir()):
+        if not any(fnmatch.fnmatchcase(found.name, name) for name in files):
+            raise UserError(
+                f"{at(found)}: not written by this command, and would go with the folder; move it elsewhere"
+            )
 
 
 def refuse_unwritable(path: str | Path) -> None:

@@ -118,6 +118,8 @@ def writing(path: str | Path, *, inside: bool = False) -> Iterator[Output]:
             raise UserError(f"{at(path)}: another thread of this process writes this output; name another")
         yield known[0]
         return
+    if inside and path.exists() and not path.is_dir():
+        raise UserError(f"{at(path)}: a file is in the way of the output folder; name another")
     refuse_unwritable(path / WORK_FOLDER if inside else path)
     if work.exists() and not (work / _LOCK).exists() and any(work.iterdir()):
         raise UserError(f"{at(work)}: found another folder where one for unfinished work is to be; rename it")

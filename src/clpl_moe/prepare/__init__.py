@@ -13,10 +13,13 @@ from pathlib import Path
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import refuse_existing
+from clpl_moe.common.output import writing
 from clpl_moe.prepare.options import PrepareArguments, prepare_arguments
 from clpl_moe.prepare.source import Passage, Source, Split, register_source
 
 __all__ = ["Passage", "Prepared", "Source", "Split", "prepare", "register_source"]
+
+_FILES = ("corpus.jsonl", "*_queries.jsonl", "*_qrels.jsonl")  # of a collection
 
 
 @dataclass
@@ -41,5 +44,6 @@ def prepare(arguments: PrepareArguments) -> Prepared:
         if Path(path).resolve().is_relative_to(folder.resolve()):
             fault = f"the collection would replace {folder}, which holds this source"
             raise UserError(f"{at(path)}: {fault}; set another output or language")
-    refuse_existing(folder, arguments.overwrite, marker="corpus.jsonl")
-    return Prepared(folder, source.write(folder, arguments.titles), source.note)
+    with writing(folder):
+        refuse_existing(folder, arguments.overwrite, files=_FILES)
+        return Prepared(folder, source.write(folder, arguments.titles), source.note)

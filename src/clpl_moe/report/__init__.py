@@ -13,7 +13,7 @@ from pathlib import Path
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.files import atomic_open, refuse_existing
-from clpl_moe.common.output import atomic_dir
+from clpl_moe.common.output import Output, writing
 from clpl_moe.evaluate.metrics import check_metrics
 from clpl_moe.evaluate.tasks import model_labels
 from clpl_moe.report.before_after import BeforeAfter, compare_results, languages_of, write_queries
@@ -24,6 +24,8 @@ from clpl_moe.train.metrics_file import METRICS_FILE
 
 __all__ = ["ReportArguments", "report"]
 
+_TABLE = "per_query.csv"
+
 
 @takes_options(ReportArguments)
 def report(arguments: ReportArguments) -> Path:
@@ -32,8 +34,13 @@ def report(arguments: ReportArguments) -> Path:
     Raises:
         UserError: a run or results are missing or broken, matplotlib is not installed, an output is in the way.
     """
-    output = Path(arguments.output)
-    refuse_existing(output, arguments.overwrite, marker=PAGE)
+    with writing(arguments.output) as output:
+        refuse_existing(arguments.output, arguments.overwrite, files=(PAGE, _TABLE, "*.png"))
+        _write(arguments, output)
+    return Path(arguments.output, PAGE)
+
+
+def _write(arguments: ReportArguments, output: Output) -> None:
     check_metrics([arguments.metric])
     names = dict(zip(map(Path, arguments.runs), model_labels(arguments.runs)))  # as evaluate names its folders
     if len(names) < len(arguments.runs):
@@ -41,13 +48,12 @@ def report(arguments: ReportArguments) -> Path:
     places = {name: _course_folder(folder) for folder, name in names.items()}
     courses = [RunCourse.read(place, name) for name, place in places.items() if place is not None]
     comparisons = _comparisons(arguments, names)
-    with atomic_dir(output) as temporary:
+    with output.replacement() as temporary:
         page = render_page(arguments, courses, comparisons, temporary)
         with atomic_open(temporary / PAGE) as file:
             file.write(page)
         if comparisons:
-            write_queries(temporary / "per_query.csv", comparisons)
-    return output / PAGE
+            write_queries(temporary / _TABLE, comparisons)
 
 
 def _course_folder(folder: Path) -> Path | None:

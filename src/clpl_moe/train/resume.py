@@ -15,6 +15,7 @@ from typing import Any
 from clpl_moe.common.cli import load_yaml
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import hash_file, read_json, refuse_unwritable
+from clpl_moe.common.output import WORK_FOLDER
 from clpl_moe.data.schema import data_files
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLTrainingArguments
 from clpl_moe.train.options import WITHOUT_EFFECT
@@ -41,7 +42,7 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
         raise UserError(f"{at(output_dir)}: a file is in the way of the run folder; name another output_dir")
     refuse_unwritable(output_dir / CONFIG_FILE)
     if resume is None:
-        if output_dir.exists() and any(output_dir.iterdir()):
+        if _holds_anything(output_dir):
             raise UserError(
                 f"{at(output_dir)}: the folder is not empty; name another output_dir, or set resume_from_checkpoint true to go"
                 " on with the run in it"
@@ -49,14 +50,14 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
     elif resume.lower() == "true":
         newest = newest_checkpoint(output_dir)
         # A run that was killed before its first checkpoint starts again from the beginning.
-        if newest is None and output_dir.exists() and not (output_dir / CONFIG_FILE).exists():
+        if newest is None and _holds_anything(output_dir) and not (output_dir / CONFIG_FILE).exists():
             raise UserError(f"{at(output_dir)}: no run to resume, found neither a checkpoint nor {CONFIG_FILE}")
         args.resume_from_checkpoint = None if newest is None else str(newest)
     elif not (Path(resume) / "trainer_state.json").is_file():
         raise UserError(f"{at(resume)}: resume_from_checkpoint names no checkpoint of a run (no trainer_state.json)")
     elif Path(resume).resolve() == output_dir.resolve():
         raise UserError(f"{at(resume)}: a run, and no checkpoint; resume_from_checkpoint true goes on with its newest")
-    elif Path(resume).resolve().parent != output_dir.resolve() and output_dir.exists() and any(output_dir.iterdir()):
+    elif Path(resume).resolve().parent != output_dir.resolve() and _holds_anything(output_dir):
         raise UserError(
             f"{at(output_dir)}: the folder is not empty, and not the run that {resume} belongs to; name another output_dir"
         )
@@ -67,6 +68,11 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
             f"{at(checkpoint)}: holds no state of an optimizer (a run's folder, or made with save_only_model), so that it"
             f" cannot be resumed; begin a new run with its weights: model_name_or_path {checkpoint}"
         )
+
+
+def _holds_anything(output_dir: Path) -> bool:
+    """Whether a folder holds more than what a killed process left before its run began."""
+    return output_dir.exists() and any(path.name != WORK_FOLDER for path in output_dir.iterdir())
 
 
 def resolved_config(*groups: Any) -> dict[str, object]:

@@ -15,6 +15,7 @@ from transformers import set_seed
 from clpl_moe.common.allocator import keep_freed_memory
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import atomic_open, write_json
+from clpl_moe.common.output import Output
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.encoder import Encoder
 from clpl_moe.encoder.packing import can_pack
@@ -173,7 +174,7 @@ class CLPLRunner:
             encoding,
             every=args.ance_refresh,
             seed=args.seed,
-            folder=args.folder / "embeddings",
+            folder=Output(args.folder, inside=True).embeddings,
         )
 
     def run(self, on_plan: Callable[[Plan], None] | None = None) -> TrainResult:
