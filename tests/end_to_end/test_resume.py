@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from clpl_moe.train import resume
 from clpl_moe.train.__main__ import main
 from clpl_moe.train.trainer import CLPLTrainer
+from end_to_end.kills import differences
 from helpers.tiny_training import arguments, make_collection, read_metrics, refused, train_until, write_triplets
 
 # FlagEmbedding's own resume ends in an AttributeError, and past that restores no weights (encoder keys without their
@@ -254,10 +257,76 @@ def test_options_of_a_run_cannot_change_unnoticed(model, data, tmp_path, capsys,
         # They would come back from the checkpoint.
         ({"learning_rate": 1e-5}, "learning_rate is 1e-05, but the run to resume has 0.001"),
         ({"weight_decay": 0.5}, "weight_decay is 0.5, but the run to resume has 0.0"),
+        # Some examples would come twice, others never.
+        ({"seed": 7}, "seed is 7, but the run to resume has 42"),
+        ({"data_seed": 7}, "data_seed is 7, but the run to resume has None"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last is True"),
+        ({"max_example_num_per_dataset": 5}, "max_example_num_per_dataset is 5"),
+        ({"per_device_train_batch_size": 4}, "and 4 examples a step where now there are 8"),
+        ({"gradient_accumulation_steps": 1}, "and 4 examples a step where now there are 2"),
     ):
         err = refused(arguments(model, data, folder, **options(**more), resume_from_checkpoint=True), capsys)
         assert message in err
     assert (folder / "train_config.yaml").read_text() == before
     assert "resumed with other options" not in caplog.text
-    main(arguments(model, data, folder, **options(max_steps=4, seed=7), resume_from_checkpoint=True))
-    assert "max_steps 10 -> 4, seed 42 -> 7" in caplog.text
+    main(arguments(model, data, folder, **options(max_steps=4, temperature=0.2), resume_from_checkpoint=True))
+    assert "max_steps 10 -> 4, temperature 0.1 -> 0.2" in caplog.text
+
+
+def test_a_batch_may_be_divided_in_another_way(tiny_encoder, data, tmp_path):
+    """Without dropout and in-batch negatives nothing else depends on it: through two epochs, each with a short batch."""
+    more = {"in_batch_negatives": False, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0}
+    argv = arguments(tiny_encoder, data, tmp_path / "whole", **options(**more))
+    main(argv)
+    train_until(arguments(tiny_encoder, data, tmp_path / "divided", **options(**more)), 9)
+    more |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "resume_from_checkpoint": True}
+    main(arguments(tiny_encoder, data, tmp_path / "divided", **options(**more)))
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "divided"))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+    losses = [[r["loss"] for r in read_metrics(tmp_path / n) if "loss" in r] for n in ("whole", "divided")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_checkpoint_of_before_goes_on_in_its_own_order(model, data, tmp_path, monkeypatch, capsys):
+    """Then batches were planned for single passes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "batches_of_whole_steps", lambda args: False)
+        main(arguments(model, data, tmp_path / "whole", **options()))
+        train_until(arguments(model, data, tmp_path / "stopped", **options()), 15)
+    for path in (tmp_path / "stopped").glob("checkpoint-*/trainer_state.json"):
+        state = json.loads(path.read_text())
+        assert state["stateful_callbacks"].pop("CLPLTrainer")["attributes"]["whole_steps"] is False
+        path.write_text(json.dumps(state))
+    other = options(per_device_train_batch_size=4, gradient_accumulation_steps=1, resume_from_checkpoint=True)
+    err = refused(arguments(model, data, tmp_path / "stopped", **other), capsys)
+    assert "per_device_train_batch_size is 4, but the run to resume has 2" in err
+    main(arguments(model, data, tmp_path / "stopped", **options(), resume_from_checkpoint=True))
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("end", ["middle", "last checkpoint", "card"])
+def test_every_file_is_that_of_the_uninterrupted_run(model, data, tmp_path, end, monkeypatch):
+    """With logs between checkpoints, and stopped before the last ones, after the last checkpoint, or still later."""
+    folder = tmp_path / "output"  # which some files name
+    argv = arguments(model, data, folder, **options(max_steps=9, logging_steps=2))
+    main(argv)
+    folder.rename(tmp_path / "whole")
+    if end == "middle":
+        train_until(argv, 9)
+    else:
+        with monkeypatch.context() as patch:
+            name = "_finalize_training" if end == "last checkpoint" else "save_state"
+            patch.setattr(CLPLTrainer, name, interrupt)
+            with pytest.raises(SystemExit):
+                main(argv)
+    main([*argv, "--resume_from_checkpoint", "true"])
+    assert differences(folder, tmp_path / "whole") == []
+    assert "train_loss" in read_metrics(folder)[-1]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    main([*argv, "--resume_from_checkpoint", "true"])
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt

@@ -25,6 +25,19 @@ class OptionError(UserError):
         self.option, self.fault = option, fault
 
 
+class Stopped(Exception):
+    """A signal ended a job, which left things in order.
+
+    Args:
+        message: what was done, and how the job goes on.
+        number: of the signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
 def require_at_least(options: object, **least: float) -> None:
     """Raise :class:`OptionError` for the first option that is given and is not a finite value of at least its least."""
     for name, lowest in least.items():
@@ -78,6 +91,9 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             place = f"{error.filename}: " if error.filename else ""
             print(f"error: {place}{error.strerror}", file=sys.stderr)
             sys.exit(2)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(stopped.exit_code)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

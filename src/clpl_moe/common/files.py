@@ -224,7 +224,7 @@ def read_json(path: str | Path, kind: type) -> Any:
     """The value of a JSON file; :class:`UserError` where it is not JSON, or its value no ``kind``."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise UserError(f"{at(path)}: not JSON ({error})") from None
     if not isinstance(value, kind):
         raise UserError(f"{at(path)}: found a {type(value).__name__}, expected a {kind.__name__}")

@@ -1,10 +1,17 @@
-"""The examples of each batch: a function of the seed and the epoch, so that a resumed run goes on exactly."""
+"""The examples of each batch: a function of the seed and the epoch, so that a resumed run goes on exactly.
+
+1. :func:`plan_batches` divides an epoch into the batches of whole optimizer steps, the same for every process.
+2. A planned batch is cut into slices of ``per_device_train_batch_size`` examples. They go to the processes in turn, first
+   those of the first accumulated pass. So every split of a batch into processes and passes has the same examples, and
+   with equal slices the same slices.
+3. Where a short batch leaves a process without a slice, it takes one example that counts nothing.
+"""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from torch.utils.data import Sampler
@@ -12,13 +19,36 @@ from torch.utils.data import Sampler
 from clpl_moe.data.dataset import Draw
 
 
-class EpochBatchSampler(Sampler[list[Draw]]):
-    """Batches of one process.
+def plan_batches(
+    parts: Sequence[range], size: int, seed: int, epoch: int, *, drop_last: bool = False
+) -> list[list[int]]:
+    """The batches of an epoch: at most ``size`` numbers of examples of one part each, every example once.
 
-    All processes share one order of global batches, and each takes its part: N processes with batch B train on the
-    batches of one process with batch N·B. A global batch that cannot be divided evenly is filled up with the first
-    examples of the epoch. ``batch_size`` is per process. With ``separate_parts`` each global batch takes examples of one
-    part of the dataset only.
+    With ``drop_last`` a part's last, incomplete batch is left out.
+    """
+    rng = random.Random(f"{seed}-{epoch}")
+    batches = []
+    for part in parts:
+        order = rng.sample(part, len(part))
+        end = len(order) // size * size if drop_last else len(order)
+        batches += [order[start : start + size] for start in range(0, end, size)]
+    rng.shuffle(batches)
+    return batches
+
+
+class EpochBatchSampler(Sampler[list[Draw]]):
+    """Batches of one process: of each planned batch one for each accumulated pass.
+
+    Args:
+        part_sizes: number of examples of each part of the dataset.
+        batch_size: examples per process and pass.
+        accumulation: passes per optimizer step.
+        whole_steps: whether batches are planned for whole steps; otherwise for single passes, as in checkpoints of
+            before.
+        separate_parts: whether each planned batch takes examples of one part only.
+        drop_last: whether to leave out a part's last, incomplete batch.
+        even: whether all processes need equally many examples in each pass; a short pass is filled up with examples of its
+            batch.
     """
 
     def __init__(
@@ -27,42 +57,76 @@ class EpochBatchSampler(Sampler[list[Draw]]):
         batch_size: int,
         seed: int,
         *,
+        accumulation: int = 1,
+        whole_steps: bool = True,
         process_index: int = 0,
         num_processes: int = 1,
         separate_parts: bool = False,
         drop_last: bool = False,
+        even: bool = False,
     ) -> None:
         ends = list(accumulate(part_sizes)) if separate_parts else [sum(part_sizes)]
         self.parts = [range(start, end) for start, end in zip([0, *ends], ends)]
         self.batch_size = batch_size
         self.seed = seed
+        self.whole_steps = whole_steps
+        self.passes = accumulation if whole_steps else 1
         self.process_index = process_index
         self.num_processes = num_processes
         self.drop_last = drop_last
+        self.even = even
         self.epoch = 0
+        self._planned: tuple[int, list[list[int]]] | None = None
+
+    @property
+    def planned_size(self) -> int:
+        """Examples of a planned batch, over all processes and passes."""
+        return self.batch_size * self.num_processes * self.passes
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose batches come next."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        size = self.batch_size * self.num_processes
-        return sum(len(p) // size if self.drop_last else math.ceil(len(p) / size) for p in self.parts)
+        size = self.planned_size
+        return self.passes * sum(len(p) // size if self.drop_last else math.ceil(len(p) / size) for p in self.parts)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        rng = random.Random(f"{self.seed}-{self.epoch}")
-        size = self.batch_size * self.num_processes
-        batches = []
-        for part in self.parts:
-            order = rng.sample(part, len(part))
-            for start in range(0, len(order), size):
-                batch = order[start : start + size]
-                if len(batch) < size and self.drop_last:
-                    continue
-                short = -len(batch) % self.num_processes
-                batch += (order * short)[:short]
-                batches.append(batch)
-        rng.shuffle(batches)
-        for batch in batches:
-            share = len(batch) // self.num_processes
-            mine = batch[self.process_index * share : (self.process_index + 1) * share]
-            yield [(self.epoch, index) for index in mine]
+        epoch = self.epoch
+        for batch in self._plan():
+            for number in range(self.passes):
+                yield [(epoch, index) for index in self._share(batch, number)]
+
+    def queries(self, first: int, number: int) -> tuple[list[int], int]:
+        """How many queries count in each of this process's batches ``first`` to ``first + number``, and in all processes'
+        together."""
+        of_all = [
+            [
+                self._count(len(self._plan()[i // self.passes]), i % self.passes, rank)
+                for i in range(first, first + number)
+            ]
+            for rank in range(self.num_processes)
+        ]
+        return of_all[self.process_index], sum(map(sum, of_all))
+
+    def _plan(self) -> list[list[int]]:
+        if self._planned is None or self._planned[0] != self.epoch:
+            plan = plan_batches(self.parts, self.planned_size, self.seed, self.epoch, drop_last=self.drop_last)
+            self._planned = self.epoch, plan
+        return self._planned[1]
+
+    def _count(self, examples: int, number: int, rank: int) -> int:
+        """Of a planned batch of so many examples, those of one process in one pass."""
+        left = examples - number * self.num_processes * self.batch_size
+        if self.even:
+            return max(0, min(self.batch_size, math.ceil(left / self.num_processes)))
+        return max(0, min(self.batch_size, left - rank * self.batch_size))
+
+    def _share(self, batch: list[int], number: int) -> list[int]:
+        start = number * self.num_processes * self.batch_size
+        count = self._count(len(batch), number, self.process_index)
+        if count == 0:
+            return batch[:1]
+        start += self.process_index * (count if self.even else self.batch_size)
+        share = batch[start : start + count]
+        return share + (batch * count)[: count - len(share)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,6 +96,11 @@ class CLPLTrainingArguments(
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.output_dir or "")
+
+    @property
+    def stop_signals(self) -> list[signal.Signals]:
+        """What ends training after the current step, with a checkpoint."""
+        return [signal.SIGTERM, *([signal.SIGUSR1] if self.stop_on_sigusr1 else [])]
 
     @property
     def encode_dtype(self) -> torch.dtype | None:

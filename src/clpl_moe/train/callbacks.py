@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,6 +39,16 @@ class MetricsFileCallback(TrainerCallback):
             append(Path(args.output_dir or "", METRICS_FILE), state.global_step, logs)
 
 
+class TrainBegin(TrainerCallback):
+    """Calls a function when training begins, before the first step."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.function()
+
+
 class EarlyStopping(EarlyStoppingCallback):
     """transformers', which forgets in a resumed run how long it has been waiting."""
 
@@ -56,6 +67,19 @@ def _waited(state: TrainerState) -> int:
 
 def _saved_callbacks(state: TrainerState) -> dict[str, Any]:
     return cast("dict[str, Any]", state.stateful_callbacks)  # transformers' annotation has a list
+
+
+_PROGRESS = "CLPLTrainer"
+
+
+def keep_progress(state: TrainerState, progress: dict[str, Any]) -> None:
+    """Put what the trainer has not logged yet into a state that is saved."""
+    _saved_callbacks(state)[_PROGRESS] = {"args": {}, "attributes": progress}
+
+
+def progress(state: TrainerState) -> dict[str, Any]:
+    """What :func:`keep_progress` put there; nothing in checkpoints of before."""
+    return _saved_callbacks(state).get(_PROGRESS, {}).get("attributes", {})
 
 
 def waited_enough(state: TrainerState, args: CLPLTrainingArguments) -> bool:

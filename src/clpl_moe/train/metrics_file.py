@@ -35,14 +35,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def cut_back(path: Path, step: int) -> None:
     """Drop the records that a run resumed at ``step`` will write again; all of them for a run that begins anew."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError, KeyError):  # cut off when the run was killed
+    for line in path.read_bytes().splitlines():
+        # Cut off when the run was killed, or damaged.
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             record = json.loads(line)
             # Negatives that were mined after the checkpoint of the same step are mined again.
             if record["step"] + ("ance_refresh" in record) <= step and step > 0:
                 kept.append(line)
-    with atomic_open(path) as file:
-        file.writelines(f"{line}\n" for line in kept)
+    with atomic_open(path, "wb") as file:
+        file.writelines(line + b"\n" for line in kept)
 
 
 def append(path: Path, step: int, logs: dict[str, Any]) -> None:

@@ -123,6 +123,10 @@ class RunOptions:
     save_total_limit: int | None = option(
         "Checkpoints kept, the best one among them where there is a dev_collection; 0: all.", 2
     )
+    stop_on_sigusr1: bool = option(
+        "SIGUSR1 ends training as SIGTERM does: after the current step, with a checkpoint. Slurm sends it as a warning.",
+        False,
+    )
     report_to: str | None = option(
         "Where to log besides metrics.jsonl: tensorboard, wandb, none, ...", "tensorboard", nargs="+"
     )

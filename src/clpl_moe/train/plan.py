@@ -29,23 +29,26 @@ class RunData:
     index: PassageIndex | None
 
 
-def open_data(data_args: CLPLDataArguments, args: CLPLTrainingArguments) -> RunData:
+def open_data(data_args: CLPLDataArguments, args: CLPLTrainingArguments, whole_steps: bool = True) -> RunData:
     """Open and check the data of a run; raises :class:`UserError` where data or a collection have a fault, no batch can be
-    made, or the run wants scores of mined negatives."""
+    made, or the run wants scores of mined negatives. ``whole_steps`` is :class:`EpochBatchSampler`'s."""
     dataset = CLPLTrainDataset(data_args, seed=args.seed)
     batches = EpochBatchSampler(
         dataset.part_sizes,
         args.per_device_train_batch_size,
         args.seed if args.data_seed is None else args.data_seed,
+        accumulation=args.gradient_accumulation_steps,
+        whole_steps=whole_steps,
         process_index=args.process_index,
         num_processes=args.world_size,
         separate_parts=data_args.same_dataset_within_batch,
         drop_last=args.dataloader_drop_last,
+        even=args.negatives_cross_device,
     )
     if len(batches) == 0:  # a run would end without a step
         raise UserError(
-            f"dataloader_drop_last leaves out everything: no file has the {batches.batch_size * args.world_size} examples"
-            " of a batch; lower per_device_train_batch_size or remove dataloader_drop_last"
+            f"dataloader_drop_last leaves out everything: no file has the {batches.planned_size} examples"
+            " of a step; lower per_device_train_batch_size or remove dataloader_drop_last"
         )
     if args.negatives_cross_device:
         check_gathering(dataset.in_batch_negatives, data_args, args.world_size)

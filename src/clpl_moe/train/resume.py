@@ -5,7 +5,6 @@ A run folder keeps its options in ``train_config.yaml`` and the digests of its d
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -18,6 +17,9 @@ from clpl_moe.common.files import hash_file, read_json, refuse_unwritable
 from clpl_moe.common.output import WORK_FOLDER
 from clpl_moe.data.schema import data_files
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLTrainingArguments
+from clpl_moe.train.callbacks import progress
+from clpl_moe.train.checkpoint import checkpoints, fault, is_unfinished, read_state
+from clpl_moe.train.metrics_file import METRICS_FILE
 from clpl_moe.train.options import WITHOUT_EFFECT
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,14 @@ _FIXED_IN_A_RUN = (
     "colbert_dim", "fix_encoder", "fix_position_embedding",
     # Part of the optimizer's and the schedule's state, which come back with their old values.
     "optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    # They decide which examples an epoch has, and their order: some would come twice, others never.
+    "seed", "data_seed", "same_dataset_within_batch", "small_threshold", "drop_threshold", "max_example_num_per_dataset",
+    "dataloader_drop_last",
 )  # fmt: skip
+
+
+# How a step's batch is divided. It may change, except in checkpoints of before, whose order depends on it.
+_DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def check_output_dir(args: CLPLTrainingArguments) -> None:
@@ -41,6 +50,9 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{at(output_dir)}: a file is in the way of the run folder; name another output_dir")
     refuse_unwritable(output_dir / CONFIG_FILE)
+    for name in (CONFIG_FILE, DATA_FILE, METRICS_FILE):
+        if (output_dir / name).exists() and not (output_dir / name).is_file():
+            raise UserError(f"{at(output_dir / name)}: not a file, and in the way of the run's; remove it")
     if resume is None:
         if _holds_anything(output_dir):
             raise UserError(
@@ -62,6 +74,8 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
             f"{at(output_dir)}: the folder is not empty, and not the run that {resume} belongs to; name another output_dir"
         )
     checkpoint = args.resume_from_checkpoint
+    if checkpoint is not None and (found := fault(checkpoint)) is not None:
+        raise UserError(f"{found}; the checkpoint cannot be resumed from, name another one")
     # DeepSpeed and FSDP have names of their own.
     if checkpoint is not None and not any(any(Path(checkpoint).glob(name)) for name in ("optimizer*", "global_step*")):
         raise UserError(
@@ -86,17 +100,29 @@ def resolved_config(*groups: Any) -> dict[str, object]:
     return json.loads(json.dumps(values, default=lambda v: v.to_dict() if hasattr(v, "to_dict") else str(v)))
 
 
-def check_same_run(config: dict[str, object], checkpoint: str | Path) -> None:
+def batches_of_whole_steps(args: CLPLTrainingArguments) -> bool:
+    """Whether batches are planned for whole optimizer steps. A checkpoint of before goes on in its own order, which was
+    planned for single passes; without accumulation the two are the same."""
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is None or "whole_steps" in (known := progress(read_state(checkpoint))):
+        return checkpoint is None or known["whole_steps"]
+    config = Path(checkpoint).parent / CONFIG_FILE
+    before = load_yaml(config) if config.is_file() else {}
+    return before.get("gradient_accumulation_steps", args.gradient_accumulation_steps) == 1
+
+
+def check_same_run(config: dict[str, object], checkpoint: str | Path, whole_steps: bool = True) -> None:
     """Compare the options of a resumed run with those of its checkpoint, where these are still known: refuse one that the
-    checkpoint does not fit, and warn of those that only change the result."""
+    checkpoint does not fit, and warn of those that only change the result. ``whole_steps`` is
+    :func:`batches_of_whole_steps`."""
     path = Path(checkpoint).parent / CONFIG_FILE
     if not path.is_file():
         return
     before = load_yaml(path)
-    names = sorted((before.keys() | config.keys()) - {"output_dir", "dry_run", *WITHOUT_EFFECT})
+    names = sorted((before.keys() | config.keys()) - {"output_dir", "dry_run", "stop_on_sigusr1", *WITHOUT_EFFECT})
     changed = {name: (before.get(name), config.get(name)) for name in names if before.get(name) != config.get(name)}
-    for name in _FIXED_IN_A_RUN:
-        if name in changed:
+    for name in (*_FIXED_IN_A_RUN, *(() if whole_steps else _DIVISION)):
+        if name in changed and name in before:
             old, new = changed[name]
             raise UserError(
                 f"{name} is {new}, but the run to resume has {old} ({path}): resume it with that, or begin a new run with"
@@ -117,44 +143,57 @@ def describe_data(data_args: CLPLDataArguments, training_args: CLPLTrainingArgum
     }
 
 
-def check_same_data(now: dict[str, Any], checkpoint: str | Path) -> None:
+def check_same_data(now: dict[str, Any], checkpoint: str | Path, whole_steps: bool = True) -> None:
     """Compare :func:`describe_data` of a resumed run with the run of its checkpoint; another path is no difference. Refuse
     other contents or another batch: an epoch would have some examples twice, others never."""
     path = Path(checkpoint).parent / DATA_FILE
     try:
         before = read_json(path, dict)
-        files, processes, batch = before["files"], before["processes"], before["batch_of_all"]
+        digests = [str(digest) for _, digest in before["files"]]
+        processes, batch = int(before["processes"]), int(before["batch_of_all"])
     except FileNotFoundError:
         return
-    except (UserError, KeyError):
+    except (UserError, KeyError, TypeError, ValueError, OSError):
         raise UserError(
             f"{at(path)}: cannot be read, though the run to resume wrote it; restore or remove it"
         ) from None
-    if [digest for _, digest in files] != [digest for _, digest in now["files"]]:
-        known = {digest for _, digest in files}
-        new = [name for name, digest in now["files"] if digest not in known]
+    if digests != [digest for _, digest in now["files"]]:
+        new = [name for name, digest in now["files"] if digest not in digests]
         raise UserError(
             f"{at(new[0]) if new else 'train_data'}: not the data of the run to resume, as {path} lists them: put these"
             " back, or begin a new run on the new data, from this one's weights if you like: model_name_or_path"
             f" {checkpoint} and another output_dir"
         )
-    if processes == now["processes"]:
-        return
+    other = processes != now["processes"]
     was = f"{now['processes']} processes, but the run to resume had {processes}"
     if batch != now["batch_of_all"]:
         raise UserError(
-            f"{was}, and {batch} examples a step where now there are {now['batch_of_all']}: start as many processes, or"
-            " choose per_device_train_batch_size and gradient_accumulation_steps for the same number"
+            f"{was if other else 'another batch than that of the run to resume'}, and {batch} examples a step where now"
+            f" there are {now['batch_of_all']}: start as many processes, or choose per_device_train_batch_size and"
+            " gradient_accumulation_steps for the same number"
         )
-    logger.warning("%s: the batches are the same, but dropout and other random draws are not", was)
+    if other and not whole_steps:
+        raise UserError(
+            f"{was}, and its version planned batches for single passes: start as many processes, or begin a new run with"
+            f" its weights: model_name_or_path {checkpoint} and another output_dir"
+        )
+    if other:
+        logger.warning("%s: the batches are the same, but dropout and other random draws are not", was)
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end; a killed run may leave one that was not."""
-    found = {}
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        with contextlib.suppress(OSError, ValueError, UserError):
-            # Written last, so that what comes before it is whole where this can be read.
-            read_json(folder / "trainer_state.json", dict)
-            found[int(folder.name.removeprefix("checkpoint-"))] = folder
-    return found[max(found)] if found else None
+    """The newest whole checkpoint of a run; None where a killed run left unfinished ones only, or none.
+
+    Raises:
+        UserError: there are damaged ones, and none is whole.
+    """
+    damaged = []
+    for folder in checkpoints(Path(output_dir)):
+        if (found := fault(folder)) is None:
+            return folder
+        logger.warning("%s: this checkpoint is left out", found)
+        if not is_unfinished(folder):
+            damaged.append(found)
+    if damaged:
+        raise UserError(f"{damaged[0]}; no checkpoint of the run is whole, begin a new one in another output_dir")
+    return None

@@ -68,7 +68,7 @@ class CLPLRunner:
         )
         self.model = self._make_model()
         choose_trainable(self.encoder.model, training_args)
-        self.data = open_data(data_args, training_args)
+        self.data = open_data(data_args, training_args, resume.batches_of_whole_steps(training_args))
         self.trainer = self._make_trainer()
         self.plan = describe(model_args, data_args, training_args, self.encoder.model, self.data)
 
@@ -185,8 +185,9 @@ class CLPLRunner:
         data = resume.describe_data(self.data_args, args)
         checkpoint = args.resume_from_checkpoint
         if checkpoint is not None:
-            resume.check_same_run(config, checkpoint)
-            resume.check_same_data(data, checkpoint)
+            whole_steps = self.data.batches.whole_steps
+            resume.check_same_data(data, checkpoint, whole_steps)
+            resume.check_same_run(config, checkpoint, whole_steps)
             args.eval_on_start = False  # it was done when the run began
             if self.trainer.refresher is not None:
                 self.trainer.refresher.load(Path(checkpoint) / NEGATIVES_FILE)
@@ -229,5 +230,5 @@ class CLPLRunner:
         return {
             record["step"]: {shown: record[f"eval_{name}"] for name, shown in DEV_METRICS.items()}
             for record in records
-            if "eval_ndcg@10" in record
+            if all(isinstance(record.get(f"eval_{name}"), float) for name in DEV_METRICS)
         }

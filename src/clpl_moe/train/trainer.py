@@ -7,8 +7,8 @@ import dataclasses
 import errno
 import math
 import os
+import shutil
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from accelerate import skip_first_batches
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerControl, TrainerState
+from transformers import PrinterCallback, TrainerControl
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from clpl_moe.common.errors import UserError
+from clpl_moe.common.errors import UserError, at
 from clpl_moe.data.flag_embedding import EncoderOnlyEmbedderM3Trainer
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.encoder import Encoder
@@ -31,7 +32,11 @@ from clpl_moe.moe.install import layer_states
 from clpl_moe.train import callbacks
 from clpl_moe.train.ance import NEGATIVES_FILE, NegativeRefresher
 from clpl_moe.train.arguments import CLPLTrainingArguments
+from clpl_moe.train.checkpoint import read_state
+from clpl_moe.train.metrics_file import METRICS_FILE, cut_back, read_metrics
 from clpl_moe.train.model import CLPLModel
+from clpl_moe.train.stopping import StopOnSignal, ignore_in_workers
+from clpl_moe.train.terms import TermSums, joined
 
 
 class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
@@ -58,12 +63,18 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         self.encoder, self.base_heads, self.batch_sampler = encoder, base_heads, batch_sampler
         self.evaluator, self.refresher = evaluator, refresher
         self._fresh: tuple[Any, Any] | None = None  # an epoch's batches, and those that took their place
-        self._terms: dict[str, list[Tensor]] = defaultdict(list)
+        self._terms = TermSums()
+        self._stop = StopOnSignal(self.args.stop_signals)
+        self._tokenizer_state = _lengths_of(encoder.tokenizer)
+        self._first_step = 0  # that this process knows the loss of
+        self._saved_step: int | None = None
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # in a notebook another one than on a console
         self.remove_callback(PrinterCallback)
         self.add_callback(callbacks.EpochCallback(batch_sampler))
         self.add_callback(callbacks.MetricsFileCallback())
         self.add_callback(callbacks.ConsoleCallback())
+        self.add_callback(callbacks.TrainBegin(self._go_on))
+        self.add_callback(self._stop)
         if self.args.early_stopping_patience is not None:
             self.add_callback(callbacks.EarlyStopping(self.args.early_stopping_patience))
 
@@ -80,30 +91,39 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor if workers > 0 else None,
             # A generator of its own: drawing from the global one would change dropout after a resume.
             generator=torch.Generator().manual_seed(self.args.seed),
+            worker_init_fn=ignore_in_workers,
         )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)
+            with self._stop.listening():
+                return super().train(*args, **kwargs)
         finally:  # so that a message begins on a line of its own
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, callbacks.ConsoleCallback) and callback.training_bar is not None:
                     callback.training_bar.close()
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The batches of one optimizer step; before it, negatives are mined again where that is due, after the checkpoint
-        of the step before was written: a run that resumes from it mines the same here."""
+        """The batches of one optimizer step, each with its weight, so that every query counts the same.
+
+        Before it, negatives are mined again where that is due, after the checkpoint of the step before was written: a run
+        that resumes from it mines the same here.
+        """
+        steps_per_epoch = max(1, count_steps(self.batch_sampler, self.args)[0])
+        step = self.state.global_step
+        done = step % steps_per_epoch * self.args.gradient_accumulation_steps
         if self.refresher is not None:
-            accumulation, step = self.args.gradient_accumulation_steps, self.state.global_step
-            steps_per_epoch = max(1, count_steps(self.batch_sampler, self.args)[0])
             if self.refresher.due(step, steps_per_epoch):
                 self.refresh_negatives(self.refresher, steps_per_epoch)
                 # Worker processes have made batches ahead, with the old negatives.
-                done = step % steps_per_epoch * accumulation
                 self._fresh = epoch_iterator, iter(skip_first_batches(self.get_train_dataloader(), done))
             if self._fresh is not None and self._fresh[0] is epoch_iterator:
                 epoch_iterator = self._fresh[1]
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        own, total = self.batch_sampler.queries(done, len(batches))
+        for batch, queries in zip(batches, own, strict=True):
+            batch["weight"] = queries * len(batches) * self.args.world_size / total
+        return batches, items
 
     def refresh_negatives(self, refresher: NegativeRefresher, steps_per_epoch: int) -> None:
         """Mine negatives again with the current weights, which stay as they are, as does the random state."""
@@ -123,16 +143,19 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
         self.accelerator.unwrap_model(model).step = self.state.global_step
+        weight = inputs.pop("weight", 1.0)
         outputs = model(**inputs)
-        for name, value in (outputs.terms or {}).items():
-            self._terms[name].append(value)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        self._terms.add(outputs.terms or {}, weight)
+        loss = outputs.loss if weight == 1 else outputs.loss * weight
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each loss term, similarity and expert load since the last log, over all processes; raises
         :class:`UserError` where the loss is nan or inf, and steps with such losses are not skipped."""
         if "loss" in logs:
             logs = {**logs, **self._pop_terms()}
+        if "train_loss" in logs:  # the stock one is of the steps since the resume
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step - self._first_step)
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0)) and self.accelerator.scaler is None:
             raise self._diverged(f"the loss is {logs['loss']}")
@@ -146,15 +169,8 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
 
     def _pop_terms(self) -> dict[str, float]:
         means: dict[str, float] = {}
-        # Processes may have seen different terms (a batch without any negative's query has no penalty), but all take
-        # part in every sum.
-        names = sorted(set().union(*self._gather_objects(sorted(self._terms))))
-        for name in names:
-            values = self._terms.get(name, [])
-            total = torch.stack(values).double().sum(0).tolist() if values else None
-            parts = [p for p in self._gather_objects((total, len(values))) if p[1]]
-            count = sum(p[1] for p in parts)
-            mean = torch.tensor([p[0] for p in parts], dtype=torch.float64).sum(0) / count
+        for name, (total, weights) in joined(self._gather_objects(self._terms.plain())).items():
+            mean = torch.tensor(total, dtype=torch.float64) / weights
             if mean.ndim == 0:
                 means[name] = mean.item()
                 continue
@@ -186,8 +202,41 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         return metrics
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._remove_unfinished()
+        callbacks.keep_progress(self.state, self._progress())
         with _full_disk_as_such(self.args.output_dir):
             super()._save_checkpoint(*args, **kwargs)
+
+    def _remove_unfinished(self) -> None:
+        """Of a checkpoint of this step that a killed run began, or that is damaged, nothing may be left in the new one."""
+        folder = self.args.folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.is_world_process_zero() and folder.is_dir() and self._saved_step != self.state.global_step:
+            shutil.rmtree(folder)
+        self._saved_step = self.state.global_step
+        self._gather_objects(None)  # all write into it
+
+    def _progress(self) -> dict[str, Any]:
+        """What is logged next, as far as it is known: with it, a resumed run logs the same."""
+        terms = joined(self._gather_objects(self._terms.plain()))
+        losses = self._gather_objects(self._tr_loss.item())
+        return {
+            "whole_steps": self.batch_sampler.whole_steps,
+            "first_step": self._first_step,
+            "total_loss": self._total_loss_scalar,
+            "loss": sum(losses) / len(losses),
+            "last_logged": self._globalstep_last_logged,
+            "terms": terms,
+        }
+
+    def _go_on(self) -> None:
+        """At the beginning of training, take over :meth:`_progress` of the checkpoint."""
+        found = callbacks.progress(self.state)
+        self._first_step = found.get("first_step", self.state.global_step)
+        if "terms" in found:
+            self._total_loss_scalar = found["total_loss"]
+            self._tr_loss.fill_(found["loss"])
+            self._globalstep_last_logged = found["last_logged"]
+            self._terms.restore(found["terms"] if self.is_world_process_zero() else {})
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         with _full_disk_as_such(self.args.output_dir):
@@ -205,8 +254,10 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             heads = {name: getattr(model, Path(name).stem).state_dict() for name in HEAD_FILES}
         if state_dict is not None:
             encoder_state = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+        _set_lengths(
+            self.encoder.tokenizer, *self._tokenizer_state
+        )  # of the last batch, unless the run did not make one
         self._current_encoder().save(folder, heads=heads, state_dict=encoder_state)
-        torch.save(self.args, folder / "training_args.bin")
         if self.refresher is not None:
             self.refresher.save(folder / NEGATIVES_FILE)
 
@@ -218,21 +269,54 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
                 state = torch.load(Path(resume_from_checkpoint) / name, map_location="cpu", weights_only=True)
                 getattr(trained, Path(name).stem).load_state_dict(state)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            for parameter, state in self.optimizer.state.items():
+                for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                    value = state.get(name)
+                    if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                        raise ValueError(f"{name} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if checkpoint is None:
+                raise
+            why = " ".join(str(error).split())
+            raise UserError(f"{at(Path(checkpoint) / 'optimizer.pt')}: does not fit this model ({why})") from None
+
     def is_over(self, checkpoint: str | Path) -> bool:
         """Whether a run that resumes from a checkpoint has no step left: transformers would train one more."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # whose checkpoints only training loads
             return False
-        state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        state = read_state(checkpoint)
         return state.global_step >= count_steps(self.batch_sampler, self.args)[1] or callbacks.waited_enough(
             state, self.args
         )
 
     def load_result(self, checkpoint: str | Path) -> None:
         """What training would end with after the last checkpoint of a run that :meth:`is_over`."""
-        self.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        self.state = read_state(checkpoint)
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         # Where the run's folder is now.
         self._load_from_checkpoint(str(checkpoint if best is None else Path(checkpoint).parent / Path(best).name))
+        self._log_end(callbacks.progress(self.state))
+
+    def _log_end(self, progress: dict[str, Any]) -> None:
+        """Log what transformers logs at the end of training, unless the run has come so far before."""
+        path = self.args.folder / METRICS_FILE
+        if self.is_world_process_zero() and path.exists():
+            cut_back(path, self.state.global_step)
+            for record in read_metrics(path):
+                if "train_loss" in record:
+                    self.state.log_history.append({name: record[name] for name in record if name != "step"})
+                    self.state.log_history[-1]["step"] = record["step"]
+                    return
+        if "total_loss" in progress:
+            self._total_loss_scalar, self._first_step = (
+                progress["total_loss"] + progress["loss"],
+                progress["first_step"],
+            )
+            speed = {f"train_{name}": 0.0 for name in ("runtime", "samples_per_second", "steps_per_second")}
+            self.log({**speed, "total_flos": self.state.total_flos, "train_loss": 0.0})
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -246,6 +330,19 @@ def count_steps(batches: EpochBatchSampler, args: CLPLTrainingArguments) -> tupl
     """Optimizer steps of an epoch, and of the run."""
     per_epoch = math.ceil(len(batches) / args.gradient_accumulation_steps)
     return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+
+
+def _lengths_of(tokenizer: Any) -> tuple[Any, Any]:
+    """Truncation and padding of a fast tokenizer, which every call changes and ``tokenizer.json`` holds."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    return (None, None) if fast is None else (fast.truncation, fast.padding)
+
+
+def _set_lengths(tokenizer: Any, truncation: dict[str, Any] | None, padding: dict[str, Any] | None) -> None:
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is not None:
+        fast.no_truncation() if truncation is None else fast.enable_truncation(**truncation)
+        fast.no_padding() if padding is None else fast.enable_padding(**padding)
 
 
 @contextlib.contextmanager

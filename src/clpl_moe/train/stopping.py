@@ -1,0 +1,101 @@
+"""SIGTERM ends a training with a checkpoint: Slurm, Kubernetes and spot machines send it before they take the machine away.
+
+1. A handler notes the signal; a second one ends the process at once.
+2. At the end of each step the processes agree on whether one of them was signalled. torchrun signals all of them, but they
+   may be in different steps.
+3. The trainer evaluates where that is due, and saves a checkpoint; then :class:`Stopped` ends the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from clpl_moe.common.errors import Stopped
+
+
+class StopOnSignal(TrainerCallback):
+    """Saves a checkpoint and raises :class:`Stopped` after the step in which a signal came.
+
+    Args:
+        signals: while :meth:`listening`, these are caught.
+    """
+
+    def __init__(self, signals: Sequence[signal.Signals]) -> None:
+        self.signals = signals
+        self._received = 0
+        self._agreed = 0  # the signal that all processes stop for
+        self._group: Any = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within it signals are noted; only a process's main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        process = os.getpid()
+
+        def note(number: int, frame: FrameType | None) -> None:
+            for known in self.signals:
+                signal.signal(known, signal.SIG_DFL)
+            if os.getpid() == process:  # not one that was just forked to make batches
+                self._received = number
+                name = signal.Signals(number).name
+                os.write(2, f"\n{name}: saving a checkpoint after this step; a second signal ends at once\n".encode())
+
+        before = {known: signal.signal(known, note) for known in self.signals}
+        try:
+            yield
+        finally:
+            for known, handler in before.items():
+                signal.signal(known, handler)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1 and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo")  # does not wait for the device
+
+    def _agree(self, args: TrainingArguments, control: TrainerControl) -> None:
+        if args.world_size > 1:
+            number = torch.tensor([self._received])
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
+            self._agreed = int(number)
+        else:
+            self._agreed = self._received
+        if self._agreed:
+            control.should_save = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._agree(args, control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step:  # of an evaluation before the first step nothing is saved
+            self._agree(args, control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if not self._agreed:
+            return
+        name, step = signal.Signals(self._agreed).name, state.global_step
+        checkpoint = Path(args.output_dir or "", f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        raise Stopped(
+            f"stopped by {name} after step {step}, saved to {checkpoint}; resume_from_checkpoint true goes on from there",
+            self._agreed,
+        )
+
+
+def ignore_in_workers(number: int) -> None:
+    """For processes that make batches: a signal to the whole job is the trainer's; they end with it."""
+    del number
+    for known in (signal.SIGTERM, *((signal.SIGUSR1,) if sys.platform != "win32" else ())):
+        signal.signal(known, signal.SIG_IGN)

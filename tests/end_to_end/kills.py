@@ -1,0 +1,206 @@
+"""Kills jobs at random moments, runs them again, and compares what they leave with what an undisturbed run leaves.
+
+    PYTHONPATH=tests python tests/end_to_end/kills.py train --times 40
+
+Each run is the fork of a process that has imported everything; it is killed for a random part of an undisturbed run's time,
+up to three times, with SIGKILL, SIGTERM or SIGINT in turn. Then the same command runs to its end. Folders are compared file
+by file: nothing may be missing, differ, or be left over. Times of day and durations are no difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+# What a killed run may end with, besides the signal itself.
+CODES = {0, 130, 143}
+TIMES = re.compile(r"seconds|runtime|per_second")
+
+
+@dataclass
+class Job:
+    """A command and where it writes: in the folder ``output``, which each run finds empty.
+
+    Attributes:
+        main: of the command.
+        argv: of the first run.
+        again: of all others.
+    """
+
+    main: Callable[[list[str]], Any]
+    argv: list[str]
+    again: list[str]
+
+
+def train(folder: Path, number: int) -> Job:
+    """A training with evaluations, checkpoints, dropout, and mining in every other one."""
+    from clpl_moe.train.__main__ import main
+    from helpers.tiny_training import arguments, make_collection, write_triplets
+
+    data = write_triplets(folder / "train.jsonl", 14)
+    collection = make_collection(folder / "dev")
+    for name in ("queries", "qrels"):
+        (collection / "ko" / f"train_{name}.jsonl").write_bytes((collection / "ko" / f"dev_{name}.jsonl").read_bytes())
+    options: dict[str, Any] = {"max_steps": 16, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
+    options |= {"save_steps": 3, "logging_steps": 2, "dev_collection": collection, "dev_language": "ko"}
+    if number % 2:
+        options |= {"ance_refresh": 4, "ance_collection": collection, "ance_language": "ko"}
+        options |= {"ance_rank_to": 10, "ance_negatives": 4}
+    argv = arguments(_model_with_dropout(folder), data, folder / "output" / "run", **options)
+    return Job(main, argv, [*argv, "--resume_from_checkpoint", "true"])
+
+
+def _model_with_dropout(folder: Path) -> Path:
+    from helpers.tiny import make_encoder, make_tokenizer
+
+    if not (folder / "model").exists():
+        tokenizer = make_tokenizer()
+        dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+        make_encoder(vocab_size=len(tokenizer), max_position_embeddings=130, **dropout).save_pretrained(
+            folder / "model"
+        )
+        tokenizer.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+JOBS: dict[str, Callable[[Path, int], Job]] = {"train": train}
+
+
+def run(job: Job, argv: list[str], log: Path, kill: tuple[float, int] | None = None) -> int:
+    """The exit code of a command in a process of its own, negative for a signal; ``kill``: seconds, and a signal."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.setpgid(0, 0)
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        code = 0
+        try:
+            job.main(argv)
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        except BaseException:
+            traceback.print_exc()
+            code = 99
+        sys.stdout.flush()
+        os._exit(code)
+    end = None if kill is None else time.monotonic() + kill[0]
+    while True:
+        done, status = os.waitpid(child, 0 if end is None else os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if end is not None and time.monotonic() >= end:
+            os.kill(child, kill[1])
+            end = None
+        time.sleep(0.002)
+
+
+def differences(found: Path, expected: Path) -> list[str]:
+    """What two folders do not share, a line each."""
+    files = [{p.relative_to(f) for p in f.rglob("*")} for f in (found, expected)]
+    lines = [f"left over: {p}" for p in sorted(files[0] - files[1])]
+    lines += [f"missing: {p}" for p in sorted(files[1] - files[0])]
+    both = [p for p in sorted(files[0] & files[1]) if (expected / p).is_file()]
+    return lines + [f"differs: {p}" for p in both if not _same(found / p, expected / p)]
+
+
+def _same(found: Path, expected: Path) -> bool:
+    first, second = found.read_bytes(), expected.read_bytes()
+    if first == second:
+        return True
+    try:
+        if expected.suffix == ".json":
+            return _without_times(json.loads(first)) == _without_times(json.loads(second))
+        if expected.suffix == ".jsonl":
+            lines = [[_without_times(json.loads(line)) for line in text.splitlines()] for text in (first, second)]
+            return lines[0] == lines[1]
+    except ValueError:
+        return False
+    return False
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_times(v) for key, v in value.items() if not TIMES.search(key)}
+    return [_without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def kill_and_compare(make: Callable[[Path, int], Job], times: int, seed: int, folder: Path) -> Counter[str]:
+    """Counts of signals and of runs; prints what a killed job left otherwise than an undisturbed one."""
+    counts: Counter[str] = Counter()
+    draw = random.Random(seed)
+    output, log = folder / "output", folder / "log.txt"
+    undisturbed: dict[int, tuple[Path, float]] = {}
+    for number in range(times):
+        job = make(folder, number % 2)
+        if number % 2 not in undisturbed:
+            for _ in range(2):  # the second one finds every cache filled
+                shutil.rmtree(output, ignore_errors=True)
+                output.mkdir()
+                start = time.monotonic()
+                if run(job, job.argv, log) != 0:
+                    raise SystemExit(f"the undisturbed run failed:\n{log.read_text()[-3000:]}")
+                seconds = time.monotonic() - start
+            expected = folder / f"expected{number % 2}"
+            output.rename(expected)
+            undisturbed[number % 2] = expected, seconds
+            print(f"undisturbed: {seconds:.1f} s")
+        expected, seconds = undisturbed[number % 2]
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir()
+        log.write_text("")
+        argv, faults = job.argv, []
+        for kill in range(draw.randint(1, 3)):
+            sent = SIGNALS[(number + kill) % 3]
+            code = run(job, argv, log, (draw.uniform(0, seconds), sent))
+            counts[sent.name] += 1
+            if code not in CODES and code != -sent:
+                faults.append(f"exit code {code} after {sent.name}")
+            argv = job.again if any(output.iterdir()) else job.argv
+        if (code := run(job, argv, log)) != 0:
+            faults.append(f"exit code {code} of the last run")
+        faults += differences(output, expected)
+        if "Traceback" in (said := log.read_text()):
+            faults.append("a traceback")
+        counts["jobs"] += 1
+        counts["faulty"] += bool(faults)
+        for fault in faults:
+            print(f"{number}: {fault}")
+        if faults:
+            print(said[-2000:])
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("jobs", nargs="*", choices=JOBS)
+    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for name in options.jobs or JOBS:
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.monotonic()
+            counts = kill_and_compare(JOBS[name], options.times, options.seed, Path(folder))
+            kills = ", ".join(f"{s.name} {counts[s.name]}" for s in SIGNALS)
+            seconds = time.monotonic() - start
+            print(f"{name}: {counts['jobs']} jobs, {kills}; {counts['faulty']} faulty ({seconds:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
