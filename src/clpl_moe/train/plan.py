@@ -48,7 +48,7 @@ def open_data(data_args: CLPLDataArguments, args: CLPLTrainingArguments, whole_s
     if len(batches) == 0:  # a run would end without a step
         raise UserError(
             f"dataloader_drop_last leaves out everything: no file has the {batches.planned_size} examples"
-            " of a step; lower per_device_train_batch_size or remove dataloader_drop_last"
+            " of a batch; lower per_device_train_batch_size or remove dataloader_drop_last"
         )
     if args.negatives_cross_device:
         check_gathering(dataset.in_batch_negatives, data_args, args.world_size)

@@ -319,7 +319,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             self.log({**speed, "total_flos": self.state.total_flos, "train_loss": 0.0})
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # The stock estimate reads an input that these batches do not have.
