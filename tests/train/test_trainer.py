@@ -147,6 +147,11 @@ def test_heads_of_the_base_survive(run, tiny_encoder):
             assert all(saved[key].equal(base[key]) for key in base)
 
 
+def test_nothing_is_pickled_but_tensors(run):
+    """transformers writes its arguments, the hub's token among them."""
+    assert not list(run.rglob("training_args.bin"))
+
+
 def test_config_of_the_run_trains_it_again(run, tmp_path):
     config = yaml.safe_load((run / "train_config.yaml").read_text(encoding="utf-8"))
     assert config["learning_rate"] == 1e-3
@@ -218,6 +223,23 @@ def test_accumulated_steps_are_steps_on_the_joint_batch(tiny_encoder, tmp_path):
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("4", "1"))
     for name in first:
         torch.testing.assert_close(second[name], first[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [5, 7, 8])
+def test_a_short_pass_counts_as_many_queries_as_it_has(tiny_encoder, tmp_path, count):
+    """transformers weighs passes alike: a query in a short one counts more."""
+    data = write_triplets(tmp_path / "t.jsonl", count)
+    options = {"in_batch_negatives": False, "optim": "sgd", "learning_rate": 0.1, "max_steps": 2, "max_grad_norm": 0}
+    for batch, accumulation in ((8, 1), (2, 4), (3, 3)):
+        split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        main(arguments(tiny_encoder, data, tmp_path / f"{batch}", **options, **split, use_cpu=True))
+    expected, *others = (load_file(tmp_path / name / "model.safetensors") for name in ("8", "2", "3"))
+    for found in others:
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+    expected, *others = ([r["loss"] for r in read_metrics(tmp_path / n) if "loss" in r] for n in ("8", "2", "3"))
+    for found in others:
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,136 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from clpl_moe.common.errors import Stopped
+from clpl_moe.train.__main__ import main
+from clpl_moe.train.trainer import CLPLTrainer
+from helpers.tiny_training import arguments, make_collection, make_runner, read_metrics, write_triplets
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_triplets(tmp_path_factory.mktemp("data") / "train.jsonl", 10)
+
+
+def signalled(patch, numbers, call=3):
+    """Make a training send signals to itself as it begins a forward pass."""
+    step, calls = CLPLTrainer.training_step, []
+
+    def training_step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return step(self, *args, **kwargs)
+
+    patch.setattr(CLPLTrainer, "training_step", training_step)
+
+
+def stop(argv):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    return stopped.value.code
+
+
+def assert_same_weights(run, expected):
+    found, wanted = (load_file(folder / "model.safetensors") for folder in (run, expected))
+    assert all(found[name].equal(wanted[name]) for name in wanted)
+
+
+def test_sigterm_ends_training_after_the_step_with_a_checkpoint(tiny_encoder, data, tmp_path, monkeypatch, capfd):
+    """transformers dies at once."""
+    before = signal.getsignal(signal.SIGTERM)
+    argv = arguments(tiny_encoder, data, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        signalled(patch, [signal.SIGTERM])
+        assert stop(argv) == 143
+    err = capfd.readouterr().err
+    assert "SIGTERM: saving a checkpoint after this step" in err
+    assert f"stopped by SIGTERM after step 3, saved to {tmp_path / 'run' / 'checkpoint-3'}" in err
+    assert "Traceback" not in err
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3]
+    main([*argv, "--resume_from_checkpoint", "true"])
+    main(arguments(tiny_encoder, data, tmp_path / "whole"))
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_what_is_due_is_evaluated_first(tiny_encoder, data, tmp_path, monkeypatch):
+    """The run that goes on would not evaluate that step, and could choose another best one."""
+    more = {"save_strategy": "steps", "save_steps": 1, "dev_language": "ko"}
+    more["dev_collection"] = make_collection(tmp_path / "dev")
+    argv = arguments(tiny_encoder, data, tmp_path / "run", **more)
+    with monkeypatch.context() as patch:
+        signalled(patch, [signal.SIGTERM])
+        assert stop(argv) == 143
+    main([*argv, "--resume_from_checkpoint", "true"])
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if "eval_ndcg@10" in r] == [1, 2, 3, 4]
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if "train_loss" in r] == [4]
+
+
+def test_sigusr1_ends_it_too_where_that_is_asked_for(tiny_encoder, data, tmp_path, monkeypatch):
+    options = dict(zip(*[iter(arguments(tiny_encoder, data, tmp_path / "run", stop_on_sigusr1=True))] * 2))
+    signalled(monkeypatch, [signal.SIGUSR1])
+    runner = make_runner([word for pair in options.items() for word in pair])
+    with pytest.raises(Stopped) as stopped:
+        runner.run()
+    assert stopped.value.exit_code == 128 + signal.SIGUSR1
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+
+
+TWICE = """
+import sys
+from _pytest.monkeypatch import MonkeyPatch
+from train.test_stopping import signalled
+signalled(MonkeyPatch(), [15, 15])
+from clpl_moe.train.__main__ import main
+main(sys.argv[1:])
+"""
+
+
+def in_process(code, *argv, launcher=()):
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, *launcher, *code, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, timeout=300)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_it_at_once(tiny_encoder, data, tmp_path):
+    done = in_process(["-c", TWICE], *arguments(tiny_encoder, data, tmp_path / "run"))
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert not (tmp_path / "run" / "checkpoint-3").exists()
+
+
+@pytest.mark.slow
+def test_processes_stop_after_the_same_step(tiny_encoder, data, tmp_path):
+    """Though one of them is signalled first, and while the others are a step ahead or behind."""
+    argv = arguments(tiny_encoder, data, tmp_path / "run", max_steps=20, use_cpu=True, dataloader_num_workers=1)
+    (tmp_path / "argv.json").write_text(json.dumps(argv))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = in_process([__file__], tmp_path, launcher=launcher)
+    assert done.returncode != 0
+    assert "stopped by SIGTERM after step 3" in done.stderr
+    assert sorted(path.name for path in tmp_path.glob("code-*")) == ["code-0-143", "code-1-143"]
+    assert (tmp_path / "run" / "checkpoint-3" / "rng_state_1.pth").exists()
+    main([*argv, "--gradient_accumulation_steps", "2", "--resume_from_checkpoint", "true"])
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 20
+
+
+if __name__ == "__main__":
+    # One of two processes: the second one signals itself.
+    folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+    if rank == "1":
+        signalled(pytest.MonkeyPatch(), [signal.SIGTERM])
+    try:
+        main(json.loads((folder / "argv.json").read_text()))
+    except SystemExit as stopped:
+        (folder / f"code-{rank}-{stopped.code}").touch()
+        raise
