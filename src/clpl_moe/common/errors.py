@@ -64,8 +64,8 @@ def shorten(text: str, most: int) -> str:
 
 # What the machine refuses, rather than a fault of the program: it is told as briefly.
 _OF_THE_MACHINE = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC),
-    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EBUSY, errno.EIO, errno.ESTALE),
 )
 
 
@@ -88,7 +88,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             if error.errno not in _OF_THE_MACHINE:
                 raise
-            place = f"{error.filename}: " if error.filename else ""
+            named = error.filename2 or error.filename  # of a copy, where it was to go
+            place = f"{named}: " if named else ""
             print(f"error: {place}{error.strerror}", file=sys.stderr)
             sys.exit(2)
         except Stopped as stopped:

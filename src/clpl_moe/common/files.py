@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -158,6 +160,9 @@ def refuse_unwritable(path: str | Path) -> None:
         raise UserError(f"{at(path)}: cannot be written, the folder {there} is read-only")
 
 
+_FULL = 2**20  # bytes that are free on a disk that counts as full: a write that failed leaves less than a block
+
+
 @contextlib.contextmanager
 def atomic_open(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
     """A file that gets its name only when the block ends well; until then ``path`` is untouched. Text is UTF-8."""
@@ -166,7 +171,7 @@ def atomic_open(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO
     _remove_unfinished(path)
     handle, temporary = _make_temporary(path)
     try:
-        with os.fdopen(handle, mode, encoding="utf-8" if mode == "w" else None) as file:
+        with naming_a_full_disk(path), os.fdopen(handle, mode, encoding="utf-8" if mode == "w" else None) as file:
             yield file
             file.flush()
             temporary.chmod(0o666 & ~_umask())
@@ -176,6 +181,24 @@ def atomic_open(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO
             temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(path: str | Path) -> Iterator[None]:
+    """Let what a full disk brings about be an :class:`OSError` that says so, and says where: torch, numpy and safetensors
+    have words and classes of their own, and a write knows no name."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(path)
+            raise
+        there = next(folder for folder in Path(path).absolute().parents if folder.is_dir())
+        if shutil.disk_usage(there).free < _FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import refuse_unwritable
+from clpl_moe.common.files import naming_a_full_disk, refuse_unwritable
 from clpl_moe.common.lock import FileLock
 
 # A name that the upload of a run folder (transformers) and patterns such as */metrics.json pass over.
@@ -64,7 +64,8 @@ class Output:
         new, old = self.work / _NEW, self.work / _OLD
         new.mkdir()
         try:
-            yield new
+            with naming_a_full_disk(self.path):
+                yield new
             if os.path.lexists(self.path):
                 self.path.rename(old)
             new.rename(self.path)

@@ -13,8 +13,8 @@ import datasets
 from tqdm.auto import tqdm
 
 from clpl_moe import __version__
-from clpl_moe.common.errors import UserError
-from clpl_moe.common.files import hash_file
+from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import hash_file, refuse_unwritable
 from clpl_moe.data.flag_embedding import AbsEmbedderTrainDataset
 from clpl_moe.data.schema import data_files, read_examples
 
@@ -98,7 +98,9 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         digest = hash_file(file_path)
         arguments = {"path": str(Path(file_path).resolve()), "shown": file_path, "version": f"{__version__}-{digest}"}
         arguments |= {"with_scores": self.args.knowledge_distillation}
+        cache = self.args.cache_path or datasets.config.HF_DATASETS_CACHE
         try:
+            refuse_unwritable(Path(cache, "examples"))
             with _no_bars_of_datasets():
                 dataset = datasets.Dataset.from_generator(
                     _read_for_arrow, features=_FEATURES, cache_dir=self.args.cache_path, gen_kwargs=arguments
@@ -106,7 +108,11 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         except datasets.exceptions.DatasetGenerationError as error:
             if isinstance(error.__cause__, UserError):
                 raise error.__cause__ from None
+            if isinstance(error.__cause__, OSError):
+                raise _not_stored(cache, error.__cause__) from None
             raise
+        except OSError as error:
+            raise _not_stored(cache, error) from None
         limit = self.args.max_example_num_per_dataset
         if len(dataset) > limit:
             chosen = random.Random(f"{self.seed}-{digest}").sample(range(len(dataset)), limit)
@@ -181,6 +187,10 @@ def _read_for_arrow(path: str, shown: str, version: str, with_scores: bool):
         yield from tqdm(examples, desc=f"read {Path(shown).name}", unit="line", delay=2, leave=False)
     except UserError as error:
         raise UserError(str(error).replace(path, shown)) from None
+
+
+def _not_stored(cache: str | Path, error: OSError) -> UserError:
+    return UserError(f"{at(cache)}: the examples cannot be stored ({error.strerror or error}); name another cache_path")
 
 
 @contextlib.contextmanager

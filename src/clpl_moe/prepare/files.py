@@ -11,7 +11,7 @@ from typing import Any
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import parse_line
 from clpl_moe.prepare.source import Passage
-from clpl_moe.retrieval.collection import check_id
+from clpl_moe.retrieval.collection import check_id, check_relevance
 
 _GIT_LFS = b"version https://git-lfs"  # what stands in place of a large file that was not fetched
 
@@ -120,6 +120,7 @@ def read_qrels(
             if header and number == 1:
                 continue
             raise UserError(f"{at(path, number, fields[-1])}: found {relevance!r}, expected an integer") from None
+        check_relevance(grade, path, number, fields[-1])
         if query_id not in queries:
             raise UserError(f"{at(path, number, fields[0])}: '{query_id}' is not an id of {queries_path}")
         if judgements.setdefault((query_id, passage_id), grade) != grade:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import write_jsonl
 from clpl_moe.common.output import atomic_dir
-from clpl_moe.retrieval.collection import normalize_text
+from clpl_moe.retrieval.collection import check_relevance, normalize_text
 
 
 class Passage(NamedTuple):
@@ -36,6 +36,8 @@ class Split:
     judgements: dict[tuple[str, str], int]  # query id and passage id -> relevance; 0 is an explicit negative
 
     def write(self, folder: Path, name: str) -> None:
+        for grade in self.judgements.values():
+            check_relevance(grade, f"{name}_qrels.jsonl", None, "relevance")
         write_jsonl(folder / f"{name}_queries.jsonl", ({"id": i, "text": text} for i, text in self.queries.items()))
         qrels = ({"qid": q, "docid": p, "relevance": grade} for (q, p), grade in self.judgements.items())
         write_jsonl(folder / f"{name}_qrels.jsonl", qrels)

@@ -185,6 +185,12 @@ def check_id(identifier: str, path: str | Path, line: int | None, field: str) ->
         raise UserError(f"{at(path, line, field)}: found {identifier!r}, expected an id without white space")
 
 
+def check_relevance(relevance: int, path: str | Path, line: int | None, field: str) -> None:
+    """Raise :class:`UserError` for a relevance that trec_eval cannot compute with."""
+    if abs(relevance) > _MOST_RELEVANT:
+        raise UserError(f"{at(path, line, field)}: found {relevance}, expected at most {_MOST_RELEVANT}")
+
+
 def normalize_text(text: str) -> str:
     """A text's form for comparisons: Unicode NFC, runs of white space as one space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
@@ -255,8 +261,7 @@ def _read_qrels(path: Path, query_ids: set[str], queries_path: Path) -> dict[str
         if type(relevance) is not int:
             found = repr(relevance) if "relevance" in record else "nothing"
             raise UserError(f"{at(path, line, 'relevance')}: found {found}, expected an integer")
-        if abs(relevance) > _MOST_RELEVANT:
-            raise UserError(f"{at(path, line, 'relevance')}: found {relevance}, expected at most {_MOST_RELEVANT}")
+        check_relevance(relevance, path, line, "relevance")
         if query_id not in query_ids:
             raise UserError(f"{at(path, line, 'qid')}: '{query_id}' is not an id of {queries_path}")
         judged = qrels.setdefault(query_id, {})

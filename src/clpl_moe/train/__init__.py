@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.cli import command_name
+from clpl_moe.common.files import naming_a_full_disk
 from clpl_moe.common.output import writing
 from clpl_moe.train.options import OPTIONS
 
@@ -108,5 +109,5 @@ def train(
         return plan_run(model_args, data_args, training_args)
     from clpl_moe.train.runner import CLPLRunner
 
-    with writing(training_args.folder, inside=True):
+    with writing(training_args.folder, inside=True), naming_a_full_disk(training_args.folder / "checkpoint"):
         return CLPLRunner(model_args, data_args, training_args).run(on_plan)
