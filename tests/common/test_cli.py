@@ -44,6 +44,14 @@ def config(tmp_path):
     return write
 
 
+def test_paths_that_begin_at_the_users_home(tmp_path, monkeypatch, config):
+    """A shell leaves --name=~/x as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse("--name=~/x", "--files", "a", "~/b") == Options(f"{tmp_path}/x", files=["a", f"{tmp_path}/b"])
+    assert parse("--config", config("name: ~/y\n")).name == f"{tmp_path}/y"
+    assert parse("--name=~ about x").name == "~ about x"
+
+
 def test_yaml_values_and_the_command_line_over_them(config):
     path = config(
         "# a comment\nname: 한국어\nlearning_rate: 1e-5\nnum_experts: 3\nbf16: yes\nfiles: [a, b]\nmargin: null\n"

@@ -146,6 +146,8 @@ def test_an_output_among_the_training_data_is_refused(tmp_path, capfd):
         ({"round_trip_model": ".", "round_trip_collection": "none"}, "none/ko: no such folder"),
         ({"api_key_env": "NO_SUCH_NAME"}, "--api_key_env: the environment has no variable"),
         ({"language": "../x"}, "language"),
+        ({"output": ""}, "--output: found '', expected the name of a file"),
+        ({"output": "/"}, "--output: found '/', expected the name of a file"),
         ({"backend": "transformers"}, "--base_url: is for backend server"),
         ({"prompt": "x"}, "did you mean 'prompts'?"),
         ({"round_trip_collection": "x"}, "--round_trip_collection: needs round_trip_model"),

@@ -241,14 +241,22 @@ def parse(
         setattr(namespace, positional, getattr(namespace, _WORDS))
     if unknown:
         raise UserError(f"cannot read {' '.join(unknown)!r}: options are written --name value")
+    given = {name: _from_home(value) for name, value in vars(namespace).items()}
     outputs = []
     for cls in dataclass_types:
         keys = {f.name for f in dataclasses.fields(cls) if f.init}
         try:
-            outputs.append(cls(**{k: v for k, v in vars(namespace).items() if k in keys}))
+            outputs.append(cls(**{k: v for k, v in given.items() if k in keys}))
         except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
             raise UserError(" ".join(str(error).split())) from None  # transformers breaks lines
     return outputs
+
+
+def _from_home(value: Any) -> Any:
+    """An option whose path begins at the user's home: a shell leaves ``--output=~/x`` as it is, and YAML does, too."""
+    if isinstance(value, list):
+        return [_from_home(one) for one in value]
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def parse_values(

@@ -30,7 +30,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, parse_line(path, number, raw)
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
+def read_lines(path: str | Path, may_be_empty: bool = False) -> Iterator[tuple[int, int, bytes]]:
     """Line number (from 1), the byte where it begins, and bytes of each line that is not blank, of a file that has some."""
     path = Path(path)
     if not path.is_file():
@@ -46,7 +46,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
                 empty = False
                 yield number, start, raw
             start += len(raw)
-    if empty:
+    if empty and not may_be_empty:
         raise UserError(f"{at(path)}: the file is empty, expected one JSON object a line")
 
 
@@ -260,6 +260,16 @@ def find_json(path: str | Path) -> dict[str, Any] | None:
         return read_json(path, dict)
     except (OSError, UserError):
         return None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value of JSON is a text that can be written and be a part of a path."""
+    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def hash_file(path: str | Path) -> str:

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.files import naming_a_full_disk, refuse_unwritable
 from clpl_moe.common.lock import FileLock
 
@@ -41,6 +41,8 @@ class Output:
     """
 
     def __init__(self, path: str | Path, *, inside: bool = False, first: bool = True) -> None:
+        if str(path) == "":
+            raise OptionError("output", "found an empty name, expected a file or folder")
         self.path = path = Path(path).absolute()  # of "." and of "" there is no parent
         self.first = first
         self.work = path.resolve() / WORK_FOLDER if inside else path.parent.resolve() / f".{path.name}.clpl_moe"

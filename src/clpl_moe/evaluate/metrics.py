@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import atomic_open
+from clpl_moe.common.files import atomic_open, read_lines
 
 Run = Mapping[str, Mapping[str, float]]
 
@@ -90,14 +91,15 @@ def write_trec_run(path: str | Path, run: Run, tag: str) -> None:
 def read_trec_run(path: str | Path) -> dict[str, dict[str, float]]:
     """Read a run file: query id -> passage id -> score, in its order; raises :class:`UserError` for a line of another form."""
     run: dict[str, dict[str, float]] = {}
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                query_id, _, passage_id, _, score, _ = line.split()
-                run.setdefault(query_id, {})[passage_id] = float(score)
-            except ValueError:
-                expected = "'query-id Q0 passage-id rank score tag'"
-                raise UserError(f"{at(path, number)}: found {line.strip()!r}, expected {expected}") from None
+    for number, _, raw in read_lines(path, may_be_empty=True):
+        try:
+            query_id, _, passage_id, _, score, _ = raw.decode().split()
+            if not math.isfinite(float(score)):
+                raise ValueError
+            run.setdefault(query_id, {})[passage_id] = float(score)
+        except ValueError:  # of UTF-8, too
+            found, expected = raw.strip().decode(errors="replace"), "'query-id Q0 passage-id rank score tag'"
+            raise UserError(f"{at(path, number)}: found {found!r}, expected {expected}") from None
     return run
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import read_json, refuse_unwritable
+from clpl_moe.common.files import is_number, is_text, read_json, refuse_unwritable
 from clpl_moe.common.output import Output
 from clpl_moe.evaluate.metrics import DENSE, M3_SCORES, run_file
 from clpl_moe.evaluate.options import EvaluateArguments
@@ -179,6 +179,12 @@ def read_result(path: Path) -> dict[str, Any]:
         raise UserError(f"{at(path)}: no such file; expected results of clpl_moe.evaluate") from None
     except UserError:
         content = {}
-    if isinstance(content.get("metrics"), dict) and {"collection", "collection_hash", "split"} <= content.keys():
+    names = ("collection", "collection_hash", "split")
+    if _are_metrics(content.get("metrics")) and all(is_text(content.get(name)) for name in names):
         return content
     raise UserError(f"{at(path)}: not the results of clpl_moe.evaluate")
+
+
+def _are_metrics(value: Any) -> bool:
+    """Numbers by metric; of several kinds of score, such numbers of each."""
+    return isinstance(value, dict) and all(is_number(one) or _are_metrics(one) for one in value.values())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clpl_moe.common.cli import load_yaml
+from clpl_moe.common.errors import UserError, at, shorten
+from clpl_moe.common.files import is_number
 from clpl_moe.train.metrics_file import METRICS_FILE, read_metrics
 
 
@@ -27,7 +28,19 @@ class RunCourse:
         """Read a run folder; raises :class:`UserError` where its ``metrics.jsonl`` is missing or broken."""
         config = folder / "train_config.yaml"
         options = load_yaml(config) if config.is_file() else {}
-        return cls(name, folder, options, read_metrics(folder / METRICS_FILE))
+        records = read_metrics(folder / METRICS_FILE)
+        shapes = set()
+        for number, record in enumerate(records, 1):
+            for key in ("step", "train_runtime"):
+                if key in record and not is_number(record[key]):
+                    place = f"{at(folder / METRICS_FILE)}: record {number}: field '{key}'"
+                    raise UserError(f"{place}: found {shorten(repr(record[key]), 60)}, expected a number")
+            if load := record.get("expert_load"):
+                shapes.add(_shape(load) if "step" in record else None)
+            if len(shapes) > 1 or None in shapes:
+                place = f"{at(folder / METRICS_FILE)}: record {number}: field 'expert_load'"
+                raise UserError(f"{place}: expected the share of each expert of each layer, as in the records before")
+        return cls(name, folder, options, records)
 
     @property
     def end(self) -> dict[str, Any] | None:
@@ -46,12 +59,18 @@ class RunCourse:
         try:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             layers = MoEConfig(layers=config["moe"]["layers"]).resolve_layers(config["num_hidden_layers"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, UserError, ValueError, KeyError, TypeError, RecursionError):
             layers = []
         return layers if len(layers) == count else list(range(count))
 
 
+def _shape(load: Any) -> tuple[int, int] | None:
+    """Layers and experts of a load; None where it is none."""
+    rows = load if isinstance(load, list) and all(isinstance(row, list) for row in load) else [[]]
+    whole = len({len(row) for row in rows}) == 1 and all(is_number(share) for row in rows for share in row)
+    return (len(rows), len(rows[0])) if whole and rows[0] else None
+
+
 def series(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
     """Steps and values, by step, of the records that have both; of a step logged twice, the later record counts."""
-    pairs = [(r["step"], r[name]) for r in records if "step" in r and name in r]
-    return sorted(dict(p for p in pairs if all(type(v) in (int, float) and math.isfinite(v) for v in p)).items())
+    return sorted({r["step"]: r[name] for r in records if is_number(r.get("step")) and is_number(r.get(name))}.items())

@@ -14,6 +14,7 @@ import json
 import operator
 import os
 import sys
+import threading
 import unicodedata
 import warnings
 import weakref
@@ -143,8 +144,10 @@ class _CorpusTexts(LazyTexts):
 
     def __init__(self, path: Path, starts: array[int]) -> None:
         self._path = path
-        self._file = os.open(path, os.O_RDONLY)  # stays open, so that a new file of this name changes nothing
+        # Stays open, so that a new file of this name changes nothing. Windows would translate the ends of lines.
+        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, self._file)
+        self._position = threading.Lock()
         self._starts = starts
         self._end = os.fstat(self._file).st_size
 
@@ -159,9 +162,16 @@ class _CorpusTexts(LazyTexts):
         end = self._starts[place + 1] if place + 1 < len(self) else self._end
         try:
             # Blank lines may follow. `loads` of bytes knows the byte-order mark.
-            return _passage_text(json.loads(os.pread(self._file, end - start, start).partition(b"\n")[0]))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            return _passage_text(json.loads(self._read(start, end - start).partition(b"\n")[0]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{at(self._path)}: changed while it was in use; start again") from None
+
+    def _read(self, start: int, length: int) -> bytes:
+        if hasattr(os, "pread"):  # which leaves alone the position that forked processes share
+            return os.pread(self._file, length, start)
+        with self._position:  # Windows, where no process is forked, but threads read
+            os.lseek(self._file, start, os.SEEK_SET)
+            return os.read(self._file, length)
 
 
 def hash_texts(texts: Iterable[str]) -> str:

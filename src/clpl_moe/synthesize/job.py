@@ -35,6 +35,8 @@ def load_prompt(language: str, path: str | Path | None = None) -> str:
     path = PROMPTS if path is None else Path(path)
     prompts = load_yaml(path)
     for name, prompt in prompts.items():
+        if not isinstance(name, str):  # such as no, which YAML takes for false
+            raise UserError(f"{at(path)}: found {name!r}, expected the name of a language; put it into quotes")
         place = at(path, field=name)
         if not isinstance(prompt, str):
             raise UserError(f"{place}: found a {type(prompt).__name__}, expected the prompt's text")

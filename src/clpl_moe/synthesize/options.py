@@ -55,6 +55,8 @@ class SynthesizeArguments:
         if not self.timeout > 0:
             raise OptionError("timeout", f"found {self.timeout}, expected more than 0")
         check_language(self.language)
+        if Path(self.output).name in ("", ".."):
+            raise OptionError("output", f"found {self.output!r}, expected the name of a file")
         if self.round_trip_collection and not self.round_trip_model:
             raise OptionError("round_trip_collection", "needs round_trip_model, the encoder that searches it")
         if self.backend == "transformers":

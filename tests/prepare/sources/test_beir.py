@@ -89,6 +89,11 @@ FAULTS = {
         append("q0\td2\t0.5\n"),
         "train.tsv:5: field 'score': found '0.5', expected an integer",
     ),
+    "too relevant": (
+        "qrels/train.tsv",
+        append("q0\td2\t5000\n"),
+        "train.tsv:5: field 'score': found 5000, expected at most 1000",
+    ),
     "fields": ("qrels/test.tsv", append("q2 0 d1 1\n"), "test.tsv:2: found 4 fields, expected 3: query-id, corpus-id"),
     "names only": ("qrels/test.tsv", lambda p: p.write_text("query-id\tcorpus-id\tscore\n"), "holds no judgement"),
 }
