@@ -22,6 +22,15 @@ def test_rows_times_languages_times_seeds_and_negatives_once_per_kind(configurat
     assert found.labels == {"base": "Base model", "dense": "dense", "experts": "experts", "random": "random"}
 
 
+def test_rows_with_training_files_of_their_own_are_not_mined_for(configuration, tmp_path):
+    (tmp_path / "own.jsonl").write_text("")
+    rows = {"own": {"train": {"train_data": [str(tmp_path / "own.jsonl")]}}}
+    found = plan(configuration, rows=rows)
+    assert found.minings == []
+    assert found.runs[0].mined is None
+    assert len(plan(configuration, rows=rows | {"mined": {}}).minings) == 1
+
+
 def test_placeholders_stand_as_they_are(configuration, tmp_path):
     values = {
         "train_data": ["{train_data}"],

@@ -76,16 +76,16 @@ def _ablate(arguments: AblateArguments) -> Ablation:
     print(f"{sum(run.result() is not None for run in chosen)} of {len(chosen)} runs are finished", file=sys.stderr)
     if arguments.dry_run:
         return state(to_do={str(job): job.folder for job in minings} | {str(run): run.folder for run in todo})
-    shop = work.Workshop(arguments.parallel)
-    for collection in plan.collections:
-        if not collection.finished:
-            print(f"collection {collection.language}: {work.prepare(collection)}", file=sys.stderr)
-    failed = shop.run_all(minings, lambda job: work.mine(shop, job), "negatives")
-    for run in [run for run in todo if run.mined is not None and not run.mined.finished]:
-        todo.remove(run)
-        failed[str(run)] = "its negatives could not be mined"
-    keep, metric = arguments.keep_models, arguments.metric
-    failed |= shop.run_all(todo, lambda run: work.train_and_evaluate(shop, run, keep, metric), "runs")
+    with work.Workshop(arguments.parallel) as shop:
+        for collection in plan.collections:
+            if not collection.finished:
+                print(f"collection {collection.language}: {work.prepare(collection)}", file=sys.stderr)
+        failed = shop.run_all(minings, lambda job: work.mine(shop, job), "negatives")
+        for run in [run for run in todo if run.mined is not None and not run.mined.finished]:
+            todo.remove(run)
+            failed[str(run)] = "its negatives could not be mined"
+        keep, metric = arguments.keep_models, arguments.metric
+        failed |= shop.run_all(todo, lambda run: work.train_and_evaluate(shop, run, keep, metric), "runs")
     ablation = state(written=True, failed=failed)
     results.write_results(arguments, plan, ablation.rows, ablation.table)
     return ablation

@@ -51,6 +51,11 @@ def content_hash(path: Path) -> str:
     return total.hexdigest()
 
 
+@functools.cache  # a plan compares each of its runs with every folder
+def _read_options(path: Path, changed: int) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 @dataclass
 class Decisive:
     """All options and contents that decide a result, by name, and the defaults of those that have one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,10 @@ def make_plan(arguments: AblateArguments) -> Plan:
             else:
                 mine, of_mine = options.mine(f"{place}: mine", own["mine"])
                 of_mine |= data
-                folder = of_mine.find(root / "negatives", collection.language)
-                mined = minings.setdefault(of_mine.key, MineJob(collection, mine, of_mine, folder))
                 train, of_train = options.train(f"{place}: train", own["train"], collection.language)
+                if "{train_data}" in json.dumps(train):  # not where the row names files of its own
+                    folder = of_mine.find(root / "negatives", collection.language)
+                    mined = minings.setdefault(of_mine.key, MineJob(collection, mine, of_mine, folder))
                 model, seeds = train["model_name_or_path"], _seeds(place, spec.get("seeds"), arguments.seeds)
                 decisive = decisive | of_mine | of_train
             for seed in seeds:

@@ -1,14 +1,14 @@
 """Does the jobs of the plan, several at a time: prepare a collection, mine negatives, train and evaluate a run.
 
-Mining, training and evaluation are commands in processes of their own.
+Mining, training and evaluation are commands in processes of their own, forked from one that has the modules loaded.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from clpl_moe.ablate.identity import OPTIONS_FILE
 from clpl_moe.ablate.plan import RUN_FILE, CollectionJob, MineJob, Run
+from clpl_moe.ablate.server import Process, Server, ServerEnded
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import atomic_open, write_json
 from clpl_moe.common.machine import machine, usable_cores, versions
@@ -44,8 +45,18 @@ class Workshop:
         cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or usable_cores()
         self.threads = max(1, cores // parallel)
         self.gpus = torch.cuda.device_count()
-        self.processes: set[subprocess.Popen] = set()
+        self.processes: set[Process] = set()
         self.slots = deque(range(parallel))  # of each process that is under way one is taken
+        self._server: Server | None = None
+        self._starting = threading.Lock()
+
+    def __enter__(self) -> Workshop:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
     def run_all(self, jobs: Sequence[Job], work: Callable[[Job], str], name: str) -> dict[str, str]:
         """Do all jobs; returns those that failed, with the reason. Shows a bar, and a line for each job, on stderr."""
@@ -80,22 +91,27 @@ class Workshop:
         with atomic_open(config) as file:
             yaml.safe_dump(options, file, allow_unicode=True, sort_keys=False)
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
-        argv = [sys.executable, "-m", f"clpl_moe.{module}", "--config", str(config)]
+        with self._starting:
+            self._server = server = self._server or Server(environment)
         slot = self.slots.popleft()
+        code: int | None = None
         try:
             if self.gpus:
                 visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self.gpus)))).split(",")
                 environment["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)]
             with log.open("ab") as output:
                 start = output.tell()
-                process = subprocess.Popen(argv, stdout=output, stderr=output, env=environment)
+                process = server.start(f"clpl_moe.{module}", ["--config", str(config)], environment, output.fileno())
             self.processes.add(process)
             code = process.wait()
+            self.processes.discard(process)
+        except ServerEnded as end:
+            code, self._server = end.code, None
         finally:
             self.slots.append(slot)
-        self.processes.discard(process)
-        if code:
-            raise CommandError(f"{module} ended with code {code}: {_last_words(log, start)} ({log})")
+        if code != 0:
+            ended = "was killed" if code is None else f"ended with code {code}"
+            raise CommandError(f"{module} {ended}: {_last_words(log, start)} ({log})")
 
 
 def _last_words(log: Path, start: int) -> str:
