@@ -219,7 +219,7 @@ def index_of_nothing(folder):
             lambda f: edit_config(f, model_type="unheard_of"),
             "needs code from its own folder.*set trust_remote_code to true",
         ),
-        (lambda f: edit_config(f, hidden_size="wide"), "the encoder cannot be loaded"),
+        (lambda f: edit_config(f, hidden_size="wide"), "field 'hidden_size': found 'wide', expected a whole number"),
         (lambda f: edit_config(f, moe={"experts": 2}), "unexpected keyword argument 'experts'"),
         (lambda f: edit_config(f, moe=MoEConfig(4).to_dict()), "the encoder cannot be loaded"),
         (lambda f: edit_config(f, model_type="xlm-roberta"), "the encoder cannot be loaded"),

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -99,6 +100,54 @@ def test_reranker_that_cannot_score_is_refused(tiny_encoder, reranker, tmp_path,
         assert exit.value.code == 2
         assert words in capsys.readouterr().err.splitlines()[-1]
         assert not (folder / "train.jsonl").exists()
+
+
+_OWN_CODE = """
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+class Own:
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "modules.json",
+            [{"idx": 0, "name": "0", "path": "", "type": "own.Own"}],
+            "modules.json: the module 'own.Own'",
+        ),
+        ("modules.json", [{"type": "sentence_transformers.models.Router", "path": ""}], "Router' is none of"),
+        ("modules.json", [1], "found a int among the modules"),
+        ("modules.json", [{"type": ["own.Own"], "path": ""}], "field 'type'"),
+        ("config.json", {"sentence_transformers": {"activation_fn": "own.Own"}}, "the activation 'own.Own'"),
+        ("config.json", {"sbert_ce_default_activation_function": "own.Own"}, "the activation 'own.Own'"),
+        (
+            "config.json",
+            {"sentence_transformers": {"activation_fn": "torch.hub.load"}},
+            "the activation 'torch.hub.load'",
+        ),
+    ],
+)
+def test_own_code_of_a_reranker_is_refused_before_a_library_sees_it(
+    tiny_encoder, reranker, tmp_path, capsys, monkeypatch, name, content, words
+):
+    """Whether sentence-transformers runs it depends on its version."""
+    own = shutil.copytree(reranker, tmp_path / "own")
+    (own / "own.py").write_text(_OWN_CODE)
+    before = json.loads((own / name).read_text()) if (own / name).exists() else {}
+    (own / name).write_text(json.dumps(before | content if isinstance(content, dict) else content))
+
+    def asked(*args, **kwargs):
+        raise AssertionError("the library was asked to load the folder")
+
+    monkeypatch.setattr("sentence_transformers.CrossEncoder", asked)
+    with pytest.raises(SystemExit) as exit:
+        run(tiny_encoder, make_collection(tmp_path), reranker=own)
+    assert exit.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert not (own / "ran").exists()
 
 
 def test_reranker_orders_the_window_and_the_limits_go_by_its_scores(tmp_path):

@@ -71,13 +71,10 @@ def inspect_line(number: int, raw: bytes) -> tuple[dict[str, Any] | None, list[s
         return record
 
     try:
-        # The byte-order mark that some editors write is no part of the text.
-        record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=unique)
-        if raw.count(b"[") + raw.count(b"{") > _DEEPEST and _nested_too_deeply(record):
-            raise RecursionError
+        record = parse_json(raw, mark=number == 1, object_pairs_hook=unique)
     except UnicodeDecodeError as error:
         return None, [f"not UTF-8 text ({error.reason})"]
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return None, [f"not JSON ({json_fault(error)}), expected one object a line"]
     if not isinstance(record, dict):
         return None, [f"found {type(record).__name__}, expected a JSON object"]
@@ -87,15 +84,30 @@ def inspect_line(number: int, raw: bytes) -> tuple[dict[str, Any] | None, list[s
     return record, faults
 
 
-def json_fault(error: ValueError | RecursionError) -> str:
-    """In a few words, why ``json.loads`` took a text not for JSON."""
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
+def parse_json(raw: bytes, *, mark: bool = True, **how: Any) -> Any:
+    """The value of a JSON text, by ``json.loads`` with ``how``; with ``mark`` a byte-order mark may stand in front.
+
+    Raises :class:`UnicodeDecodeError` where the text is not UTF-8, another :class:`ValueError` (:func:`json_fault`) where it
+    is not JSON or nested too deeply.
+    """
+    text = raw.decode("utf-8-sig" if mark else "utf-8")  # some editors write the mark, which is no part of the text
+    try:
+        value = json.loads(text, **how)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    if raw.count(b"[") + raw.count(b"{") > _DEEPEST and _nested_too_deeply(value):
+        raise ValueError(_TOO_DEEP)
+    return value
+
+
+def json_fault(error: ValueError) -> str:
+    """In a few words, why a text is not taken for JSON."""
     if isinstance(error, json.JSONDecodeError):
         return error.msg
     return "a number of thousands of digits" if "digits" in str(error) else str(error)
 
 
+_TOO_DEEP = "nested too deeply"
 # Without a limit of our own, what can be read would depend on how deep in the program it is read.
 _DEEPEST = 100
 
@@ -244,13 +256,16 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path, kind: type) -> Any:
-    """The value of a JSON file; :class:`UserError` where it is not JSON, or its value no ``kind``."""
+    """The value of a JSON file; :class:`UserError` where it is not JSON, no ``kind``, or text that no file can hold."""
+    raw = Path(path).read_bytes()
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
-        raise UserError(f"{at(path)}: not JSON ({error})") from None
+        value = parse_json(raw)
+    except ValueError as error:  # of JSON or of UTF-8
+        raise UserError(f"{at(path)}: not JSON ({json_fault(error)})") from None
     if not isinstance(value, kind):
         raise UserError(f"{at(path)}: found a {type(value).__name__}, expected a {kind.__name__}")
+    if has_lone_surrogates(value, raw):
+        raise UserError(f"{at(path)}: {LONE_SURROGATE}")
     return value
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import read_json
+from clpl_moe.encoder.folder import TRUST, check_config
 from clpl_moe.encoder.settings import remember_stated
 from clpl_moe.encoder.weights import find_file, no_bar_of_weights, read_weights, weight_names
 from clpl_moe.moe.config import MoEConfig
@@ -74,7 +75,7 @@ def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
             f"{at(path)}: neither a folder here nor a model that could be fetched from the hub; check the spelling, the"
             " network and, for gated models, HF_TOKEN"
         )
-    return read_json(file, dict)
+    return check_config(read_json(file, dict), at(file))
 
 
 def is_2024_checkpoint(config: dict[str, Any]) -> bool:
@@ -128,8 +129,5 @@ def refuse_unloadable(path: str, what: str, trusted: bool) -> Iterator[None]:
         yield
     except Exception as error:  # the tokenizers library raises plain ones
         if not trusted and "trust_remote_code" in str(error):
-            raise UserError(
-                f"{at(path)}: the model needs code from its own folder; look at that code, and if you trust it, set"
-                " trust_remote_code to true"
-            ) from error
+            raise UserError(f"{at(path)}: the model needs code from its own folder; {TRUST}") from error
         raise UserError(f"{at(path)}: the {what} cannot be loaded: {type(error).__name__}: {error}") from error

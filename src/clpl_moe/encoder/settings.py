@@ -6,20 +6,18 @@ formats; both are read, and the older one is written, since sentence-transformer
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clpl_moe.common.errors import OptionError, UserError, at
-from clpl_moe.common.files import read_json, write_json
+from clpl_moe.common.files import write_json
+from clpl_moe.encoder.folder import read_description, read_file, read_module_config, read_modules
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 # Our name of a pooling -> its key in the older format of 1_Pooling/config.json, its name in the newer one.
 _POOLING = {
@@ -60,7 +58,7 @@ def read_settings(folder: str | Path, **hub: str | None) -> EmbeddingSettings:
         UserError: a file is not JSON, or asks for something that this package cannot compute: another
             pooling, several at once, a projection after it, pooling without the prompt's tokens.
     """
-    return _settings_of(folder, _read(folder, "modules.json", list, hub), hub)
+    return _settings_of(folder, read_modules(folder, hub), hub)
 
 
 def _settings_of(folder: str | Path, modules: list[dict[str, Any]] | None, hub: dict[str, Any]) -> EmbeddingSettings:
@@ -68,16 +66,16 @@ def _settings_of(folder: str | Path, modules: list[dict[str, Any]] | None, hub: 
         return EmbeddingSettings()
     pooling, normalize = EmbeddingSettings.pooling, False
     for module in modules:
-        kind = str(module.get("type", "")).rpartition(".")[2]
+        kind = module.get("type", "").rpartition(".")[2]
         if kind == "Pooling":
-            name = f"{module.get('path')}/config.json"
-            pooling = _pooling_of(_read(folder, name, dict, hub) or {}, at(Path(folder, name)))
+            place = at(Path(folder, module.get("path", ""), "config.json"))
+            pooling = _pooling_of(read_module_config(folder, module, hub), place)
         elif kind == "Normalize":
             normalize = True
         elif kind != "Transformer":
             place = at(Path(folder, "modules.json"))
             raise UserError(f"{place}: found a module '{kind}', expected only Transformer, Pooling, Normalize")
-    prompts = (_read(folder, "config_sentence_transformers.json", dict, hub) or {}).get("prompts") or {}
+    prompts = read_description(folder, hub).get("prompts") or {}
     return EmbeddingSettings(
         pooling=pooling,
         normalize=normalize,
@@ -99,7 +97,7 @@ class Stated:
 def remember_stated(model: nn.Module, folder: str | Path, **hub: str | None) -> None:
     """Keep with a model what its folder states; a fault is no error here: it concerns only those who use the settings."""
     try:
-        modules = _read(folder, "modules.json", list, hub)
+        modules = read_modules(folder, hub)
         stated = Stated(_settings_of(folder, modules, hub), _max_length_of(folder, modules or [], hub))
     except UserError as error:
         stated = Stated(fault=str(error))
@@ -112,12 +110,12 @@ def stated_by_folder(model: nn.Module) -> Stated:
 
 
 def _max_length_of(folder: str | Path, modules: list[dict[str, Any]], hub: dict[str, Any]) -> int | None:
-    path = next((m.get("path") or "" for m in modules if str(m.get("type", "")).endswith("Transformer")), None)
+    path = next((m.get("path") or "" for m in modules if m.get("type", "").endswith("Transformer")), None)
     if path is None:
         return None
     name = "/".join(filter(None, [path, "sentence_bert_config.json"]))
-    length = (_read(folder, name, dict, hub) or {}).get("max_seq_length")
-    return length if isinstance(length, int) and length > 0 else None
+    length = (read_file(folder, name, dict, hub) or {}).get("max_seq_length")
+    return length if type(length) is int and length > 0 else None
 
 
 def write_settings(folder: str | Path, settings: EmbeddingSettings, max_length: int, hidden_size: int) -> None:
@@ -187,25 +185,6 @@ def _pooling_of(config: dict[str, Any], place: str) -> str:
     if not config.get("include_prompt", True):
         raise UserError(f"{place}: field 'include_prompt': found false, expected true: prompts are pooled too")
     return names[modes[0]]
-
-
-def _read(folder: str | Path, name: str, kind: type, hub: dict[str, Any]) -> Any:
-    """A JSON file of a folder or a hub model, whose value is a ``kind``; None where there is no such file."""
-    path = Path(folder, name) if Path(folder).is_dir() else _from_hub(str(folder), name, hub)
-    return read_json(path, kind) if path is not None and path.is_file() else None
-
-
-def _from_hub(repository: str, name: str, hub: dict[str, Any]) -> Path | None:
-    from huggingface_hub import errors, hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, name, **hub))
-    except errors.LocalEntryNotFoundError:
-        logger.warning("%s of %s: the hub cannot be reached, taking the defaults", name, repository)
-    # A name that is none is the business of whoever loads the weights.
-    except (errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.HFValidationError):
-        pass
-    return None
 
 
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stated: int | None = None) -> int:

@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import read_json
 
 HEAD_FILES = ("sparse_linear.pt", "colbert_linear.pt")  # of BGE-M3, as FlagEmbedding names them
 
@@ -63,10 +64,10 @@ def read_weights(path: str, hub: dict[str, Any]) -> dict[str, Tensor]:
 
 def _weight_map(file: str) -> dict[str, str]:
     """Name of each weight and of the file that holds it, from the index of weights in several files."""
-    try:
-        return dict(json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{at(file)}: no index of weights ({type(error).__name__}: {error})") from None
+    found = read_json(file, dict).get("weight_map")
+    if isinstance(found, dict) and all(isinstance(name, str) for name in found.values()):
+        return found
+    raise UserError(f"{at(file)}: no index of weights, expected an object 'weight_map' of file names")
 
 
 def _read_file(file: str, names_only: bool = False) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import atomic_open
+from clpl_moe.encoder.folder import refuse_own_code
 from clpl_moe.encoder.settings import max_positions
 from clpl_moe.encoder.weights import model_fingerprint, no_bar_of_weights
 from clpl_moe.mine.index import PassageIndex
@@ -28,6 +29,8 @@ class Reranker:
     def __init__(self, name: str, max_length: int, batch_size: int, trust_remote_code: bool) -> None:
         from sentence_transformers import CrossEncoder
 
+        if not trust_remote_code:
+            refuse_own_code(name, {})
         try:
             with no_bar_of_weights():
                 self._model = CrossEncoder(name, max_length=max_length, trust_remote_code=trust_remote_code)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from clpl_moe.common.errors import OptionError, UserError, at, type_name
-from clpl_moe.common.files import LONE_SURROGATE, has_lone_surrogates, json_fault
+from clpl_moe.common.files import LONE_SURROGATE, has_lone_surrogates, json_fault, parse_json
 from clpl_moe.common.options import option
 from clpl_moe.prepare.articles import Article, Question, make_collection
 from clpl_moe.prepare.source import Source, register_source
@@ -55,10 +54,10 @@ def read_squad(path: str | Path) -> list[Article]:
         raise UserError(f"{at(path)}: no such file")
     raw = path.read_bytes()
     try:
-        content = json.loads(raw.decode("utf-8-sig"))
+        content = parse_json(raw)
     except UnicodeDecodeError as error:
         raise UserError(f"{at(path)}: not UTF-8 text ({error.reason})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         place = at(path, getattr(error, "lineno", None))
         raise UserError(f"{place}: not JSON ({json_fault(error)}), expected SQuAD's shape") from None
     if has_lone_surrogates(content, raw):
