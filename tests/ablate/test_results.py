@@ -33,3 +33,8 @@ def test_table_has_mean_spread_and_error_relative_to_the_first_row(configuration
     assert lines[2] == "| Base model | 1 | 0.8000 | 0.6000 | 0.7000 |  |  |"
     assert lines[3] == "| dense | 2 | 0.8500 ± 0.0141 | 0.7300 ± 0.0424 | 0.7900 ± 0.0283 | −30.0% | −25.0%, −32.5% |"
     assert lines[4] == "| experts | 0–1 | 0.9000 | – | – | – | −50.0%, – |"
+
+
+def test_names_of_rows_are_no_markup():
+    table = markdown([{"method": "a | b\n| c", "ko": "0.5"}])
+    assert table.splitlines()[2:] == ["| a \\| b \\| c | 0.5 |"]

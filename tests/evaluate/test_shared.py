@@ -109,3 +109,19 @@ def test_a_query_longer_than_the_limit_of_a_cell(tiny_encoder, collections, tmp_
     run(tiny_encoder, collections, tmp_path / "out")
     run(tiny_encoder, collections, tmp_path / "out", languages=("fa",))
     assert rows(tmp_path / "out")["ko", "q0"]["query"] == records[0]["text"]
+
+
+def test_a_query_that_a_spreadsheet_would_run_is_text(tiny_encoder, collections, tmp_path):
+    """And comes back as it was where a later call keeps its row."""
+    queries = collections / "ko" / "dev_queries.jsonl"
+    records = [json.loads(line) for line in queries.read_text().splitlines()]
+    hostile = ["=cmd|'/c calc'!A1", "'=1+1", "-2", "@SUM(A1)"]
+    for record, text in zip(records, hostile):
+        record["text"] = text
+    queries.write_text("".join(json.dumps(record) + "\n" for record in records))
+    run(tiny_encoder, collections, tmp_path / "out")
+    before = rows(tmp_path / "out")
+    assert [before["ko", f"q{i}"]["query"] for i in range(4)] == [f"'{text}" for text in hostile]
+    run(tiny_encoder, collections, tmp_path / "out", languages=("fa",))
+    after = rows(tmp_path / "out")
+    assert {key: after[key] for key in before} == before

@@ -1,6 +1,6 @@
 import pytest
 
-from clpl_moe.report.before_after import compare_results
+from clpl_moe.report.before_after import BeforeAfter, QueryChange, compare_results, write_queries
 from clpl_moe.report.options import ReportArguments
 from helpers.reports import TEXTS, make_data
 
@@ -18,3 +18,10 @@ def test_gained_and_lost_queries_with_what_was_retrieved(tmp_path):
     assert found.counts() == (1, 1, 1)
     assert found.mean("before") == pytest.approx((0.63093 + 1 + 1) / 3, abs=1e-5)
     assert found.mean("after") == pytest.approx(2 / 3)
+
+
+def test_a_query_that_a_spreadsheet_would_run_is_text(tmp_path):
+    query = QueryChange("=1", "=cmd|'/c calc'!A1", 1.0, 0.5)
+    write_queries(tmp_path / "q.csv", [BeforeAfter("+run", "ko", "nDCG@5", [query], [], [], 1)])
+    row = (tmp_path / "q.csv").read_text().splitlines()[1]
+    assert row == "'+run,ko,'=1,'=cmd|'/c calc'!A1,1,0.5,-0.5"

@@ -103,6 +103,14 @@ def test_texts_keep_their_letters_language_and_direction(drawn):
     assert set(english) == {"en"}
 
 
+def test_names_are_no_formulas_in_pictures(tmp_path):
+    """A run that is called $\\frac$ is drawn, and one with an underscore in front is in the legend."""
+    curves = [(name, [(1.0, 2.0), (2.0, 1.0)]) for name in (r"$\frac$", "_run", "cost $5")]
+    drawn = charts.svg(charts.plot_curves(curves, "Loss", "loss"), "loss")
+    for name, _ in curves:
+        assert name in drawn.replace("\u200b", "")
+
+
 def test_table_of_every_query(data, no_drawing):
     html = run_main(data, *results(data), "--languages", "ko")
     assert "0.8770" in html  # mean before

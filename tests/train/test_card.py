@@ -1,5 +1,8 @@
+import ast
 import json
 import re
+import shlex
+import shutil
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from clpl_moe.card import main as card
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import write_json
 from clpl_moe.common.machine import versions
+from clpl_moe.encoder.settings import EmbeddingSettings, write_settings
 from clpl_moe.train.__main__ import main
 from clpl_moe.train.card import Evaluated, add_results
 from helpers.tiny_training import arguments, make_collection, read_metrics, write_triplets
@@ -99,6 +103,29 @@ def test_the_code_in_the_card_runs_and_its_ways_agree(tiny_encoder, tmp_path, mo
     ours = torch.as_tensor(values[2]["queries"])
     assert torch.cosine_similarity(ours, queries[0]).min() > 0.999  # in bfloat16 where that is fast
     assert values[2]["encoder"].model.config.moe
+
+
+_HOSTILE_PROMPT = 'a"]);__import__("os").system("id")#\n```\n| query: \\'
+
+
+def test_strings_of_models_data_and_options_are_no_code_and_no_markup_in_the_card(tiny_encoder, tmp_path):
+    base = shutil.copytree(tiny_encoder, tmp_path / "ba`se|")
+    write_settings(base, EmbeddingSettings(query_prompt=_HOSTILE_PROMPT), max_length=100, hidden_size=32)
+    data = write_triplets(tmp_path / "t`|<i>.jsonl", 6)
+    folder = tmp_path / 'r"un <b>`$(id)`|[x](y)'
+    main(arguments(base, data, folder, max_steps=1, num_experts=0, trainable="full"))
+    header, text = split_card(folder)
+    assert header["tags"][0] == "sentence-transformers"
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3
+    strings = [node.value for code in blocks for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert strings.count(folder.name) == 4
+    assert f"{_HOSTILE_PROMPT}…" in strings
+    (shell,) = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    assert shlex.split(shell)[4] == folder.name
+    assert '# r"un \\<b\\>\\`\\$(id)\\`\\|\\[x\\](y)\n' in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in table)
 
 
 def test_card_of_a_dense_run_without_evaluation(tiny_encoder, tmp_path):

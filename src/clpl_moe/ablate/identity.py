@@ -87,8 +87,8 @@ class Decisive:
 class CommandOptions:
     """Checks options of the other commands: for each command those to call it with, and the decisive ones."""
 
-    def __init__(self, model: str) -> None:
-        self.model = model
+    def __init__(self, model: str, revision: str | None = None) -> None:
+        self.model, self.revision = model, revision
         self._hash = functools.cache(content_hash)
         self._defaults: dict[str, dict[str, Any]] = {}
 
@@ -102,12 +102,16 @@ class CommandOptions:
     def mine(self, place: str, values: dict[str, Any]) -> tuple[dict[str, Any], Decisive]:
         places = {"collection": "-", "language": "-", "output": "-"}
         required = {"model": self.model, **places}
-        given = required | values | places
+        given = required | self._pinned("model", values) | values | places
         types = [MineArguments, SelectionArguments, EncodingArguments]
         decisive = self._resolve("mine", types, place, given, required)
         for name in ("mine.model", "mine.reranker"):
             decisive.values[name] = self.content(decisive.values[name])
         return given, decisive
+
+    def _pinned(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
+        """The base model's revision, where ``values`` do not name another model."""
+        return {} if self.revision is None or name in values else {"revision": self.revision}
 
     def evaluate(self, place: str, values: dict[str, Any]) -> tuple[dict[str, Any], Decisive]:
         required = {"model": "-", "collection": "-", "languages": "-", "output": "-"}
@@ -128,7 +132,7 @@ class CommandOptions:
                 raise UserError(f"{place}: '{name}' would stand in the results; export HF_TOKEN=… instead")
         types = [CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments]
         required = {"model_name_or_path": self.model, "train_data": "{train_data}", "output_dir": "-"}
-        given = required | values
+        given = required | self._pinned("model_name_or_path", values) | values
         decisive = self._resolve("train", types, place, given, required)
         # {collection} and {train_data} stay: their content is known by what it is made from.
         for name in [f"train.{source}" for source in _SOURCES]:

@@ -27,6 +27,7 @@ class AblateArguments:
         "mapping: row -> `label`, `mine` and `train` (options that differ from the shared ones; `train: false` is"
         " the base model), `seeds`; the first row is what the others are compared with"
     )
+    revision: str | None = option("commit, branch or tag of a base model on the hub; not given: the newest", None)
     prepare: str = option("mapping: options of clpl_moe.prepare, for `squad`", "{}")
     mine: str = option("mapping: options of clpl_moe.mine that all rows share", "{}")
     train: str = option(

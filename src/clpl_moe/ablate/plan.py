@@ -104,7 +104,7 @@ def make_plan(arguments: AblateArguments) -> Plan:
     root = Path(arguments.runs)
     languages = arguments.mappings["languages"]
     collections = [_collection(name, spec, arguments, root) for name, spec in languages.items()]
-    options = CommandOptions(arguments.model)
+    options = CommandOptions(arguments.model, arguments.revision)
     minings: dict[str, MineJob] = {}  # by key
     folders: dict[str, Path] = {}  # of runs, by key
     runs, labels = [], {}
@@ -129,6 +129,9 @@ def make_plan(arguments: AblateArguments) -> Plan:
             seeds: list[int] | list[None] = [None]
             if spec.get("train") is False:
                 decisive.values["model"] = options.content(model)
+                if arguments.revision is not None:
+                    decisive.values["revision"] = arguments.revision
+                    evaluate["revision"] = arguments.revision
             else:
                 mine, of_mine = options.mine(f"{place}: mine", own["mine"])
                 of_mine |= data

@@ -15,7 +15,8 @@ from clpl_moe.ablate.plan import Plan
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import atomic_open, find_json, refuse_existing, refuse_unwritable, write_json
 from clpl_moe.common.machine import machine, versions, without_folders
-from clpl_moe.report.charts import BLUE, GREY, INK, save, style
+from clpl_moe.common.markup import in_markdown
+from clpl_moe.report.charts import BLUE, GREY, INK, plain, save, style
 from clpl_moe.report.text import percent
 
 
@@ -83,8 +84,8 @@ def table_rows(summary: list[dict[str, Any]]) -> list[dict[str, str]]:
 def markdown(rows: list[dict[str, str]]) -> str:
     """The table in Markdown."""
     columns = list(rows[0])
-    lines = ["| " + " | ".join(columns) + " |", "|---|" + "--:|" * (len(columns) - 1)]
-    lines += ["| " + " | ".join(row[column] for column in columns) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(in_markdown, columns)) + " |", "|---|" + "--:|" * (len(columns) - 1)]
+    lines += ["| " + " | ".join(in_markdown(row[column]) for column in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
@@ -171,12 +172,12 @@ def _plot(summary: Sequence[dict[str, Any]], metric: str, output: Path) -> None:
                 axes.plot(cell["values"], [place] * len(cell["values"]), "|", color=color, alpha=0.5, markersize=9)
         if cells[0]["mean"] is not None:
             axes.axvline(cells[0]["mean"], color=GREY, linewidth=1, linestyle=(0, (3, 3)), zorder=1)
-        axes.set_title(title, weight="bold")
+        axes.set_title(plain(title), weight="bold")
         axes.set_xlabel(metric)
         axes.xaxis.set_major_locator(MaxNLocator(3, prune="both"))
         axes.margins(x=0.12)
         axes.grid(axis="y", visible=False)
-    all_axes[0].set_yticks(range(len(summary)), [row["label"] for row in summary])
+    all_axes[0].set_yticks(range(len(summary)), [plain(row["label"]) for row in summary])
     all_axes[0].set_ylim(len(summary) - 0.5, -0.5)
     all_axes[0].tick_params(axis="y", labelcolor=INK, length=0)
     save(figure, output)

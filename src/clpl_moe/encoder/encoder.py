@@ -91,18 +91,19 @@ class Encoder:
         trust_remote_code: bool = False,
         cache_dir: str | None = None,
         token: str | None = None,
+        revision: str | None = None,
         tokenizer: str | Path | None = None,
     ) -> Encoder:
         """Load an encoder from a folder or by its name on the hub, in evaluation mode.
 
-        ``path`` is what :func:`load_encoder` takes, and ``tokenizer`` the folder or hub name of another tokenizer. ``settings``
+        ``path`` and ``revision`` are what :func:`load_encoder` takes, and ``tokenizer`` the folder or hub name of another tokenizer. ``settings``
         take the place of those that the folder states. ``dtype`` is the weights', ``compute_dtype`` is :class:`Encoder`'s.
         Without ``device`` it is a CUDA device where there is one. ``trust_remote_code`` lets code of the folder run.
 
         Raises:
             UserError: nothing is found at ``path``, it cannot be loaded, or its settings cannot be computed.
         """
-        hub = {"cache_dir": cache_dir, "token": token}
+        hub = {"cache_dir": cache_dir, "token": token, "revision": revision}
         model, loaded_tokenizer = load_encoder(
             path, dtype=dtype, trust_remote_code=trust_remote_code, tokenizer=tokenizer, **hub
         )

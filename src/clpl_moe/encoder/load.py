@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.files import read_json
 from clpl_moe.encoder.folder import TRUST, check_config
 from clpl_moe.encoder.settings import remember_stated
@@ -27,9 +27,11 @@ def load_encoder(
     trust_remote_code: bool = False,
     cache_dir: str | None = None,
     token: str | None = None,
+    revision: str | None = None,
     tokenizer: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load an encoder and its tokenizer (or that of ``tokenizer``) from a folder or by its name on the hub.
+    """Load an encoder and its tokenizer (or that of ``tokenizer``) from a folder or by its name on the hub, there of a
+    ``revision`` (commit, branch or tag; None: the newest).
 
     Folders with experts load without remote code, also those of 2024 (``config.json`` with ``moe``, ``num_experts`` and
     ``num_experts_per_tok``), whose router becomes ``topk_softmax``. A pooling layer is kept only where the weights hold
@@ -37,7 +39,7 @@ def load_encoder(
     states, for ``save_encoder`` and :class:`~clpl_moe.encoder.encoder.Encoder`. A ``path`` where nothing is found, or nothing
     that can be loaded, raises :class:`UserError`.
     """
-    hub = {"cache_dir": cache_dir, "token": token}
+    hub = {"cache_dir": cache_dir, "token": token, "revision": revision}
     path = str(path)
     config = read_config(path, **hub)
     model_type = config.get("model_type", "")
@@ -61,21 +63,31 @@ def load_encoder(
     remember_stated(model, path, **hub)
     model.to(dtype)  # type: ignore[arg-type]
     named = str(tokenizer or path)
+    if tokenizer is not None:
+        hub["revision"] = None  # it is the model's
     with refuse_unloadable(named, "tokenizer", trust_remote_code):
         return model.eval(), AutoTokenizer.from_pretrained(named, trust_remote_code=trust_remote_code, **hub)
 
 
 def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
     """The ``config.json`` of a folder or of a model on the hub; raises :class:`UserError` where there is none."""
+    if hub.get("revision") is not None and Path(path).is_dir():
+        raise OptionError(
+            "revision", f"{path} is a folder here, which has none; name a model of the hub, or leave it out"
+        )
     file = find_file(str(path), "config.json", hub)
     if file is None:
         if Path(path).exists():
             raise UserError(f"{at(path)}: no config.json, expected a model folder")
         raise UserError(
-            f"{at(path)}: neither a folder here nor a model that could be fetched from the hub; check the spelling, the"
-            " network and, for gated models, HF_TOKEN"
+            f"{at(path)}: neither a folder here nor a model that could be fetched from the hub{_of(hub)}; check the spelling,"
+            " the network and, for gated models, HF_TOKEN"
         )
     return check_config(read_json(file, dict), at(file))
+
+
+def _of(hub: dict[str, Any]) -> str:
+    return f" at revision {hub['revision']}" if hub.get("revision") else ""
 
 
 def is_2024_checkpoint(config: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import extract_commit_hash
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import read_json
@@ -90,6 +91,13 @@ def find_file(path: str, name: str, hub: dict[str, Any] | None = None) -> str | 
         return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **(hub or {}))
     except (OSError, ValueError):
         return None
+
+
+def resolved_revision(path: str | Path, **hub: Any) -> str | None:
+    """The commit of a model of the hub that this disk has files of; None for a folder, and where it is not known."""
+    if Path(path).is_dir():
+        return None
+    return extract_commit_hash(find_file(str(path), "config.json", hub), None)
 
 
 def find_heads(path: str | Path, **hub: Any) -> dict[str, str]:

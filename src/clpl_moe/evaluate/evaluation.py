@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from clpl_moe import __version__
 from clpl_moe.common.files import write_json
 from clpl_moe.common.output import Output
+from clpl_moe.encoder.weights import resolved_revision
 from clpl_moe.evaluate import m3
 from clpl_moe.evaluate import metrics as scoring
 from clpl_moe.evaluate.tasks import QRELS_FILE, Task
@@ -100,7 +101,7 @@ def rank_by_embeddings(
         )
         content = {
             "metrics": result.metrics,
-            **_describe(task, encoder, result.seconds),
+            **_describe(task, encoder, arguments, result.seconds),
             "passages_per_second": round(result.encoded / result.seconds["encode_passages"], 1),
         }
         task.begin(output)
@@ -117,7 +118,7 @@ def rerank_by_heads(
     if process()[0] > 0:  # the passages are few: the first process does it alone
         return None
     started = time.perf_counter()
-    heads = m3.load_heads(task.model, encoder.model.config.hidden_size)
+    heads = m3.load_heads(task.model, encoder.model.config.hidden_size, revision=arguments.revisions[task.model])
     assert heads is not None  # the plan has looked
     dense = scoring.read_trec_run(task.folder / scoring.run_file(scoring.DENSE))
     candidates = {query_id: list(scores)[: arguments.rerank_top] for query_id, scores in dense.items()}
@@ -125,7 +126,7 @@ def rerank_by_heads(
     qrels = task.collection.qrels
     content = {
         "metrics": {score: scoring.evaluate_run(qrels, run, arguments.metrics)[0] for score, run in runs.items()},
-        **_describe(task, encoder, {"rerank": time.perf_counter() - started}),
+        **_describe(task, encoder, arguments, {"rerank": time.perf_counter() - started}),
     }
     task.begin(output)
     for score, path in task.runs.items():
@@ -134,9 +135,10 @@ def rerank_by_heads(
     return content
 
 
-def _describe(task: Task, encoder: Encoder, seconds: dict[str, float]) -> dict[str, Any]:
+def _describe(task: Task, encoder: Encoder, arguments: EvaluateArguments, seconds: dict[str, float]) -> dict[str, Any]:
     return {
         **task.names,
+        "revision": resolved_revision(task.model, revision=arguments.revisions[task.model]),
         "passages": len(task.collection.passages),
         "queries": len(task.collection.queries),
         "judged_queries": len(task.collection.qrels),

@@ -58,12 +58,12 @@ class M3Heads(NamedTuple):
         return digest.hexdigest()
 
 
-def load_heads(name: str | Path, hidden_size: int) -> M3Heads | None:
-    """The heads of a model folder or hub model, in float32 on the CPU; None where it lacks one of them.
+def load_heads(name: str | Path, hidden_size: int, revision: str | None = None) -> M3Heads | None:
+    """The heads of a model folder or of a hub model's revision, in float32 on the CPU; None where it lacks one of them.
 
     Raises :class:`UserError` where a head cannot be read or is for states of another width, or the hub cannot be asked.
     """
-    files = find_heads(name)
+    files = find_heads(name, revision=revision)
     if len(files) < len(HEAD_FILES):
         return None
     return M3Heads(*(_load_linear(files[file], hidden_size) for file in HEAD_FILES))

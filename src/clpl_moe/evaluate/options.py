@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from clpl_moe.common.errors import OptionError, require_at_least
 from clpl_moe.common.options import option
@@ -24,6 +26,10 @@ class EvaluateArguments:
         " m3_scores also run.KIND.trec for each kind of score and metrics.m3.json. Beside them stand per_query.csv"
         " (language, query id, text and each model's metrics of each query) and, for several models,"
         " significance.json (each pair compared)"
+    )
+    revision: list[str] | None = option(
+        "commit, branch or tag of the models on the hub: one for all of these, or one for each model; not given: the newest",
+        None,
     )
     split: str = option("which queries and judgements", "dev")
     metrics: list[str] = option(
@@ -54,10 +60,22 @@ class EvaluateArguments:
             found = " ".join(map(str, weights))
             expected = "expected three of at least 0, with dense or sparse above 0"
             raise OptionError("m3_weights", f"found {found}, {expected}")
+        if self.revision is not None and len(self.revision) not in (1, len(self.model)):
+            expected = f"expected one, or one for each of the {len(self.model)} models"
+            raise OptionError("revision", f"found {len(self.revision)}, {expected}")
+        if self.revision is not None and not any(self.revisions.values()):
+            raise OptionError("revision", "every model is a folder here, which has none; leave it out")
         for name in self.compared_metrics:
             if name not in self.metrics:
                 expected = f"expected some of metrics: {', '.join(self.metrics)}"
                 raise OptionError("compare_metric", f"found {name}, {expected}")
+
+    @property
+    def revisions(self) -> dict[str, str | None]:
+        """The revision of each model; None for folders."""
+        given: Sequence[str | None] = self.revision or (None,)
+        each = list(given) * len(self.model) if len(given) == 1 else given
+        return {name: None if Path(name).is_dir() else revision for name, revision in zip(self.model, each)}
 
     @property
     def compared_metrics(self) -> list[str]:

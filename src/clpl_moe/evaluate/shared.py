@@ -14,6 +14,7 @@ from typing import Any
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open, read_json, write_json
+from clpl_moe.common.markup import from_csv, to_csv
 from clpl_moe.evaluate.metrics import M3_SCORES
 from clpl_moe.evaluate.results import Result
 from clpl_moe.evaluate.significance import TEST
@@ -111,7 +112,7 @@ def _write_table(
                 rows[language, query_id] = {"query": text, **values}
     found = {(result.language, result.system) for result in results}
     for old in _read_table(path):
-        language, query_id, query = (old.pop(name) for name in _COLUMNS)
+        language, query_id, query = (from_csv(old.pop(name)) for name in _COLUMNS)
         if language in collections and (language, query_id) not in rows:
             continue  # not judged any more
         kept = {}
@@ -126,7 +127,8 @@ def _write_table(
         writer = csv.DictWriter(file, [*_COLUMNS, *columns], restval="", lineterminator="\n")
         writer.writeheader()
         for (language, query_id), row in rows.items():
-            writer.writerow({"language": language, "query_id": query_id, **row})
+            texts = {"language": language, "query_id": query_id, "query": row.pop("query")}
+            writer.writerow({name: to_csv(text) for name, text in texts.items()} | row)
 
 
 def _label_of(system: str) -> str:

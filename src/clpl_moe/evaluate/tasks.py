@@ -100,15 +100,15 @@ class Task:
 class CurrentEncoder:
     """Loads encoders by name, and holds one at a time in memory."""
 
-    def __init__(self, encoding: EncodingArguments) -> None:
-        self.encoding = encoding
+    def __init__(self, encoding: EncodingArguments, revisions: Mapping[str, str | None]) -> None:
+        self.encoding, self.revisions = encoding, revisions
         self._name = ""
         self._encoder: Encoder | None = None
 
     def open(self, name: str) -> Encoder:
         if self._encoder is None or self._name != name:
             self._encoder = None
-            self._encoder, self._name = open_encoder(name, self.encoding), name
+            self._encoder, self._name = open_encoder(name, self.encoding, self.revisions[name]), name
         return self._encoder
 
 
@@ -126,7 +126,7 @@ def plan_tasks(
         encoder = current.open(model)
         check_lengths(encoder.model, encoding.query_max_len, encoding.passage_max_len, model)
         model_hash = encoder.fingerprint()
-        heads_hash = _hash_heads(model, encoder) if arguments.m3_scores else None
+        heads_hash = _hash_heads(model, encoder, current.revisions[model]) if arguments.m3_scores else None
         for language, collection in collections.items():
             folder = Path(arguments.output, label if len(models) > 1 else "", language)
             settings = encoding.describe(encoder) | {"top_k": arguments.top_k, "metrics": list(arguments.metrics)}
@@ -157,12 +157,12 @@ def _parts(name: str) -> tuple[str, ...]:
     return Path(name).resolve().parts[1:] or ("root",) if Path(name).exists() else tuple(name.split("/"))
 
 
-def _hash_heads(model: str, encoder: Encoder) -> str | None:
+def _hash_heads(model: str, encoder: Encoder, revision: str | None) -> str | None:
     """None where the model lacks heads."""
     from clpl_moe.evaluate.m3 import load_heads
     from clpl_moe.retrieval.store import process
 
-    heads = load_heads(model, encoder.model.config.hidden_size)
+    heads = load_heads(model, encoder.model.config.hidden_size, revision=revision)
     if heads is not None:
         return heads.fingerprint()
     if process()[0] == 0:

@@ -62,7 +62,9 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
         first = stack.enter_context(processes())
         cache = stack.enter_context(cache_folder(encoding, output.embeddings))
         # Only in here each process has a GPU of its own.
-        encoder = None if selection.sampling == "corpus" else open_encoder(arguments.model, encoding)
+        encoder = (
+            None if selection.sampling == "corpus" else open_encoder(arguments.model, encoding, arguments.revision)
+        )
         if not first:  # it encodes its part, the first one does the rest
             if encoder is not None:
                 encode_passages(encoder, index.texts, encoding, cache=cache, progress=False)
@@ -70,7 +72,8 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
         reranker = None
         if arguments.reranker is not None:
             sizes = (arguments.reranker_max_len, arguments.reranker_batch_size)
-            reranker = Reranker(arguments.reranker, *sizes, encoding.trust_remote_code)
+            trusted, revision = encoding.trust_remote_code, arguments.reranker_revision
+            reranker = Reranker(arguments.reranker, *sizes, trust_remote_code=trusted, revision=revision)
         miner = NegativeMiner(
             index=index,
             selection=selection,

@@ -20,11 +20,13 @@ class MineArguments:
     collection: str = option("folder that holds a collection per language")
     language: str = option("language: the folder in it")
     output: str = option("JSONL file to write")
+    revision: str | None = option("commit, branch or tag of a model on the hub; not given: the newest", None)
     split: str = option("which queries and judgements", "train")
     max_positive_queries: int = option("known queries written for a negative at most, drawn from more", 4)
     reranker: str | None = option(
         "cross encoder (folder or hub name) that scores passages up to rank_to anew; all limits go by its scores", None
     )
+    reranker_revision: str | None = option("as revision, of the reranker", None)
     reranker_max_len: int = option("longest pair in tokens; the rest is cut off", 512)
     reranker_batch_size: int = option("pairs that the reranker takes at once", 32)
     seed: int = option("decides every draw", 42)

@@ -26,14 +26,20 @@ class Reranker:
     :class:`UserError` where the model is missing or no such one, or ``max_length`` is beyond its positions.
     """
 
-    def __init__(self, name: str, max_length: int, batch_size: int, trust_remote_code: bool) -> None:
+    def __init__(
+        self, name: str, max_length: int, batch_size: int, *, trust_remote_code: bool, revision: str | None = None
+    ) -> None:
         from sentence_transformers import CrossEncoder
 
+        if revision is not None and Path(name).is_dir():
+            raise OptionError("reranker_revision", f"{name} is a folder here, which has none")
         if not trust_remote_code:
-            refuse_own_code(name, {})
+            refuse_own_code(name, {"revision": revision})
         try:
             with no_bar_of_weights():
-                self._model = CrossEncoder(name, max_length=max_length, trust_remote_code=trust_remote_code)
+                self._model = CrossEncoder(
+                    name, max_length=max_length, trust_remote_code=trust_remote_code, revision=revision
+                )
         except Exception as error:  # whatever a damaged or foreign folder brings about
             raise OptionError("reranker", f"{name} cannot be loaded: {' '.join(str(error).split())}") from None
         model = self._model.model

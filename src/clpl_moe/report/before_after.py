@@ -9,6 +9,7 @@ from pathlib import Path
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open
+from clpl_moe.common.markup import to_csv
 from clpl_moe.evaluate.metrics import evaluate_run, read_trec_run
 from clpl_moe.evaluate.tasks import METRICS_FILE, read_result
 from clpl_moe.report.options import ReportArguments
@@ -124,4 +125,4 @@ def write_queries(path: Path, comparisons: Sequence[BeforeAfter]) -> None:
         for c in comparisons:
             for q in sorted(c.queries, key=lambda query: (-query.change, query.id)):
                 values = (f"{value:.6g}" for value in (q.before, q.after, q.change))
-                writer.writerow([c.run, c.language, q.id, q.text, *values])
+                writer.writerow([*map(to_csv, (c.run, c.language, q.id, q.text)), *values])

@@ -46,6 +46,12 @@ def style(mathtext: str = "dejavusans", *, small: bool = False) -> Iterator[None
         yield
 
 
+def plain(text: str) -> str:
+    """A label as it is: no formula in it, and shown in a legend also where it begins with an underscore."""
+    text = text.replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
 def save(figure: Figure, output: Path) -> Path:
     """Write a PNG; nothing is written where drawing fails."""
     from PIL import Image  # matplotlib depends on it
@@ -81,11 +87,11 @@ def draw_curve(axes: Axes, points: Series, label: str, color: str) -> None:
     values = np.array(points, dtype=float)
     window = len(values) // 20
     if window < 3:
-        axes.plot(*values.T, color=color, label=label, marker="o", markersize=3)
+        axes.plot(*values.T, color=color, label=plain(label), marker="o", markersize=3)
         return
     axes.plot(*values.T, color=color, alpha=0.25, linewidth=0.8)
     mean = np.stack([np.convolve(column, np.ones(window) / window, mode="valid") for column in values.T])
-    axes.plot(*mean, color=color, label=label)
+    axes.plot(*mean, color=color, label=plain(label))
 
 
 @style(small=True)

@@ -52,15 +52,16 @@ class EncodingArguments:
         return dataclasses.asdict(encoder.settings) | lengths | {"dtype": str(encoder.dtype).removeprefix("torch.")}
 
 
-def open_encoder(name: str, arguments: EncodingArguments) -> Encoder:
-    """Load an encoder by folder or hub name, on a CUDA device where there is one; :class:`UserError` if that fails."""
+def open_encoder(name: str, arguments: EncodingArguments, revision: str | None = None) -> Encoder:
+    """Load an encoder by folder or hub name, there of a revision, on a CUDA device where there is one; :class:`UserError`
+    if that fails."""
     import torch
 
     from clpl_moe.common.allocator import keep_freed_memory
     from clpl_moe.encoder import Encoder
 
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    encoder = Encoder.load(name, trust_remote_code=arguments.trust_remote_code, compute_dtype=dtype)
+    encoder = Encoder.load(name, trust_remote_code=arguments.trust_remote_code, compute_dtype=dtype, revision=revision)
     names = ("pooling", "query_prompt", "passage_prompt")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     # Similarity is the cosine, as in training, also where the folder leaves the normalisation to its user.

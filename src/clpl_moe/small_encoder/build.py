@@ -34,14 +34,14 @@ class BertCheckpoint:
     origin: str  # where it came from, for the model card
 
 
-def read_hub() -> BertCheckpoint:
+def read_hub(revision: str | None = None) -> BertCheckpoint:
     """The weights on the hub; raises :class:`UserError` where it cannot be reached."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        model = AutoModel.from_pretrained(HUB_MODEL, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(HUB_MODEL)
+        model = AutoModel.from_pretrained(HUB_MODEL, dtype=torch.float32, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(HUB_MODEL, revision=revision)
     except OSError:
         raise UserError(
             f"no weights to build from: neither {HUB_MODEL} on the hub can be reached nor is a copy cached; "
@@ -52,7 +52,7 @@ def read_hub() -> BertCheckpoint:
         num_attention_heads=model.config.num_attention_heads,
         layer_norm_eps=model.config.layer_norm_eps,
         tokenizer=tokenizer,
-        origin="the weights on the hub, unchanged",
+        origin=f"the weights on the hub, unchanged (revision {getattr(model.config, '_commit_hash', None) or 'unknown'})",
     )
 
 

@@ -20,4 +20,5 @@ class SmallEncoderArguments:
     source: Literal["auto", "wheel", "hub"] = option(
         f"wheel: the package {WHEEL}; hub: {HUB_MODEL}; auto: the wheel where it is installed", "auto"
     )
+    revision: str | None = option("with the hub: commit, branch or tag; not given: the newest", None)
     overwrite: bool = option("replace the output folder if it exists", False)

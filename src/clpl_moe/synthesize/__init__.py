@@ -88,7 +88,7 @@ def _synthesize(
     # Before answers are paid for, too: only a loaded one shows that it is whole, and what lengths it takes.
     encoder = None
     if arguments.round_trip_model is not None:
-        encoder = open_encoder(arguments.round_trip_model, encoding)
+        encoder = open_encoder(arguments.round_trip_model, encoding, arguments.round_trip_revision)
         check_lengths(encoder.model, encoding.query_max_len, encoding.passage_max_len)
     with Journal(journal_path, job.settings, arguments.overwrite) as journal:
         try:

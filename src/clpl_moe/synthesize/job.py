@@ -69,6 +69,8 @@ class Job:
         given = {name: getattr(arguments, name) for name in ("backend", "model", "language", "queries_per_passage")}
         # What decides the questions, for the journal.
         self.settings = {**given, "prompt": self.prompt, "request": arguments.request_fields()}
+        if arguments.revision is not None:
+            self.settings["revision"] = arguments.revision
         # Further passages that the round trip searches, checked before answers are paid for.
         self.corpus: Sequence[str] = ()
         if arguments.round_trip_collection:
@@ -76,7 +78,7 @@ class Job:
         if arguments.round_trip_model:
             from clpl_moe.encoder.load import read_config
 
-            read_config(arguments.round_trip_model)
+            read_config(arguments.round_trip_model, revision=arguments.round_trip_revision)
         self.passages = read_passages(self.files)
         if not arguments.known_queries:
             for passage in self.passages.values():

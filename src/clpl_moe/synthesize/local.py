@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from clpl_moe.common.errors import UserError
+from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.encoder.weights import no_bar_of_weights
 from clpl_moe.synthesize.backends import Answer, Done, Question
 from clpl_moe.synthesize.options import SynthesizeArguments
@@ -19,7 +20,10 @@ class LocalModel:
     """A causal language model, on a CUDA device where there is one, asked through its chat template where it has one."""
 
     def __init__(self, arguments: SynthesizeArguments, trust_remote_code: bool) -> None:
-        model, code = arguments.model, {"trust_remote_code": trust_remote_code}
+        model = arguments.model
+        code: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": arguments.revision}
+        if arguments.revision is not None and Path(model).is_dir():
+            raise OptionError("revision", f"{model} is a folder here, which has none")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **code)
             with no_bar_of_weights():

@@ -20,6 +20,7 @@ class SynthesizeArguments:
     output: str = option("JSONL file to write; its journal, store and failures get names that begin with its name")
     language: str = option("language of passages and queries, such as ko")
     model: str = option("name of the language model; with backend transformers its folder or hub name")
+    revision: str | None = option("commit, branch or tag of a model on the hub; not given: the newest", None)
     backend: Literal["server", "transformers"] = option(
         "an OpenAI-compatible server, or a model on this machine", "server"
     )
@@ -42,6 +43,7 @@ class SynthesizeArguments:
     round_trip_model: str | None = option(
         "encoder that has to find the passage by its query; not given: no such check", None
     )
+    round_trip_revision: str | None = option("as revision, of that encoder", None)
     round_trip_top: int = option("ranks in which it has to be found", 20)
     round_trip_collection: str | None = option(
         "collection whose passages are searched, too; not given: only those of train_data", None
@@ -59,6 +61,10 @@ class SynthesizeArguments:
             raise OptionError("output", f"found {self.output!r}, expected the name of a file")
         if self.round_trip_collection and not self.round_trip_model:
             raise OptionError("round_trip_collection", "needs round_trip_model, the encoder that searches it")
+        if self.round_trip_revision and not self.round_trip_model:
+            raise OptionError("round_trip_revision", "needs round_trip_model, the encoder that it is of")
+        if self.backend == "server" and self.revision is not None:
+            raise OptionError("revision", "is for backend transformers")
         if self.backend == "transformers":
             for name in ("base_url", "api_key_env", "request_options"):
                 if getattr(self, name) is not None:

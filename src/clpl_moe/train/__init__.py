@@ -69,6 +69,7 @@ class TrainResult:
             collection, language, split = args.ance_collection or "COLLECTIONS", args.ance_language or "LANGUAGE", "dev"
         words = [
             *("--model", self.plan.model_args.model_name_or_path, str(self.folder)),
+            *(() if self.plan.model_args.revision is None else ("--revision", self.plan.model_args.revision)),
             *("--collection", collection, "--languages", str(language)),
             *(() if split == "dev" else ("--split", split)),
             *("--query_max_len", str(data.query_max_len), "--passage_max_len", str(data.passage_max_len)),

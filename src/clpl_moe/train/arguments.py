@@ -38,7 +38,7 @@ class CLPLModelArguments(ModelOptions, EncoderOnlyEmbedderM3ModelArguments):
     @property
     def hub(self) -> dict[str, str | None]:
         """What the hub is asked with."""
-        return {"cache_dir": self.cache_dir, "token": self.token}
+        return {"cache_dir": self.cache_dir, "token": self.token, "revision": self.revision}
 
 
 @dataclass

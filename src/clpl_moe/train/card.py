@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open
 from clpl_moe.common.machine import versions
+from clpl_moe.common.markup import as_code, as_python, in_markdown
 
 if TYPE_CHECKING:
     from clpl_moe.encoder.settings import EmbeddingSettings
@@ -70,11 +72,19 @@ def write_model_card(
         eval_results=_eval_results(results) or None,
     )
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-    card = jinja2.Template(template, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters |= {
+        "text": in_markdown,
+        "code": as_code,
+        "py": as_python,
+        "sh": lambda word: shlex.quote(str(word)),
+    }
+    card = environment.from_string(template).render(
         header=header.to_yaml(original_order=_FIRST),
         name=name,
         folder=name if args.folder.is_absolute() else args.folder,
         base=Path(base).name if Path(base).is_absolute() else base,
+        revision=plan.model_args.revision,
         results=_results_section(results),
         plan=plan,
         steps=steps,
@@ -85,7 +95,7 @@ def write_model_card(
         settings=settings,
         pooled=_POOLED,
         experts=json.dumps(plan.experts) if experts else None,
-        files=", ".join(f"`{Path(path).name}`" for path in plan.data_args.train_data),
+        files=", ".join(as_code(Path(path).name) for path in plan.data_args.train_data),
         versions=", ".join(f"{package} {version}" for package, version in versions().items()),
     )
     with atomic_open(args.folder / CARD) as file:
@@ -117,8 +127,8 @@ def _results_section(results: Sequence[Evaluated]) -> str:
     for result in results:
         names = list(result.metrics)
         lines += [
-            f"{result.split.capitalize()} queries of `{result.collection}/{result.language}`:\n",
-            f"| | {' | '.join(names)} |",
+            f"{in_markdown(result.split.capitalize())} queries of {as_code(f'{result.collection}/{result.language}')}:\n",
+            f"| | {' | '.join(map(in_markdown, names))} |",
             "|---|" + "--:|" * len(names),
         ]
         for label, values in (("before training", result.before), ("after training", result.metrics)):

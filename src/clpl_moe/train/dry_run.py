@@ -67,21 +67,23 @@ def _meta_encoder(args: CLPLModelArguments) -> tuple[PreTrainedModel, str, bool]
     configs = [(c, c.config_class) for pair in MOE_CLASSES.items() for c in pair]
     classes = {config_class.model_type: (c, config_class) for c, config_class in configs if config_class is not None}
     with torch.device("meta"):
-        if model_type in classes:
-            known = {k: v for k, v in values.items() if k != "model_type" and not (k == "moe" and isinstance(v, str))}
-            encoder_class, config_class = classes[model_type]
-            encoder = encoder_class(config_class.from_dict(known), add_pooling_layer=False)
-        else:
-            with refuse_unloadable(args.model_name_or_path, "encoder", args.trust_remote_code):
+        moe = args.moe_config()
+        with refuse_unloadable(args.model_name_or_path, "encoder", args.trust_remote_code):
+            if model_type in classes:
+                known = {
+                    k: v for k, v in values.items() if k != "model_type" and not (k == "moe" and isinstance(v, str))
+                }
+                encoder_class, config_class = classes[model_type]
+                encoder = encoder_class(config_class.from_dict(known), add_pooling_layer=False)
+            else:
                 config = AutoConfig.from_pretrained(
                     args.model_name_or_path, trust_remote_code=args.trust_remote_code, **args.hub
                 )
                 encoder = AutoModel.from_config(config, trust_remote_code=args.trust_remote_code)
-        config = args.moe_config()
-        if is_2024_checkpoint(values):
-            target = values.get("moe") or "intermediate"
-            config = MoEConfig(values["num_experts"], values["num_experts_per_tok"], target)
-        add_experts(encoder, config, args.model_name_or_path)
+            if is_2024_checkpoint(values):
+                target = values.get("moe") or "intermediate"
+                moe = MoEConfig(values["num_experts"], values["num_experts_per_tok"], target)
+        add_experts(encoder, moe, args.model_name_or_path)
     return encoder, source, reached
 
 
@@ -90,7 +92,7 @@ def _tokenizer(args: CLPLModelArguments) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(
             args.model_name_or_path, trust_remote_code=args.trust_remote_code, **args.hub
         )
-    except (OSError, ValueError, KeyError):
+    except Exception:  # the real run says what is wrong with it; lengths can be guessed
         return None
 
 
@@ -121,7 +123,8 @@ def _activations(config, tokens: int, args: CLPLTrainingArguments) -> int:
     checkpointing keeps one hidden-sized value a layer and one whole layer.
     """
     width = 2 if args.bf16 or args.fp16_asked else 4
-    layer = (16 * config.hidden_size + 3 * config.intermediate_size) * width
+    inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    layer = (16 * config.hidden_size + 3 * inner) * width
     layers = config.num_hidden_layers
     per_token = layers * config.hidden_size * width + layer if args.gradient_checkpointing else layers * layer
     return tokens * per_token

@@ -25,6 +25,10 @@ class ModelOptions:
     """The experts that are put into the base model."""
 
     model_name_or_path: str = option("The base model: a folder, or a name on the hub.")
+    revision: str | None = option(
+        "Commit, branch or tag of a base model on the hub; not given: the newest. The run's config and card name the commit.",
+        None,
+    )
     token: str | None = option("Token for the hub; not given: HF_TOKEN of the environment, or the stored login.", None)
     num_experts: int = option(
         "Experts per layer; 0 trains the dense model. A base model with experts keeps its own.", 2

@@ -110,7 +110,8 @@ class Plan:
         frozen = f", {args.frozen_layers} layers frozen" if args.frozen_layers else ""
         gpu = torch.cuda.is_available() and not args.use_cpu
         lines = [
-            f"base model      {self.model_args.model_name_or_path}{f' ({estimate.shape_source})' if estimate else ''}",
+            f"base model      {self.model_args.model_name_or_path}{f' ({estimate.shape_source})' if estimate else ''}"
+            f"{f', revision {self.model_args.revision}' if self.model_args.revision else ''}",
             f"experts         {', '.join(f'{name} {value}' for name, value in (self.experts or {}).items()) or 'none'}",
             f"parameters      {self.parameters:,}, trained {self.trained_parameters:,} ({share:.1%},"
             f" trainable: {args.trainable}{frozen})",

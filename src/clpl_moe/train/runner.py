@@ -20,6 +20,7 @@ from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.encoder import Encoder
 from clpl_moe.encoder.packing import can_pack
 from clpl_moe.encoder.settings import check_lengths
+from clpl_moe.encoder.weights import resolved_revision
 from clpl_moe.loss import CLPLLoss
 from clpl_moe.moe.inject import has_experts
 from clpl_moe.retrieval.options import EncodingArguments
@@ -83,7 +84,10 @@ class CLPLRunner:
             tokenizer=args.tokenizer_name,
             cache_dir=args.cache_dir,
             token=args.token,
+            revision=args.revision,
         )
+        # What config and card name, so that the run can be repeated.
+        args.revision = resolved_revision(args.model_name_or_path, **args.hub) or args.revision
         data_args, model = self.data_args, encoder.model
         check_lengths(model, data_args.query_max_len, data_args.passage_max_len, args.model_name_or_path)
         if has_experts(model):

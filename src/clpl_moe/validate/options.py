@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clpl_moe.common.errors import UserError, require_at_least
+from clpl_moe.common.errors import OptionError, UserError, require_at_least
 from clpl_moe.common.options import option
 
 
@@ -17,6 +17,7 @@ class ValidateArguments:
         "YAML file of training: its data, limits, tokenizer, prompts and whether it needs scores", None
     )
     tokenizer: str | None = option("model folder or hub name whose tokens are counted; not given: that of config", None)
+    revision: str | None = option("commit, branch or tag of tokenizer on the hub; not given: the newest", None)
     query_max_len: int | None = option("longest query in tokens; not given: that of config", None)
     passage_max_len: int | None = option("longest passage in tokens; not given: that of config", None)
     knowledge_distillation: bool = option("expect pos_scores and neg_scores in every line, also without config", False)
@@ -27,4 +28,6 @@ class ValidateArguments:
             raise UserError(
                 "no file to validate: name at least one file or folder of training JSONL, or a config of training"
             )
+        if self.revision is not None and self.tokenizer is None:
+            raise OptionError("revision", "is for tokenizer; of the config's model, the config names it")
         require_at_least(self, max_faults=0, query_max_len=3, passage_max_len=3)

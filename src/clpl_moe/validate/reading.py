@@ -39,9 +39,11 @@ def open_reading(arguments: ValidateArguments) -> tuple[list[str], Reading]:
             return arguments.train_data, Reading(limits=limits, scores_required=required)
         from clpl_moe.encoder.settings import read_settings
 
-        settings = read_settings(arguments.tokenizer)
+        settings = read_settings(arguments.tokenizer, revision=arguments.revision)
         prompts = _by_kind(settings.query_prompt, settings.passage_prompt)
-        return arguments.train_data, Reading(_load_counter(arguments.tokenizer), limits, prompts, required)
+        return arguments.train_data, Reading(
+            _load_counter(arguments.tokenizer, revision=arguments.revision), limits, prompts, required
+        )
     from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
     from clpl_moe.train.base_model import resolve_settings
 
@@ -55,7 +57,9 @@ def open_reading(arguments: ValidateArguments) -> tuple[list[str], Reading]:
         [CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments], "clpl_moe.validate", "", argv
     )
     settings = resolve_settings(model, data, training)
-    hub = {"cache_dir": model.cache_dir, "token": model.token, "trust_remote_code": model.trust_remote_code}
+    hub = {**model.hub, "trust_remote_code": model.trust_remote_code}
+    if model.tokenizer_name is not None:
+        hub["revision"] = arguments.revision
     count: Count | None = None
     try:
         count = _load_counter(model.tokenizer_name or model.model_name_or_path, **hub)
