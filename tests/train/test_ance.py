@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,22 @@ def test_positives_outside_the_corpus_and_known_answers_are_minded(world, tiny_e
     assert set(found[0]) == everything - {"p0", "p13"}
     assert len(found[1]) == 29  # p1 answers its query by the judgements
     assert 2 not in found
+
+
+def test_a_query_that_is_a_passage_itself_is_no_negative_of_its_own(world, tiny_encoder, tmp_path):
+    """As in ArguAna and Quora: by its id in the collection, within a longer text, or by its text."""
+    collection = shutil.copytree(world, tmp_path / "world")
+    corpus = {r["id"]: r["text"] for _, r in read_jsonl(collection / "ko" / "corpus.jsonl")}
+    lines = [line for _, line in read_jsonl(world / "train.jsonl")]
+    corpus["q0"] = f"Title. {lines[0]['query']} and more"
+    corpus["x"] = f"  {lines[1]['query'].upper()}."
+    write_jsonl(collection / "ko" / "corpus.jsonl", ({"id": p, "text": text} for p, text in corpus.items()))
+    more = {"ance_rank_to": 31, "ance_negatives": 31, "max_steps": 4, "ance_max_overlap": 1}
+    main(arguments(tiny_encoder, world / "train.jsonl", tmp_path / "run", **options(collection, **more)))
+    _, found = negatives_of(tmp_path / "run" / "negatives.jsonl")
+    assert set(found[0]) == set(corpus) - {"p0", "q0"}
+    assert set(found[1]) == set(corpus) - {"p1", "x"}
+    assert set(found[2]) == set(corpus) - {"p2"}
 
 
 def test_a_training_set_without_passages_is_refused(world, tiny_encoder, tmp_path, capsys):

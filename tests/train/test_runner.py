@@ -1,9 +1,14 @@
 import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
-from helpers.tiny_training import arguments, make_runner, refused, write_triplets
+from helpers.tiny_training import arguments, make_collection, make_runner, read_metrics, refused, write_triplets
 
 
 @pytest.fixture
@@ -50,3 +55,52 @@ def test_full_disk(tiny_encoder, data, tmp_path, capsys, monkeypatch, error):
             folder = tmp_path / strategy
             argv = arguments(tiny_encoder, data, folder, max_steps=1, save_strategy=strategy, save_steps=1)
             assert refused(argv, capsys).splitlines()[-1] == f"error: {folder}: No space left on device"
+
+
+@pytest.mark.slow
+def test_processes_share_the_evaluation_and_the_first_one_decides(tiny_encoder, data, tmp_path):
+    """Each by itself encodes everything, and where their floats differ they wait for each other for ever."""
+    more = {"dev_collection": make_collection(tmp_path / "dev"), "dev_language": "ko", "max_steps": 8, "use_cpu": True}
+    more |= {"save_strategy": "steps", "save_steps": 1, "early_stopping_patience": 2}
+    (tmp_path / "argv.json").write_text(json.dumps(arguments(tiny_encoder, data, tmp_path / "run", **more)))
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    done = subprocess.run(
+        [*command, str(tmp_path)], capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    # The first process's metrics are 0.9, 0.5, 0.5, the second one would go on.
+    assert [f["steps"] for f in found] == [3, 3]
+    assert [Path(f["best"]).name for f in found] == ["checkpoint-1", "checkpoint-1"]
+    assert [f["encoded"] for f in found] == [[6, 6, 6], [6, 6, 6]]  # of 12 passages
+    assert [r["eval_ndcg@10"] for r in read_metrics(tmp_path / "run") if "eval_ndcg@10" in r] == [0.9, 0.5, 0.5]
+    assert not (tmp_path / "run" / "_clpl_moe" / "embeddings").exists()
+
+
+if __name__ == "__main__":
+    # One of two processes: what it decided, and how many passages it encoded at each evaluation.
+    from clpl_moe.evaluate import evaluation
+    from clpl_moe.retrieval import store
+
+    folder, rank, store.SHARD_TEXTS = Path(sys.argv[1]), os.environ["RANK"], 6
+    encoded, stock = [], store.encode_passages
+
+    def encode_passages(*args, **kwargs):
+        shards = stock(*args, **kwargs)
+        encoded.append(shards.encoded)
+        return shards
+
+    store.encode_passages = evaluation.encode_passages = encode_passages
+    runner = make_runner(json.loads((folder / "argv.json").read_text()))
+    evaluate = runner.trainer.evaluator
+
+    def evaluator(encoder):
+        evaluate(encoder)
+        value = 0.1 * len(encoded) if rank == "1" else 0.9 if len(encoded) == 1 else 0.5
+        return dict.fromkeys(("ndcg@5", "ndcg@10", "recall@100"), value)
+
+    runner.trainer.evaluator = evaluator
+    result = runner.run()
+    state = {"steps": runner.trainer.state.global_step, "best": str(result.best_checkpoint), "encoded": encoded}
+    (folder / f"{rank}.json").write_text(json.dumps(state))

@@ -100,6 +100,15 @@ class PassageIndex:
         """Places of the passages that are known to answer a query."""
         return self._answering.get(normalize_text(query), set())
 
+    def themselves(self) -> dict[str, set[int]]:
+        """Places of the passages that are queries themselves (:meth:`Collection.own_passages`), by the query's normalised
+        text: a query is no negative of its own."""
+        texts, found = dict(zip(self._collection.query_ids, self._collection.queries)), {}
+        for query_id, row in self._collection.own_passages().items():
+            if (place := self.find(self._collection.passages[row])) is not None:
+                found.setdefault(normalize_text(texts[query_id]), set()).add(place)
+        return found
+
     def find(self, text: str) -> int | None:
         """The place of a text; None where the corpus does not hold it, or reserves it to another split."""
         value = _hash(comparable(text))

@@ -13,7 +13,7 @@ from typing import Any
 
 from clpl_moe.mine.rank import MiningQuery
 from clpl_moe.mine.select import NegativeMiner
-from clpl_moe.retrieval.collection import Collection
+from clpl_moe.retrieval.collection import Collection, normalize_text
 
 
 def training_lines(miner: NegativeMiner, collection: Collection, most: int) -> Iterator[dict[str, Any]]:
@@ -25,14 +25,14 @@ def training_lines(miner: NegativeMiner, collection: Collection, most: int) -> I
     counts["queries"] += len(collection.queries)
     counts["passages kept out: reserved to another split"] += index.reserved
     counts["passages kept out: empty or same text as another"] += index.repeated
-    own = index.places(set(collection.own_passages()))
+    own = index.themselves()
     queries = []
     for query_id, text in zip(collection.query_ids, collection.queries):
         relevant = index.relevant(collection.qrels.get(query_id, {}))
         if not relevant:
             counts["queries dropped: no relevant passage in the corpus"] += 1
             continue
-        excluded = index.answering(text) | ({own[query_id]} if query_id in own else set())
+        excluded = index.answering(text) | own.get(normalize_text(text), set())
         counts["passages left out: known to answer the query, besides its positives"] += len(excluded) - len(relevant)
         queries.append(MiningQuery(query_id, text, relevant, excluded))
     if not queries:

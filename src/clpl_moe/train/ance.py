@@ -4,7 +4,7 @@ When a refresh is due:
 
 1. The current weights encode the corpus; processes share this.
 2. Negatives of every example are selected as ``mine`` selects them. The positives of the example's line are excluded, and
-   so are the passages that the collection knows to answer its query.
+   so are the passages that the collection knows to answer its query, and a passage that is the query itself.
 3. The training set goes on with these negatives. Each brings the queries that it answers by the collection's judgements
    and by ``positive_queries.jsonl``; a negative without any only lacks the penalty. Where no negative is left for an
    example, its last ones stay.
@@ -29,6 +29,7 @@ from clpl_moe.mine.index import PassageIndex
 from clpl_moe.mine.options import SelectionArguments
 from clpl_moe.mine.rank import MiningQuery
 from clpl_moe.mine.select import NegativeMiner
+from clpl_moe.retrieval.collection import normalize_text
 from clpl_moe.retrieval.options import EncodingArguments
 
 NEGATIVES_FILE = "negatives.jsonl"
@@ -74,15 +75,19 @@ class NegativeRefresher:
         self._last_step = 0
         self._numbers: list[int] = []
         self._queries: list[MiningQuery] = []
+        themselves = index.themselves()
         for number, record in enumerate(dataset.dataset):
             if (record["type"] or "").startswith("symmetric"):  # its "passages" are queries
                 continue
             found = [index.find(text) for text in record["pos"]]
             positives = list(dict.fromkeys(place for place in found if place is not None))
             others = [text for text, place in zip(record["pos"], found) if place is None]
-            excluded = index.answering(record["query"]) | set(positives)
+            query = record["query"]
+            excluded = index.answering(query) | set(positives) | themselves.get(normalize_text(query), set())
+            if (itself := index.find(query)) is not None:
+                excluded.add(itself)
             self._numbers.append(number)
-            self._queries.append(MiningQuery(str(number), record["query"], positives, excluded, others))
+            self._queries.append(MiningQuery(str(number), query, positives, excluded, others))
         if not self._queries:
             raise OptionError(
                 "ance_refresh", "all examples are of a symmetric type, for which no passages are mined; unset it"

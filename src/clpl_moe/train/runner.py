@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,10 +160,23 @@ class CLPLRunner:
         if collection is None:
             return None
         from clpl_moe.evaluate.evaluation import evaluate_retrieval
+        from clpl_moe.retrieval.store import encode_passages
+
+        args = self.training_args
+        # Processes that hold the whole model share the passages; the first one searches.
+        shared = args.world_size > 1 and not args.fsdp and not args.deepspeed
+        cache = Output(args.folder, inside=True).embeddings if shared else None
 
         def evaluator(encoder: Encoder) -> dict[str, float]:
+            if shared and args.process_index > 0:
+                encode_passages(encoder, collection.passages, encoding, cache=cache, progress=False)
+                return {}
             known = list(DEV_METRICS.values())
-            result = evaluate_retrieval(encoder, collection, encoding, top_k=100, metrics=known, progress=False)
+            result = evaluate_retrieval(
+                encoder, collection, encoding, top_k=100, metrics=known, cache=cache, progress=False
+            )
+            if cache is not None:
+                shutil.rmtree(cache, ignore_errors=True)
             return {name: result.metrics[metric] for name, metric in DEV_METRICS.items()}
 
         return evaluator

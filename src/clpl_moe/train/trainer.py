@@ -193,7 +193,8 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         if self.evaluator is None:
             raise ValueError("there is no dev collection to evaluate on: set dev_collection")
         start = time.perf_counter()
-        found = self.evaluator(self._current_encoder())
+        # Rounded otherwise, processes would choose other best checkpoints, and stop after other steps: the first one's count.
+        found = self._gather_objects(self.evaluator(self._current_encoder()))[0]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - start, 2)
         self.log(metrics)
