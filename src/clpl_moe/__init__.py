@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+
+def _command_starts() -> bool:
+    """Whether ``python -m clpl_moe...`` or ``clpl-moe`` is about to load its modules."""
+    if sys.argv[:1] == ["-m"]:
+        words = sys.orig_argv
+        return "-m" in words and words[words.index("-m") + 1].partition(".")[0] == "clpl_moe"
+    return Path(sys.argv[0] if sys.argv else "").stem == "clpl-moe"
+
+
+# Until the command takes over (clpl_moe/common/errors.py), Ctrl-C ends the process without a traceback.
+if _command_starts() and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Public name -> the module that defines it. Nothing is imported before it is asked for: torch and transformers take
 # seconds, and `import clpl_moe` must not.

@@ -284,3 +284,13 @@ for function in (merge_experts, expert_parameters, lambda model: save_encoder(mo
     command = [sys.executable, "-c", code, str(folders["cls"])]
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert run.stdout.count("loaded with the code in its folder: use clpl_moe.load_encoder") == 3, run.stderr[-2000:]
+
+
+def test_every_file_has_the_permissions_that_the_umask_leaves(tiny_encoder, tmp_path):
+    """safetensors keeps its files to their owner."""
+    before = os.umask(0o027)
+    try:
+        save_encoder(*load_encoder(tiny_encoder), tmp_path / "saved", heads_from=tiny_encoder)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "saved").rglob("*") if path.is_file()} == {0o640}

@@ -247,12 +247,12 @@ def test_killed_while_mining(world, tiny_encoder, whole, tmp_path):
     command = argv(world, tiny_encoder, tmp_path / "run", ance_sampling="score", ance_sampling_temperature=0.2)
     killed = subprocess.run([sys.executable, "-c", KILLED, "2", *command], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert (tmp_path / "run" / "embeddings").is_dir()
+    assert (tmp_path / "run" / "_clpl_moe" / "embeddings").is_dir()
     resume = [sys.executable, "-m", "clpl_moe.train", *command, "--resume_from_checkpoint", "true"]
     resumed = subprocess.run(resume, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(tmp_path / "run", whole)
-    assert not (tmp_path / "run" / "embeddings").exists()
+    assert not (tmp_path / "run" / "_clpl_moe").exists()
 
 
 @pytest.mark.slow

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -71,10 +74,11 @@ _OF_THE_MACHINE = (
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a command's ``main``: a :class:`UserError`, and a disk that is full or may not be written to, become one
-    line on stderr and exit code 2."""
+    line on stderr and exit code 2. SIGTERM ends it with 143, after what is unfinished has been removed; Ctrl-C with 130."""
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs) -> None:
+        terminates = _catch_signals()
         try:
             main(*args, **kwargs)
             sys.stdout.flush()
@@ -98,5 +102,26 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+        finally:
+            if terminates:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     return wrapper
+
+
+def _catch_signals() -> bool:
+    """Let signals raise exceptions where they would end the process; returns whether SIGTERM was one of them."""
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see clpl_moe/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        return False
+    signal.signal(signal.SIGTERM, _terminate)
+    return True
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    os.write(2, b"terminated\n")
+    raise SystemExit(128 + number)

@@ -236,6 +236,11 @@ def _remove_unfinished(path: Path) -> None:
                 file.unlink()
 
 
+def share(path: str | Path) -> None:
+    """Give a file the permissions that the umask leaves it: safetensors keeps its files to their owner."""
+    Path(path).chmod(0o666 & ~_umask())
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

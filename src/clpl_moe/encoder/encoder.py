@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from clpl_moe.common.errors import UserError
+from clpl_moe.common.files import share
 from clpl_moe.encoder.encode import Kind, encode, tokenize
 from clpl_moe.encoder.load import load_encoder
 from clpl_moe.encoder.packing import PackedTexts, embed_packed
@@ -230,6 +231,8 @@ class Encoder:
         folder.mkdir(parents=True, exist_ok=True)
         with no_bar_of_weights():
             model.save_pretrained(folder, state_dict=state_dict)
+        for file in folder.glob("*.safetensors"):
+            share(file)
         self.tokenizer.save_pretrained(folder)
         write_settings(folder, self.settings, max_length=self.max_length, hidden_size=model.config.hidden_size)
         heads, files = heads or {}, self.head_files or {}

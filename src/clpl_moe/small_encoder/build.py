@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clpl_moe.common.errors import UserError
+from clpl_moe.common.files import share
 from clpl_moe.encoder.settings import EmbeddingSettings, write_settings
 from clpl_moe.small_encoder.options import HUB_MODEL, INSTALL
 
@@ -97,6 +98,7 @@ def write_model(folder: Path, checkpoint: BertCheckpoint) -> None:
     config.save_pretrained(folder)
     weights = {name: np.ascontiguousarray(value) for name, value in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    share(folder / "model.safetensors")
     checkpoint.tokenizer.save_pretrained(folder)
     settings = EmbeddingSettings(pooling="mean", normalize=True, query_prompt="query: ", passage_prompt="passage: ")
     write_settings(folder, settings, max_length=MAX_LENGTH, hidden_size=hidden_size)

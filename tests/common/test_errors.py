@@ -1,0 +1,67 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from clpl_moe.__main__ import VERBS
+from clpl_moe.common.errors import Stopped, command
+from clpl_moe.common.files import atomic_open
+
+# Ctrl-C as a module is looked for: from then on the command's own modules are loaded.
+SITE = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == os.environ["INTERRUPTED_AT"]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_ctrl_c_while_modules_load_is_no_traceback(tmp_path, verb):
+    (tmp_path / "sitecustomize.py").write_text(SITE)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "INTERRUPTED_AT": f"clpl_moe.{verb}"}
+    command = [sys.executable, "-m", f"clpl_moe.{verb}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in done.stderr
+
+
+def test_the_package_leaves_ctrl_c_to_the_programs_that_use_it():
+    code = "import signal, clpl_moe; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_sigterm_ends_a_command_that_leaves_nothing_unfinished(tmp_path, capfd):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    @command
+    def main():
+        with atomic_open(tmp_path / "file") as file:
+            file.write("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            file.write("whole")
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 143
+    assert capfd.readouterr().err == "terminated\n"
+    assert list(tmp_path.iterdir()) == []
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_job_that_stopped_in_order_says_how_it_goes_on(capsys):
+    @command
+    def main():
+        raise Stopped("saved, goes on by ...", signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 143
+    assert capsys.readouterr().err == "saved, goes on by ...\n"
