@@ -1,15 +1,19 @@
 """Kills jobs at random moments, runs them again, and compares what they leave with what an undisturbed run leaves.
 
     PYTHONPATH=tests python tests/end_to_end/kills.py train --times 40
+    PYTHONPATH=tests python tests/end_to_end/kills.py mine evaluate synthesize --times 20
+    PYTHONPATH=tests python tests/end_to_end/kills.py --together
 
 Each run is the fork of a process that has imported everything; it is killed for a random part of an undisturbed run's time,
 up to three times, with SIGKILL, SIGTERM or SIGINT in turn. Then the same command runs to its end. Folders are compared file
-by file: nothing may be missing, differ, or be left over. Times of day and durations are no difference.
+by file: nothing may be missing, differ, or be left over. Times of day and durations are no difference. With ``--together``
+two runs of each command start at once on one output: one has to go on, and the other to end with exit code 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import random
@@ -40,11 +44,13 @@ class Job:
         main: of the command.
         argv: of the first run.
         again: of all others.
+        over: the file that is written last, where a run that finds it is refused.
     """
 
     main: Callable[[list[str]], Any]
     argv: list[str]
     again: list[str]
+    over: Path | None = None
 
 
 def train(folder: Path, number: int) -> Job:
@@ -78,11 +84,70 @@ def _model_with_dropout(folder: Path) -> Path:
     return folder / "model"
 
 
-JOBS: dict[str, Callable[[Path, int], Job]] = {"train": train}
+def mine(folder: Path, number: int) -> Job:
+    """Mining from embeddings in many shards."""
+    from clpl_moe.mine.__main__ import main
+    from clpl_moe.retrieval import store
+    from helpers.ablation import make_collection
+
+    store.SHARD_TEXTS = 2
+    output = folder / "output" / "train.jsonl"
+    argv = ["--model", _model_with_dropout(folder), "--collection", make_collection(folder / "data"), "--language=ko"]
+    argv += ["--output", output, "--rank_to=10", "--negatives=4", "--passage_max_len=40", "--dtype=float32"]
+    argv = [*map(str, argv)]
+    return Job(main, argv, argv, output)
 
 
-def run(job: Job, argv: list[str], log: Path, kill: tuple[float, int] | None = None) -> int:
-    """The exit code of a command in a process of its own, negative for a signal; ``kill``: seconds, and a signal."""
+def evaluate(folder: Path, number: int) -> Job:
+    """An evaluation of two models on two languages; in every other one with BGE-M3's heads."""
+    import torch
+
+    from clpl_moe.evaluate.__main__ import main
+    from clpl_moe.retrieval import store
+    from helpers.ablation import make_collection
+
+    store.SHARD_TEXTS = 4
+    data = make_collection(make_collection(folder / "data"), "fa")
+    models = [_model_with_dropout(folder), folder / "second"]
+    if not models[1].exists():
+        shutil.copytree(models[0], models[1])
+        torch.manual_seed(0)
+        torch.save(torch.nn.Linear(32, 1).state_dict(), models[1] / "sparse_linear.pt")
+        torch.save(torch.nn.Linear(32, 32).state_dict(), models[1] / "colbert_linear.pt")
+    argv = ["--model", *models, "--collection", data, "--languages", "ko", "fa", "--output", folder / "output" / "r"]
+    argv = [*map(str, argv), "--passage_max_len=40", "--dtype=float32", f"--m3_scores={number % 2 == 1}"]
+    return Job(main, argv, argv)
+
+
+def synthesize(folder: Path, number: int) -> Job:
+    """Questions to a server, whose answers are one of no use and one of use, then the round trip; in order."""
+    from clpl_moe.retrieval import store
+    from clpl_moe.synthesize.__main__ import main
+    from helpers.synthesis import Llm, arguments, train_file
+
+    store.SHARD_TEXTS = 4
+    if folder not in _servers:
+        _servers[folder] = Llm(folder / "server", {"3": ["wrong language…"]}, 0.005)
+        atexit.register(_servers[folder].process.kill)
+    (folder / "output").mkdir(exist_ok=True)
+    options = {"round_trip_model": _model_with_dropout(folder), "passage_max_len": 40, "round_trip_top": 8}
+    options |= {"concurrency": 1, "timeout": 60}
+    argv = arguments(_servers[folder], train_file(folder, 24), folder / "output", **options)
+    return Job(main, argv, argv, folder / "output" / "out.jsonl")
+
+
+_servers: dict[Path, Any] = {}
+
+JOBS: dict[str, Callable[[Path, int], Job]] = {
+    "train": train,
+    "mine": mine,
+    "evaluate": evaluate,
+    "synthesize": synthesize,
+}
+
+
+def start(job: Job, argv: list[str], log: Path) -> int:
+    """Start a command in a process of its own; its id."""
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -100,6 +165,12 @@ def run(job: Job, argv: list[str], log: Path, kill: tuple[float, int] | None = N
             code = 99
         sys.stdout.flush()
         os._exit(code)
+    return child
+
+
+def run(job: Job, argv: list[str], log: Path, kill: tuple[float, int] | None = None) -> int:
+    """The exit code of a command in a process of its own, negative for a signal; ``kill``: seconds, and a signal."""
+    child = start(job, argv, log)
     end = None if kill is None else time.monotonic() + kill[0]
     while True:
         done, status = os.waitpid(child, 0 if end is None else os.WNOHANG)
@@ -153,10 +224,10 @@ def kill_and_compare(make: Callable[[Path, int], Job], times: int, seed: int, fo
             for _ in range(2):  # the second one finds every cache filled
                 shutil.rmtree(output, ignore_errors=True)
                 output.mkdir()
-                start = time.monotonic()
+                began = time.monotonic()
                 if run(job, job.argv, log) != 0:
                     raise SystemExit(f"the undisturbed run failed:\n{log.read_text()[-3000:]}")
-                seconds = time.monotonic() - start
+                seconds = time.monotonic() - began
             expected = folder / f"expected{number % 2}"
             output.rename(expected)
             undisturbed[number % 2] = expected, seconds
@@ -168,12 +239,14 @@ def kill_and_compare(make: Callable[[Path, int], Job], times: int, seed: int, fo
         argv, faults = job.argv, []
         for kill in range(draw.randint(1, 3)):
             sent = SIGNALS[(number + kill) % 3]
+            refused = {2} if job.over is not None and job.over.exists() else set()
             code = run(job, argv, log, (draw.uniform(0, seconds), sent))
             counts[sent.name] += 1
-            if code not in CODES and code != -sent:
+            if code not in CODES | refused and code != -sent:
                 faults.append(f"exit code {code} after {sent.name}")
             argv = job.again if any(output.iterdir()) else job.argv
-        if (code := run(job, argv, log)) != 0:
+        refused = {2} if job.over is not None and job.over.exists() else set()
+        if (code := run(job, argv, log)) not in {0} | refused:
             faults.append(f"exit code {code} of the last run")
         faults += differences(output, expected)
         if "Traceback" in (said := log.read_text()):
@@ -187,18 +260,47 @@ def kill_and_compare(make: Callable[[Path, int], Job], times: int, seed: int, fo
     return counts
 
 
+def run_together(make: Callable[[Path, int], Job], folder: Path) -> str:
+    """Run a job twice at once, on one output; says how long the refused one took."""
+    output, log = folder / "output", folder / "log.txt"
+    output.mkdir()
+    job = make(folder, 1)
+    if run(job, job.argv, log) != 0:
+        raise SystemExit(f"the undisturbed run failed:\n{log.read_text()[-3000:]}")
+    output.rename(folder / "expected")
+    output.mkdir()
+    logs = [folder / "first.txt", folder / "second.txt"]
+    began = time.monotonic()
+    children = [start(job, job.argv, one) for one in logs]
+    ended = {}
+    while len(ended) < 2:
+        child, status = os.wait()
+        if child in children:
+            ended[child] = os.waitstatus_to_exitcode(status), time.monotonic() - began
+    (first, code), (_, other) = (ended[child][::-1] for child in sorted(ended, key=lambda c: -ended[c][0]))
+    said = "".join(one.read_text() for one in logs)
+    faults = differences(output, folder / "expected")
+    if (code, other) != (2, 0) or "writes this output since" not in said or faults:
+        raise SystemExit(f"exit codes {code} and {other}, {faults}:\n{said[-3000:]}")
+    return f"one went on, the other ended with exit code 2 after {first:.2f} s"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("jobs", nargs="*", choices=JOBS)
+    parser.add_argument("jobs", nargs="*", help=f"of {', '.join(JOBS)}; not given: all")
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--together", action="store_true")
     options = parser.parse_args()
     for name in options.jobs or JOBS:
         with tempfile.TemporaryDirectory() as folder:
-            start = time.monotonic()
+            if options.together:
+                print(f"{name}: {run_together(JOBS[name], Path(folder))}", flush=True)
+                continue
+            began = time.monotonic()
             counts = kill_and_compare(JOBS[name], options.times, options.seed, Path(folder))
             kills = ", ".join(f"{s.name} {counts[s.name]}" for s in SIGNALS)
-            seconds = time.monotonic() - start
+            seconds = time.monotonic() - began
             print(f"{name}: {counts['jobs']} jobs, {kills}; {counts['faulty']} faulty ({seconds:.0f} s)", flush=True)
 
 

@@ -56,7 +56,7 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
         raise OptionError("reranker", "sampling 'corpus' ranks nothing; leave out one of the two")
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(writing(arguments.output))
-        refuse_existing(arguments.output, arguments.overwrite)
+        refuse_existing(arguments.output, arguments.overwrite or output.claimed(output.path))
         collection = Collection.load(arguments.collection, arguments.language, arguments.split)
         index = PassageIndex.load(collection)
         first = stack.enter_context(processes())
@@ -88,6 +88,7 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
         if line is None:
             why = "; ".join(f"{name}: {count:,}" for name, count in (+miner.counts).items())
             raise UserError(f"no query of {index.source} could be given negatives ({why})")
+        output.claim(output.path)
         write_jsonl(arguments.output, itertools.chain([line], lines))
     if index.unknown:
         miner.counts["lines of positive_queries.jsonl left out: passage not in the corpus"] = index.unknown
