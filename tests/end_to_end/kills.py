@@ -55,6 +55,7 @@ class Job:
 
 def train(folder: Path, number: int) -> Job:
     """A training with evaluations, checkpoints, dropout, and mining in every other one."""
+    import clpl_moe.train.runner  # noqa: F401  (takes seconds)
     from clpl_moe.train.__main__ import main
     from helpers.tiny_training import arguments, make_collection, write_triplets
 

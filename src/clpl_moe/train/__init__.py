@@ -108,7 +108,7 @@ def train(
 
         check_output_dir(training_args)
         return plan_run(model_args, data_args, training_args)
-    from clpl_moe.train.runner import CLPLRunner
-
     with writing(training_args.folder, inside=True), naming_a_full_disk(training_args.folder / "checkpoint"):
+        from clpl_moe.train.runner import CLPLRunner  # which takes seconds
+
         return CLPLRunner(model_args, data_args, training_args).run(on_plan)
