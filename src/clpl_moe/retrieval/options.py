@@ -34,7 +34,7 @@ class EncodingArguments:
     passage_prompt: str | None = option("text in front of each passage, instead of what the model folder says", None)
     cache_dir: str | None = option(
         "folder where the corpus's embeddings (2 bytes a value) stay for later calls with the same model and"
-        " corpus; not given: a folder .embeddings beside the output, deleted once that is written. In both an"
+        " corpus; not given: the output's work folder, deleted once the output is written. In both an"
         " interrupted encoding goes on where it stopped",
         None,
     )
