@@ -55,7 +55,8 @@ class Job:
 
 def train(folder: Path, number: int) -> Job:
     """A training with evaluations, checkpoints, dropout, and mining in every other one."""
-    import clpl_moe.train.runner  # noqa: F401  (takes seconds)
+    import clpl_moe.evaluate.evaluation
+    import clpl_moe.train.runner  # noqa: F401
     from clpl_moe.train.__main__ import main
     from helpers.tiny_training import arguments, make_collection, write_triplets
 
@@ -67,7 +68,7 @@ def train(folder: Path, number: int) -> Job:
     options |= {"save_steps": 3, "logging_steps": 2, "dev_collection": collection, "dev_language": "ko"}
     if number % 2:
         options |= {"ance_refresh": 4, "ance_collection": collection, "ance_language": "ko"}
-        options |= {"ance_rank_to": 10, "ance_negatives": 4}
+        options |= {"ance_rank_to": 10, "ance_negatives": 4, "ance_max_positive_ratio": 0}
     argv = arguments(_model_with_dropout(folder), data, folder / "output" / "run", **options)
     return Job(main, argv, [*argv, "--resume_from_checkpoint", "true"])
 
