@@ -2,9 +2,12 @@ import json
 import os
 import re
 import shutil
+import signal
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.train.__main__ import main
@@ -200,6 +203,14 @@ def test_an_optimizer_of_another_model_is_refused(run, capsys):
     assert "optimizer.pt: does not fit this model" in refused(argv, capsys)
 
 
+@pytest.mark.parametrize("state", [None, {}, {"weight": torch.zeros(1), "bias": torch.zeros(32)}])
+def test_heads_that_do_not_fit_are_refused(run, capsys, state):
+    folder, argv = run
+    path = folder / "checkpoint-3" / "colbert_linear.pt"
+    path.unlink() if state is None else torch.save(state, path)
+    assert "colbert_linear.pt: does not fit this model" in refused(argv, capsys)
+
+
 def test_newest_checkpoint(run, caplog):
     folder, _ = run
     assert newest_checkpoint(folder.parent / "nowhere") is None
@@ -214,3 +225,105 @@ def test_newest_checkpoint(run, caplog):
     for number in (1, 2, 3, 10):
         shutil.rmtree(folder / f"checkpoint-{number}")
     assert newest_checkpoint(folder) is None  # a killed run left these
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+OF_A_CHECKPOINT = (*FILES, "trainer_state.json", "config.json", "tokenizer.json", "modules.json", "training_args.bin")
+OF_A_RUN = ("train_config.yaml", "train_data.json", "metrics.jsonl", "trainer_state.json")
+PLACES = st.sampled_from([f"checkpoint-3/{name}" for name in OF_A_CHECKPOINT] + list(OF_A_RUN)) | st.sampled_from(
+    ["checkpoint-2/optimizer.pt", "checkpoint-²/trainer_state.json", "checkpoint-03/trainer_state.json", "checkpoint-3"]
+)
+
+
+def put(path, content):
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+
+
+def change_json(path, draw):
+    """Another value in place of one within a file of JSON."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return put(path, json.dumps(draw(JSON)).encode())
+    at = values
+    while isinstance(at, (dict, list)) and at:
+        key = draw(st.sampled_from(sorted(at))) if isinstance(at, dict) else draw(st.integers(0, len(at) - 1))
+        if not isinstance(at[key], (dict, list)) or not at[key] or draw(st.booleans()):
+            at[key] = draw(JSON)
+            break
+        at = at[key]
+    return put(path, json.dumps(values).encode())
+
+
+def change_tensors(path, draw):
+    """Another value in place of one within a file of torch's."""
+    try:
+        values = torch.load(path, weights_only=False)
+    except Exception:
+        values = {}
+    if isinstance(values, dict) and values:
+        values[draw(st.sampled_from(sorted(values, key=str)))] = draw(JSON | st.just(torch.zeros(3)))
+    put(path, b"")
+    torch.save(values, path)
+
+
+def damage(path, draw):
+    how = draw(st.sampled_from(["cut", "bytes", "flip", "json", "change", "torch", "delete", "folder", "fifo"]))
+    content = path.read_bytes() if path.is_file() else b""
+    if how == "cut":
+        put(path, content[: draw(st.integers(0, max(0, len(content) - 1)))])
+    elif how == "bytes":
+        put(path, draw(st.binary(max_size=60)))
+    elif how == "flip" and content:
+        position = draw(st.integers(0, len(content) - 1))
+        put(path, content[:position] + bytes([content[position] ^ draw(st.integers(1, 255))]) + content[position + 1 :])
+    elif how == "json":
+        put(path, json.dumps(draw(JSON)).encode() * draw(st.integers(1, 2)))
+    elif how == "change" and path.suffix in (".pt", ".pth"):
+        change_tensors(path, draw)
+    elif how == "change" and path.suffix == ".json":
+        change_json(path, draw)
+    elif how == "torch":
+        put(path, b"")
+        torch.save(draw(JSON), path)
+    elif how in ("delete", "folder", "fifo"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        path.parent.mkdir(exist_ok=True)
+        if how == "folder":
+            path.mkdir()
+        elif how == "fifo":
+            os.mkfifo(path)
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*") if path.name != "lock"}
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_whatever_is_damaged_a_resume_goes_on_or_says_why(stopped, tmp_path_factory, capsys, data):
+    argv, folder = stopped
+    run = tmp_path_factory.mktemp("damaged") / "run"
+    shutil.copytree(folder, run)
+    for place in data.draw(st.lists(PLACES, min_size=1, max_size=2)):
+        damage(run / place, data.draw)
+    before = contents(run)
+    signal.alarm(120)  # ends what waits for ever
+    code = 0
+    try:
+        main([str(run) if word == str(folder) else word for word in argv] + ["--resume_from_checkpoint", "true"])
+    except SystemExit as stop:
+        code = stop.code
+    signal.alarm(0)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert (code, len(errors)) in ((0, 0), (2, 1))
+    assert (run / "model.safetensors").is_file() if code == 0 else contents(run) == before
+    shutil.rmtree(run.parent)

@@ -127,7 +127,7 @@ def _check(folder: Path) -> None:
                 raise TypeError(f"found a {type(values).__name__}, expected a dict")
             _check_content(path.name, values)
         except Exception as error:  # a file of any content may raise anything
-            why = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+            why = " ".join(str(error).split(". ")[0].split()) or type(error).__name__
             raise UserError(f"{at(path)}: damaged ({why[:200]})") from None
     if (folder / NEGATIVES_FILE).exists():
         _check_negatives(folder / NEGATIVES_FILE)

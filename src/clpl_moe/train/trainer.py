@@ -267,8 +267,13 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         load_weights(trained.model, resume_from_checkpoint)
         if trained.unified_finetuning:
             for name in HEAD_FILES:
-                state = torch.load(Path(resume_from_checkpoint) / name, map_location="cpu", weights_only=True)
-                getattr(trained, Path(name).stem).load_state_dict(state)
+                path = Path(resume_from_checkpoint) / name
+                try:
+                    state = torch.load(path, map_location="cpu", weights_only=True)
+                    getattr(trained, Path(name).stem).load_state_dict(state)
+                except Exception as error:  # a file of any content may raise anything
+                    why = " ".join(str(error).split())
+                    raise UserError(f"{at(path)}: does not fit this model ({why})") from None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:
