@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from clpl_moe.__main__ import VERBS
-from clpl_moe.common.errors import Stopped, command
+from clpl_moe.common.errors import Stopped, UserError, command
 from clpl_moe.common.files import atomic_open
 
 # Ctrl-C as a module is looked for: from then on the command's own modules are loaded.
@@ -65,3 +65,13 @@ def test_a_job_that_stopped_in_order_says_how_it_goes_on(capsys):
         main()
     assert stopped.value.code == 143
     assert capsys.readouterr().err == "saved, goes on by ...\n"
+
+
+def test_what_a_message_quotes_does_not_steer_the_terminal(capsys):
+    @command
+    def main():
+        raise UserError("found '\x1b[2Jx\x1e\x85\u2028\r'")
+
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == "error: found '\\x1b[2Jx\\x1e\\x85\\u2028\\r'\n"

@@ -15,7 +15,7 @@ pytest.importorskip("openai")
         ("ko: 질문을 쓰세요", "field 'ko': the prompt has no {passage}"),
         ("ko: '{passage} {title}'", "field 'ko': found {title}, expected {passage} or {queries}"),
         ("ko: [1]", "field 'ko': found a list"),
-        ("no: '{passage}'", "found False, expected the name of a language; put it into quotes"),
+        ("no: '{passage}'", "found False, expected a name; put it into quotes"),
         ("1: '{passage}'", "found 1, expected the name of a language"),
         ("fa: '{passage}'", "no prompt for 'ko' and no 'generic' one; the file has fa"),
     ],

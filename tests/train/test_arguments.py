@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 
 import pytest
 
@@ -44,7 +45,13 @@ def training(**options):
         ({"num_train_epochs": 0}, "num_train_epochs is 0"),
         ({"sub_batch_size": 0}, "sub_batch_size is 0"),
         ({"seed": -1}, "seed: found -1, expected"),
-        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"seed": 2**32}, "seed: found 4294967296, expected at most 4,294,967,295"),
+        ({"num_train_epochs": 1e308}, "num_train_epochs: found 1e.308, expected at most 1,000,000"),
+        ({"warmup_steps": float("inf")}, "warmup_steps: found inf, expected at most"),
+        ({"neftune_noise_alpha": 0.0}, "neftune_noise_alpha is 0.0, and has no effect"),
+        ({"dataloader_prefetch_factor": 0}, "dataloader_prefetch_factor: found 0, expected at least 1"),
+        ({"dataloader_num_workers": 100_000}, "dataloader_num_workers: found 100000, expected at most 256"),
+        ({"max_steps": 10**18}, "max_steps: found 1000000000000000000, expected at most"),
         ({"dataloader_num_workers": -1}, "dataloader_num_workers: found -1, expected"),
         ({"auto_find_batch_size": True}, "no effect in this training: lower per_device_train_batch_size"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, and has no effect"),
@@ -67,6 +74,12 @@ def test_training_options_that_do_not_fit(options, message):
         ({"passage_max_len": 2}, "passage_max_len: found 2, expected"),
         ({"queries_per_negative": -1}, "queries_per_negative: found -1, expected"),
         ({"query_instruction_format": "{}"}, "expected two places"),
+        ({"query_instruction_format": "{}{}{x}"}, "expected two places"),
+        ({"query_instruction_format": "{}{}{"}, "expected two places"),
+        ({"passage_instruction_format": "{0}{1}"}, "expected two places"),
+        ({"passage_instruction_format": "{:d}{}"}, "expected two places"),
+        ({"passage_instruction_format": "{!r}{}"}, "expected two places"),
+        ({"train_group_size": 2**31}, "train_group_size: found 2147483648, expected at most 4,096"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of: found 0, expected"),
         ({"max_example_num_per_dataset": 0}, "max_example_num_per_dataset: found 0, expected"),
         ({"shuffle_ratio": -1}, "shuffle_ratio: found -1, expected"),
@@ -110,6 +123,17 @@ def test_options_that_the_trainer_refuses_end_in_a_message(tiny_encoder, tmp_pat
     data = write_triplets(tmp_path / "t.jsonl", 4)
     err = refused(arguments(tiny_encoder, data, tmp_path / "a", report_to="no_such_tracker"), capsys)
     assert "error: no_such_tracker is not supported" in err
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw", "apollo_adamw", "lomo"])
+def test_an_optimizer_whose_package_is_missing_ends_in_a_message(tiny_encoder, tmp_path, capsys, optim):
+    if importlib.util.find_spec(
+        {"galore_adamw": "galore_torch", "apollo_adamw": "apollo_torch"}.get(optim, "lomo_optim")
+    ):
+        pytest.skip("the package is there")
+    data = write_triplets(tmp_path / "t.jsonl", 4)
+    argv = arguments(tiny_encoder, data, tmp_path / "a", optim=optim, optim_target_modules="all-linear", dry_run=True)
+    assert f"error: optimizer {optim}" in refused(argv, capsys)
 
 
 def test_the_loss_has_the_options_of_training():

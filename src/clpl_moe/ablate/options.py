@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clpl_moe.common.errors import OptionError, UserError, require_at_least
-from clpl_moe.common.options import option
+from clpl_moe.common.errors import OptionError, UserError
+from clpl_moe.common.options import check_bounds, option
 
 _MAPPINGS = ("languages", "rows", "prepare", "mine", "train", "evaluate")
 
@@ -36,14 +36,16 @@ class AblateArguments:
         "{}",
     )
     evaluate: str = option("mapping: options of clpl_moe.evaluate", "{}")
-    seeds: list[int] = option("seeds of the training", [42, 43, 44])
+    seeds: list[int] = option("seeds of the training", [42, 43, 44], least=0, most=4_294_967_295)
     metric: str = option("metric of the table", "nDCG@5")
     runs: str = option("folder of all runs; finished ones are not repeated", "runs/ablation")
     output: str = option(
         "JSON file of the results; table (.md) and picture (.png) lie beside it", "runs/ablation/ablation.json"
     )
     only: list[str] | None = option("rows to run now; the table has the others as far as they are finished", None)
-    parallel: int = option("runs at a time; they share the processor's cores and take one GPU each", 1)
+    parallel: int = option(
+        "runs at a time; they share the processor's cores and take one GPU each", 1, least=1, most=1_000
+    )
     keep_models: bool = option("keep every run's weights, not only its results", False)
     dry_run: bool = option("say which runs are finished and which are not, and stop", False)
     overwrite: bool = option("replace the results of another configuration", False)
@@ -54,7 +56,7 @@ class AblateArguments:
         for name in ("languages", "rows"):
             if not self.mappings[name]:
                 raise OptionError(name, "found nothing, expected at least one")
-        require_at_least(self, parallel=1)
+        check_bounds(self)
         if Path(self.output).suffix != ".json":
             raise OptionError("output", f"found {self.output}, expected a name ending in .json")
         for name in self.only or ():

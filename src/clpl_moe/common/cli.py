@@ -10,16 +10,14 @@ import argparse
 import dataclasses
 import difflib
 import json
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-import yaml
-
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.packaged_files import find_config, with_packaged_samples
+from clpl_moe.common.yaml_files import check_plain, load_yaml
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -120,6 +118,7 @@ def nearest(name: str, known: Iterable[str], otherwise: str = "; --help lists th
 def _to_argv(path: str | Path, values: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
     """Options of a file, or of another place that messages name as ``path``, as a command line has them."""
     known = _option_names(parser)
+    check_plain(values, at(path))
     argv: list[str] = []
     for key, value in values.items():
         place = at(path, field=key)
@@ -155,43 +154,6 @@ def _check_value(place: str, value: Any, action: argparse.Action, word: str) -> 
         raise UserError(f"{place}: found {value!r}, expected {expected}") from None
     if action.choices is not None and converted not in action.choices:
         raise UserError(f"{place}: found {value!r}, expected one of {', '.join(map(str, action.choices))}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-5`` as a string and takes the last of two equal keys; both surprise in a config."""
-
-    def compose_mapping_node(self, anchor):
-        node = super().compose_mapping_node(anchor)
-        keys = [(key.tag, str(key.value)) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                mark = node.value[index][0].start_mark
-                raise yaml.composer.ComposerError(None, None, f"'{key[1]}' stands twice", mark)
-        return node
-
-
-_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file as a dictionary; raises :class:`UserError` with file and line where it is not one."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{at(path)}: no such config file")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{at(path)}: not UTF-8 text ({error.reason})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else None
-        raise UserError(f"{at(path, line)}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{at(path)}: found a {type(values).__name__}, expected 'option: value' lines")
-    return values
 
 
 def read_config(name: str | Path) -> tuple[Path, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import signal
 import sys
 import threading
@@ -41,14 +42,6 @@ class Stopped(Exception):
         self.exit_code = 128 + number
 
 
-def require_at_least(options: object, **least: float) -> None:
-    """Raise :class:`OptionError` for the first option that is given and is not a finite value of at least its least."""
-    for name, lowest in least.items():
-        value = getattr(options, name)
-        if value is not None and not lowest <= value < float("inf"):
-            raise OptionError(name, f"found {value}, expected at least {lowest}")
-
-
 def at(path: str | Path, line: int | None = None, field: str | None = None) -> str:
     """The place of a fault, as every message begins with it: ``file:line: field 'x'``."""
     place = str(path) if line is None else f"{path}:{line}"
@@ -72,6 +65,14 @@ _OF_THE_MACHINE = (
 )
 
 
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def printable(text: str) -> str:
+    """A text for a terminal: what it quotes can neither steer the terminal nor begin a line."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a command's ``main``: a :class:`UserError`, and a disk that is full or may not be written to, become one
     line on stderr and exit code 2. SIGTERM ends it with 143, after what is unfinished has been removed; Ctrl-C with 130."""
@@ -84,7 +85,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             sys.stdout.flush()
         except UserError as error:
             dashes = "--" if isinstance(error, OptionError) else ""
-            print(f"error: {dashes}{error}", file=sys.stderr)
+            print(f"error: {dashes}{printable(str(error))}", file=sys.stderr)
             sys.exit(2)
         except BrokenPipeError:  # the reader of the output, such as `head`, has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

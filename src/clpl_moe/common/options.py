@@ -1,14 +1,80 @@
-"""The fields of option dataclasses."""
+"""The fields of option dataclasses, and the bounds of numbers."""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, field
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, field, fields, is_dataclass
 from typing import Any
 
+from clpl_moe.common.errors import OptionError
 
-def option(text: str, default: Any = MISSING, **metadata: Any) -> Any:
-    """A field of an option dataclass, with its help text and such as ``choices``; required unless it has a default."""
+
+class Bounds:
+    """The least and the most that a number may be; without a most, it is finite.
+
+    It is the ``action`` of an option, since transformers' parser hands all metadata of a field to argparse.
+    """
+
+    def __init__(self, least: float | None = None, most: float | None = None) -> None:
+        self.least = -math.inf if least is None else least
+        self.most = math.inf if most is None else most
+
+    def __call__(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        return _Store(*args, **kwargs)
+
+    def __str__(self) -> str:
+        if self.most == math.inf:
+            return f"at least {self.least:,}"
+        return f"at most {self.most:,}" if self.least == -math.inf else f"{self.least:,} to {self.most:,}"
+
+    def fault(self, value: object) -> str | None:
+        """What is wrong with a value; None: nothing, or it is no number."""
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return None
+        if not value >= self.least:  # nan, too
+            return f"found {value}, expected at least {self.least}"
+        if value > self.most:
+            return f"found {value}, expected at most {self.most:,}"
+        return f"found {value}, expected a finite number" if math.isinf(value) else None
+
+
+class _Store(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values)
+
+
+def option(
+    text: str, default: Any = MISSING, *, least: float | None = None, most: float | None = None, **metadata: Any
+) -> Any:
+    """A field of an option dataclass, with its help text and such as ``choices``; required unless it has a default.
+
+    A number that is given is from ``least`` to ``most``; :func:`check_bounds` says so where it is not, and the help.
+    """
     metadata["help"] = text
+    if least is not None or most is not None:
+        bounds = metadata["action"] = Bounds(least, most)
+        metadata["help"] = with_bounds(text, bounds)
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def with_bounds(text: str, bounds: Bounds | None) -> str:
+    """The help of an option, with its bounds."""
+    if bounds is None:
+        return text
+    return f"{text[:-1]} ({bounds})." if text.endswith(".") else f"{text} ({bounds})"
+
+
+def check_bounds(options: Any, inherited: Mapping[str, Bounds] | None = None) -> None:
+    """Raise :class:`OptionError` for the first number out of its bounds, which its field has, or ``inherited`` by name."""
+    assert is_dataclass(options)
+    for option in fields(options):
+        bounds = (inherited or {}).get(option.name, option.metadata.get("action"))
+        if isinstance(bounds, Bounds):
+            value = getattr(options, option.name, None)
+            for one in value if isinstance(value, list | tuple) else [value]:
+                if (fault := bounds.fault(one)) is not None:
+                    raise OptionError(option.name, fault)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clpl_moe.common.errors import OptionError, require_at_least
-from clpl_moe.common.options import option
+from clpl_moe.common.errors import OptionError
+from clpl_moe.common.options import check_bounds, option
 from clpl_moe.evaluate.metrics import EVALUATION_METRICS, M3_WEIGHTS
 
 _MAIN_METRIC = "nDCG@10"  # of MIRACL
@@ -35,7 +35,7 @@ class EvaluateArguments:
     metrics: list[str] = option(
         "metrics, in the spelling of ir_measures; RR is the reciprocal rank (MRR), AP is MAP", list(EVALUATION_METRICS)
     )
-    top_k: int = option("passages retrieved for each query", 1000)
+    top_k: int = option("passages retrieved for each query", 1000, least=1, most=100_000_000)
     compare_metric: list[str] | None = option(
         "metrics by which each pair of models is compared: a two-sided paired randomisation test over the"
         " queries of each language, with Holm's correction for the number of pairs; not given: nDCG@10, or the"
@@ -47,14 +47,14 @@ class EvaluateArguments:
         " dense+sparse and all (weighted means); a model without sparse_linear.pt and colbert_linear.pt gets dense results only",
         False,
     )
-    rerank_top: int = option("with m3_scores: how many passages of the dense run", 200)
+    rerank_top: int = option("with m3_scores: how many passages of the dense run", 200, least=1, most=1_000_000)
     m3_weights: list[float] = option(
         "with m3_scores: weights of the dense, sparse and multi-vec score in the sums", list(M3_WEIGHTS)
     )
     overwrite: bool = option("replace results of another model, data or settings", False)
 
     def __post_init__(self) -> None:
-        require_at_least(self, top_k=1, rerank_top=1)
+        check_bounds(self)
         weights = self.m3_weights
         if len(weights) != 3 or not all(0 <= weight < float("inf") for weight in weights) or sum(weights[:2]) == 0:
             found = " ".join(map(str, weights))

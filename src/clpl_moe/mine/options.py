@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from clpl_moe.common.errors import OptionError, require_at_least
-from clpl_moe.common.options import option
+from clpl_moe.common.errors import OptionError
+from clpl_moe.common.options import check_bounds, option
 
 Sampling = Literal["top", "random", "score", "corpus"]
 
@@ -22,18 +22,20 @@ class MineArguments:
     output: str = option("JSONL file to write")
     revision: str | None = option("commit, branch or tag of a model on the hub; not given: the newest", None)
     split: str = option("which queries and judgements", "train")
-    max_positive_queries: int = option("known queries written for a negative at most, drawn from more", 4)
+    max_positive_queries: int = option(
+        "known queries written for a negative at most, drawn from more", 4, least=0, most=1_000_000
+    )
     reranker: str | None = option(
         "cross encoder (folder or hub name) that scores passages up to rank_to anew; all limits go by its scores", None
     )
     reranker_revision: str | None = option("as revision, of the reranker", None)
-    reranker_max_len: int = option("longest pair in tokens; the rest is cut off", 512)
-    reranker_batch_size: int = option("pairs that the reranker takes at once", 32)
+    reranker_max_len: int = option("longest pair in tokens; the rest is cut off", 512, least=8, most=1_000_000)
+    reranker_batch_size: int = option("pairs that the reranker takes at once", 32, least=1, most=65_536)
     seed: int = option("decides every draw", 42)
     overwrite: bool = option("replace the output file", False)
 
     def __post_init__(self) -> None:
-        require_at_least(self, max_positive_queries=0, reranker_max_len=8, reranker_batch_size=1)
+        check_bounds(self)
 
 
 @dataclass
@@ -42,9 +44,11 @@ class SelectionArguments:
 
     # Chosen with benchmarks/false_negatives.py. The limit of 95% halves the false negatives of a multilingual E5 on Korean; to
     # rank 200 it leaves a third as many questions without any negative as to rank 60.
-    rank_from: int = option("first rank of the window; rank 1 is too often right but not judged", 2)
-    rank_to: int = option("last rank of the window; known positives have no rank", 200)
-    negatives: int = option("negatives for each query; training draws some each time", 8)
+    rank_from: int = option(
+        "first rank of the window; rank 1 is too often right but not judged", 2, least=1, most=100_000_000
+    )
+    rank_to: int = option("last rank of the window; known positives have no rank", 200, least=1, most=100_000_000)
+    negatives: int = option("negatives for each query; training draws some each time", 8, least=1, most=1_000_000)
     sampling: Sampling = option(
         "the window's first passages; any of it, all equally likely; any, similar ones more likely; or any passage"
         " of the whole corpus, without ranking and scores",
@@ -64,6 +68,7 @@ class SelectionArguments:
     )
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if not 1 <= self.rank_from <= self.rank_to:
             found = f"found {self.rank_from} with rank_to {self.rank_to}"
             raise OptionError("rank_from", f"{found}, expected 1 <= rank_from <= rank_to")

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+_MOST_EXPERTS = 1024
 TARGETS = ("intermediate", "output", "ffn")
 
 
@@ -38,8 +39,10 @@ class MoEConfig:
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}: choose a whole number of at least 1")
+            if type(value) is not int or not 1 <= value <= _MOST_EXPERTS:
+                raise ValueError(
+                    f"{name} is {value!r}: choose a whole number of at least 1, and at most {_MOST_EXPERTS}"
+                )
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k is {self.top_k} but there are {self.num_experts} experts: lower it or add experts")
         if self.target not in TARGETS:

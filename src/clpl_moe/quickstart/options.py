@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clpl_moe.common.errors import require_at_least
-from clpl_moe.common.options import option
+from clpl_moe.common.options import check_bounds, option
 
 
 @dataclass
@@ -20,7 +19,9 @@ class QuickstartArguments:
         "run folder: the trained model, its card, checkpoints; one that exists is resumed", "runs/quickstart"
     )
     results: str = option("folder for the results before and after training", "results/quickstart")
-    max_steps: int | None = option("optimizer steps; not given: as many as the config quickstart says", None)
+    max_steps: int | None = option(
+        "optimizer steps; not given: as many as the config quickstart says", None, least=1, most=1_000_000_000
+    )
 
     def __post_init__(self) -> None:
-        require_at_least(self, max_steps=1)
+        check_bounds(self)

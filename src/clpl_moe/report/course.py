@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clpl_moe.common.cli import load_yaml
 from clpl_moe.common.errors import UserError, at, shorten
 from clpl_moe.common.files import is_number
+from clpl_moe.common.yaml_files import load_yaml
 from clpl_moe.train.metrics_file import METRICS_FILE, read_metrics
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clpl_moe.common.errors import OptionError, require_at_least
-from clpl_moe.common.options import option
+from clpl_moe.common.errors import OptionError
+from clpl_moe.common.options import check_bounds, option
 
 
 @dataclass
@@ -25,15 +25,15 @@ class ReportArguments:
     collection: str | None = option("folder of the collections; not given: the one that the results name", None)
     languages: list[str] | None = option("languages to compare; not given: all that both results have", None)
     metric: str = option("what queries are compared by", "nDCG@5")
-    examples: int = option("queries shown of those that gained and lost most", 5)
-    passages: int = option("passages shown of each, before and after", 3)
+    examples: int = option("queries shown of those that gained and lost most", 5, least=1, most=10_000)
+    passages: int = option("passages shown of each, before and after", 3, least=1, most=1_000)
     title: str | None = option("title of the page", None)
     overwrite: bool = option("replace the report that is there", False)
 
     def __post_init__(self) -> None:
         if not self.runs:
             raise OptionError("runs", "no run to report on, expected at least one run folder")
-        require_at_least(self, examples=1, passages=1)
+        check_bounds(self)
         if self.after is not None and len(self.after) != len(self.runs):
             raise OptionError("after", f"found {len(self.after)}, expected one for each of the {len(self.runs)} runs")
         if self.before is not None and len(self.before) not in (1, len(self.runs)):

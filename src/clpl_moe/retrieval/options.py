@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from clpl_moe.common.errors import require_at_least
 from clpl_moe.common.files import refuse_unwritable
-from clpl_moe.common.options import option
+from clpl_moe.common.options import check_bounds, option
 
 if TYPE_CHECKING:
     from clpl_moe.encoder import Encoder
@@ -19,10 +18,13 @@ if TYPE_CHECKING:
 class EncodingArguments:
     """How texts become embeddings."""
 
-    query_max_len: int = option("longest query in tokens; the rest is cut off", 128)
-    passage_max_len: int = option("longest passage in tokens; the rest is cut off", 512)
+    query_max_len: int = option("longest query in tokens; the rest is cut off", 128, least=3, most=1_000_000)
+    passage_max_len: int = option("longest passage in tokens; the rest is cut off", 512, least=3, most=1_000_000)
     batch_tokens: int | None = option(
-        "tokens a batch (on a CPU each core has one); not given: 2048 on a CPU, 16384 on a GPU", None
+        "tokens a batch (on a CPU each core has one); not given: 2048 on a CPU, 16384 on a GPU",
+        None,
+        least=1,
+        most=1_000_000_000,
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "precision; auto: bfloat16 where the hardware is fast at it, else float32", "auto"
@@ -42,7 +44,7 @@ class EncodingArguments:
 
     def __post_init__(self) -> None:
         # Two tokens only begin and end a text, and a tokenizer that is to cut off more cuts nothing.
-        require_at_least(self, query_max_len=3, passage_max_len=3, batch_tokens=1)
+        check_bounds(self)
         if self.cache_dir is not None:
             refuse_unwritable(Path(self.cache_dir, "embeddings"))
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from clpl_moe.common.cli import load_yaml
 from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.files import write_jsonl
+from clpl_moe.common.yaml_files import load_yaml
 from clpl_moe.data.schema import data_files
 from clpl_moe.retrieval.collection import load_passages
 from clpl_moe.synthesize.answers import read_queries

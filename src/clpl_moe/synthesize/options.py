@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from clpl_moe.common.errors import OptionError, require_at_least
-from clpl_moe.common.options import option
+from clpl_moe.common.errors import OptionError
+from clpl_moe.common.options import check_bounds, option
 from clpl_moe.retrieval.collection import check_language
 
 
@@ -26,25 +26,29 @@ class SynthesizeArguments:
     )
     base_url: str | None = option("address of the server, such as http://localhost:8000/v1; not given: OpenAI's", None)
     api_key_env: str | None = option("environment variable that holds the key; not given: OPENAI_API_KEY", None)
-    queries_per_passage: int = option("queries for each passage", 1)
+    queries_per_passage: int = option("queries for each passage", 1, least=1, most=1_000)
     known_queries: bool = option(
         "do not ask about a passage that has queries elsewhere in the files, but use these", True
     )
     prompts: str | None = option("YAML file, language: prompt with {passage}; not given: the package's own", None)
-    temperature: float | None = option("not given: the server's own; 0.7 with backend transformers", None)
+    temperature: float | None = option(
+        "not given: the server's own; 0.7 with backend transformers", None, least=0, most=100
+    )
     max_answer_tokens: int | None = option(
-        "longest answer; not given: the server's own; 256 with backend transformers", None
+        "longest answer; not given: the server's own; 256 with backend transformers", None, least=1, most=1_000_000
     )
     request_options: str | None = option("further fields of each request to the server, a JSON object", None)
-    concurrency: int = option("requests at once, or passages a batch", 8)
-    timeout: float = option("seconds to wait for an answer", 120.0)
-    max_retries: int = option("tries after a rate limit, server error, time-out or cut connection", 8)
-    max_query_chars: int = option("a query of more characters is not used", 200)
+    concurrency: int = option("requests at once, or passages a batch", 8, least=1)
+    timeout: float = option("seconds to wait for an answer", 120.0, most=86_400)
+    max_retries: int = option(
+        "tries after a rate limit, server error, time-out or cut connection", 8, least=0, most=1_000
+    )
+    max_query_chars: int = option("a query of more characters is not used", 200, least=2, most=1_000_000)
     round_trip_model: str | None = option(
         "encoder that has to find the passage by its query; not given: no such check", None
     )
     round_trip_revision: str | None = option("as revision, of that encoder", None)
-    round_trip_top: int = option("ranks in which it has to be found", 20)
+    round_trip_top: int = option("ranks in which it has to be found", 20, least=1, most=100_000_000)
     round_trip_collection: str | None = option(
         "collection whose passages are searched, too; not given: only those of train_data", None
     )
@@ -52,8 +56,7 @@ class SynthesizeArguments:
     overwrite: bool = option("replace the output files, and a journal of other settings", False)
 
     def __post_init__(self) -> None:
-        require_at_least(self, queries_per_passage=1, concurrency=1, max_retries=0, max_query_chars=2)
-        require_at_least(self, max_answer_tokens=1, round_trip_top=1, temperature=0)
+        check_bounds(self)
         if not self.timeout > 0:
             raise OptionError("timeout", f"found {self.timeout}, expected more than 0")
         check_language(self.language)

@@ -45,6 +45,7 @@ class Server:
         self._reached = False  # whether it has answered anything at all
         self._well = False  # whether it has given an answer
         self._failed_in_a_row = 0
+        self._at_once = 0  # requests
 
     def ask(self, questions: Iterable[Question], done: Done) -> None:
         """See :class:`Backend`."""
@@ -81,6 +82,7 @@ class Server:
         ) as client:
             # Not more than there are questions.
             firsts = list(itertools.islice(remaining, self._arguments.concurrency))
+            self._at_once = len(firsts)
             tasks = [asyncio.create_task(work(first)) for first in firsts]
             try:
                 await asyncio.gather(*tasks)
@@ -120,7 +122,7 @@ class Server:
     def _failed(self, reason: str, alone: bool = False) -> str:
         """Count a failure; ``alone``: it says nothing about other questions."""
         self._failed_in_a_row += not alone
-        limit = 2 * max(self._arguments.concurrency, 8)
+        limit = 2 * max(self._at_once, 8)
         if self._failed_in_a_row >= limit:
             raise UserError(f"the server has not given an answer {limit} times in a row, lastly: {reason}")
         return reason

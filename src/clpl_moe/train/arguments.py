@@ -6,9 +6,11 @@ import logging
 import signal
 from dataclasses import dataclass, fields
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING
 
-from clpl_moe.common.errors import OptionError, require_at_least
+from clpl_moe.common.errors import OptionError
+from clpl_moe.common.options import check_bounds
 from clpl_moe.data.flag_embedding import (
     AbsEmbedderDataArguments,
     EncoderOnlyEmbedderM3ModelArguments,
@@ -17,7 +19,15 @@ from clpl_moe.data.flag_embedding import (
 from clpl_moe.loss.options import CLPLOptions, LossTermOptions
 from clpl_moe.mine.options import SelectionArguments
 from clpl_moe.train import checks
-from clpl_moe.train.options import DataOptions, EvaluationOptions, LossOptions, ModelOptions, RefreshOptions, RunOptions
+from clpl_moe.train.options import (
+    INHERITED_BOUNDS,
+    DataOptions,
+    EvaluationOptions,
+    LossOptions,
+    ModelOptions,
+    RefreshOptions,
+    RunOptions,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +43,7 @@ class CLPLModelArguments(ModelOptions, EncoderOnlyEmbedderM3ModelArguments):
         self.without_effect = checks.drop_without_effect(self)
         if self.config_name is not None:
             raise ValueError("config_name has no effect: the base model's own config.json is read, remove it")
+        check_bounds(self, INHERITED_BOUNDS)
         self.moe_config()
 
     @property
@@ -50,14 +61,22 @@ class CLPLDataArguments(DataOptions, AbsEmbedderDataArguments):
             raise ValueError("train_data is missing: name at least one file or folder of training JSONL")
         if isinstance(self.train_data, str):
             self.train_data = [self.train_data]
-        require_at_least(self, pad_to_multiple_of=1, max_example_num_per_dataset=1, shuffle_ratio=0)
         # Two tokens only begin and end a text. Without a query of its own, a negative has no penalty.
-        require_at_least(self, train_group_size=1, query_max_len=3, passage_max_len=3, queries_per_negative=0)
+        check_bounds(self, INHERITED_BOUNDS)
         for name in ("query_instruction_format", "passage_instruction_format"):
             value = getattr(self, name).replace("\\n", "\n")
-            if value.count("{}") != 2:
+            if not _has_two_places(value):
                 raise ValueError(f"{name} is {value!r}: expected two places, '{{}}{{}}', for the prompt and the text")
             setattr(self, name, value)
+
+
+def _has_two_places(form: str) -> bool:
+    """Whether ``str.format`` puts two texts into a form, one after the other."""
+    try:
+        places = [parts[1:] for parts in Formatter().parse(form) if parts[1] is not None]
+    except ValueError:
+        return False
+    return places == [("", "", None)] * 2
 
 
 @dataclass

@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from clpl_moe.common.errors import UserError, require_at_least
-from clpl_moe.train.options import DEV_METRICS, REFUSED, WITHOUT_EFFECT
+from clpl_moe.common.errors import UserError
+from clpl_moe.common.options import check_bounds
+from clpl_moe.train.options import DEV_METRICS, INHERITED_BOUNDS, REFUSED, WITHOUT_EFFECT
 
 if TYPE_CHECKING:
     from clpl_moe.train.arguments import CLPLTrainingArguments
@@ -49,14 +50,9 @@ _EXCLUDING = (
 def check_options(args: CLPLTrainingArguments) -> None:
     """What transformers and torch would stop at in the middle, take for something else, or not look at."""
     for name, instead in REFUSED:
-        if getattr(args, name):
+        if getattr(args, name) != type(args).__dataclass_fields__[name].default:
             raise ValueError(f"{name} is {getattr(args, name)}, and has no effect in this training: {instead}")
-    require_at_least(args, per_device_train_batch_size=1, gradient_accumulation_steps=1, dev_batch_tokens=1)
-    require_at_least(args, learning_rate=0, max_grad_norm=0, weight_decay=0, early_stopping_patience=1)
-    require_at_least(args, save_total_limit=0, dataloader_num_workers=0, seed=0, data_seed=0, frozen_layers=0)
-    require_at_least(args, balance_loss_weight=0, z_loss_weight=0, grad_cache_tokens=1)
-    if args.seed >= 2**32:
-        raise ValueError(f"seed is {args.seed}: choose a number below 2**32")
+    check_bounds(args, INHERITED_BOUNDS)
     for name in ("logging_steps", "save_steps", "eval_steps"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -160,11 +156,12 @@ def check_optimizer(args: CLPLTrainingArguments) -> None:
     from transformers import Trainer, get_scheduler
 
     name = str(getattr(args.optim, "value", args.optim))
-    if any(family in name for family in ("galore", "apollo", "lomo")):  # they look at the model's own modules
-        return
+    of_modules = any(family in name for family in ("galore", "apollo", "lomo"))  # they look at the model's own
     steps = args.max_steps if args.max_steps > 0 else 10_000
     try:
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, nn.Linear(1, 1) if of_modules else None))
+        if of_modules:
+            return
         optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
         get_scheduler(
             args.lr_scheduler_type,
@@ -174,6 +171,8 @@ def check_optimizer(args: CLPLTrainingArguments) -> None:
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
     except (ValueError, TypeError, ImportError) as error:
+        if of_modules and not isinstance(error, ImportError):
+            return
         raise UserError(
             f"optimizer {name} or lr_scheduler_type {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}:"
             f" {' '.join(str(error).split())}"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from clpl_moe.common.cli import CONFIG_HELP, HelpFormatter, command_name
-from clpl_moe.train.options import OPTIONS, REFUSED, WITHOUT_EFFECT
+from clpl_moe.common.options import with_bounds
+from clpl_moe.train.options import INHERITED_BOUNDS, OPTIONS, REFUSED, WITHOUT_EFFECT
 
 # Any other value than the default ends in an error; launchers add local_rank themselves.
 _HIDDEN = ("config_name", "use_mrl", "local_rank", *(name for name, _ in REFUSED))
@@ -60,7 +61,8 @@ def help_text(prog: str, description: str) -> str:
 
 
 def _add(group: argparse._ArgumentGroup, option: _Option) -> None:
-    text = " ".join(option.help.split()).replace("%%", "%").replace("%", "%%")  # some have doubled theirs already
+    text = with_bounds(" ".join(option.help.split()), INHERITED_BOUNDS.get(option.name))
+    text = text.replace("%%", "%").replace("%", "%%")  # some have doubled theirs already
     required = option.default is dataclasses.MISSING
     group.add_argument(
         f"--{option.name}",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from clpl_moe.common.options import option
+from clpl_moe.common.options import Bounds, option
 from clpl_moe.loss.options import LossTermOptions
 from clpl_moe.mine.options import Sampling, SelectionArguments
 from clpl_moe.moe.config import TARGETS, MoEConfig
@@ -17,6 +17,7 @@ from clpl_moe.moe.config import TARGETS, MoEConfig
 def _as_in_mine(name: str, **metadata: Any) -> Any:
     """A field that refreshes share with ``mine``: its default and help stand there."""
     shared = SelectionArguments.__dataclass_fields__[name]
+    metadata |= {key: value for key, value in shared.metadata.items() if key == "action"}
     return option(f"As mine's {name}: {shared.metadata['help']}.", shared.default, **metadata)
 
 
@@ -31,9 +32,9 @@ class ModelOptions:
     )
     token: str | None = option("Token for the hub; not given: HF_TOKEN of the environment, or the stored login.", None)
     num_experts: int = option(
-        "Experts per layer; 0 trains the dense model. A base model with experts keeps its own.", 2
+        "Experts per layer; 0 trains the dense model. A base model with experts keeps its own.", 2, least=0, most=1_024
     )
-    top_k: int = option("Experts that each token goes to.", 1)
+    top_k: int = option("Experts that each token goes to.", 1, least=1, most=1_024)
     moe_target: str = option(
         "Which Linear of the FFN becomes experts, or the whole FFN.", "intermediate", choices=list(TARGETS)
     )
@@ -43,7 +44,7 @@ class ModelOptions:
         " does not learn at top_k 1), or a router of your own, registered before.",
         "straight_through",
     )
-    router_init_std: float = option("Standard deviation of the router's first weights.", 0.02)
+    router_init_std: float = option("Standard deviation of the router's first weights.", 0.02, least=0, most=1_000)
 
     def moe_config(self) -> MoEConfig | None:
         """What to inject, or None for a dense model; raises ValueError where the options do not fit together."""
@@ -59,10 +60,14 @@ class DataOptions:
     """The data, and how they are cut into groups and tokens."""
 
     train_data: list[str] = option("Files or folders of training JSONL (see docs/data-formats.md).", [])
-    train_group_size: int = option("Passages per query: one positive, the rest negatives.", 8)
-    query_max_len: int = option("Longest query in tokens, the queries of negatives included; longer ones are cut.", 32)
-    passage_max_len: int = option("Longest passage in tokens; longer ones are cut.", 128)
-    queries_per_negative: int = option("At most so many queries of each negative are used in a step.", 1)
+    train_group_size: int = option("Passages per query: one positive, the rest negatives.", 8, least=1, most=4_096)
+    query_max_len: int = option(
+        "Longest query in tokens, the queries of negatives included; longer ones are cut.", 32, least=3, most=1_000_000
+    )
+    passage_max_len: int = option("Longest passage in tokens; longer ones are cut.", 128, least=3, most=1_000_000)
+    queries_per_negative: int = option(
+        "At most so many queries of each negative are used in a step.", 1, least=0, most=1_000
+    )
     query_instruction_for_retrieval: str | None = option(
         "Prompt before each query; not given: the prompt in the base model's folder.", None
     )
@@ -76,8 +81,8 @@ class LossOptions(LossTermOptions):
     """The loss."""
 
     mask_duplicates: bool = option("Leave out negatives whose text is the query's own positive.", True)
-    balance_loss_weight: float = option("Weight of the routers' load-balancing loss.", 0.0)
-    z_loss_weight: float = option("Weight of the routers' z-loss.", 0.0)
+    balance_loss_weight: float = option("Weight of the routers' load-balancing loss.", 0.0, least=0, most=1_000_000)
+    z_loss_weight: float = option("Weight of the routers' z-loss.", 0.0, least=0, most=1_000_000)
 
 
 @dataclass
@@ -95,7 +100,10 @@ class RunOptions:
         choices=["moe", "ffn", "full"],
     )
     frozen_layers: int = option(
-        "How many of the lowest layers are frozen, and the embeddings with them: faster, less memory; 0: none.", 0
+        "How many of the lowest layers are frozen, and the embeddings with them: faster, less memory; 0: none.",
+        0,
+        least=0,
+        most=1_000,
     )
     sentence_pooling_method: str | None = option(
         "How tokens become one embedding; not given: as the base model's folder says, or cls.",
@@ -108,7 +116,10 @@ class RunOptions:
         True,
     )
     grad_cache_tokens: int | None = option(
-        "Tokens per chunk of gradient caching: a large batch takes the memory of one chunk; not given: off.", None
+        "Tokens per chunk of gradient caching: a large batch takes the memory of one chunk; not given: off.",
+        None,
+        least=1,
+        most=1_000_000_000,
     )
     bf16: bool | None = option(
         "bfloat16 mixed precision; not given: where the hardware is fast at it and fp16 is not set. Without it"
@@ -116,7 +127,7 @@ class RunOptions:
         None,
     )
     dataloader_num_workers: int | None = option(
-        "Processes that tokenise; not given: 2 with an accelerator, 0 on a CPU.", None
+        "Processes that tokenise; not given: 2 with an accelerator, 0 on a CPU.", None, least=0, most=256
     )
     logging_steps: float = option("Steps between two logs; below 1: share of all steps.", 10)
     logging_nan_inf_filter: bool | None = option(
@@ -125,7 +136,7 @@ class RunOptions:
         None,
     )
     save_total_limit: int | None = option(
-        "Checkpoints kept, the best one among them where there is a dev_collection; 0: all.", 2
+        "Checkpoints kept, the best one among them where there is a dev_collection; 0: all.", 2, least=0, most=1_000_000
     )
     stop_on_sigusr1: bool = option(
         "SIGUSR1 ends training as SIGTERM does: after the current step, with a checkpoint. Slurm sends it as a warning.",
@@ -147,13 +158,19 @@ class EvaluationOptions:
     dev_language: str | None = option("Language folder within dev_collection.", None)
     dev_split: str = option("Split of dev_collection: its queries and qrels.", "dev")
     dev_batch_tokens: int | None = option(
-        "Tokens per batch when dev_collection or ance_collection is encoded; 2,048 on CPUs, else 16,384.", None
+        "Tokens per batch when dev_collection or ance_collection is encoded; 2,048 on CPUs, else 16,384.",
+        None,
+        least=1,
+        most=1_000_000_000,
     )
     metric_for_best_model: str | None = option(
         "Metric of dev_collection that decides which checkpoint is best.", "ndcg@10"
     )
     early_stopping_patience: int | None = option(
-        "Evaluations without improvement of metric_for_best_model after which training stops.", None
+        "Evaluations without improvement of metric_for_best_model after which training stops.",
+        None,
+        least=1,
+        most=1_000_000_000,
     )
 
 
@@ -198,6 +215,30 @@ OPTIONS: dict[str, type[Any]] = {
 
 # Metrics of evaluation in training, and their names in ``ir_measures``.
 DEV_METRICS = {"ndcg@5": "nDCG@5", "ndcg@10": "nDCG@10", "recall@100": "R@100"}
+
+_POSITIVE = Bounds(1, 1_000_000_000)
+_NOT_NEGATIVE = Bounds(0)
+# Bounds of options that are FlagEmbedding's and transformers'.
+INHERITED_BOUNDS = {
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), Bounds(1, 1_000_000)),
+    **dict.fromkeys(("learning_rate", "max_grad_norm", "weight_decay"), _NOT_NEGATIVE),
+    **dict.fromkeys(("seed", "data_seed"), Bounds(0, 2**32 - 1)),
+    "num_train_epochs": Bounds(-1, 1_000_000),
+    "max_steps": Bounds(-1, 1_000_000_000),
+    "warmup_steps": Bounds(0, 1_000_000_000),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), Bounds(most=1_000_000_000)),
+    "eval_delay": Bounds(0, 1_000_000_000),
+    "dataloader_prefetch_factor": Bounds(1, 10_000),
+    "torch_empty_cache_steps": _POSITIVE,
+    "ddp_timeout": Bounds(1, 10_000_000),
+    "ddp_bucket_cap_mb": Bounds(1, 1_000_000),
+    "colbert_dim": Bounds(-1, 65_536),
+    "sub_batch_size": Bounds(-1, 1_000_000),
+    "pad_to_multiple_of": Bounds(1, 65_536),
+    "max_example_num_per_dataset": _POSITIVE,
+    "shuffle_ratio": Bounds(0, 1),
+    **dict.fromkeys(("small_threshold", "drop_threshold", "self_distill_start_step"), Bounds(-1, 1_000_000_000_000)),
+}
 
 # Options of FlagEmbedding and transformers that change nothing here. Training always runs, evaluation in training retrieves
 # from a collection, tokenizers are fast ones, and batches are drawn by a sampler of this package.

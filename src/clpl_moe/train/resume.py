@@ -11,10 +11,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from clpl_moe.common.cli import load_yaml
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import hash_file, read_json, refuse_unwritable
 from clpl_moe.common.output import WORK_FOLDER
+from clpl_moe.common.yaml_files import load_yaml
 from clpl_moe.data.schema import data_files
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLTrainingArguments
 from clpl_moe.train.callbacks import progress

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clpl_moe.common.errors import OptionError, UserError, require_at_least
-from clpl_moe.common.options import option
+from clpl_moe.common.errors import OptionError, UserError
+from clpl_moe.common.options import check_bounds, option
 
 
 @dataclass
@@ -18,10 +18,14 @@ class ValidateArguments:
     )
     tokenizer: str | None = option("model folder or hub name whose tokens are counted; not given: that of config", None)
     revision: str | None = option("commit, branch or tag of tokenizer on the hub; not given: the newest", None)
-    query_max_len: int | None = option("longest query in tokens; not given: that of config", None)
-    passage_max_len: int | None = option("longest passage in tokens; not given: that of config", None)
+    query_max_len: int | None = option(
+        "longest query in tokens; not given: that of config", None, least=3, most=1_000_000
+    )
+    passage_max_len: int | None = option(
+        "longest passage in tokens; not given: that of config", None, least=3, most=1_000_000
+    )
     knowledge_distillation: bool = option("expect pos_scores and neg_scores in every line, also without config", False)
-    max_faults: int = option("faults shown of each file; the rest is counted", 50)
+    max_faults: int = option("faults shown of each file; the rest is counted", 50, least=0)
 
     def __post_init__(self) -> None:
         if not self.train_data and self.config is None:
@@ -30,4 +34,4 @@ class ValidateArguments:
             )
         if self.revision is not None and self.tokenizer is None:
             raise OptionError("revision", "is for tokenizer; of the config's model, the config names it")
-        require_at_least(self, max_faults=0, query_max_len=3, passage_max_len=3)
+        check_bounds(self)
