@@ -116,7 +116,8 @@ def _catch_signals() -> bool:
         return False
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see clpl_moe/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    # Of several processes, one that waits for the others would not come to raise anything.
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL or os.environ.get("WORLD_SIZE", "1") != "1":
         return False
     signal.signal(signal.SIGTERM, _terminate)
     return True

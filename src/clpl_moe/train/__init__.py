@@ -110,5 +110,7 @@ def train(
         return plan_run(model_args, data_args, training_args)
     with writing(training_args.folder, inside=True), naming_a_full_disk(training_args.folder / "checkpoint"):
         from clpl_moe.train.runner import CLPLRunner  # which takes seconds
+        from clpl_moe.train.stopping import lost_processes_named
 
-        return CLPLRunner(model_args, data_args, training_args).run(on_plan)
+        with lost_processes_named():
+            return CLPLRunner(model_args, data_args, training_args).run(on_plan)

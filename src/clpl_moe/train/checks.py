@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, cast
 
@@ -121,6 +122,11 @@ def choose_device(args: CLPLTrainingArguments) -> None:
 
     from clpl_moe.encoder.precision import fast_bfloat16
 
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # accelerate launch --cpu --num_processes 2
+        logger.warning(
+            "several processes were asked for, and this is the only one: start them by torchrun --nproc_per_node N"
+            " -m clpl_moe.train ..."
+        )
     # Asked for before the parent looks at devices: without it, processes on a machine without accelerators do not
     # find each other.
     if not args.use_cpu and not torch.accelerator.is_available():

@@ -209,6 +209,7 @@ class CLPLRunner:
             args.eval_on_start = False  # it was done when the run began
             if self.trainer.refresher is not None:
                 self.trainer.refresher.load(Path(checkpoint) / NEGATIVES_FILE)
+        self.trainer.wait()  # until all have found the folder as it was, and their data without a fault
         if self.trainer.is_world_process_zero():
             with atomic_open(output_dir / resume.CONFIG_FILE) as file:
                 yaml.safe_dump(config, file, allow_unicode=True, sort_keys=False)

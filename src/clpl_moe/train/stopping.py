@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from clpl_moe.common.errors import Stopped
+from clpl_moe.common.errors import Stopped, UserError
 
 
 class StopOnSignal(TrainerCallback):
@@ -92,6 +93,21 @@ class StopOnSignal(TrainerCallback):
             f"stopped by {name} after step {step}, saved to {checkpoint}; resume_from_checkpoint true goes on from there",
             self._agreed,
         )
+
+
+@contextlib.contextmanager
+def lost_processes_named() -> Iterator[None]:
+    """What the libraries of communication raise where another process has ended becomes a :class:`UserError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_initialized() or not re.search("gloo|nccl|connection (closed|reset)", str(error), re.IGNORECASE):
+            raise
+        first = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"another process of this training has ended, and this one ends with it: its message says why ({first});"
+            " resume_from_checkpoint true goes on from the last checkpoint"
+        ) from None
 
 
 def ignore_in_workers(number: int) -> None:

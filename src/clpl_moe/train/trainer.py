@@ -181,6 +181,10 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         self._terms.clear()
         return means
 
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        self._gather_objects(None)
+
     def _gather_objects(self, value: Any) -> list[Any]:
         if self.args.world_size == 1:
             return [value]
@@ -214,7 +218,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         if self.is_world_process_zero() and folder.is_dir() and self._saved_step != self.state.global_step:
             shutil.rmtree(folder)
         self._saved_step = self.state.global_step
-        self._gather_objects(None)  # all write into it
+        self.wait()  # all write into it
 
     def _progress(self) -> dict[str, Any]:
         """What is logged next, as far as it is known: with it, a resumed run logs the same."""
