@@ -205,3 +205,10 @@ def test_called_from_python(configuration, capsys):
     ):
         with pytest.raises(UserError, match=message):
             ablate(**configuration | options)
+
+
+def test_without_forks_it_says_so_at_once(configuration, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(os, "fork")
+    assert run_main(configuration, tmp_path / "c.yaml") == 2
+    assert "use Linux, macOS, or WSL on Windows" in capsys.readouterr().err
+    assert not Path(configuration["output"]).parent.exists()

@@ -11,6 +11,7 @@ repeated; an unfinished one resumes from its checkpoint.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from clpl_moe.ablate.options import AblateArguments
 from clpl_moe.common.api import takes_options
+from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import refuse_unwritable
 from clpl_moe.common.output import writing
 
@@ -52,6 +54,10 @@ def ablate(arguments: AblateArguments) -> Ablation:
     """
     if arguments.dry_run:
         return _ablate(arguments)
+    if not hasattr(os, "fork"):
+        raise UserError(
+            "ablate forks its runs from one process, which Windows cannot: use Linux, macOS, or WSL on Windows"
+        )
     with writing(arguments.output):
         return _ablate(arguments)
 

@@ -66,7 +66,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else None
-        raise UserError(f"{at(path, line)}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        problem = " ".join(str(getattr(error, "problem", error)).split())  # some have two lines
+        raise UserError(f"{at(path, line)}: not valid YAML: {problem}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
