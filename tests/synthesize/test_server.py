@@ -1,3 +1,5 @@
+import base64
+import json
 import re
 import socket
 import time
@@ -6,6 +8,8 @@ import pytest
 
 from clpl_moe.synthesize.__main__ import main
 from clpl_moe.synthesize.job import fill, load_prompt
+from clpl_moe.synthesize.options import SynthesizeArguments
+from clpl_moe.synthesize.server import Server
 from helpers.synthesis import arguments, good, refused, results, text, train_file
 
 pytest.importorskip("openai")
@@ -85,6 +89,34 @@ def test_the_key_reaches_the_server_and_nothing_else(llm, tmp_path, capfd, monke
     assert failures["p6"].endswith("xyour key is Bearer [key], prompt 6")
     assert KEY not in refused(capfd, [*argv[:-1], f"--api_key_env={KEY}", "--overwrite=true"])
     assert KEY not in refused(capfd, [*argv[:-1], f"--api_key={KEY}", "--overwrite=true"])
+    assert KEY[:8] not in refused(capfd, [*argv, KEY])
+    for fields in ({"api_key": KEY}, {"extra": [{"Authorization": f"Bearer {KEY}"}]}):
+        message = refused(capfd, [*argv, "--request_options", json.dumps(fields)])
+        assert "the key belongs in the environment" in message
+        assert KEY[:8] not in message
+    assert KEY[:8] not in refused(capfd, [*argv, "--request_options", f'{{"api_key": "{KEY}"'])
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (f"wrong key {KEY.upper()}!", "wrong key [key]!"),
+        (f"wrong key {KEY[:9]}", "wrong key [key]"),
+        (f"wrong key {KEY[:8]}********{KEY[-6:]}", "wrong key [key]********[key]"),
+        (f"no {base64.b64encode(KEY.encode()).decode()}", "no "),
+        (f"no {base64.b64encode(f'user:{KEY}'.encode()).decode()}", "no dXNlc"),
+        (f"no {base64.b64encode(f'me:{KEY}:x'.encode()).decode()}", "no bW"),
+        ("a secret of 6789 letters", "a secret of 6789 letters"),
+    ],
+)
+def test_messages_have_no_part_of_the_key(tmp_path, monkeypatch, said, shown):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    options = SynthesizeArguments("t.jsonl", str(tmp_path / "o.jsonl"), "ko", "m")
+    hidden = Server(options)._hide(said)
+    assert hidden.startswith(shown)
+    assert not any(KEY[i : i + 6].lower() in hidden.lower() for i in range(len(KEY) - 5))
+    assert ("[key]" in hidden) == (said != shown)
+    assert len(hidden.replace("[key]", "")) < 30  # of base64, too, no more than ends are left
 
 
 @pytest.mark.parametrize("status", ["401", "402", "404"])

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from clpl_moe.common.errors import Stopped
+from clpl_moe.common.errors import Stopped, UserError
 from clpl_moe.train.__main__ import main
+from clpl_moe.train.stopping import lost_processes_named
 from clpl_moe.train.trainer import CLPLTrainer
 from helpers.tiny_training import arguments, make_collection, make_runner, read_metrics, write_triplets
 
@@ -122,6 +123,17 @@ def test_processes_stop_after_the_same_step(tiny_encoder, data, tmp_path):
     assert (tmp_path / "run" / "checkpoint-3" / "rng_state_1.pth").exists()
     main([*argv, "--gradient_accumulation_steps", "2", "--resume_from_checkpoint", "true"])
     assert read_metrics(tmp_path / "run")[-1]["step"] == 20
+
+
+def test_what_a_lost_process_leaves_to_the_others_is_a_message(monkeypatch):
+    gloo = "[/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:40364: Connection reset by peer."
+    with pytest.raises(RuntimeError, match="Read error"), lost_processes_named():
+        raise RuntimeError(gloo)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    with pytest.raises(UserError, match="another process of this training has ended"), lost_processes_named():
+        raise RuntimeError(gloo)
+    with pytest.raises(RuntimeError, match="size mismatch"), lost_processes_named():
+        raise RuntimeError("size mismatch")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -162,6 +163,12 @@ def read_config(name: str | Path) -> tuple[Path, dict[str, Any]]:
     return path, with_packaged_samples(path, load_yaml(path))
 
 
+def _without_key(word: str) -> str:
+    """A word of a command line for a message; one that may be a key, typed by mistake, is not repeated."""
+    key = len(word) >= 20 and re.fullmatch(r"[A-Za-z0-9_-]*[A-Za-z][A-Za-z0-9_-]*", word) and re.search("[0-9]", word)
+    return f"{word[:3]}..." if key else word
+
+
 def parse(
     dataclass_types: Sequence[type],
     prog: str,
@@ -202,7 +209,8 @@ def parse(
             raise UserError(f"--{positional}: given as an option and as words without one; give all in one way")
         setattr(namespace, positional, getattr(namespace, _WORDS))
     if unknown:
-        raise UserError(f"cannot read {' '.join(unknown)!r}: options are written --name value")
+        words = " ".join(map(_without_key, unknown))
+        raise UserError(f"cannot read {words!r}: options are written --name value")
     given = {name: _from_home(value) for name, value in vars(namespace).items()}
     outputs = []
     for cls in dataclass_types:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,7 +83,12 @@ class SynthesizeArguments:
         except ValueError:
             fields = None
         if not isinstance(fields, dict):
-            raise OptionError("request_options", f"found {self.request_options!r}, expected a JSON object")
+            raise OptionError("request_options", "expected a JSON object")  # not repeated: it may hold a key
+        if (name := _secret_field(fields)) is not None:
+            fault = (
+                f"holds {name!r}, which would stand in the journal; the key belongs in the environment (api_key_env)"
+            )
+            raise OptionError("request_options", fault)
         given = {"temperature": self.temperature, "max_tokens": self.max_answer_tokens}
         return {name: value for name, value in given.items() if value is not None} | fields
 
@@ -90,3 +96,17 @@ class SynthesizeArguments:
         """The path of what is written beside the output: ``train.jsonl`` has ``train.journal.jsonl``."""
         output = Path(self.output)
         return output.with_name(f"{output.name.removesuffix('.jsonl')}.{what}.jsonl")
+
+
+_SECRET = re.compile(
+    r"(x[-_])?(api[-_]?key|authorization|(access|auth|api|bearer)[-_]?token|token|secret|password)", re.I
+)
+
+
+def _secret_field(value: Any) -> str | None:
+    """The first name of a field, at any depth, that stands for a key."""
+    if isinstance(value, dict):
+        return next((n for n in value if _SECRET.fullmatch(n)), None) or _secret_field(list(value.values()))
+    if isinstance(value, list):
+        return next((found for v in value if (found := _secret_field(v)) is not None), None)
+    return None

@@ -7,6 +7,7 @@ back-off, and waits as long as ``Retry-After`` says (up to two minutes; what is 
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 import json
 import os
@@ -29,6 +30,7 @@ except ImportError:
 
 _NO_KEY = "none"  # what is sent to a server that needs no key: the package insists on one
 _DEFAULT_KEY = "OPENAI_API_KEY"
+_SHORTEST_PART = 6  # characters of a key that are hidden in messages
 _SHORTEST_KEY = 8  # characters; those of a server without keys of its own, such as "x" or "token", are no secret
 
 
@@ -128,8 +130,12 @@ class Server:
         return reason
 
     def _hide(self, text: str) -> str:
-        """Text of the server's without the key, which some send back."""
-        return text if self._key == _NO_KEY else text.replace(self._key, "[key]")
+        """Text of the server's without the key, which some send back: whole, in part, in other letters or in base64."""
+        if self._key == _NO_KEY:
+            return text
+        if len(self._key) < _SHORTEST_KEY:  # as a word of its own only: it may stand in others
+            return re.sub(rf"(?<!\w){re.escape(self._key)}(?!\w)", "[key]", text)
+        return _without(text, [self._key.lower(), *_in_base64(self._key)])
 
     def _hide_in_data(self, text: str) -> str:
         """An answer without the key. A short one, or one within a word, may well be a word of the answer itself."""
@@ -148,6 +154,35 @@ def _check_url(base_url: str) -> None:
         raise OptionError("base_url", "expected an address such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query:
         raise OptionError("base_url", "holds a user name, password or query; the key belongs in the environment")
+
+
+def _in_base64(key: str) -> list[str]:
+    """A key in base64, in lower case; what stands before it, such as a user name, decides on one of three forms."""
+    forms = []
+    for before in range(3):
+        text = base64.b64encode(b" " * before + key.encode()).decode().rstrip("=")
+        # Characters at the ends depend on what stands beside the key.
+        forms.append(text[-(-before * 8 // 6) : len(text) - 1].lower())
+    return forms
+
+
+def _without(text: str, secrets: list[str]) -> str:
+    """A text without any part of a secret of at least six characters; the secrets are in lower case."""
+    lower, kept, at = text.lower(), [], 0
+    while at < len(text):
+        longest = 0
+        for secret in secrets:
+            length = min(_SHORTEST_PART, len(text) - at)
+            while length > longest and at + length <= len(text) and lower[at : at + length] in secret:
+                longest, length = length, length + 1
+        if longest >= _SHORTEST_PART:
+            if kept[-1:] != ["[key]"]:
+                kept.append("[key]")
+            at += longest
+        else:
+            kept.append(text[at])
+            at += 1
+    return "".join(kept)
 
 
 def _read_key(name: str | None, needed: bool) -> str:
