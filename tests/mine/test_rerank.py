@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 
+from clpl_moe.mine.rerank import Reranker
 from helpers.known_ranking import TEXTS, found, make_index
 from helpers.mining import QUERIES, make_collection
 from helpers.mining import mine_by_command as run
@@ -77,6 +78,24 @@ def test_reranker_stopped_midway_scores_no_pair_twice(tiny_encoder, reranker, tm
     asked.clear()
     assert run(tiny_encoder, folder, **options | kept) == whole
     assert asked == []
+
+
+def test_very_long_passages_are_cut_before_the_reranker_reads_them(reranker, monkeypatch):
+    from sentence_transformers import CrossEncoder
+
+    model = Reranker(str(reranker), 30, 8, trust_remote_code=False)
+    pairs = [("red house", "river stone " * 20_000), ("red house " * 20, "river " * 30_000), ("red", "stone")]
+    whole = model._model.predict(pairs, show_progress_bar=False)
+    seen, predict = [], CrossEncoder.predict
+
+    def watched(self, pairs, **how):
+        seen.extend(len(passage) for _, passage in pairs)
+        return predict(self, pairs, **how)
+
+    monkeypatch.setattr(CrossEncoder, "predict", watched)
+    assert model.scores(pairs) == whole.tolist()
+    assert seen[0] < 5_000
+    assert seen[1:] == [180_000, 5]  # the query is long, too: which of the two loses tokens depends on both
 
 
 def test_reranker_that_cannot_score_is_refused(tiny_encoder, reranker, tmp_path, capsys):

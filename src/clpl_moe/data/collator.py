@@ -10,6 +10,7 @@ import torch
 
 from clpl_moe.data.dataset import Example
 from clpl_moe.data.flag_embedding import AbsEmbedderCollator
+from clpl_moe.encoder.cut import cut_texts
 from clpl_moe.encoder.packing import PackedTexts
 
 
@@ -71,7 +72,7 @@ class CLPLCollator(AbsEmbedderCollator):
         }
 
     def _cut(self, texts: list[str], max_length: int) -> Any:
-        return self.tokenizer(texts, truncation=True, max_length=max_length)
+        return self.tokenizer(cut_texts(self.tokenizer, texts, max_length), truncation=True, max_length=max_length)
 
     def _pad(self, queries: list[str], passages: list[str], negative_queries: list[str]) -> dict[str, Any]:
         return {

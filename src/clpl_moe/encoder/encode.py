@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from clpl_moe.common.errors import UserError
+from clpl_moe.encoder.cut import cut_texts
 from clpl_moe.encoder.packing import PackedTexts, can_pack, embed_packed
 from clpl_moe.encoder.precision import autocast, onednn_linear
 from clpl_moe.encoder.settings import check_length
@@ -81,6 +82,7 @@ def tokenize(
     with tqdm(total=len(unique), desc=f"tokenize {label}", unit="text", disable=label is None, leave=False) as bar:
         for start in range(0, len(unique), _TOKENIZE_AT_ONCE):
             part = [prompt + text for text in unique[start : start + _TOKENIZE_AT_ONCE]]
+            part = cut_texts(tokenizer, part, max_length)
             encoded = tokenizer(
                 part, truncation=True, max_length=max_length, return_attention_mask=False, return_token_type_ids=False
             )

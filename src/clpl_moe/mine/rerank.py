@@ -12,6 +12,7 @@ import numpy as np
 
 from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import atomic_open
+from clpl_moe.encoder.cut import cut_texts
 from clpl_moe.encoder.folder import refuse_own_code
 from clpl_moe.encoder.settings import max_positions
 from clpl_moe.encoder.weights import model_fingerprint, no_bar_of_weights
@@ -66,13 +67,19 @@ class Reranker:
                 found = np.load(file)
                 if found.shape == (len(pairs),):
                     return found.tolist()
-        scores = self._model.predict(list(pairs), batch_size=self._batch_size, show_progress_bar=False)
+        scores = self._model.predict(self._cut(pairs), batch_size=self._batch_size, show_progress_bar=False)
         if not np.isfinite(scores).all():
             raise UserError("the reranker gives NaN or infinite scores: its weights are broken")
         if file is not None:
             with atomic_open(file, "wb") as opened:
                 np.save(opened, scores)
         return scores.tolist()
+
+    def _cut(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The pairs with very long passages cut, so that the pair's tokens stay the same: the longer text loses its last."""
+        passages = list(dict.fromkeys(passage for query, passage in pairs if len(query) <= self._max_length))
+        cut = dict(zip(passages, cut_texts(self._model.tokenizer, passages, 2 * self._max_length)))
+        return [(query, cut.get(passage, passage)) for query, passage in pairs]
 
     @cached_property
     def _fingerprint(self) -> str:

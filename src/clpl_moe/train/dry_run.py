@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.data.dataset import CLPLTrainDataset
+from clpl_moe.encoder.cut import cut_texts
 from clpl_moe.encoder.load import is_2024_checkpoint, read_config, refuse_unloadable
 from clpl_moe.encoder.settings import check_lengths
 from clpl_moe.moe.config import MoEConfig
@@ -103,7 +104,8 @@ def _lengths(
 
     def count(texts: list[str], limit: int) -> int:
         if tokenizer is not None:
-            return sum(map(len, tokenizer(texts, truncation=True, max_length=limit)["input_ids"])) if texts else 0
+            cut = cut_texts(tokenizer, texts, limit)
+            return sum(map(len, tokenizer(cut, truncation=True, max_length=limit)["input_ids"])) if texts else 0
         return sum(min(limit, round(len(text) / _CHARACTERS_PER_TOKEN) + 2) for text in texts)
 
     totals, negatives, answered = [], 0, 0
