@@ -1,4 +1,6 @@
 import errno
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from clpl_moe.common.errors import UserError, command
-from clpl_moe.common.files import atomic_open, read_jsonl, refuse_existing, refuse_unwritable, write_json
+from clpl_moe.common.files import (
+    atomic_open,
+    naming_a_full_disk,
+    read_jsonl,
+    refuse_existing,
+    refuse_unwritable,
+    write_json,
+)
 from clpl_moe.common.output import atomic_dir
 from clpl_moe.prepare.sources.squad import read_squad
 
@@ -151,3 +160,47 @@ def test_what_a_killed_process_was_writing_goes_when_the_file_is_written_again(t
     living.communicate()
     write_json(path, [])
     assert {file.name for file in tmp_path.iterdir()} == own | {"out.json"}
+
+
+def test_a_full_disk_is_told_with_the_place(tmp_path, monkeypatch, capsys):
+    """torch, numpy and safetensors have words and classes of their own."""
+    path = tmp_path / "weights"
+
+    @command
+    def main(error):
+        with naming_a_full_disk(path):
+            raise error
+
+    full = f"error: {path}: No space left on device\n"
+    with pytest.raises(RuntimeError, match="odd"):
+        main(RuntimeError("odd"))
+    monkeypatch.setattr("shutil.disk_usage", lambda there: shutil._ntuple_diskusage(100, 100, 0))
+    for error in (RuntimeError("PytorchStreamWriter failed"), OSError("16 requested and 8 written")):
+        with pytest.raises(SystemExit):
+            main(error)
+        assert capsys.readouterr().err == full
+    with pytest.raises(SystemExit):
+        main(OSError(errno.ENOSPC, "No space left on device"))
+    assert capsys.readouterr().err == full
+    with pytest.raises(SystemExit):  # of a copy, where it was to go
+        main(OSError(errno.ENOSPC, "No space left on device", "module.py", None, str(path)))
+    assert capsys.readouterr().err == full
+    with pytest.raises(SystemExit):
+        main(UserError("odd"))
+    assert capsys.readouterr().err == "error: odd\n"
+
+
+def test_a_write_without_room_names_the_file(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no such device")
+    path = tmp_path / "x.json"
+
+    def fill():
+        with atomic_open(path) as file, Path("/dev/full").open("w") as full:
+            os.dup2(full.fileno(), file.fileno())
+            file.write("x" * 100_000)
+
+    with pytest.raises(OSError, match="No space left") as error:
+        fill()
+    assert error.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []

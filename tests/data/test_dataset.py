@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 
@@ -206,3 +207,28 @@ def test_own_negatives_and_group_size_by_name_and_type(tmp_path):
 def test_group_of_the_positive_alone(path, tmp_path):
     example = make(path, tmp_path, train_group_size=1)[(0, 0)]
     assert (len(example.passages), example.negative_queries) == (1, [])
+
+
+def test_a_cache_that_cannot_be_used_is_told(path, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"file/examples: cannot be written, .*file is not a folder"):
+        make(path, tmp_path / "file")
+
+    class Full:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def write(self, *args, **kwargs):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        write_table = write_row = finalize = write
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("datasets.builder.ArrowWriter", Full)
+    with pytest.raises(
+        UserError, match=r"cache: the examples cannot be stored \(No space left on device\); name another"
+    ):
+        make(path, tmp_path / "cache")
+    assert (tmp_path / "file").read_text() == "mine"

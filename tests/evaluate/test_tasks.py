@@ -3,9 +3,11 @@ import shutil
 
 import pytest
 
+from clpl_moe.common.files import write_json
 from clpl_moe.evaluate import evaluate
 from clpl_moe.evaluate.metrics import M3_SCORES
 from clpl_moe.evaluate.tasks import model_labels
+from end_to_end.kills import differences
 from helpers.evaluating import changed_copy, make_collection, read_csv, run, table
 
 
@@ -93,6 +95,26 @@ def test_an_interrupted_overwrite_leaves_no_metrics_beside_a_run_of_something_el
     with pytest.raises(SystemExit):
         run(tiny_encoder, collections, tmp_path / "out", query_prompt="x", overwrite="true")
     assert not (tmp_path / "out" / "ko" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_stop_between_the_runs_and_their_metrics_is_no_obstacle(
+    tiny_encoder, collections, tmp_path, monkeypatch, heads
+):
+    def interrupted(path, *args):
+        if path.name == ("metrics.m3.json" if heads else "metrics.json"):
+            raise KeyboardInterrupt
+        return write_json(path, *args)
+
+    options = {"m3_scores": heads, "rerank_top": 5}
+    with monkeypatch.context() as patch:
+        patch.setattr("clpl_moe.evaluate.evaluation.write_json", interrupted)
+        with pytest.raises(SystemExit):
+            run(tiny_encoder, collections, tmp_path / "out", **options)
+    assert (tmp_path / "out" / "ko" / ("run.all.trec" if heads else "run.trec")).exists()
+    run(tiny_encoder, collections, tmp_path / "out", **options)
+    run(tiny_encoder, collections, tmp_path / "whole", **options)
+    assert not differences(tmp_path / "out", tmp_path / "whole")
 
 
 def test_labels():

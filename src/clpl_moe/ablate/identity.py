@@ -18,6 +18,7 @@ from typing import Any
 from clpl_moe.common.cli import parse_values
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import find_json, hash_file
+from clpl_moe.common.output import WORK_FOLDER
 from clpl_moe.evaluate.options import EvaluateArguments
 from clpl_moe.mine.options import MineArguments, SelectionArguments
 from clpl_moe.retrieval.options import EncodingArguments
@@ -44,9 +45,10 @@ def digest(value: Any) -> str:
 
 
 def content_hash(path: Path) -> str:
-    """Hash of a file, or of the names and contents of a folder's files."""
+    """Hash of a file, or of the names and contents of a folder's files, but for those of a run that was killed there."""
     total = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in [file for file in files if WORK_FOLDER not in file.relative_to(path).parts]:
         total.update(f"{file.relative_to(path)}\0{hash_file(file)}\0".encode())
     return total.hexdigest()
 

@@ -88,9 +88,13 @@ class FileLock:
         _held.add(self._descriptor)
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
-        os.lseek(self._descriptor, 0, os.SEEK_SET)
-        os.ftruncate(self._descriptor, 0)
-        os.write(self._descriptor, json.dumps(holder).encode())
+        try:
+            os.lseek(self._descriptor, 0, os.SEEK_SET)
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, json.dumps(holder).encode())
+        except OSError:
+            self.release()
+            raise
         return True
 
     def holder(self) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class Output:
 
     def claim(self, *paths: Path) -> None:
         """Say that these files are written now: should this process die, the next one may replace them."""
-        with (self.work / _CLAIMS).open("a", encoding="utf-8") as file:
+        claims = self.work / _CLAIMS
+        with naming_a_full_disk(claims), claims.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(str(path.absolute())) + "\n" for path in paths)
 
     def claimed(self, path: Path) -> bool:
@@ -124,14 +125,16 @@ def writing(path: str | Path, *, inside: bool = False) -> Iterator[Output]:
     if inside and path.exists() and not path.is_dir():
         raise UserError(f"{at(path)}: a file is in the way of the output folder; name another")
     refuse_unwritable(path / WORK_FOLDER if inside else path)
-    if work.exists() and not (work / _LOCK).exists() and any(work.iterdir()):
-        raise UserError(f"{at(work)}: found another folder where one for unfinished work is to be; rename it")
+    with contextlib.suppress(FileNotFoundError):  # its holder removes it just now
+        if work.exists() and not (work / _LOCK).exists() and any(work.iterdir()):
+            raise UserError(f"{at(work)}: found another folder where one for unfinished work is to be; rename it")
     missing = [folder for folder in work.parents if not folder.exists()]
-    lock = FileLock(work / _LOCK)
-    if not lock.take():
-        raise UserError(f"{at(path)}: {_taken(lock)}")
-    error = None
+    lock, error, held, empty = FileLock(work / _LOCK), None, False, False
     try:
+        with naming_a_full_disk(lock.file):
+            held = lock.take()
+        if not held:
+            raise UserError(f"{at(path)}: {_taken(lock)}")
         with _lock:
             _open[work] = output, threading.get_ident()
         output.recover()
@@ -140,10 +143,13 @@ def writing(path: str | Path, *, inside: bool = False) -> Iterator[Output]:
         error = raised
         raise
     finally:
-        with _lock:
-            del _open[work]
-        empty = output.clear(error)
-        lock.release(keep=not empty)
+        if held:
+            with _lock:
+                _open.pop(work, None)
+            try:
+                empty = output.clear(error)
+            finally:
+                lock.release(keep=not empty)
         # Others may have come for the lock meanwhile, or put something into the folders.
         with contextlib.suppress(OSError):
             for folder in (work, *(missing if error is not None else ())):

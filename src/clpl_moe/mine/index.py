@@ -103,7 +103,8 @@ class PassageIndex:
     def themselves(self) -> dict[str, set[int]]:
         """Places of the passages that are queries themselves (:meth:`Collection.own_passages`), by the query's normalised
         text: a query is no negative of its own."""
-        texts, found = dict(zip(self._collection.query_ids, self._collection.queries)), {}
+        texts = dict(zip(self._collection.query_ids, self._collection.queries))
+        found: dict[str, set[int]] = {}
         for query_id, row in self._collection.own_passages().items():
             if (place := self.find(self._collection.passages[row])) is not None:
                 found.setdefault(normalize_text(texts[query_id]), set()).add(place)
