@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -29,6 +30,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # What a killed run may end with, besides the signal itself.
@@ -152,6 +155,8 @@ def start(job: Job, argv: list[str], log: Path) -> int:
     """Start a command in a process of its own; its id."""
     child = os.fork()
     if child == 0:
+        # Forks share a lock for bars: killed as it draws one, a run would leave it locked for all others.
+        tqdm.set_lock(threading.RLock())
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.setpgid(0, 0)
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

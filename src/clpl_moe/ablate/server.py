@@ -126,7 +126,10 @@ def serve(requests: socket.socket) -> dict[str, Any] | None:
 def run(request: dict[str, Any]) -> None:
     """Run a request's command in this process, as ``python -m`` would, and tell its exit code."""
     import torch
+    from tqdm import tqdm
 
+    # The one that forks share would stay locked for all others if this process were killed as it draws a bar.
+    tqdm.set_lock(threading.RLock())
     if torch.cuda._is_in_bad_fork():  # an import has touched CUDA after all: begin anew, with the same pipe
         os.set_inheritable(request["status"], True)
         os.execv(sys.executable, [sys.executable, "-m", "clpl_moe.ablate.server", json.dumps(request)])
