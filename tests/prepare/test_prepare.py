@@ -23,7 +23,7 @@ def test_called_from_python(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "found none, expected one of beir, "),
+        ({}, "found none, set one of beir, "),
         ({"beir": "x"}, "language: missing, expected the name"),
         ({"squad": ["x"], "language": "ko", "dev_share": 2}, "dev_share: found 2.0"),
         ({"beir": "x", "language": "ko", "seed": 1}, "seed: goes with squad, not with beir"),

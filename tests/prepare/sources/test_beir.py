@@ -150,7 +150,7 @@ def test_missing_folders_and_splits(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "found none, expected one of beir, miracl and squad"),
+        ([], "sources to prepare from: found none, set one of beir, miracl and squad"),
         (["--beir", "x"], "--language: missing"),
         (
             ["--squad", "x.json", "--language", "ko", "--splits", "dev"],
