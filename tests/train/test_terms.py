@@ -28,6 +28,13 @@ def test_sums_go_on_where_they_were_kept():
     assert second.plain() == whole.plain()
 
 
+def test_sums_of_a_checkpoint_follow_the_values_to_their_device():
+    sums = TermSums()
+    sums.restore({"loss": (1.0, 2.0)})
+    sums.add({"loss": torch.ones((), device="meta")}, 1.0)  # a device that every machine has
+    assert [(total.device.type, weights) for total, weights in sums._sums.values()] == [("meta", 3.0)]
+
+
 def test_processes_may_know_different_terms():
     found = joined([{"a": (1.0, 2.0), "b": ([1.0, 2.0], 1.0)}, {"a": (2.0, 1.0)}, {}])
     assert found == {"a": (3.0, 3.0), "b": ([1.0, 2.0], 1.0)}

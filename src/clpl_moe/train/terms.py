@@ -20,9 +20,10 @@ class TermSums:
             return
         for name, value in terms.items():
             total, weights = self._sums.get(name, (None, 0.0))
+            wide = torch.float32 if value.device.type == "mps" else torch.float64
             if total is None:
-                wide = torch.float32 if value.device.type == "mps" else torch.float64
                 total = torch.zeros(value.shape, dtype=wide, device=value.device)
+            total = total.to(value.device, wide)  # those of a checkpoint are on the CPU
             self._sums[name] = total.add_(value.detach(), alpha=weight), weights + weight
 
     def plain(self) -> dict[str, tuple[Any, float]]:
