@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -75,3 +76,25 @@ def test_what_a_message_quotes_does_not_steer_the_terminal(capsys):
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().err == "error: found '\\x1b[2Jx\\x1e\\x85\\u2028\\r'\n"
+
+
+def test_ctrl_c_is_not_lost_while_python_removes_an_object(capfd):
+    """There an exception is printed and forgotten."""
+
+    class Slow:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):
+                pass
+
+    @command
+    def main():
+        Slow()
+        time.sleep(20)
+
+    started = time.monotonic()
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    assert capfd.readouterr().err == "interrupted\n"
+    assert time.monotonic() - started < 10

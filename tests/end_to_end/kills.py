@@ -263,7 +263,7 @@ def kill_and_compare(make: Callable[[Path, int], Job], times: int, seed: int, fo
         for fault in faults:
             print(f"{number}: {fault}")
         if faults:
-            print(said[-2000:])
+            print(said[max(0, said.find("Traceback")) :][:4000] if "Traceback" in said else said[-2000:])
     return counts
 
 

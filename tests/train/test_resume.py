@@ -208,7 +208,9 @@ def test_heads_that_do_not_fit_are_refused(run, capsys, state):
     folder, argv = run
     path = folder / "checkpoint-3" / "colbert_linear.pt"
     path.unlink() if state is None else torch.save(state, path)
+    before = contents(folder)
     assert "colbert_linear.pt: does not fit this model" in refused(argv, capsys)
+    assert contents(folder) == before
 
 
 def test_newest_checkpoint(run, caplog):

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -79,7 +79,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs) -> None:
-        terminates = _catch_signals()
+        terminates, hook = _catch_signals(), sys.unraisablehook
+        sys.unraisablehook = functools.partial(_signal_again, hook)
         try:
             main(*args, **kwargs)
             sys.stdout.flush()
@@ -104,6 +105,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
         finally:
+            sys.unraisablehook = hook
             if terminates:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -121,6 +123,16 @@ def _catch_signals() -> bool:
         return False
     signal.signal(signal.SIGTERM, _terminate)
     return True
+
+
+def _signal_again(hook: Callable[[Any], object], unraisable: Any) -> None:
+    """An interruption that came while Python removed an object, and was lost with that: send it again."""
+    interrupted = issubclass(unraisable.exc_type, KeyboardInterrupt)
+    if interrupted or getattr(unraisable.exc_value, "code", None) == 128 + signal.SIGTERM:
+        number = signal.SIGINT if interrupted else signal.SIGTERM
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # not while this function runs
+    else:
+        hook(unraisable)
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

@@ -40,13 +40,14 @@ class MetricsFileCallback(TrainerCallback):
 
 
 class TrainBegin(TrainerCallback):
-    """Calls a function when training begins, before the first step."""
+    """Calls functions when training begins: a checkpoint has been loaded, and nothing been written."""
 
-    def __init__(self, function: Callable[[], None]) -> None:
-        self.function = function
+    def __init__(self, *functions: Callable[[], None]) -> None:
+        self.functions = list(functions)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.function()
+        for function in self.functions:
+            function()
 
 
 class EarlyStopping(EarlyStoppingCallback):

@@ -210,15 +210,21 @@ class CLPLRunner:
             if self.trainer.refresher is not None:
                 self.trainer.refresher.load(Path(checkpoint) / NEGATIVES_FILE)
         self.trainer.wait()  # until all have found the folder as it was, and their data without a fault
-        if self.trainer.is_world_process_zero():
-            with atomic_open(output_dir / resume.CONFIG_FILE) as file:
-                yaml.safe_dump(config, file, allow_unicode=True, sort_keys=False)
-            write_json(output_dir / resume.DATA_FILE, data)
-            if on_plan is not None:
-                on_plan(self.plan)
+        first = self.trainer.is_world_process_zero()
+
+        def write() -> None:
+            if first:
+                with atomic_open(output_dir / resume.CONFIG_FILE) as file:
+                    yaml.safe_dump(config, file, allow_unicode=True, sort_keys=False)
+                write_json(output_dir / resume.DATA_FILE, data)
+
+        if first and on_plan is not None:
+            on_plan(self.plan)
         if checkpoint is not None and self.trainer.is_over(checkpoint):
             self.trainer.load_result(checkpoint)
+            write()
         else:
+            self.trainer.begin.functions.append(write)  # by then the checkpoint has turned out to fit
             self.trainer.train(resume_from_checkpoint=checkpoint)
         self.trainer.save_model()
         self.trainer.save_state()

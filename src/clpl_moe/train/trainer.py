@@ -73,7 +73,8 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         self.add_callback(callbacks.EpochCallback(batch_sampler))
         self.add_callback(callbacks.MetricsFileCallback())
         self.add_callback(callbacks.ConsoleCallback())
-        self.add_callback(callbacks.TrainBegin(self._go_on))
+        self.begin = callbacks.TrainBegin(self._go_on)
+        self.callback_handler.callbacks.insert(0, self.begin)  # others write files then
         self.add_callback(self._stop)
         if self.args.early_stopping_patience is not None:
             self.add_callback(callbacks.EarlyStopping(self.args.early_stopping_patience))
