@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -144,6 +145,20 @@ def test_somebody_elses_folder_stays(tmp_path):
     with pytest.raises(UserError, match="found another folder"), writing(tmp_path / "out", inside=True):
         pass
     assert content(other) == {"embeddings": "mine"}
+
+
+def test_places_that_no_folder_can_be_made_at(tmp_path, monkeypatch):
+    """As in /proc, also for root."""
+
+    def refuse(*args, **kwargs):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(UserError, match=r"lock: cannot be written \(No such file or directory\)"),
+        writing(tmp_path / "a"),
+    ):
+        pass
 
 
 def test_a_link_is_replaced_and_not_what_it_names(tmp_path):

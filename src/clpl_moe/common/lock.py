@@ -22,6 +22,8 @@ except ImportError:  # Windows
 
 _FAR = 1 << 30  # Windows keeps others from reading the bytes that are locked: one far behind the content
 
+_TRIES = 100
+
 _held: set[int] = set()  # open locks of this process
 
 
@@ -66,11 +68,14 @@ class FileLock:
 
     def take(self) -> bool:
         """Take the lock; False where another process has it."""
+        tries = 0
         while self._descriptor is None:
             try:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:  # its holder removes it just now
+                if (tries := tries + 1) == _TRIES:
+                    raise
                 continue
             locked = try_lock(descriptor)
             if locked is None:

@@ -131,8 +131,10 @@ def writing(path: str | Path, *, inside: bool = False) -> Iterator[Output]:
     missing = [folder for folder in work.parents if not folder.exists()]
     lock, error, held, empty = FileLock(work / _LOCK), None, False, False
     try:
-        with naming_a_full_disk(lock.file):
+        try:
             held = lock.take()
+        except OSError as fault:
+            raise UserError(f"{at(lock.file)}: cannot be written ({fault.strerror})") from None
         if not held:
             raise UserError(f"{at(path)}: {_taken(lock)}")
         with _lock:
