@@ -233,7 +233,7 @@ def test_prompts_are_used_but_not_written(tiny_encoder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rank_from": 0}, "expected 1 <= rank_from <= rank_to"),
+        ({"rank_from": 0}, "--rank_from: found 0, expected at least 1"),
         ({"rank_from": 9}, "expected 1 <= rank_from <= rank_to"),
         ({"negatives": 9}, "the window from rank 1 to 8 holds 8"),
         ({"negatives": 0}, "--negatives: found 0"),

@@ -168,7 +168,8 @@ def _in_base64(key: str) -> list[str]:
 
 def _without(text: str, secrets: list[str]) -> str:
     """A text without any part of a secret of at least six characters; the secrets are in lower case."""
-    lower, kept, at = text.lower(), [], 0
+    kept: list[str] = []
+    lower, at = text.lower(), 0
     while at < len(text):
         longest = 0
         for secret in secrets:
