@@ -17,6 +17,7 @@ def formula(
     negative_queries,
     negative_index,
     passage_ids=None,
+    query_ids=None,
     *,
     temperature,
     penalty_weight,
@@ -24,6 +25,10 @@ def formula(
     false_negative_margin,
     penalty="cosine",
     symmetric_weight=0.0,
+    penalty_temperature=None,
+    equal_weights=False,
+    same_tower_negatives=False,
+    hardness_weight=0.0,
 ):
     """The definition of the loss, one query and one pair at a time; returns its terms."""
     group = len(passages) // len(query)
@@ -31,35 +36,50 @@ def formula(
     def sim(a, b):
         return a.dot(b) / (a.norm() * b.norm())
 
-    def cross_entropy(q, target):
-        """Of a query to find the passage of row ``target``."""
-        first = target // group * group
-        candidates = range(len(passages)) if in_batch_negatives else range(first, first + group)
-        numerator = torch.exp(sim(q, passages[target]) / temperature)
+    def equal(ids, one, other):
+        return ids is not None and ids[one] == ids[other]
+
+    def cross_entropy(number, q, target, temperature):
+        """Of a query, the ``number``-th of all, to find the passage of row ``target``."""
+        own = target // group
+        candidates = range(len(passages)) if in_batch_negatives else range(own * group, own * group + group)
+        negatives = [
+            sim(q, passages[row]) for row in candidates if row != target and not equal(passage_ids, row, target)
+        ]
+        if same_tower_negatives:
+            for i, other in enumerate(query):
+                if i != own and not equal(passage_ids, i * group, target) and not equal(query_ids, i, number):
+                    negatives.append(sim(q, other))
+            for row, other in enumerate(passages):
+                if row // group != own and not equal(passage_ids, row, target):
+                    negatives.append(sim(passages[target], other))
+        positive = sim(q, passages[target])
+        numerator = torch.exp(positive / temperature)
         denominator = numerator
-        for row in candidates:
-            if row == target:
-                continue
-            if passage_ids is not None and passage_ids[row] == passage_ids[target]:
-                continue
-            similarity = sim(q, passages[row])
+        for similarity in negatives:
             limit = math.inf if false_negative_margin is None else false_negative_margin
-            if similarity > sim(q, passages[target]) + limit:
-                continue
-            denominator = denominator + torch.exp(similarity / temperature)
+            if similarity <= positive + limit:
+                weight = math.exp(hardness_weight * similarity.item())
+                denominator = denominator + weight * torch.exp(similarity / temperature)
         return -torch.log(numerator / denominator)
 
-    losses, contrastives, penalties, symmetrics = [], [], [], []
+    def penalty_of(number, q, row):
+        if penalty == "cosine":
+            return (1 - sim(passages[row], q)) / (penalty_temperature or 1)
+        return cross_entropy(len(query) + number, q, row, penalty_temperature or temperature)
+
+    losses, contrastives, penalties, symmetrics, equal_parts = [], [], [], [], []
     answers = [(i * group, q) for i, q in enumerate(query)] + list(zip(negative_index.tolist(), negative_queries))
     for i, q in enumerate(query):
         positive = i * group
-        contrastive = cross_entropy(q, positive)
+        contrastive = cross_entropy(i, q, positive, temperature)
         pairs = [
-            1 - sim(passages[row], own) if penalty == "cosine" else cross_entropy(own, row)
-            for row, own in zip(negative_index.tolist(), negative_queries)
+            penalty_of(number, own, row)
+            for number, (row, own) in enumerate(zip(negative_index.tolist(), negative_queries))
             if row // group == i
         ]
         contrastives.append(contrastive)
+        equal_parts += [contrastive, *pairs]
         if pairs:
             penalties.append(sum(pairs) / len(pairs))
             losses.append((1 - penalty_weight) * contrastive + penalty_weight * penalties[-1])
@@ -73,6 +93,7 @@ def formula(
         ]
         symmetrics.append(-torch.log(numerator / (numerator + sum(others))))
     mean_penalty = sum(penalties) / len(penalties) if penalties else torch.zeros(())
+    losses = equal_parts if equal_weights else losses
     loss = sum(losses) / len(losses) + symmetric_weight * sum(symmetrics) / len(symmetrics)
     return loss, sum(contrastives) / len(contrastives), mean_penalty
 
@@ -99,7 +120,7 @@ def test_golden_numbers_of_the_2024_code(moe):
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_equals_the_formula_on_ragged_batches(data):
     batch, group = data.draw(st.integers(1, 4), "batch"), data.draw(st.integers(1, 4), "group")
     rows = st.integers(0, batch * group - 1)
@@ -107,6 +128,7 @@ def test_equals_the_formula_on_ragged_batches(data):
     inputs = make_batch(batch, group, negative_index, 5, torch.float64, data.draw(st.integers(0, 1000), "seed"))
     if data.draw(st.booleans(), "ids"):
         inputs["passage_ids"] = torch.tensor([data.draw(st.integers(0, 3)) for _ in range(batch * group)])
+        inputs["query_ids"] = torch.tensor([data.draw(st.integers(0, 3)) for _ in range(batch + len(negative_index))])
     options = {
         "temperature": data.draw(st.sampled_from([0.02, 0.1, 1.0]), "temperature"),
         "penalty_weight": data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]), "penalty_weight"),
@@ -114,7 +136,11 @@ def test_equals_the_formula_on_ragged_batches(data):
         "false_negative_margin": data.draw(st.sampled_from([None, -0.1, 0.0, 0.3]), "margin"),
         "penalty": data.draw(st.sampled_from(["cosine", "contrastive"]), "penalty"),
         "symmetric_weight": data.draw(st.sampled_from([0.0, 0.5]), "symmetric_weight"),
+        "penalty_temperature": data.draw(st.sampled_from([None, 0.05, 2.0]), "penalty_temperature"),
+        "equal_weights": data.draw(st.booleans(), "equal_weights"),
+        "hardness_weight": data.draw(st.sampled_from([0.0, 5.0]), "hardness_weight"),
     }
+    options["same_tower_negatives"] = options["in_batch_negatives"] and data.draw(st.booleans(), "same_tower")
     terms = CLPLLoss(**options)(**inputs)
     expected = formula(**inputs, **options)
     for found, value in zip((terms.loss, terms.contrastive, terms.penalty), expected):
@@ -128,16 +154,26 @@ def test_equals_the_formula_on_ragged_batches(data):
 
 @pytest.mark.parametrize("in_batch_negatives", [True, False])
 @pytest.mark.parametrize("false_negative_margin", [None, 0.1])
-@pytest.mark.parametrize("extra", [{}, {"penalty": "contrastive", "symmetric_weight": 0.5}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"penalty": "contrastive", "symmetric_weight": 0.5},
+        {"penalty_temperature": 0.2, "equal_weights": True},
+        {"penalty_temperature": 0.2, "penalty": "contrastive", "same_tower_negatives": True},
+    ],
+)
 def test_gradients_are_the_derivatives(in_batch_negatives, false_negative_margin, extra):
+    in_batch_negatives = in_batch_negatives or "same_tower_negatives" in extra
     loss = CLPLLoss(
         0.5, 0.3, in_batch_negatives=in_batch_negatives, false_negative_margin=false_negative_margin, **extra
     )
     inputs = make_batch(2, 3, (1, 1, 4), 3, torch.float64)
     index, ids = inputs.pop("negative_index"), torch.tensor([0, 1, 2, 3, 0, 4])
+    query_ids = torch.tensor([0, 1, 2, 1, 3])
 
     def scalar(query, passages, negative_queries):
-        return loss(query, passages, negative_queries, index, ids).loss
+        return loss(query, passages, negative_queries, index, ids, query_ids).loss
 
     assert torch.autograd.gradcheck(scalar, tuple(inputs.values()))
 

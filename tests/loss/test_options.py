@@ -26,6 +26,11 @@ NAMES = [field.name for field in dataclasses.fields(CLPLOptions)]
         ({"penalty": "cos"}, "choose one of cosine, contrastive"),
         ({"symmetric_weight": -1}, "symmetric_weight is -1"),
         ({"symmetric_weight": math.inf}, "symmetric_weight is inf"),
+        ({"penalty_temperature": 0}, "penalty_temperature is 0"),
+        ({"penalty_temperature": math.inf}, "penalty_temperature is inf"),
+        ({"hardness_weight": -1}, "hardness_weight is -1"),
+        ({"hardness_weight": math.nan}, "hardness_weight is nan"),
+        ({"same_tower_negatives": True, "in_batch_negatives": False}, "set in_batch_negatives=True"),
         ({"gather_across_devices": True, "in_batch_negatives": False}, "set in_batch_negatives=True"),
     ],
 )

@@ -138,6 +138,7 @@ def test_an_optimizer_whose_package_is_missing_ends_in_a_message(tiny_encoder, t
 
 def test_the_loss_has_the_options_of_training():
     given = {"temperature": 0.5, "penalty_weight": 0.25, "penalty": "contrastive", "symmetric_weight": 2.0}
-    given |= {"in_batch_negatives": True, "false_negative_margin": 0.125}
+    given |= {"in_batch_negatives": True, "false_negative_margin": 0.125, "same_tower_negatives": True}
+    given |= {"penalty_temperature": 0.5, "hardness_weight": 3.0, "equal_weights": True}
     options = training(**given, negatives_cross_device=True, normalize_embeddings=False, use_cpu=True).loss_options()
     assert dataclasses.asdict(options) == given | {"normalize": False, "gather_across_devices": True}

@@ -30,12 +30,12 @@ class CLPLCollator(AbsEmbedderCollator):
 
         Returns:
             ``negative_index``: (M,) int64, for each negative query the row of the passage that answers it, or None;
-            ``passage_ids``: (B·G,) int64, equal for equal texts, in every process; ``teacher_scores``: B·G numbers, or
-            None; ``no_in_batch_neg_flag``: as in FlagEmbedding. Besides, padded: ``queries`` and ``passages``, token
-            tensors (B, L) and (B·G, L'), or lists of them with ``sub_batch_size``; ``negative_queries``, (M, L'')
-            likewise, or None. Packed: ``texts``, with neighbours of equal length, and for each query, passage and
-            negative query its number there, int64: ``query_rows`` (B,), ``passage_rows`` (B·G,),
-            ``negative_query_rows`` (M,) or None.
+            ``passage_ids``: (B·G,) int64, equal for equal texts, in every process; ``query_ids``: (B + M,) likewise, of the
+            queries, then the negative queries; ``teacher_scores``: B·G numbers, or None; ``no_in_batch_neg_flag``: as in
+            FlagEmbedding. Besides, padded: ``queries`` and ``passages``, token tensors (B, L) and (B·G, L'), or lists of
+            them with ``sub_batch_size``; ``negative_queries``, (M, L'') likewise, or None. Packed: ``texts``, with
+            neighbours of equal length, and for each query, passage and negative query its number there, int64:
+            ``query_rows`` (B,), ``passage_rows`` (B·G,), ``negative_query_rows`` (M,) or None.
         """
         passages: list[str] = []
         negative_queries: list[str] = []
@@ -53,6 +53,7 @@ class CLPLCollator(AbsEmbedderCollator):
         return tokens(queries, passages, negative_queries) | {
             "negative_index": torch.tensor(negative_index) if negative_queries else None,
             "passage_ids": torch.tensor([text_id(text) for text in passages]),
+            "query_ids": torch.tensor([text_id(text) for text in queries + negative_queries]),
             "teacher_scores": scores,
             "no_in_batch_neg_flag": not all(example.in_batch_negatives for example in examples),
         }

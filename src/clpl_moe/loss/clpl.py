@@ -10,9 +10,14 @@ For a query *i* with a positive passage, hard negatives and, optionally, other p
 4. The loss is the mean over the queries, plus, where asked for, γ times the mean cross entropy of the positives'
    similarities to all queries of the batch (each positive has to find its query).
 
+With ``equal_weights``, the mean over all queries and pairs takes the place of 3. ``same_tower_negatives`` adds negatives to
+the cross entropies of 1 and 2, ``hardness_weight`` weighs their negatives.
+
 Source: J. Yu, "Efficient fine-tuning methodology of text embedding models for information retrieval: contrastive
 learning penalty (CLP)", arXiv:2412.17364, equation 3, with the mean of its published implementation. The contrastive
-penalty is this project's; the direction from passage to query is that of Z. Li et al., arXiv:2308.03281, section 3.3.
+penalty is this project's; the direction from passage to query is that of Z. Li et al., arXiv:2308.03281, section 3.3, and
+so are negatives of the same tower, with the masks of Y. Zhang et al., arXiv:2506.05176, section 3. Weights by hardness:
+Z. Lan et al., arXiv:2503.04812, equation 5.
 """
 
 from __future__ import annotations
@@ -70,6 +75,9 @@ class _Batch:
     candidates: Tensor  # (P, D), the passages that queries choose from: those of all processes where gathered
     offset: int  # the row of the first of ``passages`` among the candidates
     ids: Tensor | None  # (P,), equal for equal texts of candidates
+    heads: Tensor  # (P/G, D), the queries of the candidates' groups
+    query_ids: Tensor | None  # (B + M,), equal for equal texts of queries
+    head_ids: Tensor | None  # (P/G,)
 
 
 class CLPLLoss(CLPLOptions, nn.Module):
@@ -87,6 +95,15 @@ class CLPLLoss(CLPLOptions, nn.Module):
             batch. Every process needs the same number of passages. Needs ``in_batch_negatives``.
         penalty: ``"cosine"``, as in the paper, or ``"contrastive"``: negative queries have to find their negatives
             among the same passages, at the same temperature, as the batch's queries their positives.
+        penalty_temperature: divides the similarities in the penalty, so that the cosine penalty is the distance divided by
+            it. None: the distance as it is, and ``temperature`` in the contrastive penalty. With the value of
+            ``temperature``, the cosine penalty's gradients are of the contrastive term's order; without, smaller by it.
+        equal_weights: the loss is the sum of all queries' ``CL_i`` and all pairs' penalties, divided by their number: each
+            negative query weighs as much as the batch's queries. ``penalty_weight`` has no effect then.
+        same_tower_negatives: whether the batch's other queries are negatives, too, and other queries' passages that are
+            compared with the positive: each query's softmax has all of them. Texts equal to the query or answered by
+            the positive are left out. Needs ``in_batch_negatives``.
+        hardness_weight: β; each negative counts exp(β · similarity) times in the softmax, a weight without a gradient.
         symmetric_weight: γ, the weight of the term from positives to the queries of this process; 0 leaves it out.
 
     Each is an attribute too, which may be changed during training. ``dataclasses.replace`` makes a loss with other options.
@@ -116,6 +133,7 @@ class CLPLLoss(CLPLOptions, nn.Module):
         negative_queries: Tensor | None = None,
         negative_index: Tensor | None = None,
         passage_ids: Tensor | None = None,
+        query_ids: Tensor | None = None,
     ) -> CLPLOutput:
         """Compute the terms of one batch, in float32 or, for float64 embeddings, in float64 (also under autocast).
 
@@ -126,23 +144,32 @@ class CLPLLoss(CLPLOptions, nn.Module):
             negative_index: (M,) int64, for each of these queries the row of ``passages`` that answers it.
             passage_ids: (B·G,) int64, equal for equal texts. A passage equal to the query's positive is then left out
                 of its negatives.
+            query_ids: (B + M,) int64 of ``query``, then ``negative_queries``, equal for equal texts. A query is then no
+                negative of an equal one.
 
         Raises:
             ValueError: shapes that do not fit together.
         """
-        _check_shapes(query, passages, negative_queries, negative_index, passage_ids)
+        _check_shapes(query, passages, negative_queries, negative_index, passage_ids, query_ids)
         with torch.autocast(query.device.type, enabled=False):
-            batch = self._prepare(query, passages, negative_queries, negative_index, passage_ids)
-            contrastive = self._cross_entropy(batch.query, batch.rows[: len(query)], batch)  # (B,) CL
+            batch = self._prepare(query, passages, negative_queries, negative_index, passage_ids, query_ids)
+            contrastive = self._cross_entropy(slice(len(query)), batch, self.temperature)  # (B,) CL
             losses, penalty, pair_similarity = contrastive, contrastive.new_zeros(()), None
             added = []
+            number = self._number_of_queries(batch) if self.equal_weights else len(query)
             if len(batch.queries) > len(query):
-                penalties, has_pair, pair_similarity = self._penalties(batch)  # (B,) PEN, (B,), (M,)
-                mixed = (1 - self.penalty_weight) * contrastive + self.penalty_weight * penalties
-                losses = torch.where(has_pair, mixed, contrastive)  # (B,) CLPL
+                penalties, pairs, pair_similarity = self._penalties(batch)  # (B,) PEN, (B,), (M,)
+                has_pair = pairs > 0
                 penalty = penalties.sum() / has_pair.sum()
-                added.append(self.penalty_weight * has_pair.to(losses.dtype).mean() * penalty)
+                if self.equal_weights:
+                    added.append((pairs * penalties).sum() / number)
+                else:
+                    mixed = (1 - self.penalty_weight) * contrastive + self.penalty_weight * penalties
+                    losses = torch.where(has_pair, mixed, contrastive)  # (B,) CLPL
+                    added.append(self.penalty_weight * has_pair.to(losses.dtype).mean() * penalty)
             loss, symmetric = losses.mean(), None
+            if self.equal_weights:
+                loss = sum(added, start=contrastive.sum() / number)
             if self.symmetric_weight:
                 symmetric = self._symmetric(batch)
                 added.append(self.symmetric_weight * symmetric)
@@ -167,6 +194,7 @@ class CLPLLoss(CLPLOptions, nn.Module):
         negative_queries: Tensor | None,
         negative_index: Tensor | None,
         ids: Tensor | None,
+        query_ids: Tensor | None,
     ) -> _Batch:
         dtype = torch.promote_types(torch.promote_types(query.dtype, passages.dtype), torch.float32)
 
@@ -183,10 +211,19 @@ class CLPLLoss(CLPLOptions, nn.Module):
         if self.gather_across_devices:
             candidates, offset = gather_rows(passages)
             ids = None if ids is None else gather_rows(ids)[0]
-        return _Batch(query, passages, group, queries, rows, candidates, offset, ids)
+        heads, head_ids = query, None if query_ids is None else query_ids[: len(query)]
+        if self.gather_across_devices and self.same_tower_negatives:
+            heads, head_ids = gather_rows(query)[0], None if head_ids is None else gather_rows(head_ids)[0]
+        return _Batch(query, passages, group, queries, rows, candidates, offset, ids, heads, query_ids, head_ids)
 
-    def _cross_entropy(self, queries: Tensor, rows: Tensor, batch: _Batch) -> Tensor:
-        """(M,) cross entropy of ``queries`` (M, D), each to find the passage of its row (M,) among the candidates."""
+    def _number_of_queries(self, batch: _Batch) -> Tensor:
+        """B + M; where passages are gathered, its mean over the processes, which need not have as many pairs."""
+        number = batch.query.new_full((1,), len(batch.queries))
+        return (gather_rows(number)[0] if self.gather_across_devices else number).mean()
+
+    def _cross_entropy(self, which: slice, batch: _Batch, temperature: float) -> Tensor:
+        """(M,) cross entropy of ``which`` of the queries, each to find its passage among the candidates."""
+        queries, rows = batch.queries[which], batch.rows[which]
         candidates, ids = batch.candidates, batch.ids
         if self.in_batch_negatives:
             similarities = queries @ candidates.T  # (M, P)
@@ -197,26 +234,56 @@ class CLPLLoss(CLPLOptions, nn.Module):
             groups = candidates.view(-1, batch.group, candidates.shape[-1])
             similarities = torch.einsum("md,mgd->mg", queries, groups[owner])
             ids = None if ids is None else ids.view(-1, batch.group)[owner]
-        ignored = self._false_negatives(similarities.detach(), target, ids)
-        if ignored is not None:
-            similarities = similarities.masked_fill(ignored, -torch.inf)
-        return F.cross_entropy(similarities / self.temperature, target, reduction="none")
+        column = target.unsqueeze(1)
+        ignored = None if ids is None else ids == ids.gather(1, column)
+        if self.same_tower_negatives:
+            others, no_negatives = self._same_tower(which, batch)
+            ignored = torch.zeros_like(similarities, dtype=torch.bool) if ignored is None else ignored
+            similarities, ignored = torch.cat([similarities, others], 1), torch.cat([ignored, no_negatives], 1)
+        fixed = similarities.detach()
+        if self.false_negative_margin is not None:
+            above = fixed > fixed.gather(1, column) + self.false_negative_margin
+            ignored = above if ignored is None else ignored | above
+        if ignored is not None:  # texts that are probably relevant too; never the positive itself
+            similarities = similarities.masked_fill(ignored.scatter(1, column, False), -torch.inf)
+        logits = similarities / temperature
+        if self.hardness_weight:
+            logits = logits + self.hardness_weight * fixed.scatter(1, column, 0.0)
+        return F.cross_entropy(logits, target, reduction="none")
+
+    def _same_tower(self, which: slice, batch: _Batch) -> tuple[Tensor, Tensor]:
+        """(M, P/G + P) similarities of ``which`` queries to those of all groups, and of their passages to all candidates;
+        and a mask of those that are no negatives: of the own group, of equal texts, or answered by an equal text."""
+        rows, ids = batch.rows[which], batch.ids
+        similarities = torch.cat(
+            [batch.queries[which] @ batch.heads.T, batch.passages[rows] @ batch.candidates.T], dim=1
+        )
+        column = torch.arange(len(batch.candidates), device=rows.device)
+        column = torch.cat([column[:: batch.group], column])  # the candidate that each column is, or is answered by
+        target = (batch.offset + rows).unsqueeze(1)
+        no_negatives = column // batch.group == target // batch.group
+        if ids is not None:
+            no_negatives |= ids[column] == ids[target]
+        if batch.query_ids is not None and batch.head_ids is not None:
+            no_negatives[:, : len(batch.heads)] |= batch.head_ids == batch.query_ids[which].unsqueeze(1)
+        return similarities, no_negatives
 
     def _penalties(self, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(B,) mean penalty of each query's pairs; (B,) whether it has one; (M,) the pairs' similarities."""
-        queries, rows = batch.queries[len(batch.query) :], batch.rows[len(batch.query) :]
+        """(B,) mean penalty of each query's pairs; (B,) how many it has; (M,) the pairs' similarities."""
+        which = slice(len(batch.query), None)
+        queries, rows = batch.queries[which], batch.rows[which]
         negatives = batch.passages[rows]  # (M, D)
         similarity = (negatives * queries).sum(-1)  # (M,)
         if self.penalty == "contrastive":
-            of_pairs = self._cross_entropy(queries, rows, batch)  # (M,)
-        elif self.normalize:
-            of_pairs = 1 - similarity
+            of_pairs = self._cross_entropy(which, batch, self.penalty_temperature or self.temperature)  # (M,)
         else:
-            of_pairs = 1 - F.cosine_similarity(negatives, queries)
+            of_pairs = 1 - (similarity if self.normalize else F.cosine_similarity(negatives, queries))
+            if self.penalty_temperature is not None:
+                of_pairs = of_pairs / self.penalty_temperature
         owner = rows // batch.group  # (M,) the query whose negative this is
         zeros = of_pairs.new_zeros(len(batch.query))
         number = zeros.index_add(0, owner, torch.ones_like(of_pairs))
-        return zeros.index_add(0, owner, of_pairs) / number.clamp(min=1), number > 0, similarity
+        return zeros.index_add(0, owner, of_pairs) / number.clamp(min=1), number, similarity
 
     def _symmetric(self, batch: _Batch) -> Tensor:
         """Mean cross entropy of positives, each to find its query among this process's but others of an equal passage."""
@@ -228,17 +295,6 @@ class CLPLLoss(CLPLOptions, nn.Module):
         similarities = (positives @ batch.queries.T).masked_fill(same, -torch.inf)  # (B, B + M)
         return F.cross_entropy(similarities / self.temperature, target)
 
-    def _false_negatives(self, similarities: Tensor, target: Tensor, ids: Tensor | None) -> Tensor | None:
-        """Mask (B, P) of the passages that are probably relevant too; never the positive itself."""
-        column = target.unsqueeze(1)
-        ignored: Tensor | None = None
-        if ids is not None:
-            ignored = ids == ids.gather(1, column)
-        if self.false_negative_margin is not None:
-            above = similarities > similarities.gather(1, column) + self.false_negative_margin
-            ignored = above if ignored is None else ignored | above
-        return None if ignored is None else ignored.scatter(1, column, False)
-
 
 def _check_shapes(
     query: Tensor,
@@ -246,6 +302,7 @@ def _check_shapes(
     negative_queries: Tensor | None,
     negative_index: Tensor | None,
     passage_ids: Tensor | None,
+    query_ids: Tensor | None,
 ) -> None:
     if query.ndim != 2 or passages.ndim != 2 or query.shape[1] != passages.shape[1]:
         found = f"query is {tuple(query.shape)} and passages {tuple(passages.shape)}"
@@ -256,6 +313,9 @@ def _check_shapes(
         )
     if passage_ids is not None and passage_ids.shape != passages.shape[:1]:
         raise ValueError(f"passage_ids is {tuple(passage_ids.shape)}: expected ({passages.shape[0]},)")
+    number = len(query) + (0 if negative_queries is None else len(negative_queries))
+    if query_ids is not None and query_ids.shape != (number,):
+        raise ValueError(f"query_ids is {tuple(query_ids.shape)}: expected ({number},), also for negative_queries")
     if negative_queries is None and negative_index is None:
         return
     if negative_queries is None or negative_index is None:

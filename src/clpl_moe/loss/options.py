@@ -23,8 +23,22 @@ class LossTermOptions:
         " to find the negatives among the step's passages.",
         "cosine",
     )
+    penalty_temperature: float | None = option(
+        "Divides the similarities in the penalty; not given: the cosine penalty is not divided, the contrastive one has"
+        " the temperature.",
+        None,
+    )
+    equal_weights: bool = option(
+        "Each query of a negative weighs as much as the batch's own queries, in place of penalty_weight.", False
+    )
     symmetric_weight: float = option("Weight of the term in which each positive has to find its query; 0: none.", 0.0)
     in_batch_negatives: bool = option("Whether other queries' passages are negatives too.", True)
+    same_tower_negatives: bool = option(
+        "Whether other queries are negatives of the query, and other queries' passages of the positive.", False
+    )
+    hardness_weight: float = option(
+        "β: each negative weighs exp(β · its similarity) in the softmax; 0: all weigh the same.", 0.0
+    )
     false_negative_margin: float | None = option(
         "Leave out negatives more similar to the query than its positive by over this margin.", None
     )
@@ -44,15 +58,22 @@ class CLPLOptions(LossTermOptions):
             raise ValueError(f"penalty_weight is {self.penalty_weight}: choose a number from 0 to 1")
         if self.penalty not in get_args(Penalty):
             raise ValueError(f"penalty is {self.penalty!r}: choose one of {', '.join(get_args(Penalty))}")
-        if not (_is_number(self.symmetric_weight) and 0 <= self.symmetric_weight < math.inf):
-            raise ValueError(f"symmetric_weight is {self.symmetric_weight}: choose a finite number, 0 or above")
+        scale = self.penalty_temperature
+        if scale is not None and not (_is_number(scale) and 0 < scale < math.inf):
+            raise ValueError(f"penalty_temperature is {scale}: choose a number above 0, such as temperature's, or None")
+        for name in ("symmetric_weight", "hardness_weight"):
+            if not (_is_number(value := getattr(self, name)) and 0 <= value < math.inf):
+                raise ValueError(f"{name} is {value}: choose a finite number, 0 or above")
         if self.false_negative_margin is not None and not math.isfinite(self.false_negative_margin):
             raise ValueError(f"false_negative_margin is {self.false_negative_margin}: choose a finite number, or None")
         if self.gather_across_devices and not self.in_batch_negatives:
             raise ValueError("gather_across_devices needs the batch's own negatives too: set in_batch_negatives=True")
+        if self.same_tower_negatives and not self.in_batch_negatives:
+            raise ValueError("same_tower_negatives are texts of the batch's other queries: set in_batch_negatives=True")
         self.temperature = float(self.temperature)
         self.penalty_weight = float(self.penalty_weight)
         self.symmetric_weight = float(self.symmetric_weight)
+        self.hardness_weight = float(self.hardness_weight)
 
 
 def _is_number(value: object) -> bool:

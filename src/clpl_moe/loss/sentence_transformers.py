@@ -102,21 +102,24 @@ class SentenceTransformerCLPLLoss(nn.Module):
                 f"query_prompt is {self.query_prompt!r}, but {found}: empty queries could not be told, give the loss the"
                 " prompt that the trainer puts before these columns"
             )
-        passage_ids = [_token_ids(features) for features in columns[1 : 1 + group]]  # G lists of B
-        given = [[ids != self._empty for ids in _token_ids(features)] for features in query_columns]
+        query_ids, *passage_ids = [_token_ids(features) for features in columns[: 1 + group]]  # G lists of B
+        negative_query_ids = [_token_ids(features) for features in query_columns]
+        given = [[ids != self._empty for ids in column] for column in negative_query_ids]
         query, *rest = (self.model(features)["sentence_embedding"] for features in columns)  # (B, D) each
         batch, device = query.shape[0], query.device
         passages = torch.stack(rest[:group], dim=1).flatten(0, 1)  # (B·G, D)
         # Texts of the same tokens are the same to the model; hashes of integers are equal in all processes.
         ids = torch.tensor([hash(ids) for row in zip(*passage_ids) for ids in row], device=device)  # (B·G,)
+        known = [ids for row in zip(*negative_query_ids) for ids in row if ids != self._empty]
+        of_queries = torch.tensor([hash(ids) for ids in query_ids + known], device=device)  # (B + M,)
         if not query_columns:
-            return self.loss(query, passages, passage_ids=ids).loss
+            return self.loss(query, passages, passage_ids=ids, query_ids=of_queries).loss
         mask = torch.tensor(given, device=device).T  # (B, columns)
         # The column's negative by its place in the group, and by its row of the passages.
         negative = torch.arange(len(query_columns), device=device) % self.num_negatives + 1  # (columns,)
         index = torch.arange(batch, device=device).unsqueeze(1) * group + negative  # (B, columns)
         negative_queries = torch.stack(rest[group:], dim=1)[mask]  # (M, D)
-        return self.loss(query, passages, negative_queries, index[mask], passage_ids=ids).loss
+        return self.loss(query, passages, negative_queries, index[mask], passage_ids=ids, query_ids=of_queries).loss
 
     # What signature() shows in place of ``**options``.
     __signature__ = _with_options(inspect.signature(__init__))

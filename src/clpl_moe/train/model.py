@@ -167,6 +167,7 @@ class CLPLModel(UnifiedModel):
         negative_queries: Features | None = None,
         negative_index: Tensor | None = None,
         passage_ids: Tensor | None = None,
+        query_ids: Tensor | None = None,
         texts: PackedTexts | None = None,
         query_rows: Tensor | None = None,
         passage_rows: Tensor | None = None,
@@ -194,13 +195,16 @@ class CLPLModel(UnifiedModel):
         own_only = no_in_batch_neg_flag or not self.dense_loss.in_batch_negatives
         dense_loss = self.dense_loss
         if own_only and dense_loss.in_batch_negatives:
-            dense_loss = dataclasses.replace(dense_loss, in_batch_negatives=False, gather_across_devices=False)
+            dense_loss = dataclasses.replace(
+                dense_loss, in_batch_negatives=False, gather_across_devices=False, same_tower_negatives=False
+            )
         dense = dense_loss(
             query_dense,
             passage_dense,
             negative_queries=negative_query_dense,
             negative_index=negative_index,
             passage_ids=passage_ids if self.mask_duplicates else None,
+            query_ids=query_ids if self.mask_duplicates and dense_loss.same_tower_negatives else None,
         )
         loss, terms = dense.loss, dense.terms()
         targets = teacher_targets(teacher_scores, query_dense)
