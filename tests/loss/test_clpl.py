@@ -338,6 +338,76 @@ def test_terms_for_a_log_are_detached_and_those_that_the_batch_has():
     assert list(without_pairs) == ["contrastive", "positive_similarity", "negative_similarity"]
 
 
+@pytest.mark.parametrize("penalty", ["cosine", "contrastive"])
+def test_penalty_temperature_divides_the_penaltys_similarities(penalty):
+    inputs = make_batch()
+    found = CLPLLoss(0.1, penalty=penalty, penalty_temperature=0.02)(**inputs)
+    if penalty == "contrastive":
+        torch.testing.assert_close(found.penalty, CLPLLoss(0.02, penalty=penalty)(**inputs).penalty)
+    else:
+        torch.testing.assert_close(found.penalty, CLPLLoss(penalty=penalty)(**inputs).penalty / 0.02)
+    assert torch.equal(found.contrastive, CLPLLoss(0.1)(**inputs).contrastive)
+
+
+@pytest.mark.parametrize("answered", [(1, 2, 4, 5, 7, 8), (1, 1, 1, 5), ()])
+def test_equal_weights_are_a_mean_over_all_queries(answered):
+    """One weight of the penalty does this only where each query has as many pairs."""
+    inputs = make_batch(negative_index=answered)
+    found = CLPLLoss(0.1, penalty="contrastive", equal_weights=True)(**inputs)
+    queries = torch.cat([inputs["query"], inputs["negative_queries"]])
+    logits = F.normalize(queries, dim=1) @ F.normalize(inputs["passages"], dim=1).T / 0.1
+    expected = F.cross_entropy(logits, torch.tensor([0, 3, 6, *answered]))
+    torch.testing.assert_close(found.loss, expected)
+    added = sum(found.added, start=torch.zeros(()))
+    torch.testing.assert_close(added + found.contrastive * 3 / len(queries), expected)
+    weighed = [CLPLLoss(0.1, weight, penalty="contrastive")(**inputs).loss for weight in (2 / 3, 0.5, 4 / 7)]
+    assert any(torch.allclose(loss, expected) for loss in weighed) == (answered != (1, 1, 1, 5))
+
+
+def test_negatives_of_the_same_tower_by_hand():
+    """The first query meets the second, its positive the second query's passages; its own group is left out of both."""
+    inputs = make_batch(batch=2, group=2, negative_index=(1,))
+    query, passages = F.normalize(inputs["query"], dim=1), F.normalize(inputs["passages"], dim=1)
+    pair = F.normalize(inputs["negative_queries"], dim=1)[0]
+    first = torch.cat([passages @ query[0], query[1:] @ query[0], passages[2:] @ passages[0]])
+    second = torch.cat([passages @ query[1], query[:1] @ query[1], passages[:2] @ passages[2]])
+    third = torch.cat([passages @ pair, query[1:] @ pair, passages[2:] @ passages[1]])
+    terms = CLPLLoss(0.1, penalty="contrastive", same_tower_negatives=True)(**inputs)
+    expected = F.cross_entropy(torch.stack([first, second]) / 0.1, torch.tensor([0, 2]))
+    torch.testing.assert_close(terms.contrastive, expected)
+    torch.testing.assert_close(terms.penalty, F.cross_entropy(third / 0.1, torch.tensor(1)))
+    assert terms.contrastive > CLPLLoss(0.1)(**inputs).contrastive
+
+
+def test_equal_texts_are_no_negatives_of_the_same_tower():
+    """Neither a query that is the same, nor one whose positive is the same, nor that passage."""
+    inputs = make_batch(batch=3, group=1, negative_index=())
+    ids, query_ids = torch.tensor([5, 6, 5]), torch.tensor([7, 7, 8])
+    loss = CLPLLoss(0.1, same_tower_negatives=True)
+    terms = loss(inputs["query"], inputs["passages"], passage_ids=ids, query_ids=query_ids)
+    query, passages = F.normalize(inputs["query"], dim=1), F.normalize(inputs["passages"], dim=1)
+    candidates = [
+        [query[0] @ passages[0], query[0] @ passages[1], passages[0] @ passages[1]],
+        [query[1] @ p for p in (passages[1], passages[0], passages[2], query[2])]
+        + [passages[1] @ passages[0], passages[1] @ passages[2]],
+        [query[2] @ passages[2], query[2] @ passages[1], query[2] @ query[1], passages[2] @ passages[1]],
+    ]
+    expected = [-F.log_softmax(torch.stack(row) / 0.1, dim=0)[0] for row in candidates]
+    torch.testing.assert_close(terms.loss, sum(expected) / 3)
+
+
+def test_hard_negatives_weigh_more_without_a_gradient_of_the_weight():
+    query = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    passages = torch.tensor([[0.6, 0.8], [0.8, 0.6], [0.0, 1.0]])  # similarities 0.6, 0.8, 0.0
+    found = CLPLLoss(1.0, hardness_weight=5.0)(query, passages).loss
+    parts = [math.exp(0.6), math.exp(5 * 0.8) * math.exp(0.8), 1.0]
+    assert found.item() == pytest.approx(-math.log(parts[0] / sum(parts)))
+    # The share of each negative in the sum pulls at the query, at right angles to it.
+    found.backward()
+    shares = [part / sum(parts) for part in parts]
+    assert query.grad[0, 1].item() == pytest.approx(0.8 * (shares[0] - 1) + 0.6 * shares[1] + shares[2])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -353,6 +423,7 @@ def test_terms_for_a_log_are_detached_and_those_that_the_batch_has():
         ({"negative_index": torch.ones(4)}, "expected int64"),
         ({"negative_index": torch.ones(4, dtype=torch.bool)}, "expected int64"),
         ({"passage_ids": torch.zeros(3, dtype=torch.int64)}, r"expected \(9,\)"),
+        ({"query_ids": torch.zeros(3, dtype=torch.int64)}, r"expected \(7,\), also for negative_queries"),
     ],
 )
 def test_forward_refuses_what_does_not_fit(changes, message):

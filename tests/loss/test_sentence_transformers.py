@@ -62,6 +62,7 @@ def expected_terms(model, names, **options):
         {"in_batch_negatives": False},
         {"false_negative_margin": 0.05},
         {"penalty": "contrastive", "symmetric_weight": 0.5},
+        {"penalty_temperature": 0.1, "same_tower_negatives": True, "hardness_weight": 2.0, "equal_weights": True},
     ],
 )
 def test_equals_the_loss_of_the_embeddings(model, columns, options):
@@ -121,6 +122,18 @@ def test_passages_of_the_same_text_are_no_negatives(model):
     assert found < CLPLLoss()(query, passages).loss
     with_queries = [*inputs, model.preprocess(["", ""])]
     torch.testing.assert_close(SentenceTransformerCLPLLoss(model, num_negatives=1)(with_queries), expected)
+
+
+def test_queries_of_the_same_text_are_no_negatives(model):
+    columns = [["q", "q", "r"], ["one", "two", "three"], ["x", "y", "z"], ["r", "", "q"]]
+    inputs = [model.preprocess(column) for column in columns]
+    options = {"penalty": "contrastive", "same_tower_negatives": True}
+    found = SentenceTransformerCLPLLoss(model, num_negatives=1, **options)(inputs)
+    query, positive, negative, own = (model(features)["sentence_embedding"] for features in inputs)
+    passages, index = torch.stack([positive, negative], dim=1).flatten(0, 1), torch.tensor([1, 5])
+    expected = CLPLLoss(**options)(query, passages, own[[0, 2]], index, query_ids=torch.tensor([0, 0, 1, 1, 0])).loss
+    torch.testing.assert_close(found, expected)
+    assert found < CLPLLoss(**options)(query, passages, own[[0, 2]], index).loss
 
 
 def test_pairs_without_negatives(model):
