@@ -57,6 +57,9 @@ def test_text_ids(tiny_tokenizer):
     assert ids.dtype == torch.int64
     assert ids[0] == ids[5]
     assert len(set(ids.tolist())) == 6
+    examples = [example("q", negative_queries=[["a"], ["b"]]), example("a", negative_queries=[["q"], []])]
+    queries = make(tiny_tokenizer)(examples)["query_ids"].tolist()
+    assert queries == [text_id(text) for text in ("q", "a", "a", "b", "q")]
     # The same in every process and run, unlike Python's own hash.
     assert text_id("한국어") == 5647945873834442492
     assert all(0 <= text_id(str(i)) < 2**63 for i in range(100))
@@ -98,7 +101,7 @@ class TestPacked:
         ):
             expected = [f"<s>{text}</s>" for text in texts(tiny_tokenizer, padded[name])]
             assert self.decode(tiny_tokenizer, packed, packed[rows]) == expected
-        for name in ("negative_index", "passage_ids"):
+        for name in ("negative_index", "passage_ids", "query_ids"):
             assert packed[name].equal(padded[name])
         for name in ("teacher_scores", "no_in_batch_neg_flag"):
             assert packed[name] == padded[name]

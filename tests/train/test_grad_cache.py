@@ -409,6 +409,13 @@ CASES = {
     "joint": {"negatives_cross_device": True, "balance_loss_weight": 0.1, "z_loss_weight": 0.1},
     "own": {"in_batch_negatives": False, "trainable": "full"},
     "accumulated": {"gradient_accumulation_steps": 2, "negatives_cross_device": True, "trainable": "full"},
+    "terms": {
+        "negatives_cross_device": True,
+        "same_tower_negatives": True,
+        "hardness_weight": 2.0,
+        "equal_weights": True,
+        "penalty": "contrastive",
+    },
     "searched": {"ddp_find_unused_parameters": True, "negatives_cross_device": True, "trainable": "full"},
 }
 

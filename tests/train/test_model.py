@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from clpl_moe import CLPLLoss
+from clpl_moe.data.dataset import Example
 from clpl_moe.encoder.settings import EmbeddingSettings, pool
 from clpl_moe.train.model import UnifiedModel
 from helpers.tiny import checkpoint_gradients
@@ -54,6 +55,36 @@ def test_packed_batches_give_the_same_losses_and_gradients(
         torch.testing.assert_close(packed[0].terms[name], padded[0].terms[name], atol=1e-5, rtol=1e-5)
     assert packed[0].terms.keys() == padded[0].terms.keys()
     assert_same(packed[1], padded[1], atol=1e-5, rtol=1e-3)
+
+
+TERMS = {"penalty": "contrastive", "same_tower_negatives": True, "hardness_weight": 2.0, "equal_weights": True}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_every_term_of_the_loss_in_padded_packed_and_cached_batches(make_model, tiny_tokenizer, own):
+    """Own negatives only, as a file of data may ask for, are none of the same tower."""
+    changes = {"no_in_batch_neg_flag": own}
+    batches = [make_batch(tiny_tokenizer, packing=packing, **changes) for packing in (False, True)]
+    models = [make_model(loss=CLPLLoss(0.1, **TERMS), grad_cache_tokens=tokens) for tokens in (None, None, 20)]
+    padded, packed, cached = (gradients(m, b) for m, b in zip(models, (*batches, batches[1])))
+    query, passages, negatives = (
+        pool(models[0].model(**batches[0][name]).last_hidden_state, batches[0][name]["attention_mask"], "mean")
+        for name in ("queries", "passages", "negative_queries")
+    )
+    options = TERMS | ({"in_batch_negatives": False, "same_tower_negatives": False} if own else {})
+    ids = {name: batches[0][name] for name in ("negative_index", "passage_ids", "query_ids")}
+    torch.testing.assert_close(padded[0].loss, CLPLLoss(0.1, **options)(query, passages, negatives, **ids).loss)
+    for output, found in (packed, cached):
+        torch.testing.assert_close(output.loss, padded[0].loss, atol=1e-5, rtol=1e-5)
+        assert_same(found, padded[1], atol=1e-5, rtol=1e-3)
+
+
+def test_copies_of_a_query_are_left_out(make_model, tiny_tokenizer):
+    examples = [Example("and c", [text], [], None, True) for text in ("cc cc", "x y z z y")]
+    batch = make_batch(tiny_tokenizer, examples=examples)
+    loss = CLPLLoss(0.1, same_tower_negatives=True)
+    masked, counted = (make_model(loss=loss, mask_duplicates=value)(**batch).loss for value in (True, False))
+    assert masked < counted
 
 
 def test_packed_batch_goes_through_the_encoder_once(make_model, tiny_tokenizer):

@@ -319,6 +319,7 @@ READS = [getattr(torch.ops.aten, name).default for name in ("_local_scalar_dense
         {"penalty": "contrastive", "symmetric_weight": 0.1, "false_negative_margin": 0.0, "num_experts": 4, "top_k": 2},
         {"grad_cache_tokens": 64, "balance_loss_weight": 0.1, "trainable": "full", "gradient_checkpointing": True},
         {"gradient_accumulation_steps": 2, "frozen_layers": 1, "bf16": True},
+        {"negatives_cross_device": True, "same_tower_negatives": True, "hardness_weight": 2.0, "equal_weights": True},
     ],
 )
 def test_steps_read_nothing_from_the_device(tiny_encoder, tmp_path, options):
