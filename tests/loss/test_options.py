@@ -64,6 +64,13 @@ def test_options_are_the_losss_attributes():
         dataclasses.replace(loss, penalty_weight=2)
 
 
+def test_in_words():
+    assert CLPLLoss(0.1, 0.3).in_words() == "temperature 0.1, penalty weight 0.3 (cosine), in-batch negatives on"
+    loss = CLPLLoss(penalty="contrastive", equal_weights=True, same_tower_negatives=True, hardness_weight=5)
+    expected = "temperature 0.02, equal weights (contrastive), in-batch negatives on"
+    assert loss.in_words() == f"{expected}, same tower negatives on, hardness weight 5.0"
+
+
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Literal, get_args
 
 from clpl_moe.common.options import option
@@ -42,6 +42,18 @@ class LossTermOptions:
     false_negative_margin: float | None = option(
         "Leave out negatives more similar to the query than its positive by over this margin.", None
     )
+
+    def in_words(self) -> str:
+        """The loss in one line: temperature, penalty, in-batch negatives, and what else differs from its default."""
+        weight = "equal weights" if self.equal_weights else f"penalty weight {self.penalty_weight}"
+        negatives = "on" if self.in_batch_negatives else "off"
+        parts = [f"temperature {self.temperature}", f"{weight} ({self.penalty})", f"in-batch negatives {negatives}"]
+        said = ("temperature", "penalty_weight", "equal_weights", "penalty", "in_batch_negatives")
+        for option_ in fields(LossTermOptions):
+            value = getattr(self, option_.name)
+            if option_.name not in said and value != option_.default:
+                parts.append(f"{option_.name.replace('_', ' ')} {'on' if value is True else value}")
+        return ", ".join(parts)
 
 
 @dataclass(eq=False)

@@ -120,8 +120,7 @@ class Plan:
             f"batch           {args.per_device_train_batch_size} per device × {args.world_size} device(s) ×"
             f" {args.gradient_accumulation_steps} accumulated, {data.train_group_size} passages a query",
             f"steps           {self.steps:,} ({self.steps_per_epoch:,} an epoch)",
-            f"loss            temperature {args.temperature}, penalty weight {args.penalty_weight} ({args.penalty}),"
-            f" in-batch negatives {'on' if args.in_batch_negatives else 'off'}",
+            f"loss            {args.in_words()}",
             f"device          {torch.cuda.get_device_name() if gpu else args.device.type},"
             f" {'bfloat16' if args.bf16 else 'float16' if args.fp16 else 'float32'}",
         ]
