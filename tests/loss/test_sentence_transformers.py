@@ -134,6 +134,9 @@ def test_queries_of_the_same_text_are_no_negatives(model):
     expected = CLPLLoss(**options)(query, passages, own[[0, 2]], index, query_ids=torch.tensor([0, 0, 1, 1, 0])).loss
     torch.testing.assert_close(found, expected)
     assert found < CLPLLoss(**options)(query, passages, own[[0, 2]], index).loss
+    without = SentenceTransformerCLPLLoss(model, num_negatives=1, **options)(inputs[:3])
+    expected = CLPLLoss(**options)(query, passages, query_ids=torch.tensor([0, 0, 1])).loss
+    torch.testing.assert_close(without, expected)
 
 
 def test_pairs_without_negatives(model):
