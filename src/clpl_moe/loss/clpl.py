@@ -11,7 +11,7 @@ For a query *i* with a positive passage, hard negatives and, optionally, other p
    similarities to all queries of the batch (each positive has to find its query).
 
 With ``equal_weights``, the mean over all queries and pairs takes the place of 3. ``same_tower_negatives`` adds negatives to
-the cross entropies of 1 and 2, ``hardness_weight`` weighs their negatives.
+the cross entropies of 1 and 2, ``hardness_weight`` weighs the negatives by their similarity.
 
 Source: J. Yu, "Efficient fine-tuning methodology of text embedding models for information retrieval: contrastive
 learning penalty (CLP)", arXiv:2412.17364, equation 3, with the mean of its published implementation. The contrastive
@@ -95,15 +95,15 @@ class CLPLLoss(CLPLOptions, nn.Module):
             batch. Every process needs the same number of passages. Needs ``in_batch_negatives``.
         penalty: ``"cosine"``, as in the paper, or ``"contrastive"``: negative queries have to find their negatives
             among the same passages, at the same temperature, as the batch's queries their positives.
-        penalty_temperature: divides the similarities in the penalty, so that the cosine penalty is the distance divided by
-            it. None: the distance as it is, and ``temperature`` in the contrastive penalty. With the value of
-            ``temperature``, the cosine penalty's gradients are of the contrastive term's order; without, smaller by it.
-        equal_weights: the loss is the sum of all queries' ``CL_i`` and all pairs' penalties, divided by their number: each
-            negative query weighs as much as the batch's queries. ``penalty_weight`` has no effect then.
-        same_tower_negatives: whether the batch's other queries are negatives, too, and other queries' passages that are
-            compared with the positive: each query's softmax has all of them. Texts equal to the query or answered by
-            the positive are left out. Needs ``in_batch_negatives``.
-        hardness_weight: β; each negative counts exp(β · similarity) times in the softmax, a weight without a gradient.
+        penalty_temperature: divides the similarities in the penalty; None: the cosine penalty is not divided, the
+            contrastive one has ``temperature``. Undivided, the cosine penalty's gradients are ``temperature`` times the
+            size of the contrastive term's.
+        equal_weights: the loss is the mean of the ``CL_i`` of all queries and the penalties of all pairs, so that each
+            negative query weighs as much as a query of the batch. ``penalty_weight`` has no effect then.
+        same_tower_negatives: whether the softmax of a query also has its similarities to the queries of other groups, and
+            its positive's similarities to their passages; negative queries are no negatives. Left out are equal
+            queries, queries whose positive is the same text, and that text. Needs ``in_batch_negatives``.
+        hardness_weight: β; each negative counts exp(β · similarity) times in the softmax. The weight has no gradient.
         symmetric_weight: γ, the weight of the term from positives to the queries of this process; 0 leaves it out.
 
     Each is an attribute too, which may be changed during training. ``dataclasses.replace`` makes a loss with other options.
