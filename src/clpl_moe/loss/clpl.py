@@ -96,8 +96,8 @@ class CLPLLoss(CLPLOptions, nn.Module):
         penalty: ``"cosine"``, as in the paper, or ``"contrastive"``: negative queries have to find their negatives
             among the same passages, at the same temperature, as the batch's queries their positives.
         penalty_temperature: divides the similarities in the penalty; None: the cosine penalty is not divided, the
-            contrastive one has ``temperature``. Undivided, the cosine penalty's gradients are ``temperature`` times the
-            size of the contrastive term's.
+            contrastive one has ``temperature``. Undivided, the cosine penalty has weaker gradients than the contrastive
+            term, by a factor of up to 1 / ``temperature``.
         equal_weights: the loss is the mean of the ``CL_i`` of all queries and the penalties of all pairs, so that each
             negative query weighs as much as a query of the batch. ``penalty_weight`` has no effect then.
         same_tower_negatives: whether the softmax of a query also has its similarities to the queries of other groups, and
