@@ -102,7 +102,9 @@ def test_reranker_that_cannot_score_is_refused(tiny_encoder, reranker, tmp_path,
     import torch
     from safetensors.torch import load_file, save_file
 
-    cut, broken = (shutil.copytree(reranker, tmp_path / name) for name in ("cut", "broken"))
+    cut, broken, unpadded = (shutil.copytree(reranker, tmp_path / name) for name in ("cut", "broken", "unpadded"))
+    settings = json.loads((unpadded / "tokenizer_config.json").read_text())
+    (unpadded / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "no token of the model"}))
     (cut / "model.safetensors").write_bytes((reranker / "model.safetensors").read_bytes()[:-9])
     weights = load_file(reranker / "model.safetensors")
     weights["classifier.out_proj.bias"] = torch.tensor([float("nan")])
@@ -112,6 +114,7 @@ def test_reranker_that_cannot_score_is_refused(tiny_encoder, reranker, tmp_path,
         (tiny_encoder, 100, "found an encoder (XLMRobertaModel), expected a cross encoder"),
         (reranker, 129, "--reranker_max_len: found 129"),
         (cut, 100, "cannot be loaded"),
+        (unpadded, 100, "cannot be loaded: "),
         (broken, 100, "NaN or infinite scores"),
     ):
         with pytest.raises(SystemExit) as exit:

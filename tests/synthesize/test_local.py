@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -78,3 +79,25 @@ def test_a_local_model_that_is_none_is_a_message(tmp_path, capfd, writer):
     broken = shutil.copytree(writer, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"cut")
     assert "cannot be loaded as a language model" in refused(capfd, [*argv, f"--model={broken}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("generation_config.json", "eos_token_id", "x"),
+        ("generation_config.json", "eos_token_id", 10**20),
+        ("generation_config.json", "output_hidden_states", [[]]),
+        ("tokenizer_config.json", "model_max_length", [[]]),
+        ("tokenizer_config.json", "pad_token", None),
+    ],
+)
+def test_a_damaged_local_model_is_told_before_anything_is_asked(writer, tmp_path, capfd, name, field, value):
+    damaged = shutil.copytree(writer, tmp_path / "damaged")
+    content = json.loads((damaged / name).read_text()) | {field: value}
+    if field == "pad_token":
+        content |= {"eos_token": None}
+    (damaged / name).write_text(json.dumps(content))
+    options = {"backend": "transformers", "model": damaged}
+    message = refused(capfd, arguments(None, train_file(tmp_path, 2), tmp_path, **options))
+    assert f"{damaged}: cannot be " in message
+    assert not (tmp_path / "out.jsonl").exists()

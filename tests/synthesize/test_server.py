@@ -102,6 +102,7 @@ def test_the_key_reaches_the_server_and_nothing_else(llm, tmp_path, capfd, monke
     [
         (f"wrong key {KEY.upper()}!", "wrong key [key]!"),
         (f"wrong key {KEY[:9]}", "wrong key [key]"),
+        (f"İİİİ {KEY}", "İİİİ [key]"),
         (f"wrong key {KEY[:8]}********{KEY[-6:]}", "wrong key [key]********[key]"),
         (f"no {base64.b64encode(KEY.encode()).decode()}", "no "),
         (f"no {base64.b64encode(f'user:{KEY}'.encode()).decode()}", "no dXNlc"),

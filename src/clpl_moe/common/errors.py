@@ -58,6 +58,11 @@ def shorten(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+def one_line(error: Exception) -> str:
+    """What an error of a library says, which may be some lines."""
+    return shorten(" ".join(str(error).split()), 500)
+
+
 # What the machine refuses, rather than a fault of the program: it is told as briefly.
 _OF_THE_MACHINE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),

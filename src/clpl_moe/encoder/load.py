@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from clpl_moe.common.errors import OptionError, UserError, at
+from clpl_moe.common.errors import OptionError, UserError, at, one_line
 from clpl_moe.common.files import read_json
 from clpl_moe.encoder.folder import TRUST, check_config
 from clpl_moe.encoder.settings import remember_stated
@@ -66,7 +66,18 @@ def load_encoder(
     if tokenizer is not None:
         hub["revision"] = None  # it is the model's
     with refuse_unloadable(named, "tokenizer", trust_remote_code):
-        return model.eval(), AutoTokenizer.from_pretrained(named, trust_remote_code=trust_remote_code, **hub)
+        loaded_tokenizer = AutoTokenizer.from_pretrained(named, trust_remote_code=trust_remote_code, **hub)
+        try_tokenizer(loaded_tokenizer)
+    return model.eval(), loaded_tokenizer
+
+
+def try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise what a tokenizer raises that was read from damaged files, some of which it meets as it is used only."""
+    tokens = tokenizer(["a", "b c"], truncation=True, max_length=8)
+    if tokenizer.pad_token is not None:
+        tokenizer.pad(tokens)
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise TypeError(f"model_max_length is {tokenizer.model_max_length!r}, expected a number")
 
 
 def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
@@ -124,7 +135,8 @@ def _load_2024(path: str, config: dict[str, Any], hub: dict[str, Any]) -> PreTra
         model = moe_class(moe_class.config_class.from_dict({**known, "moe": moe.to_dict()}), add_pooling_layer=pooler)
         model.load_state_dict(state)
     except Exception as error:
-        raise UserError(f"{at(path)}: the weights do not fit config.json: {type(error).__name__}: {error}") from error
+        fault = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{at(path)}: the weights do not fit config.json: {fault}") from error
     model.config.architectures = [moe_class.__name__]
     return model
 
@@ -142,4 +154,5 @@ def refuse_unloadable(path: str, what: str, trusted: bool) -> Iterator[None]:
     except Exception as error:  # the tokenizers library raises plain ones
         if not trusted and "trust_remote_code" in str(error):
             raise UserError(f"{at(path)}: the model needs code from its own folder; {TRUST}") from error
-        raise UserError(f"{at(path)}: the {what} cannot be loaded: {type(error).__name__}: {error}") from error
+        fault = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{at(path)}: the {what} cannot be loaded: {fault}") from error

@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import extract_commit_hash
 
-from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.errors import UserError, at, one_line
 from clpl_moe.common.files import read_json
 
 HEAD_FILES = ("sparse_linear.pt", "colbert_linear.pt")  # of BGE-M3, as FlagEmbedding names them
@@ -79,7 +79,8 @@ def _read_file(file: str, names_only: bool = False) -> dict[str, Any]:
         # Files of before torch 1.6 are no archives and cannot be mapped.
         return torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except Exception as error:
-        raise UserError(f"{at(file)}: the weights cannot be read: {type(error).__name__}: {error}") from error
+        fault = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{at(file)}: the weights cannot be read: {fault}") from error
 
 
 def find_file(path: str, name: str, hub: dict[str, Any] | None = None) -> str | None:

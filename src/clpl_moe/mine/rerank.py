@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clpl_moe.common.errors import OptionError, UserError
+from clpl_moe.common.errors import OptionError, UserError, one_line
 from clpl_moe.common.files import atomic_open
 from clpl_moe.encoder.cut import cut_texts
 from clpl_moe.encoder.folder import refuse_own_code
@@ -30,6 +30,7 @@ class Reranker:
     def __init__(
         self, name: str, max_length: int, batch_size: int, *, trust_remote_code: bool, revision: str | None = None
     ) -> None:
+        import torch
         from sentence_transformers import CrossEncoder
 
         if revision is not None and Path(name).is_dir():
@@ -41,8 +42,11 @@ class Reranker:
                 self._model = CrossEncoder(
                     name, max_length=max_length, trust_remote_code=trust_remote_code, revision=revision
                 )
+                model, pairs = self._model.model, [("a", "b"), ("a b", "c d")]
+                with torch.inference_mode():
+                    model(**self._model.tokenizer(pairs, padding=True, return_tensors="pt").to(model.device))
         except Exception as error:  # whatever a damaged or foreign folder brings about
-            raise OptionError("reranker", f"{name} cannot be loaded: {' '.join(str(error).split())}") from None
+            raise OptionError("reranker", f"{name} cannot be loaded: {one_line(error)}") from None
         model = self._model.model
         # The library gives an encoder a new head: its scores would be noise.
         if (kind := (model.config.architectures or [""])[0]).endswith(("Model", "ForMaskedLM")):

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from clpl_moe.common.errors import OptionError, UserError
+from clpl_moe.common.errors import OptionError, UserError, one_line
+from clpl_moe.encoder.load import try_tokenizer
 from clpl_moe.encoder.weights import no_bar_of_weights
 from clpl_moe.synthesize.backends import Answer, Done, Question
 from clpl_moe.synthesize.options import SynthesizeArguments
@@ -26,12 +27,16 @@ class LocalModel:
             raise OptionError("revision", f"{model} is a folder here, which has none")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **code)
+            if self._tokenizer.pad_token is None:
+                self._tokenizer.pad_token = self._tokenizer.eos_token
+            if self._tokenizer.pad_token is None:
+                raise ValueError("its tokenizer has neither a token for padding nor one for the end")
+            self._tokens("a")  # with its chat template
+            try_tokenizer(self._tokenizer)
             with no_bar_of_weights():
                 self._model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", **code)
         except Exception as error:  # the tokenizers library raises plain ones, that of the weights its own
-            raise UserError(f"{model}: cannot be loaded as a language model: {' '.join(str(error).split())}") from None
-        if self._tokenizer.pad_token is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
+            raise UserError(f"{model}: cannot be loaded as a language model: {one_line(error)}") from None
         self._model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
         temperature = 0.7 if arguments.temperature is None else arguments.temperature
         most = arguments.max_answer_tokens or 256
@@ -42,6 +47,10 @@ class LocalModel:
         self._longest_prompt = positions - most
         self._batch_size = arguments.concurrency
         self.requests = 0
+        try:
+            self._generate([self._tokens("a")], max_new_tokens=1, do_sample=False)
+        except Exception as error:  # of files that are read as they are used only, such as generation_config.json
+            raise UserError(f"{model}: cannot be used as a language model: {one_line(error)}") from None
 
     def ask(self, questions: Iterable[Question], done: Done) -> None:
         """See :class:`Backend`; questions of a batch are answered together."""
@@ -66,7 +75,7 @@ class LocalModel:
         )
         return self._tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _generate(self, prompts: list[list[int]]) -> list[Answer]:
+    def _generate(self, prompts: list[list[int]], **other: Any) -> list[Answer]:
         inputs = self._tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self._model.device)  # (B, L)
         try:
             with torch.inference_mode():
@@ -74,7 +83,7 @@ class LocalModel:
                     input_ids=inputs["input_ids"],
                     attention_mask=inputs["attention_mask"],
                     pad_token_id=self._tokenizer.pad_token_id,
-                    **self._generation,
+                    **self._generation | other,
                 )
         except torch.OutOfMemoryError:
             raise UserError(f"{len(prompts)} questions at once do not fit in memory: lower concurrency") from None

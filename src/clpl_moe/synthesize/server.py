@@ -169,7 +169,7 @@ def _in_base64(key: str) -> list[str]:
 def _without(text: str, secrets: list[str]) -> str:
     """A text without any part of a secret of at least six characters; the secrets are in lower case."""
     kept: list[str] = []
-    lower, at = text.lower(), 0
+    lower, at = "".join(c.lower() if len(c.lower()) == 1 else c for c in text), 0  # as long as the text
     while at < len(text):
         longest = 0
         for secret in secrets:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.errors import UserError, at, one_line
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
 from clpl_moe.encoder.weights import HEAD_FILES, find_heads, read_head
 from clpl_moe.moe.config import MoEConfig
@@ -76,7 +76,7 @@ def make_heads(
             head.load_state_dict(weights[name])
         except RuntimeError as error:
             raise UserError(
-                f"{at(path)}: {name} does not fit a head of {hidden_size} to {widths[name]}: {error}"
+                f"{at(path)}: {name} does not fit a head of {hidden_size} to {widths[name]}: {one_line(error)}"
             ) from None
     return heads
 

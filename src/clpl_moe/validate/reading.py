@@ -77,8 +77,11 @@ def _load_counter(name: str, **hub: Any) -> Count:
     """A function that counts the tokens of texts, special ones included, as a model's tokenizer makes them."""
     from transformers import AutoTokenizer
 
+    from clpl_moe.encoder.load import try_tokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        try_tokenizer(tokenizer)
     except Exception as error:  # the tokenizers library raises plain ones
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{at(name)}: the tokenizer cannot be loaded ({reason})") from None
