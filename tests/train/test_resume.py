@@ -189,6 +189,13 @@ def test_what_is_no_file_is_not_waited_for(run, capsys, name):
     assert f"{name}: not a file" in refused(argv, capsys)
 
 
+def test_a_file_named_as_a_checkpoint_is_left(run, capsys):
+    folder, argv = run
+    (folder / "checkpoint-4").write_text("mine")
+    assert "checkpoint-4: not a folder, and in the way" in refused(argv, capsys)
+    assert (folder / "checkpoint-4").read_text() == "mine"
+
+
 def test_an_optimizer_of_another_model_is_refused(run, capsys):
     folder, argv = run
     path = folder / "checkpoint-3" / "optimizer.pt"

@@ -35,6 +35,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda folder: -found[folder])
 
 
+def in_the_way(run: Path) -> list[Path]:
+    """What is named as a checkpoint and is no folder."""
+    return [path for path in run.glob("checkpoint-*") if _NAME.fullmatch(path.name) and not path.is_dir()]
+
+
 def is_unfinished(checkpoint: Path) -> bool:
     """Whether a killed run left it: the file of the state is written last."""
     try:

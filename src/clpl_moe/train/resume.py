@@ -18,7 +18,7 @@ from clpl_moe.common.yaml_files import load_yaml
 from clpl_moe.data.schema import data_files
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLTrainingArguments
 from clpl_moe.train.callbacks import progress
-from clpl_moe.train.checkpoint import checkpoints, fault, is_unfinished, read_state
+from clpl_moe.train.checkpoint import checkpoints, fault, in_the_way, is_unfinished, read_state
 from clpl_moe.train.metrics_file import METRICS_FILE
 from clpl_moe.train.options import WITHOUT_EFFECT
 
@@ -53,6 +53,8 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
     for name in (CONFIG_FILE, DATA_FILE, METRICS_FILE):
         if (output_dir / name).exists() and not (output_dir / name).is_file():
             raise UserError(f"{at(output_dir / name)}: not a file, and in the way of the run's; remove it")
+    for path in in_the_way(output_dir):
+        raise UserError(f"{at(path)}: not a folder, and in the way of a checkpoint; remove it")
     if resume is None:
         if _holds_anything(output_dir):
             raise UserError(
