@@ -1,0 +1,113 @@
+"""What a user would otherwise do: sentence-transformers' own trainer on the same mined files, tuned the same way.
+
+    python configs/study/sentence_transformers_rows.py TRAIN.jsonl COLLECTION LANGUAGE OUTPUT.jsonl
+
+`mnrl` is MultipleNegativesRankingLoss with four hard negatives at batch 8, `cached` its cached form at batch 64 for as many
+tokens. All weights are trained, and, as `_upper`, the upper four layers only. Each loss is tried with learning rates and
+temperatures with one seed; the best on dev runs with five. A JSON object a line: loss, setting, seed, metrics, seconds, and
+the value of each query. Runs whose line is there are not repeated.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import losses as st
+
+from clpl_moe.encoder import Encoder
+from clpl_moe.evaluate.evaluation import evaluate_retrieval
+from clpl_moe.retrieval.collection import Collection
+from clpl_moe.retrieval.options import EncodingArguments
+
+MODEL = "models/small-encoder"
+NEGATIVES, STEPS = 4, 100
+RATES, TEMPERATURES = (2e-5, 6e-5, 1.2e-4), (0.005, 0.015)
+METRICS = ("nDCG@5", "nDCG@10", "RR@10", "R@20")
+SEEDS = (11, 12, 13, 14, 15)
+
+
+def read(path: Path) -> Dataset:
+    """Columns of a mined file: anchor, positive, and the first negatives, those of short lists again."""
+    rows = []
+    for text in path.open(encoding="utf-8"):
+        line = json.loads(text)
+        negatives = [line["neg"][number % len(line["neg"])] for number in range(NEGATIVES)]
+        row = {"anchor": "query: " + line["query"], "positive": "passage: " + line["pos"][0]}
+        rows.append(row | {f"negative_{n}": f"passage: {text}" for n, text in enumerate(negatives, 1)})
+    return Dataset.from_list(rows)
+
+
+def train(data: Dataset, kind: str, rate: float, temperature: float, seed: int, steps: int) -> tuple[Any, float]:
+    model = SentenceTransformer(MODEL)
+    model.max_seq_length = 256
+    if kind.endswith("_upper"):
+        encoder = model[0].auto_model
+        for module in (encoder.embeddings, *encoder.encoder.layer[:8]):
+            module.requires_grad_(False)
+    cached = kind.startswith("cached")
+    if cached:
+        loss: Any = st.CachedMultipleNegativesRankingLoss(model, scale=1 / temperature, mini_batch_size=32)
+        steps = max(1, steps * 8 // 64)
+    else:
+        loss = st.MultipleNegativesRankingLoss(model, scale=1 / temperature)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=64 if cached else 8,
+            learning_rate=rate,
+            warmup_steps=max(1, steps // 10),
+            weight_decay=0.01,
+            bf16=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),
+            seed=seed,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=50,
+            disable_tqdm=True,
+        )
+        started = time.perf_counter()
+        SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss).train()
+        seconds = time.perf_counter() - started
+    return model[0].auto_model, seconds
+
+
+def main(file: Path, directory: Path, language: str, output: Path, steps: int = STEPS) -> None:
+    data, collection = read(file), Collection.load(directory, language, "dev")
+    encoder = Encoder.load(MODEL, compute_dtype=torch.float32)
+    encoding = EncodingArguments(64, 512)
+    lines = [json.loads(line) for line in output.open(encoding="utf-8")] if output.exists() else []
+
+    def run(kind: str, rate: float, temperature: float, seed: int) -> float:
+        key = {"loss": kind, "learning_rate": rate, "temperature": temperature, "seed": seed, "language": language}
+        for line in lines:
+            if key.items() <= line.items():
+                return line["metrics"]["nDCG@5"]
+        model, seconds = train(data, kind, rate, temperature, seed, steps)
+        encoder.model.load_state_dict(model.state_dict(), strict=False)
+        result = evaluate_retrieval(encoder, collection, encoding, top_k=100, metrics=METRICS, progress=False)
+        queries = {query: round(values["nDCG@5"], 4) for query, values in result.per_query.items()}
+        line = key | {"steps": steps, "metrics": result.metrics, "seconds": round(seconds, 1), "queries": queries}
+        lines.append(line)
+        with output.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps(line) + "\n")
+        return result.metrics["nDCG@5"]
+
+    for kind in ("mnrl_upper", "mnrl", "cached_upper"):
+        settings = list(itertools.product(RATES, TEMPERATURES))
+        best = max(settings, key=lambda setting: run(kind, *setting, 1))
+        for seed in SEEDS:
+            run(kind, *best, seed)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), *map(int, sys.argv[5:]))
