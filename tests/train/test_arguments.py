@@ -91,6 +91,7 @@ def test_data_options_that_do_not_fit(options, message):
 
 
 def test_model_options():
+    assert CLPLModelArguments(model_name_or_path="m", revision="").hub["revision"] is None
     assert CLPLModelArguments(model_name_or_path="m", num_experts=0).moe_config() is None
     config = CLPLModelArguments(model_name_or_path="m", num_experts=4, top_k=2, moe_layers="every:2").moe_config()
     assert (config.num_experts, config.top_k, config.layers) == (4, 2, "every:2")

@@ -44,6 +44,7 @@ class CLPLModelArguments(ModelOptions, EncoderOnlyEmbedderM3ModelArguments):
         if self.config_name is not None:
             raise ValueError("config_name has no effect: the base model's own config.json is read, remove it")
         check_bounds(self, INHERITED_BOUNDS)
+        self.revision = self.revision or None  # "" takes back a config's
         self.moe_config()
 
     @property
