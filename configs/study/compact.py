@@ -1,15 +1,17 @@
 """Figures of each set, without the values of queries, from what merged.py and sentence_transformers_rows.py wrote.
 
-    python configs/study/compact.py merged MERGED.jsonl OUTPUT.json MACHINE
+    python configs/study/compact.py merged MERGED.jsonl OUTPUT.json MACHINE [RUN ...]
     python configs/study/compact.py sentence_transformers OUTPUT.json MACHINE LINES.jsonl ...
 
 MACHINE is a `run.json` of `ablate` from the same machine. Of merged models, each set has its nDCG@5, its difference to the base
 model, and the interval that 95% of 10,000 bootstrap draws of queries have. A model whose experts are given has a further line,
 `given`: each set with the expert of its language or its own. Groups of sets have the mean of their sets' changes.
+RUN is the folder of a further run of `mix.yaml`, whose model was not kept: it gets a line without intervals.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import statistics
 import sys
@@ -70,7 +72,22 @@ def change(line: Line, base: Line, draws: dict[str, np.ndarray]) -> Line:
     return {"change": round(float(mean), 4), "interval": [round(float(low), 4), round(float(high), 4)]}
 
 
-def merged(source: Path, output: Path, of_machine: Path) -> None:
+def of_run(folder: Path, base: Line) -> Line:
+    """A line of a run of `ablate`."""
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    sets: dict[str, list[float]] = {}
+    with (folder / "results/per_query.csv").open(encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            value = next(value for name, value in line.items() if name.partition(" ")[0] == "nDCG@5")
+            sets.setdefault(line["query_id"].partition("/")[0], []).append(float(value))
+    means = {name: statistics.fmean(sets[name]) for name in base["sets"]}
+    changes = {name: mean - base["sets"][name]["nDCG@5"] for name, mean in means.items()}
+    out: Line = {"row": run["row"], "seed": run["seed"], "form": "trained, without intervals", "alpha": 1.0}
+    out["mean of sets"] = round(statistics.fmean(means.values()), 4)
+    return out | {"sets": {n: {"nDCG@5": round(m, 4), "change": round(changes[n], 4)} for n, m in means.items()}}
+
+
+def merged(source: Path, output: Path, of_machine: Path, *runs: Path) -> None:
     lines = read(source)
     base = next(line for line in lines if line["run"] == "base")
     dense = next(line for line in lines if line["run"].startswith("ffn-all-seed1") and line["alpha"] == 1)
@@ -93,6 +110,7 @@ def merged(source: Path, output: Path, of_machine: Path) -> None:
             for name, drawn in draws.items()
         }
         found.append(out)
+    found += [of_run(run, base) for run in runs]
     question = "nDCG@5 of each set's dev queries among the passages of all sets, and the change from the base model"
     sizes = {name: len(values) for name, values in base["queries"].items()}
     write_json(output, {"question": question, **machine(of_machine), "queries": sizes, "lines": found})
