@@ -20,6 +20,7 @@ VERBS = {
     "validate": "list every fault of training data, and describe them",
     "train": "fine-tune an encoder with CLPL and mixture-of-experts layers",
     "evaluate": "retrieve with one or more models and compare them",
+    "merge": "merge experts into dense layers, and a tuned model with its base model",
     "ablate": "train and evaluate rows of options on several languages and seeds",
     "report": "make a page of runs: their course, and each query before and after",
     "card": "put results into the model card of a run",

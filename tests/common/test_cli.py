@@ -197,6 +197,26 @@ def test_words_stand_in_the_help_without_being_required():
     assert re.search(r"\n  FILES +the same as --files\n", text)
 
 
+def test_several_words_go_to_an_option_each():
+    @dataclasses.dataclass
+    class Folders:
+        source: str | None = None
+        target: str | None = None
+
+    def read(*argv):
+        return dataclasses.astuple(cli.parse([Folders], "test", "", argv, positional=("source", "target"))[0])
+
+    assert read("a", "b") == read("--target", "b", "--source", "a") == ("a", "b")
+    assert read("--source", "a") == ("a", None)
+    with pytest.raises(UserError, match="found 3 words without an option, expected SOURCE TARGET"):
+        read("a", "b", "c")
+    with pytest.raises(UserError, match="--target: given as an option and as words"):
+        read("a", "b", "--target", "c")
+    text = cli.make_parser([Folders], "test", "", positional=("source", "target")).format_help()
+    assert "usage: python -m test SOURCE TARGET [--config" in text
+    assert re.search(r"\n  SOURCE TARGET +the same as --source, --target\n", text)
+
+
 def test_start_times():
     """Limits for an idle machine, the best of several tries on a busy one."""
 

@@ -129,7 +129,8 @@ def known_options():
             text = io.StringIO()
             with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
                 module.main(["--help"])
-            known[verb] = {"help", *re.findall(r"^ +--(\w+)", text.getvalue(), re.MULTILINE)}
+            lines = re.findall(r"^ +--.*", text.getvalue(), re.MULTILINE)
+            known[verb] = {"help", *(name for line in lines for name in re.findall(r"(?:^ +|, )--(\w+)", line))}
         return known[verb]
 
     return options

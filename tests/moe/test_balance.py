@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from clpl_moe.moe.balance import pop_router_terms, track_routers
+from clpl_moe.moe.balance import measure_load, pop_router_terms, track_routers
 from clpl_moe.moe.install import layer_states
 from helpers.processes import run_in_processes
 from helpers.tiny import make_batch, make_encoder, make_moe
@@ -134,3 +134,27 @@ def test_two_processes_give_the_gradients_of_the_joint_batch(tmp_path):
         torch.testing.assert_close(load, terms.load)
         for index, _, router in layer_states(encoder):
             torch.testing.assert_close(averaged[index], router.weight.grad)
+
+
+@pytest.mark.parametrize("target", ["intermediate", "ffn"])
+def test_the_load_is_measured_in_evaluation(target):
+    encoder, batches = make_moe(target), (make_batch([9, 4]), make_batch([3, 6, 2], 1))
+    expected = terms_of(encoder, *batches).load
+    load = measure_load(encoder.eval(), lambda: [encoder(**batch) for batch in batches])
+    torch.testing.assert_close(load, expected)
+    assert load.std() > 0.05
+    encoder(**batches[0])
+    assert all(state.loads is None for _, state, _ in layer_states(encoder))  # nothing goes on counting
+
+
+def test_the_load_of_experts_that_all_see_every_token_is_their_mean_weight():
+    encoder, weights = make_moe(top_k=3), []
+    for _, _, router in layer_states(encoder):
+        router.register_forward_hook(lambda _, args, assignment: weights.append(assignment.weights.mean(0)))
+    load = measure_load(encoder, lambda: encoder(**make_batch([9, 4])))
+    torch.testing.assert_close(load, torch.stack(weights))
+
+
+def test_a_load_that_nobody_chose_is_even():
+    load = measure_load(make_moe(num_experts=4), lambda: None)
+    assert torch.equal(load, torch.full((2, 4), 0.25))

@@ -443,3 +443,21 @@ def test_stacking_the_2024_format():
         "embeddings.LayerNorm.weight",
     }
     assert stacked["encoder.layer.0.output.dense.weight"].tolist() == [[[0.0] * 3] * 2, [[1.0] * 3] * 2]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_merges_weighted_by_shares_of_each_layer(target):
+    encoder = make_moe(target, layers=[1])
+    before, shares = dict(encoder.named_parameters()), torch.tensor([[0.5, 0.3, 0.2]])
+    merged = dict(merge_experts(encoder, shares).named_parameters())
+    halves = ["intermediate", "output"] if target == "ffn" else [target]
+    for name in [f"encoder.layer.1.{half}.dense.{kind}" for half in halves for kind in ("weight", "bias")]:
+        expected = 0.5 * before[name][0] + 0.3 * before[name][1] + 0.2 * before[name][2]
+        torch.testing.assert_close(merged[name], expected)
+
+
+def test_shares_of_another_shape_are_refused():
+    encoder = make_moe()
+    with pytest.raises(ValueError, match=r"shares have shape \(1, 3\), expected \(2, 3\)"):
+        merge_experts(encoder, torch.ones(1, 3))
+    assert has_experts(encoder)

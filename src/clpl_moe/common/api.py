@@ -57,11 +57,15 @@ def takes_options(
 
 
 def command_of(
-    function: Callable[..., Result], description: str, positional: str | None = None, **hooks: Callable[..., Any]
+    function: Callable[..., Result],
+    description: str,
+    positional: str | tuple[str, ...] | None = None,
+    **hooks: Callable[..., Any],
 ) -> Callable[[Callable[[Result], None]], Callable[..., None]]:
     """Make the command of a verb's function (:func:`takes_options`) from a function that prints its result.
 
-    ``positional`` names an option that may also be written as bare words; ``hooks`` are further arguments of the function.
+    ``positional`` names an option that may also be written as bare words, or several
+    that take one word each; ``hooks`` are further arguments of the function.
     """
 
     def decorate(show: Callable[[Result], None]) -> Callable[..., None]:

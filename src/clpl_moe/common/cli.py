@@ -64,16 +64,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def make_parser(
-    dataclass_types: Sequence[type], prog: str, description: str, positional: str | None = None
+    dataclass_types: Sequence[type], prog: str, description: str, positional: str | tuple[str, ...] | None = None
 ) -> HfArgumentParser:
     """The argument parser of one command; each dataclass field is an option of the same name.
 
     A dataclass with a field ``config`` reads that file itself. ``positional`` names a field that may also be written as
-    bare words.
+    bare words, or several that may be written as one word each.
     """
     from transformers import HfArgumentParser
 
-    words = f" [{positional.upper()} ...]" if positional else ""
+    several = isinstance(positional, tuple)
+    names = " ".join(positional).upper() if isinstance(positional, tuple) else (positional or "").upper()
+    words = f" {names}" if several else f" [{names} ...]" if positional else ""
     parser = HfArgumentParser(
         cast(Any, tuple(dataclass_types)),
         prog=command_name(prog),
@@ -85,7 +87,8 @@ def make_parser(
     if not reads_config(dataclass_types):
         parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     if positional is not None:
-        parser.add_argument(_WORDS, metavar=positional.upper(), nargs="*", help=f"the same as --{positional}")
+        same = ", ".join(f"--{name.lower()}" for name in names.split())
+        parser.add_argument(_WORDS, metavar=names, nargs="*", help=f"the same as {same}")
     for action in parser._actions:
         # `--no_x` beside a true-by-default `--x`: works, but the option is already listed once.
         if action.option_strings and action.option_strings[0].startswith("--no_") and action.nargs == 0:
@@ -174,7 +177,7 @@ def parse(
     prog: str,
     description: str,
     argv: Sequence[str] | None = None,
-    positional: str | None = None,
+    positional: str | tuple[str, ...] | None = None,
 ) -> list[Any]:
     """Read ``--config FILE`` and the command line into one instance of each dataclass (see :func:`make_parser`).
 
@@ -203,11 +206,15 @@ def parse(
                 raise UserError(f"unknown option '{name}'{close}")
     # Words may stand between options, which only the second one reads.
     namespace, unknown = (parser.parse_known_intermixed_args if positional else parser.parse_known_args)(argv)
-    if positional is not None and getattr(namespace, _WORDS, None):
-        option = _option_names(parser)[positional].option_strings  # with dashes, too
-        if any(word.split("=")[0] in option for word in typed):
-            raise UserError(f"--{positional}: given as an option and as words without one; give all in one way")
-        setattr(namespace, positional, getattr(namespace, _WORDS))
+    if positional is not None and (words := getattr(namespace, _WORDS, None)):
+        values = dict(zip(positional, words)) if isinstance(positional, tuple) else {positional: words}
+        if isinstance(positional, tuple) and len(words) != len(positional):
+            raise UserError(f"found {len(words)} words without an option, expected {' '.join(positional).upper()}")
+        for name, value in values.items():
+            option = _option_names(parser)[name].option_strings  # with dashes, too
+            if any(word.split("=")[0] in option for word in typed):
+                raise UserError(f"--{name}: given as an option and as words without one; give all in one way")
+            setattr(namespace, name, value)
     if unknown:
         words = " ".join(map(_without_key, unknown))
         raise UserError(f"cannot read {words!r}: options are written --name value")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,26 @@ def pop_router_terms(encoder: nn.Module) -> RouterTerms | None:
     if not loads:
         return None
     return RouterTerms(torch.stack(balances).mean(), torch.stack(zs).mean(), torch.stack(loads))
+
+
+@torch.no_grad()
+def measure_load(encoder: nn.Module, run: Callable[[], object]) -> Tensor:
+    """Share of the tokens that each expert gets while ``run()`` calls the encoder, in any mode: (L, N); rows sum to 1.
+
+    Where every token goes to every expert, its share is the mean of its weights; where nothing chooses, it is even.
+    """
+    layers = layer_states(encoder)
+    for _, state, _ in layers:
+        state.loads = []
+    try:
+        run()
+        even = [torch.ones(len(router.weight), device=router.weight.device) for _, _, router in layers]
+        sums = [sum(state.loads or [], start=empty * 0) for (_, state, _), empty in zip(layers, even, strict=True)]
+    finally:
+        for _, state, _ in layers:
+            state.loads = None
+    loads = [found if found.any() else empty for found, empty in zip(sums, even, strict=True)]
+    return torch.stack([load / load.sum() for load in loads])
 
 
 def _take_sums(encoder: nn.Module) -> Iterator[tuple[Router, RouterRecord]]:

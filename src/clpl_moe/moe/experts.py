@@ -35,13 +35,13 @@ class Experts(nn.Module):
         experts.bias = nn.Parameter(linear.bias.detach().expand(num_experts, -1).clone())
         return experts
 
-    def merged(self) -> nn.Linear:
-        """A Linear with the mean of the experts' weights."""
+    def merged(self, shares: Tensor | None = None) -> nn.Linear:
+        """A Linear with the mean of the experts' weights, or with their sum weighted by ``shares`` (N,)."""
         _, out_features, in_features = self.weight.shape
         linear = nn.Linear(in_features, out_features, device=self.weight.device, dtype=self.weight.dtype)
         with torch.no_grad():
-            linear.weight.copy_(self.weight.mean(0))
-            linear.bias.copy_(self.bias.mean(0))
+            for new, parts in ((linear.weight, self.weight), (linear.bias, self.bias)):
+                new.copy_(parts.mean(0) if shares is None else torch.tensordot(shares.to(parts), parts, dims=1))
         return linear
 
     def extra_repr(self) -> str:

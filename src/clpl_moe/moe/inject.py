@@ -44,15 +44,18 @@ def inject_moe(model: Model, config: MoEConfig) -> Model:
     return model
 
 
-def merge_experts(model: Model) -> Model:
+def merge_experts(model: Model, shares: Tensor | None = None) -> Model:
     """Make an encoder with experts dense again, each Linear the mean of its experts; in place, returns ``model``.
 
+    With ``shares`` (L, N), for L layers with N experts, experts are weighted by their layer's row, which sums to 1, such as
+    the load that :func:`clpl_moe.moe.balance.measure_load` finds.
+
     Raises:
-        ValueError: the encoder has no experts, or those of a folder's own code.
+        ValueError: the encoder has no experts, or those of a folder's own code; ``shares`` have another shape.
     """
     encoder = encoder_of(model)
     refuse_foreign_experts(encoder)
-    remove_experts(encoder)
+    remove_experts(encoder, shares)
     become_dense(encoder)
     return model
 

@@ -6,7 +6,7 @@ import inspect
 from functools import partial
 from typing import Any, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
 from .config import MoEConfig
 from .experts import Experts
@@ -35,24 +35,29 @@ def install_experts(encoder: nn.Module, config: MoEConfig) -> None:
     add_padding_hooks(encoder, {layer.attention: _install_in_layer(layer, config) for layer in chosen})
 
 
-def remove_experts(encoder: nn.Module) -> None:
-    """Replace experts by Linear layers with their mean, in place; raises :class:`ValueError` where there are none."""
+def remove_experts(encoder: nn.Module, shares: Tensor | None = None) -> None:
+    """Replace experts by Linear layers, in place; raises and takes ``shares`` as :func:`.inject.merge_experts` does."""
     if not has_experts(encoder):
         raise ValueError("the encoder has no experts to merge")
-    for layer in find_layers(encoder):
+    routers = [(index, router) for index, _, router in layer_states(encoder)]
+    expected = len(routers), len(routers[0][1].weight)
+    if shares is not None and shares.shape != expected:
+        raise ValueError(f"shares have shape {tuple(shares.shape)}, expected {expected}: layers with experts, experts")
+    of_layer = {} if shares is None else dict(zip([index for index, _ in routers], shares, strict=True))
+    for index, layer in enumerate(find_layers(encoder)):
         for name in ("intermediate", "output"):
             if isinstance(half := getattr(layer, name), (MoEIntermediate, OutputHalf)):
-                setattr(layer, name, dense_half(half))
+                setattr(layer, name, dense_half(half, of_layer.get(index)))
         remove_padding_hooks(layer.attention)
     remove_padding_hooks(encoder)
 
 
-def dense_half(half: Any) -> nn.Module:
-    """The module whose place a half with experts took, with the parts that the half has now and the mean of its experts."""
+def dense_half(half: Any, shares: Tensor | None = None) -> nn.Module:
+    """The module whose place a half with experts took, with the parts that the half has now and its experts merged."""
     dense: nn.Module = half.__dict__["dense_half"]
     for part in dict(dense.named_children()):
         setattr(dense, part, getattr(half, part))
-    dense.dense = half.dense if isinstance(half, RoutedOutput) else half.dense.merged()
+    dense.dense = half.dense if isinstance(half, RoutedOutput) else half.dense.merged(shares)
     return dense.train(half.training)
 
 

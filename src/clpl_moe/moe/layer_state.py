@@ -33,6 +33,8 @@ class LayerState:
     def __init__(self, tracking: bool = False) -> None:
         self.tracking = tracking  # whether training forwards leave records; off, since records hold on to the graph
         self.records: list[RouterRecord] = []
+        # (N,) for each call of the router, what each expert got; None while nobody counts
+        self.loads: list[Tensor] | None = None
         self._pass = threading.local()
 
     # torch.compile takes values of one thread for constants: it has to leave these to Python.

@@ -93,7 +93,11 @@ class Router(nn.Module):
         return assignment
 
     def record(self, state: LayerState, logits: Tensor, counts: Tensor) -> None:
-        """In training, leave a record of logits (T, N) and of how many tokens went to each expert (N,), where that tracks."""
+        """In training, leave a record of logits (T, N) and of how many tokens went to each expert (N,), where that tracks;
+        and in any mode the load, where somebody counts it."""
+        if state.loads is not None:
+            # Where every token goes to every expert, its weights say how much of it each gets.
+            state.loads.append(logits.softmax(-1).sum(0) if self.top_k == len(counts) else counts.float())
         if not (state.tracking and self.training):
             return
         record = RouterRecord(counts.float(), logits.softmax(-1).sum(0), logits.logsumexp(-1).square().sum())

@@ -1,0 +1,126 @@
+"""From the command to a dense folder that loads everywhere."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModel, XLMRobertaModel
+
+from clpl_moe import Encoder, merge_experts
+from clpl_moe.common.errors import UserError
+from clpl_moe.evaluate import evaluate
+from clpl_moe.merge import merge
+from clpl_moe.merge.__main__ import main
+from helpers.evaluating import changed_copy
+
+LENGTHS = {"query_max_len": 60, "passage_max_len": 100, "dtype": "float32"}
+
+
+def weights(folder):
+    return AutoModel.from_pretrained(folder).state_dict()
+
+
+def test_experts_become_a_stock_model(tuned, tmp_path, capsys):
+    main([str(tuned), str(tmp_path / "dense")])
+    expected = merge_experts(Encoder.load(tuned, device="cpu"))
+    model = AutoModel.from_pretrained(tmp_path / "dense")
+    assert type(model) is XLMRobertaModel
+    assert not list((tmp_path / "dense").glob("*.py"))
+    texts = ["red house", "a"]
+    found = Encoder.load(tmp_path / "dense", device="cpu")
+    assert torch.equal(found.encode_queries(texts), expected.encode_queries(texts))
+    assert found.settings == expected.settings
+    assert capsys.readouterr().out == f"saved to {tmp_path / 'dense'}: the dense model\n"
+
+
+def test_before_and_after_are_what_evaluate_finds(tuned, collections, tmp_path):
+    output = tmp_path / "dense"
+    merged = merge(input=tuned, output=output, collection=collections, languages=["ko", "fa"], **LENGTHS)
+    evaluation = evaluate(
+        model=[tuned, output], collection=collections, languages=["ko", "fa"], output=tmp_path / "results", **LENGTHS
+    )
+    found = {(r.label, r.language): r.metrics["nDCG@10"] for r in evaluation.results}
+    assert merged.before == {language: found["tuned", language] for language in ("ko", "fa")}
+    assert merged.candidates == {1.0: {language: found["dense", language] for language in ("ko", "fa")}}
+    assert [path.name for path in tmp_path.iterdir() if "embeddings" in path.name] == []
+    record = json.loads((output / "merge.json").read_text())
+    assert (record["input"], record["before"]) == (str(tuned), merged.before)
+    assert str(merged).splitlines()[2].split()[0] == "merged"
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_with_the_base_model(tuned, tiny_encoder, tmp_path, alpha):
+    merge(input=tuned, output=tmp_path / "dense", base=tiny_encoder, alpha=[alpha])
+    dense, base = merge_experts(Encoder.load(tuned, device="cpu")).model.state_dict(), weights(tiny_encoder)
+    for name, found in weights(tmp_path / "dense").items():
+        if "pooler" not in name:
+            torch.testing.assert_close(found, (1 - alpha) * base[name] + alpha * dense[name])
+    head = torch.load(tmp_path / "dense/sparse_linear.pt")["weight"]
+    expected = (1 - alpha) * torch.load(tiny_encoder / "sparse_linear.pt")["weight"] + alpha
+    torch.testing.assert_close(head, expected)
+
+
+@pytest.mark.parametrize("spoiled", ["tuned", "base"])
+def test_the_best_alpha_is_kept_and_may_be_the_base(tiny_encoder, collections, tmp_path, capsys, spoiled):
+    other = changed_copy(tiny_encoder, tmp_path / "other")
+    tuned, base = (other, tiny_encoder) if spoiled == "tuned" else (tiny_encoder, other)
+    words = [str(tuned), str(tmp_path / "dense"), "--with", str(base), "--alpha", "0.3", "1"]
+    words += ["--collection", str(collections), "--languages", "ko", "fa"]
+    main(words + [f"--{name}={value}" for name, value in LENGTHS.items()])
+    record = json.loads((tmp_path / "dense/merge.json").read_text())
+    means = {c["alpha"]: sum(c["metrics"].values()) for c in record["candidates"]}
+    assert list(means) == [0.0, 0.3, 1.0]
+    assert len(set(means.values())) > 1
+    assert record["alpha"] == max(means, key=means.get) == (0 if spoiled == "tuned" else 1)
+    kept = weights(tiny_encoder)
+    assert all(
+        torch.equal(found, kept[name]) for name, found in weights(tmp_path / "dense").items() if "pool" not in name
+    )
+    printed = capsys.readouterr().out
+    assert f"of alpha {record['alpha']:g}" in printed
+    assert ("which it is" in printed) == (spoiled == "tuned")
+
+
+def test_experts_weighted_by_load(tuned, collections, tmp_path):
+    options = {"collection": collections, "languages": ["ko"], **LENGTHS}
+    merge(input=tuned, output=tmp_path / "load", weights="load", **options)
+    merge(input=tuned, output=tmp_path / "mean", **options)
+    load, mean = weights(tmp_path / "load"), weights(tmp_path / "mean")
+    experts = Encoder.load(tuned, device="cpu").model.state_dict()
+    for layer in (0, 1):
+        ends = [f"encoder.layer.{layer}.{half}.dense.weight" for half in ("intermediate", "output")]
+        # The shares that solve for the merged weights are the same in both halves, and sum to 1.
+        solved = [torch.linalg.lstsq(experts[n].flatten(1).T, load[n].flatten()[:, None]).solution for n in ends]
+        torch.testing.assert_close(*solved, rtol=1e-3, atol=1e-4)
+        assert solved[0].sum().item() == pytest.approx(1, abs=1e-3)
+        assert not torch.allclose(load[ends[0]], mean[ends[0]], atol=1e-3)
+
+
+def test_dense_models_need_a_base(tiny_encoder, tmp_path):
+    with pytest.raises(
+        UserError, match=r"input: found a dense model in .*, nothing to merge; expected experts, or base"
+    ):
+        merge(input=tiny_encoder, output=tmp_path / "out")
+    merge(input=tiny_encoder, output=tmp_path / "out", base=tiny_encoder)
+    with pytest.raises(UserError, match="the output folder is not empty"):
+        merge(input=tiny_encoder, output=tmp_path / "out", base=tiny_encoder)
+
+
+def test_a_base_with_other_words_is_refused(tiny_encoder, tuned, tmp_path):
+    encoder = Encoder.load(tiny_encoder, device="cpu")
+    encoder.tokenizer.add_tokens(["house"])
+    encoder.save(tmp_path / "other")
+    with pytest.raises(UserError, match="base has another vocabulary than input"):
+        merge(input=tuned, output=tmp_path / "out", base=tmp_path / "other")
+    assert not (tmp_path / "out").exists()
+
+
+def test_both_folders_are_named_as_words_or_as_options(tuned, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tuned)])
+    assert "found 1 words without an option, expected INPUT OUTPUT" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(tuned), "out", "--output", str(tmp_path / "out")])
+    assert "--output: given as an option and as words without one" in capsys.readouterr().err
+    main(["--input", str(tuned), "--output", str(tmp_path / "out")])
+    assert (tmp_path / "out/config.json").is_file()
