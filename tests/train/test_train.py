@@ -1,14 +1,19 @@
 """Training from Python, and what the command prints."""
 
 import inspect
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import AutoModel, XLMRobertaModel
 from transformers.trainer import PrinterCallback
 from transformers.trainer_callback import TrainerCallback
 
+from clpl_moe import load_encoder, merge_experts
 from clpl_moe.common.errors import UserError
+from clpl_moe.evaluate import evaluate
 from clpl_moe.train import TrainResult, train
 from helpers.tiny_training import arguments, make_collection, make_runner, read_metrics, write_triplets
 
@@ -135,3 +140,33 @@ def test_what_the_command_prints(tiny_encoder, tmp_path):
     # On stderr there is the bar of the training only.
     shown = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
     assert all("/2 [" in line for line in shown), shown
+
+
+def test_the_merged_model_is_saved_too(options, tmp_path):
+    dev = make_collection(tmp_path / "dev")
+    more = {"num_experts": 3, "learning_rate": 0.1, "merge_experts": True, "save_strategy": "steps", "save_steps": 2}
+    result = train(**options | more, dev_collection=dev, dev_language="ko")
+    assert result.merged == result.folder / "merged"
+    expected = merge_experts(load_encoder(result.folder)[0]).state_dict()
+    model = AutoModel.from_pretrained(result.merged)
+    assert type(model) is XLMRobertaModel
+    found = model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    evaluation = evaluate(
+        model=[str(result.merged)],
+        collection=str(dev),
+        languages=["ko"],
+        output=str(tmp_path / "results"),
+        query_max_len=24,
+        passage_max_len=40,
+        dtype="float32",
+    )
+    assert result.after_merging["nDCG@10"] == pytest.approx(evaluation.results[0].metrics["nDCG@10"])
+    assert re.search(r"^merged .*\d$", str(result), re.MULTILINE)
+    assert f"saved to {result.merged}: the model with its experts merged" in str(result)
+
+
+def test_without_experts_there_is_nothing_to_merge(options, tmp_path):
+    with pytest.raises(UserError, match="merge_experts: found no experts to merge, expected num_experts above 0"):
+        train(**options | {"num_experts": 0, "merge_experts": True})
+    assert not (tmp_path / "run").exists()

@@ -39,6 +39,8 @@ class TrainResult:
         best_checkpoint: of ``metric_for_best_model``; None without evaluation.
         metrics_file: ``metrics.jsonl``, the course of the run.
         plan: what the run was.
+        merged: with ``merge_experts``, the folder of the model with its experts merged.
+        after_merging: the metrics of that model; None where it was not evaluated.
     """
 
     folder: Path
@@ -47,15 +49,19 @@ class TrainResult:
     best_checkpoint: Path | None
     metrics_file: Path
     plan: Plan
+    merged: Path | None = None
+    after_merging: dict[str, float] | None = None
 
     def __str__(self) -> str:
         lines = [
             f"saved to {self.folder}: the model, its card README.md, {self.metrics_file.name} and train_config.yaml"
         ]
+        if self.merged is not None:
+            lines.append(f"saved to {self.merged}: the model with its experts merged")
         if self.after is not None:
             names = list(self.after)
             lines.append(f"{'':<10}" + "".join(f"{name:>10}" for name in names))
-            for label, metrics in (("before", self.before), ("after", self.after)):
+            for label, metrics in (("before", self.before), ("after", self.after), ("merged", self.after_merging)):
                 if metrics is not None:
                     lines.append(f"{label:<10}" + "".join(f"{metrics[name]:>10.4f}" for name in names))
         return "\n".join([*lines, f"Next: {self.next_command()}"])

@@ -145,6 +145,11 @@ class RunOptions:
     report_to: str | None = option(
         "Where to log besides metrics.jsonl: tensorboard, wandb, none, ...", "tensorboard", nargs="+"
     )
+    merge_experts: bool = option(
+        "Also save the model with each layer's experts merged into one, in the folder 'merged' of the run; it is evaluated"
+        " on dev_collection.",
+        False,
+    )
     do_train: bool = option("Kept for FlagEmbedding's configs; training always runs.", True)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import set_seed
 
 from clpl_moe.common.allocator import keep_freed_memory
-from clpl_moe.common.errors import UserError
+from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import atomic_open, write_json
 from clpl_moe.common.output import Output
 from clpl_moe.data.collator import CLPLCollator
@@ -23,7 +23,7 @@ from clpl_moe.encoder.packing import can_pack
 from clpl_moe.encoder.settings import check_lengths
 from clpl_moe.encoder.weights import resolved_revision
 from clpl_moe.loss import CLPLLoss
-from clpl_moe.moe.inject import has_experts
+from clpl_moe.moe.inject import has_experts, merge_experts
 from clpl_moe.retrieval.options import EncodingArguments
 from clpl_moe.train import TrainResult, resume
 from clpl_moe.train.ance import NEGATIVES_FILE, NegativeRefresher
@@ -39,6 +39,7 @@ from clpl_moe.train.trainer import CLPLTrainer
 
 logger = logging.getLogger(__name__)
 
+MERGED_FOLDER = "merged"
 _OPTIONS_OF_THE_MODEL = (
     *("mask_duplicates", "balance_loss_weight", "z_loss_weight", "grad_cache_tokens", "sub_batch_size", "kd_loss_type"),
     *("unified_finetuning", "use_self_distill", "self_distill_start_step"),
@@ -94,6 +95,8 @@ class CLPLRunner:
         if has_experts(model):
             logger.warning("the base model has experts of its own, which are kept: %s", model.config.moe)
         add_experts(model, args.moe_config(), args.model_name_or_path)
+        if self.training_args.merge_experts and not has_experts(model):
+            raise OptionError("merge_experts", "found no experts to merge, expected num_experts above 0")
         return encoder
 
     def _make_model(self) -> CLPLModel:
@@ -233,12 +236,14 @@ class CLPLRunner:
         saved_step = state.global_step
         if best is not None and args.load_best_model_at_end:
             saved_step = int(best.rpartition("-")[2])
-        evaluated = self._evaluations()
+        merged, evaluated = None, self._evaluations()
         before, saved, changed = evaluated.get(0), evaluated.get(saved_step), saved_step > 0
         if self.trainer.is_world_process_zero():
             write_model_card(
                 self.plan, self.settings, self.model, state.global_step, saved, before if changed else None
             )
+            if args.merge_experts:
+                merged = self._save_merged()
         return TrainResult(
             output_dir,
             before=before,
@@ -246,7 +251,20 @@ class CLPLRunner:
             best_checkpoint=None if best is None else output_dir / Path(best).name,
             metrics_file=output_dir / METRICS_FILE,
             plan=self.plan,
+            merged=output_dir / MERGED_FOLDER if args.merge_experts else None,
+            after_merging=merged,
         )
+
+    def _save_merged(self) -> dict[str, float] | None:
+        """Save the saved model again with its experts merged; its metrics on the dev collection, where there is one."""
+        args, evaluator = self.training_args, self.trainer.evaluator
+        # Not the one in memory: of that, FSDP has no whole weights.
+        encoder = Encoder.load(args.folder, device=args.device, compute_dtype=args.encode_dtype)
+        merge_experts(encoder).save(args.folder / MERGED_FOLDER)
+        if evaluator is None:
+            return None
+        found = evaluator(encoder)
+        return {known: found[name] for name, known in DEV_METRICS.items()}
 
     def _evaluations(self) -> dict[int, dict[str, float]]:
         """Metrics of the dev collection after each step with an evaluation; the latest, where there were several."""
