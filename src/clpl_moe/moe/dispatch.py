@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Assignment:
     order: Tensor | None = None  # (S,) int64, the assignment (t·k + its rank) in each sorted slot; None where mixed
     inverse: Tensor | None = None  # (S,) int64, the slot of each assignment; None where mixed
     unit: bool = False  # whether all weights are 1 in value
+    alone: int | Literal["mean"] | None = None  # the one expert that all tokens go to, or the mean of all
 
     @property
     def mixed(self) -> bool:

@@ -62,6 +62,8 @@ def expert_linear(x: Tensor, weight: Tensor, bias: Tensor, assignment: Assignmen
         With ``weigh``, results multiplied by the assignment's weights and summed over a token's experts, (T, out): at k = 1
         still in sorted order, else in the tokens'. Without, all slots: (S, out), or (N, T, out) where mixed.
     """
+    if (expert := assignment.alone) is not None:
+        return F.linear(x, *(p.mean(0) if expert == "mean" else p[expert] for p in (weight, bias)))
     # What follows is not registered with autocast; these casts are differentiable.
     x, weight, bias = cast(x), cast(weight), cast(bias)
     kernel = choose_kernel(x, weight, assignment.top_k)

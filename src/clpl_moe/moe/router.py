@@ -1,7 +1,7 @@
 """Routers: which experts each token goes to, and with what weight.
 
 ``@register_router("name")`` makes a class known to :class:`~clpl_moe.moe.config.MoEConfig` and so to training. For logits
-of N experts, ``p = softmax(logits)`` and the chosen experts C, three come with the package:
+of N experts, ``p = softmax(logits)`` and the chosen experts C, these come with the package:
 
 - ``straight_through``: ``p[C] / sum(p[C])`` with a denominator that counts as a constant in the backward pass. Its value
   is that of ``topk_softmax`` (1 at ``top_k`` 1, so that the layer computes what the dense one did), but its gradient is
@@ -9,6 +9,7 @@ of N experts, ``p = softmax(logits)`` and the chosen experts C, three come with 
 - ``softmax_topk``: ``p[C] · N / top_k``, Switch's rule (arXiv:2101.03961) scaled so that weights sum to 1 while the
   router is undecided. Its first weights are close to 0, which keeps the function at injection.
 - ``topk_softmax``: softmax over the chosen logits only. At ``top_k`` 1 the router has no gradient.
+- ``random``: no logits; in training one expert drawn for all tokens, in evaluation the experts' mean.
 """
 
 from __future__ import annotations
@@ -176,6 +177,34 @@ class TopKSoftmax(Router):
 
     def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
         return logits.gather(-1, experts).softmax(-1)
+
+
+@register_router("random")
+class Random(Router):
+    """Learns nothing: in training all tokens of a pass go to one expert, drawn anew in each layer; in evaluation to the
+    experts' mean, which is the merged layer (AdaMix, arXiv:2205.12410)."""
+
+    weight: Tensor
+
+    def __init__(self, in_features: int, num_experts: int, top_k: int) -> None:
+        super().__init__(in_features, num_experts, top_k)
+        del self.weight
+        # No parameter, as nothing is trained; a buffer, as every router's file has it.
+        self.register_buffer("weight", torch.zeros(num_experts, in_features))
+
+    def reset_parameters(self, std: float) -> None:
+        pass
+
+    def forward(self, x: Tensor, state: LayerState) -> Assignment:
+        """All of x (T, in_features) to one expert."""
+        logits, counts = x.new_zeros(len(x), len(self.weight)), x.new_zeros(len(self.weight), dtype=torch.int64)
+        if not self.training:
+            return Assignment(x.new_ones(len(x), 1), counts, alone="mean")
+        # With the CPU's generator, as that waits for no device; gradient checkpointing and caching draw again alike.
+        expert = int(torch.randint(len(self.weight), ()))
+        counts[expert] = len(x)
+        self.record(state, logits.float(), counts)
+        return Assignment(x.new_ones(len(x), 1), counts, alone=expert)
 
 
 def scores(x: Tensor, weight: Tensor) -> Tensor:
