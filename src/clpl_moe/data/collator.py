@@ -50,7 +50,10 @@ class CLPLCollator(AbsEmbedderCollator):
             scores = [score for example in examples for score in example.teacher_scores or ()]
         queries = [example.query for example in examples]
         tokens = self._pack if self.packing else self._pad
-        return tokens(queries, passages, negative_queries) | {
+        texts = tokens(queries, passages, negative_queries)
+        if self.packing and examples[0].expert is not None:
+            texts["texts"].experts = _experts_of_texts(examples, texts)
+        return texts | {
             "negative_index": torch.tensor(negative_index) if negative_queries else None,
             "passage_ids": torch.tensor([text_id(text) for text in passages]),
             "query_ids": torch.tensor([text_id(text) for text in queries + negative_queries]),
@@ -90,6 +93,20 @@ class CLPLCollator(AbsEmbedderCollator):
         if not size or size < 0:
             return padded
         return [{name: rows[i : i + size] for name, rows in padded.items()} for i in range(0, len(texts), size)]
+
+
+def _experts_of_texts(examples: list[Example], packed: dict[str, Any]) -> torch.Tensor:
+    """The expert of each packed text, (n,) int64: its example's. A text of several examples has the last one's."""
+    experts = torch.empty(len(packed["texts"]), dtype=torch.int64)
+    for name, counts in (
+        ("query_rows", [1] * len(examples)),
+        ("negative_query_rows", [sum(map(len, example.negative_queries)) for example in examples]),
+        ("passage_rows", [len(example.passages) for example in examples]),
+    ):
+        if packed[name] is not None:
+            given = torch.tensor([example.expert for example in examples])
+            experts[packed[name]] = given.repeat_interleave(torch.tensor(counts))
+    return experts
 
 
 def text_id(text: str) -> int:

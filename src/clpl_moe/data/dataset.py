@@ -40,6 +40,7 @@ class Example:
     negative_queries: list[list[str]]  # for each of these negatives the queries that it answers, possibly none
     teacher_scores: list[float] | None  # one for each passage
     in_batch_negatives: bool  # False where the file asks for its own negatives only
+    expert: int | None = None  # that all its texts go to, with router given
 
 
 class Negatives(Protocol):
@@ -69,10 +70,14 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         self.shuffle_ratio = args.shuffle_ratio
         parts: list[datasets.Dataset] = []
         self.in_batch_negatives: list[bool] = []
-        for path in args.train_data:
+        self._experts: list[int | None] = []
+        experts = getattr(args, "experts_of_data", None) or [None] * len(args.train_data)
+        for path, expert in zip(args.train_data, experts, strict=True):
             parts += self._load_path(path)
             own_only = Path(path).stem.endswith("no_in_batch_neg")
-            self.in_batch_negatives += [not own_only] * (len(parts) - len(self.in_batch_negatives))
+            new = len(parts) - len(self.in_batch_negatives)
+            self.in_batch_negatives += [not own_only] * new
+            self._experts += [expert] * new
         self.part_sizes = [len(part) for part in parts]
         if not parts:
             limits = f"small_threshold is {args.small_threshold} and drop_threshold {args.drop_threshold}"
@@ -156,6 +161,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
             negative_queries=[list(map(prompted, queries)) for queries in negative_queries],
             teacher_scores=scores,
             in_batch_negatives=self.in_batch_negatives[part],
+            expert=self._experts[part],
         )
 
     def _prompted_passage(self, text: str) -> str:

@@ -65,11 +65,15 @@ class PackedTexts:
         input_ids: (T,) int64, on any device.
         lengths: (n,) int64, each at least 1; always on the CPU, so that reading them waits for no device.
         offsets: (n + 1,) int64 beside ``input_ids``: where each text begins, and T. Follows from ``lengths``.
+        experts: (n,) int64 on the CPU, the expert that is given for each text; None where none is.
     """
 
-    def __init__(self, input_ids: Tensor, lengths: Tensor, offsets: Tensor | None = None) -> None:
+    def __init__(
+        self, input_ids: Tensor, lengths: Tensor, offsets: Tensor | None = None, experts: Tensor | None = None
+    ) -> None:
         self.input_ids = input_ids
         self.lengths = lengths
+        self.experts = experts
         self.offsets = send(F.pad(lengths.cumsum(0), (1, 0)), input_ids.device) if offsets is None else offsets
 
     @classmethod
@@ -92,15 +96,16 @@ class PackedTexts:
         # Each token's place: its text's start here, plus its distance from the text's start there.
         shift = (starts - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
         index = shift + torch.arange(len(shift))
-        return PackedTexts(self.input_ids[send(index, self.input_ids.device)], lengths)
+        experts = None if self.experts is None else self.experts[rows]
+        return PackedTexts(self.input_ids[send(index, self.input_ids.device)], lengths, experts=experts)
 
     def to(self, device: torch.device | str) -> PackedTexts:
         """The same with ``input_ids`` and ``offsets`` on ``device``; without waiting for it."""
-        return PackedTexts(send(self.input_ids, device), self.lengths, send(self.offsets, device))
+        return PackedTexts(send(self.input_ids, device), self.lengths, send(self.offsets, device), self.experts)
 
     def pin_memory(self) -> PackedTexts:
         """The same in page-locked memory; data loaders call it."""
-        return PackedTexts(self.input_ids.pin_memory(), self.lengths, self.offsets.pin_memory())
+        return PackedTexts(self.input_ids.pin_memory(), self.lengths, self.offsets.pin_memory(), self.experts)
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -170,6 +175,7 @@ class _Stream:
     offsets: Tensor  # (n + 1,) int32 on the device
     longest: int  # tokens of the longest text
     runs: list[tuple[int, int]]  # length and number of neighbouring texts of equal length
+    experts: Tensor | None  # (T,) int64 on the device, each token's expert, where it is given
 
 
 def _embed_stream(encoder: StockEncoder, packed: PackedTexts, pooling: str) -> Tensor:
@@ -180,7 +186,10 @@ def _embed_stream(encoder: StockEncoder, packed: PackedTexts, pooling: str) -> T
         packed = packed.select(order)
     lengths = packed.lengths.tolist()
     runs = [(length, len(list(same))) for length, same in groupby(lengths)]
-    stream = _Stream(flash, packed.offsets.int(), max(lengths), runs)
+    experts = None
+    if packed.experts is not None:
+        experts = send(packed.experts.repeat_interleave(packed.lengths), packed.input_ids.device)
+    stream = _Stream(flash, packed.offsets.int(), max(lengths), runs, experts)
     rows = {"cls": packed.offsets[:-1], "last_token": packed.offsets[1:] - 1, "mean": None}[pooling]  # (n,)
     layers = _layers(encoder)
     parts = [encoder.embeddings, *layers]
@@ -236,7 +245,8 @@ def _run_layer(
 def _layer(layer: StockLayer, stream: _Stream, rows: Tensor | None, *hidden: Tensor) -> tuple[Tensor, ...]:
     for module in (layer.intermediate, layer.output):
         if (state := getattr(module, "state", None)) is not None:  # experts: every token that they are shown is real
-            state.set_tokens(None)
+            experts = stream.experts if rows is None or stream.experts is None else stream.experts[rows]
+            state.set_tokens(None, experts)
     attention = layer.attention.self
     shape = (-1, attention.num_attention_heads, attention.attention_head_size)
     kept = hidden if rows is None else tuple(states[:, rows] for states in hidden)

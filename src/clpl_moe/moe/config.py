@@ -36,6 +36,8 @@ class MoEConfig:
     )
     router_init_std: float = field(default=0.02, metadata={"help": "standard deviation of the router's first weights"})
 
+    expert: int = field(default=0, metadata={"help": "with router given: the expert of texts that have none given"})
+
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k"):
             value = getattr(self, name)
@@ -45,6 +47,8 @@ class MoEConfig:
                 )
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k is {self.top_k} but there are {self.num_experts} experts: lower it or add experts")
+        if type(self.expert) is not int or not 0 <= self.expert < self.num_experts:
+            raise ValueError(f"expert is {self.expert!r}: choose a number from 0 to {self.num_experts - 1}")
         if self.target not in TARGETS:
             raise ValueError(f"target is {self.target!r}: choose one of {', '.join(TARGETS)}")
         from .router import router_class  # needs torch, which settings do without until some are made
@@ -73,5 +77,5 @@ class MoEConfig:
         return sorted(set(chosen))
 
     def to_dict(self) -> dict[str, Any]:
-        """As in a model folder's ``config.json``."""
-        return asdict(self)
+        """As in a model folder's ``config.json``; ``expert`` only where it is set, as in folders made before."""
+        return {name: value for name, value in asdict(self).items() if name != "expert" or value}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TypeVar
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 
 from .config import MoEConfig
 from .experts import Experts
-from .install import has_experts, install_experts, remove_experts
-from .modeling_clpl_moe import become_dense, become_moe, register_classes
-from .router import Router
+from .install import has_experts, install_experts, layer_states, remove_experts
+from .modeling_clpl_moe import MoEModel, become_dense, become_moe, register_classes
+from .router import Given, Router
 
 # Whoever injects or loads experts with this package may load the saved folder with AutoModel afterwards.
 register_classes()
@@ -57,6 +58,30 @@ def merge_experts(model: Model, shares: Tensor | None = None) -> Model:
     refuse_foreign_experts(encoder)
     remove_experts(encoder, shares)
     become_dense(encoder)
+    return model
+
+
+def choose_expert(model: Model, expert: int) -> Model:
+    """Let all texts go to one expert of an encoder with router ``given``, from 0; in place, returns ``model``.
+
+    A folder that is saved then remembers the choice. Texts of a training step keep the experts of their data files.
+
+    Raises:
+        ValueError: the encoder has no such expert, or another router.
+    """
+    encoder = encoder_of(model)
+    refuse_foreign_experts(encoder)
+    layers = layer_states(encoder) if has_experts(encoder) else []
+    if not layers or not all(isinstance(router, Given) for _, _, router in layers):
+        raise ValueError("the encoder has no experts with router given, of which one could be chosen")
+    count = len(layers[0][2].weight)
+    if not 0 <= expert < count:
+        raise ValueError(f"expert is {expert}: choose a number from 0 to {count - 1}")
+    for _, state, _ in layers:
+        state.chosen = expert
+    if isinstance(encoder, MoEModel):
+        config = MoEConfig(**(encoder.config.moe or {}))
+        encoder.config.update({"moe": dataclasses.replace(config, expert=expert).to_dict()})
     return model
 
 

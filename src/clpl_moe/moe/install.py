@@ -132,7 +132,7 @@ def _check_forward(encoder: nn.Module) -> None:
 
 def _install_in_layer(layer: TransformerLayer, config: MoEConfig) -> LayerState:
     """Put experts in the place of the layer's halves that ``config.target`` names; returns their state."""
-    first, second, state = layer.intermediate, layer.output, LayerState()
+    first, second, state = layer.intermediate, layer.output, LayerState(chosen=config.expert)
     router = _make_router(second.dense if config.target == "output" else first.dense, config)
     experts = partial(Experts.from_linear, num_experts=config.num_experts)
     new: dict[str, nn.Module] = {}

@@ -30,7 +30,8 @@ class LayerState:
     Threads can share a model: each has its own forward pass. Copies and pickles start without it and without records.
     """
 
-    def __init__(self, tracking: bool = False) -> None:
+    def __init__(self, tracking: bool = False, chosen: int = 0) -> None:
+        self.chosen = chosen  # the expert of all texts, where the router has them given and no text has its own
         self.tracking = tracking  # whether training forwards leave records; off, since records hold on to the graph
         self.records: list[RouterRecord] = []
         # (N,) for each call of the router, what each expert got; None while nobody counts
@@ -45,8 +46,15 @@ class LayerState:
         return getattr(self._pass, "tokens", None)
 
     @torch.compiler.disable
-    def set_tokens(self, tokens: Tensor | None) -> None:
+    def set_tokens(self, tokens: Tensor | None, experts: Tensor | None = None) -> None:
+        """Set what :meth:`get_tokens` returns; of a packed stream also each token's given expert, (T,) int64."""
         self._pass.tokens = tokens
+        self._pass.experts = experts
+
+    @torch.compiler.disable
+    def get_experts(self) -> Tensor | None:
+        """The expert that is given for each token of a packed stream, (T,) int64; None where none is given."""
+        return getattr(self._pass, "experts", None)
 
     @torch.compiler.disable
     def is_running(self) -> bool:
@@ -68,7 +76,7 @@ class LayerState:
         return args, kwargs
 
     def __reduce__(self) -> tuple:
-        return LayerState, (self.tracking,)
+        return LayerState, (self.tracking, self.chosen)
 
 
 class EncoderHooks:

@@ -9,6 +9,7 @@ of N experts, ``p = softmax(logits)`` and the chosen experts C, these come with 
 - ``softmax_topk``: ``p[C] · N / top_k``, Switch's rule (arXiv:2101.03961) scaled so that weights sum to 1 while the
   router is undecided. Its first weights are close to 0, which keeps the function at injection.
 - ``topk_softmax``: softmax over the chosen logits only. At ``top_k`` 1 the router has no gradient.
+- ``given``: no logits; the expert is given with the text, by its data file.
 - ``random``: no logits; in training one expert drawn for all tokens, in evaluation the experts' mean.
 """
 
@@ -179,10 +180,8 @@ class TopKSoftmax(Router):
         return logits.gather(-1, experts).softmax(-1)
 
 
-@register_router("random")
-class Random(Router):
-    """Learns nothing: in training all tokens of a pass go to one expert, drawn anew in each layer; in evaluation to the
-    experts' mean, which is the merged layer (AdaMix, arXiv:2205.12410)."""
+class _Untrained(Router):
+    """Scores nothing and learns nothing."""
 
     weight: Tensor
 
@@ -194,6 +193,26 @@ class Random(Router):
 
     def reset_parameters(self, std: float) -> None:
         pass
+
+
+@register_router("given")
+class Given(_Untrained):
+    """The expert that the data file of a text names; in evaluation the one that :func:`choose_expert` sets, at first 0."""
+
+    def forward(self, x: Tensor, state: LayerState) -> Assignment:
+        """Each of x (T, in_features) to the expert that is given for it."""
+        ones, given = x.new_ones(len(x), 1), state.get_experts()
+        if given is None:
+            return Assignment(ones, x.new_zeros(len(self.weight), dtype=torch.int64), alone=state.chosen)
+        assignment = assign(given.unsqueeze(1), ones, len(self.weight), unit=True)
+        self.record(state, ones.float().new_zeros(len(x), len(self.weight)), assignment.counts)
+        return assignment
+
+
+@register_router("random")
+class Random(_Untrained):
+    """In training all tokens of a pass go to one expert, drawn anew in each layer; in evaluation to the experts' mean, which
+    is the merged layer (AdaMix, arXiv:2205.12410)."""
 
     def forward(self, x: Tensor, state: LayerState) -> Assignment:
         """All of x (T, in_features) to one expert."""

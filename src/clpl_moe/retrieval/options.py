@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from clpl_moe.common.errors import OptionError
 from clpl_moe.common.files import refuse_unwritable
 from clpl_moe.common.options import check_bounds, option
 
@@ -40,6 +41,12 @@ class EncodingArguments:
         " interrupted encoding goes on where it stopped",
         None,
     )
+    expert: int | None = option(
+        "with router given: the expert that all texts go to, instead of the one that the model folder names",
+        None,
+        least=0,
+        most=1_023,
+    )
     trust_remote_code: bool = option("run code that the model's own folder holds; look at it first", False)
 
     def __post_init__(self) -> None:
@@ -61,6 +68,7 @@ def open_encoder(name: str, arguments: EncodingArguments, revision: str | None =
 
     from clpl_moe.common.allocator import keep_freed_memory
     from clpl_moe.encoder import Encoder
+    from clpl_moe.moe.inject import choose_expert
 
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     encoder = Encoder.load(name, trust_remote_code=arguments.trust_remote_code, compute_dtype=dtype, revision=revision)
@@ -68,6 +76,11 @@ def open_encoder(name: str, arguments: EncodingArguments, revision: str | None =
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     # Similarity is the cosine, as in training, also where the folder leaves the normalisation to its user.
     encoder.settings = dataclasses.replace(encoder.settings, **given, normalize=True)
+    if arguments.expert is not None:
+        try:
+            choose_expert(encoder, arguments.expert)
+        except ValueError as error:
+            raise OptionError("expert", str(error)) from None
     if encoder.device.type == "cpu":
         keep_freed_memory()
     return encoder

@@ -64,6 +64,9 @@ class CLPLDataArguments(DataOptions, AbsEmbedderDataArguments):
             self.train_data = [self.train_data]
         # Two tokens only begin and end a text. Without a query of its own, a negative has no penalty.
         check_bounds(self, INHERITED_BOUNDS)
+        if self.experts_of_data is not None and len(self.experts_of_data) != len(self.train_data):
+            found, expected = len(self.experts_of_data), len(self.train_data)
+            raise OptionError("experts_of_data", f"found {found}, expected one for each of train_data's {expected}")
         for name in ("query_instruction_format", "passage_instruction_format"):
             value = getattr(self, name).replace("\\n", "\n")
             if not _has_two_places(value):

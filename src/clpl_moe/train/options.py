@@ -60,6 +60,13 @@ class DataOptions:
     """The data, and how they are cut into groups and tokens."""
 
     train_data: list[str] = option("Files or folders of training JSONL (see docs/data-formats.md).", [])
+    experts_of_data: list[int] | None = option(
+        "With router given: for each entry of train_data, in order, the expert that its texts go to; an expert that none"
+        " names stays the base's.",
+        None,
+        least=0,
+        most=1_023,
+    )
     train_group_size: int = option("Passages per query: one positive, the rest negatives.", 8, least=1, most=4_096)
     query_max_len: int = option(
         "Longest query in tokens, the queries of negatives included; longer ones are cut.", 32, least=3, most=1_000_000
@@ -161,6 +168,9 @@ class EvaluationOptions:
         "Collection folder for evaluation in training (see docs/data-formats.md).", None
     )
     dev_language: str | None = option("Language folder within dev_collection.", None)
+    dev_expert: int | None = option(
+        "With router given: the expert that texts of evaluation go to.", None, least=0, most=1_023
+    )
     dev_split: str = option("Split of dev_collection: its queries and qrels.", "dev")
     dev_batch_tokens: int | None = option(
         "Tokens per batch when dev_collection or ance_collection is encoded; 2,048 on CPUs, else 16,384.",

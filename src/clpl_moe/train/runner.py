@@ -23,7 +23,7 @@ from clpl_moe.encoder.packing import can_pack
 from clpl_moe.encoder.settings import check_lengths
 from clpl_moe.encoder.weights import resolved_revision
 from clpl_moe.loss import CLPLLoss
-from clpl_moe.moe.inject import has_experts, merge_experts
+from clpl_moe.moe.inject import choose_expert, has_experts, merge_experts
 from clpl_moe.retrieval.options import EncodingArguments
 from clpl_moe.train import TrainResult, resume
 from clpl_moe.train.ance import NEGATIVES_FILE, NegativeRefresher
@@ -97,7 +97,30 @@ class CLPLRunner:
         add_experts(model, args.moe_config(), args.model_name_or_path)
         if self.training_args.merge_experts and not has_experts(model):
             raise OptionError("merge_experts", "found no experts to merge, expected num_experts above 0")
+        self._give_experts(encoder)
         return encoder
+
+    def _give_experts(self, encoder: Encoder) -> None:
+        """Check the experts that are given for data and evaluation, and choose the latter."""
+        experts, of_dev = self.data_args.experts_of_data or [], self.training_args.dev_expert
+        for name, given in (("experts_of_data", experts), ("dev_expert", [] if of_dev is None else [of_dev])):
+            for expert in given:
+                try:
+                    choose_expert(encoder, expert)
+                except ValueError as error:
+                    raise OptionError(name, str(error)) from None
+        if self.model_args.router == "given" and not experts and self.model_args.num_experts > 0:
+            raise OptionError(
+                "experts_of_data", "found none, expected one for each entry of train_data, for router given"
+            )
+        if experts:
+            choose_expert(encoder, of_dev or 0)
+            if self.training_args.weight_decay > 0:
+                raise OptionError(
+                    "weight_decay", "changes experts that no text goes to, expected 0 with experts_of_data"
+                )
+            if not self._packs(encoder):
+                raise OptionError("experts_of_data", "found padded batches, expected packing and no unified_finetuning")
 
     def _make_model(self) -> CLPLModel:
         args, training, encoder = self.model_args, self.training_args, self.encoder.model
@@ -114,12 +137,12 @@ class CLPLRunner:
             **{name: getattr(training, name) for name in _OPTIONS_OF_THE_MODEL},
         )
 
-    def _packs(self) -> bool:
+    def _packs(self, encoder: Encoder) -> bool:
         args = self.training_args
         # Sparse and multi-vector losses need the states of all tokens, in rows.
         whole = args.unified_finetuning or (args.sub_batch_size or -1) > 0
         # Gradient caching cuts packed batches, also for encoders that pad them after all.
-        wanted = args.grad_cache_tokens is not None or (args.packing and can_pack(self.encoder.model))
+        wanted = args.grad_cache_tokens is not None or (args.packing and can_pack(encoder.model))
         return wanted and not whole
 
     def _make_trainer(self) -> CLPLTrainer:
@@ -132,7 +155,7 @@ class CLPLRunner:
             pad_to_multiple_of=data_args.pad_to_multiple_of,
             padding=True,
             return_tensors="pt",
-            packing=self._packs(),
+            packing=self._packs(self.encoder),
         )
         encoding = EncodingArguments(data_args.query_max_len, data_args.passage_max_len, args.dev_batch_tokens)
         evaluator, refresher = self._make_evaluator(encoding), self._make_refresher(encoding)
