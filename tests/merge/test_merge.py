@@ -6,12 +6,14 @@ import pytest
 import torch
 from transformers import AutoModel, XLMRobertaModel
 
-from clpl_moe import Encoder, merge_experts
+from clpl_moe import Encoder, MoEConfig, inject_moe, merge_experts
 from clpl_moe.common.errors import UserError
 from clpl_moe.evaluate import evaluate
 from clpl_moe.merge import merge
 from clpl_moe.merge.__main__ import main
+from clpl_moe.moe.inject import choose_expert
 from helpers.evaluating import changed_copy
+from helpers.tiny import perturb_experts
 
 LENGTHS = {"query_max_len": 60, "passage_max_len": 100, "dtype": "float32"}
 
@@ -96,6 +98,16 @@ def test_experts_weighted_by_load(tuned, collections, tmp_path):
         assert not torch.allclose(load[ends[0]], mean[ends[0]], atol=1e-3)
 
 
+def test_one_of_the_experts_that_are_given(tiny_encoder, tmp_path):
+    encoder = inject_moe(Encoder.load(tiny_encoder, device="cpu"), MoEConfig(3, router="given"))
+    perturb_experts(encoder.model)
+    encoder.save(tmp_path / "given")
+    merge(input=tmp_path / "given", output=tmp_path / "one", expert=2)
+    choose_expert(encoder, 2)
+    found, expected = (e.encode_queries(["red house"]) for e in (Encoder.load(tmp_path / "one", device="cpu"), encoder))
+    torch.testing.assert_close(found, expected)
+
+
 def test_dense_models_need_a_base(tiny_encoder, tmp_path):
     with pytest.raises(
         UserError, match=r"input: found a dense model in .*, nothing to merge; expected experts, or base"
@@ -124,3 +136,17 @@ def test_both_folders_are_named_as_words_or_as_options(tuned, tmp_path, capsys):
     assert "--output: given as an option and as words without one" in capsys.readouterr().err
     main(["--input", str(tuned), "--output", str(tmp_path / "out")])
     assert (tmp_path / "out/config.json").is_file()
+
+
+def test_a_merged_model_is_replaced_when_asked_and_nothing_else(tuned, tmp_path):
+    output = tmp_path / "dense"
+    merge(input=tuned, output=output)
+    merge(input=tuned, output=output, overwrite=True)
+    (output / "notes.md").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.md"):
+        merge(input=tuned, output=output, overwrite=True)
+    other = tmp_path / "other"
+    merge_experts(Encoder.load(tuned, device="cpu")).save(other)
+    with pytest.raises(UserError, match=r"merge\.json"):
+        merge(input=tuned, output=other, overwrite=True)
+    assert (other / "config.json").is_file()

@@ -116,6 +116,8 @@ def _merge(arguments: MergeArguments, encoding: EncodingArguments, place: Output
     merged = Merged(Path(str(arguments.output)), arguments.alphas[-1], arguments.metric, before=evaluate())
     if with_experts:
         shares = _load_of(encoder, collections, encoding) if arguments.weights == "load" else None
+        if encoding.expert is not None:
+            shares = _one_expert(encoder, encoding.expert)
         merge_experts(encoder, shares)
     mixer = None if base is None else Mixer(encoder, base)
     for alpha in arguments.alphas if collections else []:
@@ -157,6 +159,14 @@ def _load_of(encoder: Encoder, collections: Mapping[str, Collection], encoding: 
         step = max(1, len(collection.passages) // _PASSAGES)
         texts += [collection.passages[place] for place in range(0, len(collection.passages), step)][:_PASSAGES]
     return measure_load(encoder.model, lambda: encode_passages(encoder, texts, encoding))
+
+
+def _one_expert(encoder: Encoder, expert: int) -> Tensor:
+    import torch
+
+    from clpl_moe.moe.install import layer_states
+
+    return torch.stack([torch.eye(len(router.weight))[expert] for _, _, router in layer_states(encoder.model)])
 
 
 def _mean(values: Mapping[str, float]) -> float:

@@ -30,7 +30,8 @@ class MoEConfig:
         default="straight_through",
         metadata={
             "help": "how experts are weighted: straight_through learns at every top_k; softmax_topk is Switch's rule,"
-            " scaled; topk_softmax is the rule of the 2024 checkpoints, whose router does not learn at top_k 1; or the name"
+            " scaled; topk_softmax is the rule of the 2024 checkpoints, whose router does not learn at top_k 1; one_per_text"
+            " chooses for whole texts; random draws in training; given takes the expert that comes with the text; or the name"
             " of a router of your own (clpl_moe.moe.register_router)",
         },
     )
