@@ -96,14 +96,16 @@ def _merge(arguments: MergeArguments, encoding: EncodingArguments, place: Output
         language: Collection.load(str(arguments.collection), language, arguments.split)
         for language in dict.fromkeys(arguments.languages or [])
     }
-    encoder = open_encoder(source, encoding)
+    encoder = open_encoder(source, encoding, arguments.revision)
     with_experts = has_experts(encoder.model)
     if not with_experts and (arguments.base is None or arguments.weights == "load"):
         what = "nothing to merge; expected experts" + (", or base" if arguments.base is None else "")
         raise OptionError("input", f"found a dense model in {source}, {what}")
     if collections:
         check_lengths(encoder.model, encoding.query_max_len, encoding.passage_max_len, source)
-    base = _open_base(arguments.base, encoding, encoder) if arguments.base is not None else None
+    base = (
+        _open_base(arguments.base, arguments.base_revision, encoding, encoder) if arguments.base is not None else None
+    )
     cache = place.embeddings if encoding.cache_dir is None else Path(encoding.cache_dir)
 
     def evaluate() -> dict[str, float]:
@@ -136,10 +138,10 @@ def _merge(arguments: MergeArguments, encoding: EncodingArguments, place: Output
     return merged
 
 
-def _open_base(name: str, encoding: EncodingArguments, tuned: Encoder) -> Encoder:
+def _open_base(name: str, revision: str | None, encoding: EncodingArguments, tuned: Encoder) -> Encoder:
     from clpl_moe.moe.inject import has_experts, merge_experts
 
-    base = open_encoder(name, encoding)
+    base = open_encoder(name, encoding, revision)
     if has_experts(base.model):
         merge_experts(base)
     if base.settings != tuned.settings:

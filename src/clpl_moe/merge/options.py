@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from clpl_moe.common.errors import OptionError
-from clpl_moe.common.options import option
+from clpl_moe.common.options import check_bounds, option
 
 _SPREAD = [0.25, 0.5, 0.75, 1.0]
 
@@ -18,14 +17,18 @@ class MergeArguments:
     """What to merge, and how."""
 
     input: str | None = option("model to merge: a folder or hub name, with experts or dense", None)
-    output: str | None = option("folder for the dense model; must be new or empty", None)
+    output: str | None = option("folder for the dense model; must be new or empty, unless overwrite is set", None)
     base: str | None = option(
         "model whose weights are mixed with it: its base model, a folder or hub name", None, aliases=["--with"]
     )
+    revision: str | None = option("commit, branch or tag of input on the hub; not given: the newest", None)
+    base_revision: str | None = option("as revision, of the base model", None)
     alpha: list[float] | None = option(
         "share of the tuned weights, 1 - alpha being the base's. Of several, and the base itself, the best on the"
         " collection is kept; not given: 0.25 0.5 0.75 1 with a collection, 0.5 without",
         None,
+        least=0,
+        most=1,
     )
     weights: Literal["mean", "load"] = option(
         "how experts are merged: mean, or load: each weighted by its layer's share of tokens in passages of the"
@@ -39,6 +42,7 @@ class MergeArguments:
     overwrite: bool = option("replace the model that is there", False)
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         for name in ("input", "output"):
             if not getattr(self, name):
                 raise OptionError(name, "found nothing, expected a folder")
@@ -46,9 +50,8 @@ class MergeArguments:
             raise OptionError("output", "found the folder of input, expected another one")
         if self.alpha is not None and self.base is None:
             raise OptionError("alpha", "mixes with the weights of a base model, expected base, too")
-        for value in self.alpha or []:
-            if not (math.isfinite(value) and 0 <= value <= 1):
-                raise OptionError("alpha", f"found {value}, expected 0 to 1")
+        if self.base_revision is not None and self.base is None:
+            raise OptionError("base_revision", "found no base, whose revision it is")
         if len(self.alphas) > 1 and self.collection is None:
             raise OptionError("alpha", "found several, expected one, or a collection that decides between them")
         if (self.collection is None) != (self.languages is None):

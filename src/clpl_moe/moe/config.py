@@ -30,13 +30,12 @@ class MoEConfig:
         default="straight_through",
         metadata={
             "help": "how experts are weighted: straight_through learns at every top_k; softmax_topk is Switch's rule,"
-            " scaled; topk_softmax is the rule of the 2024 checkpoints, whose router does not learn at top_k 1; one_per_text"
-            " chooses for whole texts; random draws in training; given takes the expert that comes with the text; or the name"
-            " of a router of your own (clpl_moe.moe.register_router)",
+            " scaled; topk_softmax is the rule of the 2024 checkpoints, whose router does not learn at top_k 1; random"
+            " draws in training; given takes the expert that comes with the text; or the name of a router of your own"
+            " (clpl_moe.moe.register_router)",
         },
     )
     router_init_std: float = field(default=0.02, metadata={"help": "standard deviation of the router's first weights"})
-
     expert: int = field(default=0, metadata={"help": "with router given: the expert of texts that have none given"})
 
     def __post_init__(self) -> None:

@@ -9,8 +9,8 @@ of N experts, ``p = softmax(logits)`` and the chosen experts C, these come with 
 - ``softmax_topk``: ``p[C] · N / top_k``, Switch's rule (arXiv:2101.03961) scaled so that weights sum to 1 while the
   router is undecided. Its first weights are close to 0, which keeps the function at injection.
 - ``topk_softmax``: softmax over the chosen logits only. At ``top_k`` 1 the router has no gradient.
-- ``given``: no logits; the expert is given with the text, by its data file.
 - ``random``: no logits; in training one expert drawn for all tokens, in evaluation the experts' mean.
+- ``given``: no logits; the expert is given with the text, by its data file.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class Router(nn.Module):
 
     ``weight`` (N, in_features) is what :meth:`score` multiplies with.
     """
+
+    weight: Tensor
 
     unit_at_top_1: ClassVar[bool] = False
     """Promise: where ``top_k`` is 1, all weights are 1 in value. They are then not multiplied; their gradient is kept."""
@@ -182,8 +184,6 @@ class TopKSoftmax(Router):
 
 class _Untrained(Router):
     """Scores nothing and learns nothing."""
-
-    weight: Tensor
 
     def __init__(self, in_features: int, num_experts: int, top_k: int) -> None:
         super().__init__(in_features, num_experts, top_k)

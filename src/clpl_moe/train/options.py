@@ -41,8 +41,7 @@ class ModelOptions:
     moe_layers: str = option("Layers with experts: all, every:2 (from the last), or numbers such as 8,9,10,11.", "all")
     router: str = option(
         "How experts are chosen and weighted: straight_through, softmax_topk, topk_softmax (of the 2024 code, whose router"
-        " does not learn at top_k 1), one_per_text, random, given (by experts_of_data), or a router of your own, registered"
-        " before.",
+        " does not learn at top_k 1), random, given (by experts_of_data), or a router of your own, registered before.",
         "straight_through",
     )
     router_init_std: float = option("Standard deviation of the router's first weights.", 0.02, least=0, most=1_000)
