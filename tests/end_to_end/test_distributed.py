@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.distributed_work import train_keeping_gradients
-from helpers.tiny_training import arguments, make_runner, read_metrics, write_triplets
+from helpers.tiny_training import arguments, make_collection, make_runner, read_metrics, write_triplets
 
 # FlagEmbedding's gradients under negatives_cross_device are 1 / processes of one process's; and on a machine without
 # accelerators its processes do not find each other, each trains alone.
@@ -100,6 +100,19 @@ def test_only_the_first_process_prints(tiny_encoder, tmp_path):
     for line in ("base model  ", "saved to ", "Next: "):
         assert done.stdout.count(line) == 1
     assert done.stderr.count("without any effect") == 1
+
+
+@pytest.mark.slow
+def test_processes_share_the_evaluation_of_the_merged_model(tiny_encoder, tmp_path):
+    data, dev = write_triplets(tmp_path / "train.jsonl", 8), make_collection(tmp_path / "dev")
+    more = {"dev_collection": dev, "dev_language": "ko", "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    argv = arguments(tiny_encoder, data, tmp_path / "run", **more, use_cpu=True, merge_experts=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, "-m", "clpl_moe.train", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert sum(line.startswith("merged ") for line in done.stdout.splitlines()) == 1
+    assert (tmp_path / "run" / "merged" / "model.safetensors").is_file()
 
 
 def start(processes, argv, script=None):

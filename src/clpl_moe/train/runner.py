@@ -265,8 +265,8 @@ class CLPLRunner:
             write_model_card(
                 self.plan, self.settings, self.model, state.global_step, saved, before if changed else None
             )
-            if args.merge_experts:
-                merged = self._save_merged()
+        if args.merge_experts:
+            merged = self._save_merged()
         return TrainResult(
             output_dir,
             before=before,
@@ -279,15 +279,18 @@ class CLPLRunner:
         )
 
     def _save_merged(self) -> dict[str, float] | None:
-        """Save the saved model again with its experts merged; its metrics on the dev collection, where there is one."""
+        """Save the saved model again with its experts merged; its metrics on the dev collection, where there is one, in the
+        first process. All processes have to call this, as they share the evaluation."""
         args, evaluator = self.training_args, self.trainer.evaluator
-        # Not the one in memory: of that, FSDP has no whole weights.
-        encoder = Encoder.load(args.folder, device=args.device, compute_dtype=args.encode_dtype)
-        merge_experts(encoder).save(args.folder / MERGED_FOLDER)
+        folder = args.folder / MERGED_FOLDER
+        if self.trainer.is_world_process_zero():
+            # Not the one in memory: of that, FSDP has no whole weights.
+            merge_experts(Encoder.load(args.folder, device="cpu")).save(folder)
+        self.trainer.wait()
         if evaluator is None:
             return None
-        found = evaluator(encoder)
-        return {known: found[name] for name, known in DEV_METRICS.items()}
+        found = evaluator(Encoder.load(folder, device=args.device, compute_dtype=args.encode_dtype))
+        return {known: found[name] for name, known in DEV_METRICS.items()} if found else None
 
     def _evaluations(self) -> dict[int, dict[str, float]]:
         """Metrics of the dev collection after each step with an evaluation; the latest, where there were several."""
