@@ -182,10 +182,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_run(run):
     assert not (folder / "checkpoint-3" / ".half-written").exists()
 
 
-@pytest.mark.parametrize("name", ["train_config.yaml", "train_data.json", "metrics.jsonl"])
-def test_what_is_no_file_is_not_waited_for(run, capsys, name):
+@pytest.mark.parametrize("name", ["train_config.yaml", "train_data.json", "metrics.jsonl", "trainer_state.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_waited_for(run, capsys, name, make):
     folder, argv = run
-    fifo(folder / name)
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
     assert f"{name}: not a file" in refused(argv, capsys)
 
 
@@ -311,6 +313,10 @@ def damage(path, draw):
             os.mkfifo(path)
 
 
+def waited(number, frame):
+    raise TimeoutError("waits for ever")
+
+
 def contents(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*") if path.name != "lock"}
 
@@ -327,7 +333,8 @@ def test_whatever_is_damaged_a_resume_goes_on_or_says_why(stopped, tmp_path_fact
         if path.parent.is_dir() or not os.path.lexists(path.parent):
             damage(path, data.draw)
     before = contents(run)
-    signal.alarm(120)  # ends what waits for ever
+    signal.signal(signal.SIGALRM, waited)
+    signal.alarm(120)
     code = 0
     try:
         main([str(run) if word == str(folder) else word for word in argv] + ["--resume_from_checkpoint", "true"])

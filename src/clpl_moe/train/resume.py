@@ -18,7 +18,7 @@ from clpl_moe.common.yaml_files import load_yaml
 from clpl_moe.data.schema import data_files
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLTrainingArguments
 from clpl_moe.train.callbacks import progress
-from clpl_moe.train.checkpoint import checkpoints, fault, in_the_way, is_unfinished, read_state
+from clpl_moe.train.checkpoint import STATE_FILE, checkpoints, fault, in_the_way, is_unfinished, read_state
 from clpl_moe.train.metrics_file import METRICS_FILE
 from clpl_moe.train.options import WITHOUT_EFFECT
 
@@ -50,9 +50,10 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{at(output_dir)}: a file is in the way of the run folder; name another output_dir")
     refuse_unwritable(output_dir / CONFIG_FILE)
-    for name in (CONFIG_FILE, DATA_FILE, METRICS_FILE):
-        if (output_dir / name).exists() and not (output_dir / name).is_file():
-            raise UserError(f"{at(output_dir / name)}: not a file, and in the way of the run's; remove it")
+    for path in output_dir.iterdir() if output_dir.exists() else ():
+        is_folder = path.is_dir() and path.name not in (CONFIG_FILE, DATA_FILE, METRICS_FILE, STATE_FILE)
+        if path.exists() and not path.is_file() and not is_folder:
+            raise UserError(f"{at(path)}: not a file, and in the way of the run's; remove it")
     for path in in_the_way(output_dir):
         raise UserError(f"{at(path)}: not a folder, and in the way of a checkpoint; remove it")
     if resume is None:
