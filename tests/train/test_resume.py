@@ -253,6 +253,7 @@ PLACES = st.sampled_from([f"checkpoint-3/{name}" for name in OF_A_CHECKPOINT] + 
 def put(path, content):
     if path.is_dir():
         shutil.rmtree(path)
+    path.unlink(missing_ok=True)  # a pipe would wait for a reader
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
 
@@ -287,6 +288,8 @@ def change_tensors(path, draw):
 
 def damage(path, draw):
     how = draw(st.sampled_from(["cut", "bytes", "flip", "json", "change", "torch", "delete", "folder", "fifo"]))
+    if path.is_fifo():
+        path.unlink()
     content = path.read_bytes() if path.is_file() else b""
     if how == "cut":
         put(path, content[: draw(st.integers(0, max(0, len(content) - 1)))])

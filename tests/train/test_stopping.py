@@ -146,3 +146,14 @@ if __name__ == "__main__":
     except SystemExit as stopped:
         (folder / f"code-{rank}-{stopped.code}").touch()
         raise
+
+
+def test_a_process_that_makes_batches_does_not_hold_up_the_exit():
+    """Python ends it by SIGTERM, and waits."""
+    code = """
+from torch.utils.data import DataLoader
+from clpl_moe.train.stopping import ignore_in_workers
+left = iter(DataLoader(range(9), num_workers=1, worker_init_fn=ignore_in_workers))
+next(left)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import multiprocessing.util  # whose own function at exit has to come after ours
 import os
 import re
 import signal
@@ -115,3 +117,11 @@ def ignore_in_workers(number: int) -> None:
     del number
     for known in (signal.SIGTERM, *((signal.SIGUSR1,) if sys.platform != "win32" else ())):
         signal.signal(known, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """What makes batches and is left at the exit: Python would send it SIGTERM, which it ignores, and wait for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
