@@ -26,3 +26,11 @@ def test_called_from_python(tmp_path, capsys):
     (tmp_path / "after" / "ko" / "metrics.json").write_text("[]")
     with pytest.raises(UserError, match="not the results of clpl_moe.evaluate"):
         card(run=tmp_path, after=tmp_path / "after")
+
+
+@pytest.mark.parametrize("value", [{}, {"nDCG@5": 0.5}])
+def test_scores_in_place_of_a_number_are_refused(tmp_path, value):
+    """Only the file of the heads' scores has numbers of each."""
+    write_results(tmp_path / "after", "ko", value)
+    with pytest.raises(UserError, match=r"metrics\.json: not the results of clpl_moe\.evaluate"):
+        card(run=tmp_path, after=tmp_path / "after")

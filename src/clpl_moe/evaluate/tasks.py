@@ -180,11 +180,13 @@ def read_result(path: Path) -> dict[str, Any]:
     except UserError:
         content = {}
     names = ("collection", "collection_hash", "split")
-    if _are_metrics(content.get("metrics")) and all(is_text(content.get(name)) for name in names):
+    if _are_metrics(content.get("metrics"), path.name == M3_FILE) and all(is_text(content.get(name)) for name in names):
         return content
     raise UserError(f"{at(path)}: not the results of clpl_moe.evaluate")
 
 
-def _are_metrics(value: Any) -> bool:
+def _are_metrics(value: Any, of_each_score: bool) -> bool:
     """Numbers by metric; of several kinds of score, such numbers of each."""
-    return isinstance(value, dict) and all(is_number(one) or _are_metrics(one) for one in value.values())
+    if not isinstance(value, dict):
+        return False
+    return all(_are_metrics(one, False) if of_each_score else is_number(one) for one in value.values())
