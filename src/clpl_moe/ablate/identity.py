@@ -54,8 +54,8 @@ def content_hash(path: Path) -> str:
 
 
 @functools.cache  # a plan compares each of its runs with every folder
-def _read_options(path: Path, changed: int) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _read_options(path: Path, changed: int) -> dict[str, Any] | None:
+    return find_json(path)
 
 
 @dataclass
@@ -74,7 +74,8 @@ class Decisive:
 
     def is_of(self, folder: Path) -> bool:
         """Whether a folder's content was made in the same way. An option that it does not know must have its default now."""
-        if (then := find_json(folder / OPTIONS_FILE)) is None:
+        path = folder / OPTIONS_FILE
+        if not path.is_file() or (then := _read_options(path, path.stat().st_mtime_ns)) is None:
             return False
         now = json.loads(json.dumps(self.values, default=str))
         new = {name: value for name, value in self.values.items() if name not in then}

@@ -87,9 +87,8 @@ class Output:
         """Remove from the work folder what no next run needs; returns whether it is empty but for the lock."""
         if error is None:
             _remove(self.work / _CLAIMS)
-        if error is None or isinstance(
-            error, UserError
-        ):  # not of an interruption: the same command would end the same way
+        # After a mistake the same command would end the same way; after an interruption it goes on from them.
+        if error is None or isinstance(error, UserError):
             _remove(self.embeddings)
         return [path.name for path in self.work.iterdir()] == [_LOCK]
 

@@ -132,8 +132,7 @@ def refuse_own_code(folder: str | Path, hub: Mapping[str, str | None]) -> None:
     own = described.get("activation_fn") if isinstance(described, dict) else None
     for activation in (own, config.get("sbert_ce_default_activation_function")):
         _check_activation(activation, folder, "config.json")
-    for activation in (read_description(folder, hub).get("activation_fn"),):
-        _check_activation(activation, folder, "config_sentence_transformers.json")
+    _check_activation(read_description(folder, hub).get("activation_fn"), folder, "config_sentence_transformers.json")
 
 
 def _check_activation(activation: Any, folder: str | Path, name: str) -> None:

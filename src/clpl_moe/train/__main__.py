@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
 from clpl_moe.common.cli import parse
 from clpl_moe.common.errors import command
+from clpl_moe.common.output import is_first_process
 from clpl_moe.train import all_options, train
 from clpl_moe.train.help import help_text
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if {"-h", "--help"} & set(argv):
         print(help_text(PROG, DESCRIPTION), end="")
         return
-    first = os.environ.get("RANK", "0") == "0"  # of several processes
+    first = is_first_process()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING if first else logging.ERROR)
     result = train(*parse(all_options(), PROG, DESCRIPTION, argv), on_plan=lambda plan: print(plan, flush=True))
     if first:
