@@ -26,6 +26,9 @@ def index(tmp_path):
         ({"margin": 0.035, "max_positive_ratio": 0.9}, [7, 8, 9]),  # the narrower of both
         ({"positives": (2, 7)}, [0, 1, 3, 4, 5, 6, 8, 9]),
         ({"positives": (2, 7), "max_positive_ratio": 0.95}, [8, 9]),  # of the lowest positive
+        ({"positives": (2, 7), "max_positive_ratio": 0.95, "positive_score": "mean"}, [8, 9]),  # at most 0.75
+        ({"positives": (2, 7), "margin": -0.02, "positive_score": "mean"}, [6, 8, 9]),  # at most 0.81
+        ({"positives": (2, 7), "max_positive_ratio": 0.95, "positive_score": "highest"}, [6, 8, 9]),  # at most 0.836
         ({"excluded": (3, 6)}, [0, 1, 4, 5, 7, 8, 9]),
         ({"rank_from": 3, "rank_to": 5, "negatives": 2}, [3, 4]),
     ],

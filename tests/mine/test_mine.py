@@ -211,6 +211,32 @@ def test_negatives_nearly_as_similar_as_the_positive_are_left_out(tiny_encoder, 
     assert re.search(rf"nearly as similar as a positive +{left_out}\n", output)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_which_of_several_positives_sets_the_limits(tiny_encoder, tmp_path, capsys):
+    """With counts of what each number of positives costs."""
+    qrels = {"q0": {"p0": 1}, "q1": {"p1": 1, "p5": 1}, "q2": {f"p{i}": 1 for i in range(2, 9)}}
+    folder = make_collection(tmp_path, qrels=qrels)
+    everything = run(tiny_encoder, folder, rank_to=15, negatives=15)
+    rules = {"lowest": min, "mean": lambda scores: sum(scores) / len(scores), "highest": max}
+    found = {}
+    for rule, joined in rules.items():
+        capsys.readouterr()
+        options = {"rank_to": 15, "negatives": 15, "max_positive_ratio": 1, "overwrite": "true"}
+        found[rule] = run(tiny_encoder, folder, positive_score=rule, **options)
+        output = capsys.readouterr().out
+        for (query_id, record), kind in zip(everything.items(), ("1 positive", "2 positives", "3 positives or more")):
+            positive = joined(record["pos_scores"])
+            scores = dict(zip(record["neg_ids"], record["neg_scores"]))
+            expected = [p for p, score in scores.items() if score <= positive]
+            assert (found[rule][query_id]["neg_ids"] if query_id in found[rule] else []) == expected
+            left_out = len(scores) - len(expected)
+            assert re.search(rf"queries of {kind} +1\n", output)
+            assert re.search(rf"queries of {kind}: negatives +{len(expected)}\n", output)
+            assert re.search(rf"queries of {kind}: passages left out, nearly as similar +{left_out}\n", output)
+            assert re.search(rf"queries of {kind}: no passage was left +{int(not expected)}\n", output)
+    assert found["lowest"] != found["highest"]
+
+
 def test_any_passage_of_the_corpus_without_an_encoder(tmp_path):
     records = run(tmp_path / "no model", make_collection(tmp_path), sampling="corpus", negatives=5)
     assert list(records) == list(QUERIES)

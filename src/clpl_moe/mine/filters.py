@@ -2,8 +2,8 @@
 
 1. Known answers: the query's relevant passages, and passages that have the same question among their queries
    (:attr:`MiningQuery.excluded`).
-2. Passages nearly as similar to the query as its least similar positive: ``max_positive_ratio`` (TopK-PercPos of
-   NV-Retriever, arXiv:2407.15831) and ``margin``.
+2. Passages nearly as similar to the query as its positive: ``max_positive_ratio`` (TopK-PercPos of NV-Retriever,
+   arXiv:2407.15831) and ``margin``. Of several positives, ``positive_score`` says whose score that is.
 3. Copies of a positive: a passage that holds nearly all of it, or is nearly all in it (``max_overlap``).
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from clpl_moe.mine.index import PassageIndex, comparable
-from clpl_moe.mine.options import SelectionArguments
+from clpl_moe.mine.options import PositiveScore, SelectionArguments
 from clpl_moe.mine.rank import Candidate, MiningQuery
 
 _PIECE = 5  # characters
@@ -28,21 +28,28 @@ def without_known_answers(candidates: Sequence[Candidate], query: MiningQuery) -
 def below_ceiling(
     candidates: Sequence[Candidate], positive_scores: Sequence[float], selection: SelectionArguments
 ) -> list[Candidate]:
-    """The candidates whose score is far enough below the lowest positive's."""
+    """The candidates whose score is far enough below the positive's."""
     ceiling = highest_score(positive_scores, selection)
     return [(place, score) for place, score in candidates if score <= ceiling]
 
 
 def highest_score(positive_scores: Sequence[float], selection: SelectionArguments) -> float:
     """The highest score that a negative may have."""
-    lowest = min(positive_scores)
+    positive = joined(positive_scores, selection.positive_score)
     limits = [math.inf]
     if selection.max_positive_ratio > 0:
         # Of a score below 0 (a reranker's) 95% would be above it.
-        limits.append(lowest - (1 - selection.max_positive_ratio) * abs(lowest))
+        limits.append(positive - (1 - selection.max_positive_ratio) * abs(positive))
     if selection.margin is not None:
-        limits.append(lowest - selection.margin)
+        limits.append(positive - selection.margin)
     return min(limits)
+
+
+def joined(positive_scores: Sequence[float], rule: PositiveScore) -> float:
+    """The one score that stands for those of all positives of a query."""
+    if rule == "mean":
+        return sum(positive_scores) / len(positive_scores)
+    return min(positive_scores) if rule == "lowest" else max(positive_scores)
 
 
 class CopyFilter:

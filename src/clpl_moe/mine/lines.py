@@ -8,12 +8,15 @@ Prompts are not written into the texts: training and evaluation add them.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from clpl_moe.mine.rank import MiningQuery
-from clpl_moe.mine.select import NegativeMiner
+from clpl_moe.mine.select import NegativeMiner, Negatives
 from clpl_moe.retrieval.collection import Collection, normalize_text
+
+_MANY = 3  # positives, from which on queries are counted together
 
 
 def training_lines(miner: NegativeMiner, collection: Collection, most: int) -> Iterator[dict[str, Any]]:
@@ -37,7 +40,10 @@ def training_lines(miner: NegativeMiner, collection: Collection, most: int) -> I
         queries.append(MiningQuery(query_id, text, relevant, excluded))
     if not queries:
         return
+    several = any(len(query.positives) > 1 for query in queries)
     for query, negatives in zip(queries, miner.mine(queries), strict=True):
+        if several:
+            _count_by_positives(query, negatives, counts)
         if not negatives.places:
             counts["queries dropped: no passage was left"] += 1
             continue
@@ -63,6 +69,16 @@ def training_lines(miner: NegativeMiner, collection: Collection, most: int) -> I
             "pos_ids": [index.passage_id(place) for place in query.positives],
             "neg_ids": [index.passage_id(place) for place in negatives.places],
         }
+
+
+def _count_by_positives(query: MiningQuery, negatives: Negatives, counts: Counter[str]) -> None:
+    """What the limits left to queries of one positive, and to those of several: ``positive_score`` moves the latter."""
+    number = len(query.positives)
+    kind = "1 positive" if number == 1 else f"{number} positives" if number < _MANY else f"{_MANY} positives or more"
+    counts[f"queries of {kind}"] += 1
+    counts[f"queries of {kind}: negatives"] += len(negatives.places)
+    counts[f"queries of {kind}: passages left out, nearly as similar"] += negatives.too_similar
+    counts[f"queries of {kind}: no passage was left"] += not negatives.places
 
 
 def _draw_some(queries: list[str], most: int, draw: random.Random) -> list[str]:

@@ -10,6 +10,7 @@ from clpl_moe.common.errors import OptionError
 from clpl_moe.common.options import check_bounds, option
 
 Sampling = Literal["top", "random", "score", "corpus"]
+PositiveScore = Literal["lowest", "mean", "highest"]
 
 
 @dataclass
@@ -56,10 +57,13 @@ class SelectionArguments:
     )
     sampling_temperature: float = option("of sampling score: a passage's weight is exp(score / temperature)", 0.02)
     max_positive_ratio: float = option(
-        "highest score of a negative, as a share of the lowest positive's; 0: no such limit", 0.95
+        "highest score of a negative, as a share of the positive's; 0: no such limit", 0.95
     )
     margin: float | None = option(
-        "how far below the lowest positive's score a negative's must be; not given: no such limit", None
+        "how far below the positive's score a negative's must be; not given: no such limit", None
+    )
+    positive_score: PositiveScore = option(
+        "of a query with several positives: the score that these limits go by", "lowest"
     )
     max_overlap: float = option(
         "share of the shorter text that a negative and a positive may have in common, in pieces of 5 characters;"

@@ -41,6 +41,7 @@ class Negatives:
     places: list[int]  # in the index, best first
     scores: list[float] | None
     positive_scores: list[float] | None  # of positives that the index holds, then of the others
+    too_similar: int = 0  # passages of the window that are left out, since they score nearly as high as the positive
 
 
 @dataclass(kw_only=True)
@@ -95,10 +96,12 @@ class NegativeMiner:
     def _select(self, scored: Scored) -> Negatives:
         window = scored.candidates[self.selection.rank_from - 1 :]
         allowed = below_ceiling(window, scored.positive_scores, self.selection)
-        self.counts["passages left out: nearly as similar as a positive"] += len(window) - len(allowed)
+        too_similar = len(window) - len(allowed)
+        self.counts["passages left out: nearly as similar as a positive"] += too_similar
         taken = set(self._take(_in_order(allowed, self.selection, self._draw(scored.query)), scored.query))
         best_first = [(place, score) for place, score in allowed if place in taken]
-        return Negatives([p for p, _ in best_first], [score for _, score in best_first], scored.positive_scores)
+        places, scores = [place for place, _ in best_first], [score for _, score in best_first]
+        return Negatives(places, scores, scored.positive_scores, too_similar)
 
     def _take(self, places: Iterator[int], query: MiningQuery) -> list[int]:
         """The first of the places that are neither known to answer the query nor copies of a positive."""

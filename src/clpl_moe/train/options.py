@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from clpl_moe.common.options import Bounds, option
 from clpl_moe.loss.options import LossTermOptions
-from clpl_moe.mine.options import Sampling, SelectionArguments
+from clpl_moe.mine.options import PositiveScore, Sampling, SelectionArguments
 from clpl_moe.moe.config import TARGETS, MoEConfig
 
 
@@ -215,6 +215,7 @@ class RefreshOptions:
     ance_sampling_temperature: float = _as_in_mine("sampling_temperature")
     ance_max_positive_ratio: float = _as_in_mine("max_positive_ratio")
     ance_margin: float | None = _as_in_mine("margin")
+    ance_positive_score: str = _as_in_mine("positive_score", choices=list(get_args(PositiveScore)))
     ance_max_overlap: float = _as_in_mine("max_overlap")
 
 
