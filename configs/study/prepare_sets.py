@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clpl_moe.common.files import atomic_dir, write_jsonl
+from clpl_moe.common.files import write_jsonl
+from clpl_moe.common.output import atomic_dir
 from clpl_moe.prepare.articles import make_collection
 from clpl_moe.prepare.source import Split
 from clpl_moe.prepare.sources.beir import Beir
