@@ -67,3 +67,21 @@ def narrow_encoder(tmp_path_factory, tiny_tokenizer):
 
 def pytest_sessionfinish():
     shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture
+def llm(tmp_path, monkeypatch):
+    """Starts servers that stand in for language models (``helpers/llm_server.py``)."""
+    from helpers.synthesis import Llm
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    servers = []
+
+    def start(plan=None, seconds=0.0):
+        servers.append(Llm(tmp_path / f"server{len(servers)}", plan or {}, seconds))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.process.kill()
+        server.process.wait()

@@ -19,7 +19,7 @@ sys.modules["fcntl"] = None
 """
 MINE = """
 from clpl_moe.mine.__main__ import main
-import clpl_moe.ablate.work, clpl_moe.synthesize.journal, clpl_moe.evaluate.evaluation, clpl_moe.prepare.sources
+import clpl_moe.ablate.work, clpl_moe.llm.journal, clpl_moe.evaluate.evaluation, clpl_moe.prepare.sources
 main(sys.argv[1:])
 """
 TESTS = "import pytest; sys.exit(pytest.main(sys.argv[1:]))"

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -65,10 +64,11 @@ def _synthesize(
     output: Output,
 ) -> Synthesized:
     from clpl_moe.encoder.settings import check_lengths
+    from clpl_moe.llm.asking import naming_the_journal
+    from clpl_moe.llm.backends import open_backend
+    from clpl_moe.llm.journal import Journal, read_journal
     from clpl_moe.retrieval.store import cache_folder
-    from clpl_moe.synthesize.backends import open_backend
-    from clpl_moe.synthesize.job import Job, output_paths
-    from clpl_moe.synthesize.journal import Journal, read_journal
+    from clpl_moe.synthesize.job import JOURNAL, Job, output_paths
     from clpl_moe.synthesize.round_trip import drop_lost_queries
 
     journal_path = output.path
@@ -76,7 +76,9 @@ def _synthesize(
     main, *beside = output_paths(arguments)
     refuse_existing(main, arguments.overwrite or output.claimed(main))
     job = Job(arguments)
-    before = read_journal(journal_path, job.settings, arguments.overwrite)[0] if journal_path.exists() else {}
+    before = {}
+    if journal_path.exists():
+        before = read_journal(journal_path, JOURNAL, job.settings, arguments.overwrite)[0]
     for path in beside:  # after the journal, whose message says more
         refuse_existing(path, arguments.overwrite or output.claimed(path))
     plan = job.plan(before)
@@ -90,17 +92,10 @@ def _synthesize(
     if arguments.round_trip_model is not None:
         encoder = open_encoder(arguments.round_trip_model, encoding, arguments.round_trip_revision)
         check_lengths(encoder.model, encoding.query_max_len, encoding.passage_max_len)
-    with Journal(journal_path, job.settings, arguments.overwrite) as journal:
-        try:
-            if backend is not None:
+    with Journal(journal_path, JOURNAL, job.settings, arguments.overwrite) as journal:
+        if backend is not None:
+            with naming_the_journal(journal):
                 job.ask(backend, journal)
-        except (UserError, KeyboardInterrupt) as error:
-            kept = sum(map(len, journal.answers.values()))
-            hint = f"{kept} answers are in {journal_path}: the same command goes on from there"
-            if isinstance(error, UserError):
-                raise UserError(f"{error}; {hint}") from None
-            print(hint, file=sys.stderr)
-            raise
         answers = journal.answers
     if job.no_answer and not any(key in answers for key in job.wanted):
         reason = Counter(job.no_answer.values()).most_common(1)[0][0]

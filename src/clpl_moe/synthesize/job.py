@@ -2,58 +2,33 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
-from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.files import write_jsonl
-from clpl_moe.common.yaml_files import load_yaml
-from clpl_moe.data.schema import data_files
+from clpl_moe.llm import prompts
+from clpl_moe.llm.answers import read_queries
+from clpl_moe.llm.asking import ASKED_AT_MOST, Answers, ask, estimate, training_files
+from clpl_moe.llm.backends import Answer, Backend, Question
+from clpl_moe.llm.journal import Format, Journal
 from clpl_moe.retrieval.collection import load_passages
-from clpl_moe.synthesize.answers import read_queries
-from clpl_moe.synthesize.backends import Answer, Backend, Question
-from clpl_moe.synthesize.journal import Journal
 from clpl_moe.synthesize.options import SynthesizeArguments
 from clpl_moe.synthesize.passages import fill_lines, read_passages
 
 PROMPTS = Path(__file__).with_name("prompts.yaml")
-_PLACEHOLDERS = ("passage", "queries")
-_ASKED_AT_MOST = 2
-_BYTES_PER_TOKEN = 4  # of UTF-8: what tokenizers of large models need for English, Korean, Persian and Hindi, roughly
-
-Answers = Mapping[str, Sequence[Answer]]  # by key of the passage
+JOURNAL = Format("clpl_moe.synthesize 1", "passage")
 
 
 def load_prompt(language: str, path: str | Path | None = None) -> str:
-    """The prompt for a language, else the ``generic`` one, of a YAML file whose prompts are all checked; None: of the
-    package's own."""
-    path = PROMPTS if path is None else Path(path)
-    prompts = load_yaml(path)
-    for name, prompt in prompts.items():
-        if not isinstance(name, str):  # such as no, which YAML takes for false
-            raise UserError(f"{at(path)}: found {name!r}, expected the name of a language; put it into quotes")
-        place = at(path, field=name)
-        if not isinstance(prompt, str):
-            raise UserError(f"{place}: found a {type(prompt).__name__}, expected the prompt's text")
-        if "{passage}" not in prompt:
-            raise UserError(f"{place}: the prompt has no {{passage}}, the place of the passage")
-        for placeholder in re.findall(r"\{(\w+)\}", prompt):
-            if placeholder not in _PLACEHOLDERS:
-                raise UserError(f"{place}: found {{{placeholder}}}, expected {{passage}} or {{queries}}")
-    for name in (language, "generic"):
-        if name in prompts:
-            return prompts[name]
-    raise UserError(f"{at(path)}: no prompt for '{language}' and no 'generic' one; the file has {', '.join(prompts)}")
+    """The prompt for a language (:func:`clpl_moe.llm.prompts.load_prompt`); None: of the package's own file."""
+    return prompts.load_prompt(PROMPTS if path is None else Path(path), language, ["passage"], ["queries"])
 
 
 def fill(prompt: str, passage: str, queries: int) -> str:
-    """A prompt with a passage put into it; braces of the passage mean nothing."""
-    return prompt.replace("{queries}", str(queries)).replace("{passage}", passage)
+    """A prompt with a passage put into it."""
+    return prompts.fill_prompt(prompt, passage=passage, queries=str(queries))
 
 
 class Job:
@@ -61,16 +36,9 @@ class Job:
 
     def __init__(self, arguments: SynthesizeArguments) -> None:
         self.arguments = arguments
-        self.files = data_files(arguments.train_data)
-        if Path(arguments.output).resolve().parent in {Path(path).resolve() for path in arguments.train_data}:
-            where = f"{arguments.output} lies in a folder of train_data, every file of which is read as training data"
-            raise OptionError("output", f"{where}; name another folder")
+        self.files = training_files(arguments)
         self.prompt = load_prompt(arguments.language, arguments.prompts)
-        given = {name: getattr(arguments, name) for name in ("backend", "model", "language", "queries_per_passage")}
-        # What decides the questions, for the journal.
-        self.settings = {**given, "prompt": self.prompt, "request": arguments.request_fields()}
-        if arguments.revision is not None:
-            self.settings["revision"] = arguments.revision
+        self.settings = arguments.settings(self.prompt, queries_per_passage=arguments.queries_per_passage)
         # Further passages that the round trip searches, checked before answers are paid for.
         self.corpus: Sequence[str] = ()
         if arguments.round_trip_collection:
@@ -114,32 +82,19 @@ class Job:
 
     def plan(self, answers: Answers) -> dict[str, int]:
         """What a run would do, given the answers that are there."""
-        asked = [key for attempt in range(_ASKED_AT_MOST) for key in self.to_ask(answers, attempt)]
-        size = sum(len(self.question(key).prompt.encode()) for key in asked)
+        asked = [key for attempt in range(ASKED_AT_MOST) for key in self.to_ask(answers, attempt)]
         return {
             "passages that occur as a negative": sum(p.negative for p in self.passages.values()),
             "of these without a query": len(self.wanted),
             "answered before": sum(key in answers for key in self.wanted),
-            "requests to make": len(asked),
-            "tokens of their prompts, roughly": size // _BYTES_PER_TOKEN,
+            **estimate(map(self.question, asked)),
         }
 
     def ask(self, backend: Backend, journal: Journal) -> None:
         """Ask until each passage has a query, or has been asked about twice."""
-        for attempt in range(_ASKED_AT_MOST):
+        for attempt in range(ASKED_AT_MOST):
             keys = self.to_ask(journal.answers, attempt)
-            label = "ask" if attempt == 0 else "ask again"
-            with tqdm(total=len(keys), desc=label, unit="passage", disable=not keys) as bar:
-
-                def done(question: Question, answer: Answer | str, bar: tqdm = bar) -> None:
-                    if isinstance(answer, str):
-                        self.no_answer[question.key] = answer
-                        bar.set_postfix({"without answer": len(self.no_answer)})
-                    else:
-                        journal.add(question.key, answer)
-                    bar.update()
-
-                backend.ask(map(self.question, keys), done)
+            self.no_answer |= ask(backend, map(self.question, keys), len(keys), journal, attempt, "passage")
 
     def take(self, answers: Answers) -> None:
         """Take the usable queries from the answers, and for the other passages the reason."""

@@ -17,8 +17,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from clpl_moe.common.errors import OptionError, UserError, shorten
-from clpl_moe.synthesize.backends import Answer, Done, Question
-from clpl_moe.synthesize.options import SynthesizeArguments
+from clpl_moe.llm.backends import Answer, Done, Question
+from clpl_moe.llm.options import AskingArguments
 
 try:
     import openai
@@ -37,7 +37,7 @@ _SHORTEST_KEY = 8  # characters; those of a server without keys of its own, such
 class Server:
     """A server and how it is asked; :class:`UserError` where the key is missing, or the address is none."""
 
-    def __init__(self, arguments: SynthesizeArguments) -> None:
+    def __init__(self, arguments: AskingArguments) -> None:
         self._arguments, self._fields, self._base_url = arguments, arguments.request_fields(), arguments.base_url
         if self._base_url is not None:
             _check_url(self._base_url)

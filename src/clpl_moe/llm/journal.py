@@ -11,17 +11,24 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clpl_moe.common.errors import UserError, at, shorten
 from clpl_moe.common.files import parse_line
-from clpl_moe.synthesize.backends import Answer
-
-_FORMAT = "clpl_moe.synthesize 1"
+from clpl_moe.llm.backends import Answer
 
 
-def read_journal(path: Path, settings: dict[str, Any], overwrite: bool) -> tuple[dict[str, list[Answer]], int]:
-    """The answers that a job with these settings goes on from, by passage, and where the last whole line ends."""
+class Format(NamedTuple):
+    """How a command marks its journals, and what it calls the key of an answer."""
+
+    name: str
+    key: str
+
+
+def read_journal(
+    path: Path, form: Format, settings: dict[str, Any], overwrite: bool
+) -> tuple[dict[str, list[Answer]], int]:
+    """The answers that a job with these settings goes on from, by key, and where the last whole line ends."""
     found: dict[str, Any] = {}
     answers: dict[str, list[Answer]] = {}
     end = 0
@@ -33,13 +40,16 @@ def read_journal(path: Path, settings: dict[str, Any], overwrite: bool) -> tuple
             record = parse_line(path, number, raw)
             try:
                 if number == 1:
-                    if record["journal"] != _FORMAT:
+                    if record["journal"] != form.name:
                         raise KeyError
                     found = dict(record["settings"])
                 else:
-                    answers.setdefault(record.pop("passage"), []).append(_answer(record))
+                    key = record.pop(form.key)
+                    if not isinstance(key, str):
+                        raise TypeError
+                    answers.setdefault(key, []).append(_answer(record))
             except (KeyError, TypeError, ValueError):
-                expected = "an answer" if number > 1 else f'"journal": "{_FORMAT}" and its settings'
+                expected = "an answer" if number > 1 else f'"journal": "{form.name}" and its settings'
                 raise UserError(f"{at(path, number)}: found {', '.join(record) or '{}'}, expected {expected}") from None
     if end == 0 or found == settings:
         return answers, end
@@ -71,22 +81,23 @@ class Journal:
     With ``overwrite`` a journal of other settings is emptied; without, it raises :class:`UserError`.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool = False) -> None:
+    def __init__(self, path: Path, form: Format, settings: dict[str, Any], overwrite: bool = False) -> None:
+        self.path, self._form = path, form
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
         self._sync = ThreadPoolExecutor(1)
         try:
-            self.answers, end = read_journal(path, settings, overwrite)
+            self.answers, end = read_journal(path, form, settings, overwrite)
             self._file.truncate(end)
             if end == 0:
-                self._write({"journal": _FORMAT, "settings": settings})
+                self._write({"journal": form.name, "settings": settings})
         except BaseException:
             self._close()
             raise
 
     def add(self, key: str, answer: Answer) -> None:
         """Write an answer. It outlives the process when this returns, and a loss of power a few milliseconds later."""
-        self._write({"passage": key, **dataclasses.asdict(answer)})
+        self._write({self._form.key: key, **dataclasses.asdict(answer)})
         self.answers.setdefault(key, []).append(answer)
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -10,9 +10,10 @@ from collections import Counter
 
 import pytest
 
+from clpl_moe.llm.backends import Answer
+from clpl_moe.llm.journal import Journal
 from clpl_moe.synthesize.__main__ import main
-from clpl_moe.synthesize.backends import Answer
-from clpl_moe.synthesize.journal import Journal
+from clpl_moe.synthesize.job import JOURNAL
 from helpers.holding import held
 from helpers.synthesis import arguments, good, json_lines, refused, results, train_file
 
@@ -56,7 +57,7 @@ def test_a_journal_that_is_none_is_named(tmp_path, capfd):
     journal.write_text('{"query": "x"}\n')
     assert "out.journal.jsonl:1: found query, expected" in refused(capfd, argv)
     journal.unlink()
-    with Journal(journal, {"model": "writer"}) as open_journal:
+    with Journal(journal, JOURNAL, {"model": "writer"}) as open_journal:
         open_journal.add("k", Answer("x"))
     with held(journal):
         assert f"{journal}: process " in refused(capfd, argv)

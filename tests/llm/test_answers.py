@@ -1,6 +1,6 @@
 import pytest
 
-from clpl_moe.synthesize.answers import clean, find_fault, read_queries
+from clpl_moe.llm.answers import clean, find_fault, read_queries
 
 PASSAGE = "우리 도시의 다리는 1932년에 강 위에 놓였다. 처음에는 나무로 만들었다."
 

@@ -1,4 +1,4 @@
-"""Who writes the queries, a server or a local model; what it is asked, and what it answers."""
+"""Who is asked, a server or a local model; the question, and the answer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from clpl_moe.synthesize.options import SynthesizeArguments
+from clpl_moe.llm.options import AskingArguments
 
 
 class Question(NamedTuple):
-    """A prompt with the passage of a key in it."""
+    """What is asked, and the key by which its answer is found again."""
 
     key: str
     prompt: str
@@ -41,12 +41,12 @@ class Backend(Protocol):
         """
 
 
-def open_backend(arguments: SynthesizeArguments, trust_remote_code: bool) -> Backend:
+def open_backend(arguments: AskingArguments, trust_remote_code: bool) -> Backend:
     """The backend that the options name; raises :class:`UserError` where it cannot be used."""
     if arguments.backend == "transformers":
-        from clpl_moe.synthesize.local import LocalModel
+        from clpl_moe.llm.local import LocalModel
 
         return LocalModel(arguments, trust_remote_code)
-    from clpl_moe.synthesize.server import Server
+    from clpl_moe.llm.server import Server
 
     return Server(arguments)

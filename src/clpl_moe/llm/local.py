@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from clpl_moe.common.errors import OptionError, UserError, one_line
 from clpl_moe.encoder.load import try_tokenizer
 from clpl_moe.encoder.weights import no_bar_of_weights
-from clpl_moe.synthesize.backends import Answer, Done, Question
-from clpl_moe.synthesize.options import SynthesizeArguments
+from clpl_moe.llm.backends import Answer, Done, Question
+from clpl_moe.llm.options import AskingArguments
 
 
 class LocalModel:
     """A causal language model, on a CUDA device where there is one, asked through its chat template where it has one."""
 
-    def __init__(self, arguments: SynthesizeArguments, trust_remote_code: bool) -> None:
+    def __init__(self, arguments: AskingArguments, trust_remote_code: bool) -> None:
         model = arguments.model
         code: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": arguments.revision}
         if arguments.revision is not None and Path(model).is_dir():
@@ -38,8 +38,8 @@ class LocalModel:
         except Exception as error:  # the tokenizers library raises plain ones, that of the weights its own
             raise UserError(f"{model}: cannot be loaded as a language model: {one_line(error)}") from None
         self._model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
-        temperature = 0.7 if arguments.temperature is None else arguments.temperature
-        most = arguments.max_answer_tokens or 256
+        temperature = arguments.local_temperature if arguments.temperature is None else arguments.temperature
+        most = arguments.max_answer_tokens or arguments.local_answer_tokens
         self._generation: dict[str, Any] = {"max_new_tokens": most, "do_sample": temperature > 0}
         if temperature > 0:
             self._generation["temperature"] = temperature

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
+from clpl_moe.llm.server import Server
 from clpl_moe.synthesize.__main__ import main
 from clpl_moe.synthesize.job import fill, load_prompt
 from clpl_moe.synthesize.options import SynthesizeArguments
-from clpl_moe.synthesize.server import Server
 from helpers.synthesis import arguments, good, refused, results, text, train_file
 
 pytest.importorskip("openai")

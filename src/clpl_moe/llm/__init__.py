@@ -1,0 +1,1 @@
+"""Asking a language model, for the commands that do: servers and local models, the journal, prompts, checks of answers."""

@@ -1,0 +1,105 @@
+"""The options of commands that ask a language model about training data."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from clpl_moe.common.errors import OptionError
+from clpl_moe.common.options import check_bounds, option
+from clpl_moe.retrieval.collection import check_language
+
+
+@dataclass
+class AskingArguments:
+    """Which files, which language model, how it is asked, and what is written."""
+
+    # What a local model takes where the options say nothing.
+    local_temperature: ClassVar[float] = 0.7
+    local_answer_tokens: ClassVar[int] = 256
+
+    train_data: list[str] = option("training JSONL files, or folders of them, as mine writes them")
+    output: str = option("JSONL file to write; its journal and other files get names that begin with its name")
+    language: str = option("language of passages and queries, such as ko")
+    model: str = option("name of the language model; with backend transformers its folder or hub name")
+    revision: str | None = option("commit, branch or tag of a model on the hub; not given: the newest", None)
+    backend: Literal["server", "transformers"] = option(
+        "an OpenAI-compatible server, or a model on this machine", "server"
+    )
+    base_url: str | None = option("address of the server, such as http://localhost:8000/v1; not given: OpenAI's", None)
+    api_key_env: str | None = option("environment variable that holds the key; not given: OPENAI_API_KEY", None)
+    prompts: str | None = option("YAML file, language: prompt, as the package's own, which is used otherwise", None)
+    temperature: float | None = option(
+        "not given: the server's own; 0.7 with backend transformers", None, least=0, most=100
+    )
+    max_answer_tokens: int | None = option(
+        "longest answer; not given: the server's own; 256 with backend transformers", None, least=1, most=1_000_000
+    )
+    request_options: str | None = option("further fields of each request to the server, a JSON object", None)
+    concurrency: int = option("requests at once, or prompts a batch", 8, least=1)
+    timeout: float = option("seconds to wait for an answer", 120.0, most=86_400)
+    max_retries: int = option(
+        "tries after a rate limit, server error, time-out or cut connection", 8, least=0, most=1_000
+    )
+    dry_run: bool = option("print what would be asked, and stop", False)
+    overwrite: bool = option("replace the output files, and a journal of other settings", False)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if not self.timeout > 0:
+            raise OptionError("timeout", f"found {self.timeout}, expected more than 0")
+        check_language(self.language)
+        if Path(self.output).name in ("", ".."):
+            raise OptionError("output", f"found {self.output!r}, expected the name of a file")
+        if self.backend == "server" and self.revision is not None:
+            raise OptionError("revision", "is for backend transformers")
+        if self.backend == "transformers":
+            for name in ("base_url", "api_key_env", "request_options"):
+                if getattr(self, name) is not None:
+                    raise OptionError(name, "is for backend server")
+        self.request_fields()
+
+    def request_fields(self) -> dict[str, Any]:
+        """The fields of a request besides model and messages."""
+        try:
+            fields = json.loads(self.request_options or "{}")
+            json.dumps(fields, allow_nan=False)
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            raise OptionError("request_options", "expected a JSON object")  # not repeated: it may hold a key
+        if (name := _secret_field(fields)) is not None:
+            fault = (
+                f"holds {name!r}, which would stand in the journal; the key belongs in the environment (api_key_env)"
+            )
+            raise OptionError("request_options", fault)
+        given = {"temperature": self.temperature, "max_tokens": self.max_answer_tokens}
+        return {name: value for name, value in given.items() if value is not None} | fields
+
+    def settings(self, prompt: str, **own: Any) -> dict[str, Any]:
+        """What decides an answer besides the question, for the journal; ``own`` are further settings of a command."""
+        given = {name: getattr(self, name) for name in ("backend", "model", "language")} | own
+        settings = {**given, "prompt": prompt, "request": self.request_fields()}
+        return settings if self.revision is None else settings | {"revision": self.revision}
+
+    def beside(self, what: str) -> Path:
+        """The path of what is written beside the output: ``train.jsonl`` has ``train.journal.jsonl``."""
+        output = Path(self.output)
+        return output.with_name(f"{output.name.removesuffix('.jsonl')}.{what}.jsonl")
+
+
+_SECRET = re.compile(
+    r"(x[-_])?(api[-_]?key|authorization|(access|auth|api|bearer)[-_]?token|token|secret|password)", re.I
+)
+
+
+def _secret_field(value: Any) -> str | None:
+    """The first name of a field, at any depth, that stands for a key."""
+    if isinstance(value, dict):
+        return next((n for n in value if _SECRET.fullmatch(n)), None) or _secret_field(list(value.values()))
+    if isinstance(value, list):
+        return next((found for v in value if (found := _secret_field(v)) is not None), None)
+    return None
