@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from clpl_moe.mine.index import PassageIndex, comparable
+from clpl_moe.common.text_key import text_key
+from clpl_moe.mine.index import PassageIndex
 from clpl_moe.mine.options import SelectionArguments
 from clpl_moe.mine.rank import MiningQuery, Ranking, rank_passages
 from clpl_moe.mine.select import NegativeMiner
@@ -59,7 +60,7 @@ def read_answers(path: Path) -> dict[str, set[str]]:
     for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
         for paragraph in article["paragraphs"]:
             for question in paragraph["qas"]:
-                found = {comparable(answer["text"]) for answer in question.get("answers") or []}
+                found = {text_key(answer["text"]) for answer in question.get("answers") or []}
                 answers[normalize_text(question["question"])] |= found - {""}
     return answers
 
@@ -80,7 +81,7 @@ def measure(squad: Path, language: str, work: Path, encoder, encoding, negatives
         ranking = rank_passages(queries, index, _RANK_TO, encoder=encoder, encoding=encoding, cache=work / "embeddings")
         torch.save(dataclasses.asdict(ranking), ranked)
     ranking = Ranking(**torch.load(ranked))
-    forms = [comparable(text) for text in index.texts]
+    forms = [text_key(text) for text in index.texts]
 
     def holds(place: int, query: MiningQuery) -> bool:
         same = any(forms[place] == forms[positive] for positive in query.positives)

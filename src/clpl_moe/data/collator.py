@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from clpl_moe.common.text_key import text_id
 from clpl_moe.data.dataset import Example
 from clpl_moe.data.flag_embedding import AbsEmbedderCollator
 from clpl_moe.encoder.cut import cut_texts
@@ -107,8 +107,3 @@ def _experts_of_texts(examples: list[Example], packed: dict[str, Any]) -> torch.
             given = torch.tensor([example.expert for example in examples])
             experts[packed[name]] = given.repeat_interleave(torch.tensor(counts))
     return experts
-
-
-def text_id(text: str) -> int:
-    """A number below 2⁶³ that stands for a text, the same in every process and run."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

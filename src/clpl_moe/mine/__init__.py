@@ -1,6 +1,6 @@
 """Mine training data: for each query hard negatives, and the queries that these do answer.
 
-1. Passages of equal text (but for case, punctuation and white space) count as one; empty ones and those that the corpus
+1. Passages that are copies (:mod:`clpl_moe.common.text_key`) count as one; empty ones and those that the corpus
    reserves to another split (``split``) are left out (:mod:`clpl_moe.mine.index`).
 2. Negatives are taken from the passages that the encoder ranks high (:mod:`clpl_moe.mine.select`), without those that
    probably answer the query (:mod:`clpl_moe.mine.filters`).

@@ -13,7 +13,8 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 
-from clpl_moe.mine.index import PassageIndex, comparable
+from clpl_moe.common.text_key import text_key
+from clpl_moe.mine.index import PassageIndex
 from clpl_moe.mine.options import PositiveScore, SelectionArguments
 from clpl_moe.mine.rank import Candidate, MiningQuery
 
@@ -70,6 +71,6 @@ class CopyFilter:
 
 
 def _pieces(text: str) -> set[str]:
-    """All runs of five characters of a text, in the form that is compared and without spaces: needs no words."""
-    text = comparable(text).replace(" ", "")
+    """All runs of five characters of a text's key, without spaces: needs no words."""
+    text = text_key(text).replace(" ", "")
     return {text[i : i + _PIECE] for i in range(max(1, len(text) - _PIECE + 1))}

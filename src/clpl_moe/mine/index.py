@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import sys
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from clpl_moe.retrieval.collection import Collection, LazyTexts, normalize_text, read_positive_queries
+from clpl_moe.common.text_key import text_id, text_key
+from clpl_moe.retrieval.collection import Collection, LazyTexts, read_positive_queries
+
+_ID_OF_EMPTY = text_id("")
 
 
 class PassageIndex:
     """A collection's passages without repeated and empty texts, and the queries that they are known to answer.
 
-    Texts that differ in case, punctuation, white space or Unicode form only (:func:`comparable`) are one passage. Kept
-    for each passage are 16 bytes (a row and a hash), plus the queries of those that have any: by the collection's
+    Texts of one key (:func:`clpl_moe.common.text_key.text_key`) are one passage. Kept for each passage are 16 bytes (a row
+    and a hash), plus the queries of those that have any: by the collection's
     judgements, and by ``positive_queries`` (passage id and queries), of which unknown ids are counted and left out.
 
     Attributes:
@@ -37,7 +36,7 @@ class PassageIndex:
         judged = [(p, q) for q, grades in collection.qrels.items() for p, grade in grades.items() if grade > 0]
         wanted = {p for p, _ in judged} | {p for p, _ in stored}
         row_of: dict[str, int] = {}
-        hashes = np.zeros(len(collection.passage_ids), dtype=np.uint64)
+        hashes = np.zeros(len(collection.passage_ids), dtype=np.int64)
         usable = np.zeros(len(hashes), dtype=bool)
         self.reserved = 0
         for row, (passage_id, text) in enumerate(zip(collection.passage_ids, collection.passages)):
@@ -46,8 +45,8 @@ class PassageIndex:
                 continue
             if passage_id in wanted:
                 row_of[passage_id] = row
-            if form := comparable(text):
-                hashes[row], usable[row] = _hash(form), True
+            hashes[row] = text_id(text)
+            usable[row] = hashes[row] != _ID_OF_EMPTY
         rows = np.flatnonzero(usable)
         self._hashes, first, group = np.unique(hashes[rows], return_index=True, return_inverse=True)
         order = np.argsort(first)
@@ -59,7 +58,7 @@ class PassageIndex:
         self.repeated = len(hashes) - self.reserved - len(self.rows)
         self.texts: Sequence[str] = _Rows(collection.passages, self.rows)
         self._number = {p: int(place_of_row[row]) for p, row in row_of.items() if place_of_row[row] >= 0}
-        # Place -> the queries that its passage answers, by normalised text; and the other way round.
+        # Place -> the queries that its passage answers, by the query's key; and the other way round.
         self._queries: dict[int, dict[str, str]] = {}
         self._answering: dict[str, set[int]] = {}
         self.unknown = 0
@@ -83,9 +82,9 @@ class PassageIndex:
 
     def _add(self, passage_id: str, query: str) -> None:
         if (place := self._number.get(passage_id)) is not None:
-            normalized = normalize_text(query)
-            self._queries.setdefault(place, {}).setdefault(normalized, query)
-            self._answering.setdefault(normalized, set()).add(place)
+            key = text_key(query)
+            self._queries.setdefault(place, {}).setdefault(key, query)
+            self._answering.setdefault(key, set()).add(place)
 
     def relevant(self, judged: Mapping[str, int]) -> list[int]:
         """Places of the relevant passages that the corpus has, each once."""
@@ -98,21 +97,21 @@ class PassageIndex:
 
     def answering(self, query: str) -> set[int]:
         """Places of the passages that are known to answer a query."""
-        return self._answering.get(normalize_text(query), set())
+        return self._answering.get(text_key(query), set())
 
     def themselves(self) -> dict[str, set[int]]:
-        """Places of the passages that are queries themselves (:meth:`Collection.own_passages`), by the query's normalised
-        text: a query is no negative of its own."""
+        """Places of the passages that are queries themselves (:meth:`Collection.own_passages`), by the query's key:
+        a query is no negative of its own."""
         texts = dict(zip(self._collection.query_ids, self._collection.queries))
         found: dict[str, set[int]] = {}
         for query_id, row in self._collection.own_passages().items():
             if (place := self.find(self._collection.passages[row])) is not None:
-                found.setdefault(normalize_text(texts[query_id]), set()).add(place)
+                found.setdefault(text_key(texts[query_id]), set()).add(place)
         return found
 
     def find(self, text: str) -> int | None:
         """The place of a text; None where the corpus does not hold it, or reserves it to another split."""
-        value = _hash(comparable(text))
+        value = text_id(text)
         group = int(np.searchsorted(self._hashes, value))
         if group == len(self._hashes) or self._hashes[group] != value:
             return None
@@ -123,10 +122,11 @@ class PassageIndex:
         return self._collection.passage_ids[int(self.rows[place])]
 
     def places(self, passage_ids: set[str]) -> dict[str, int]:
-        """Passage id -> place, of those ids that :meth:`passage_id` gives."""
-        row_of = {p: row for row, p in enumerate(self._collection.passage_ids) if p in passage_ids}
-        places = {p: int(np.searchsorted(self.rows, row)) for p, row in row_of.items()}
-        return {p: place for p, place in places.items() if place < len(self) and self.rows[place] == row_of[p]}
+        """Passage id -> place, of those that have one. Of equal passages each id has their place: a checkpoint may have
+        been written when they did not count as equal."""
+        rows = ((p, row) for row, p in enumerate(self._collection.passage_ids) if p in passage_ids)
+        found = ((p, self.find(self._collection.passages[row])) for p, row in rows)
+        return {p: place for p, place in found if place is not None}
 
 
 class _Rows(LazyTexts):
@@ -138,22 +138,3 @@ class _Rows(LazyTexts):
 
     def _get(self, place: int) -> str:
         return self._values[int(self._rows[place])]
-
-
-def comparable(text: str) -> str:
-    """The form in which two passages count as the same text: Unicode NFC without case, punctuation, invisible characters
-    and differences in white space."""
-    return " ".join(unicodedata.normalize("NFC", text).casefold().translate(_ignored()).split())
-
-
-@cache
-def _ignored() -> dict[int, str | None]:
-    """What :func:`comparable` makes of characters: punctuation becomes a space, invisible ones (such as the zero-width
-    non-joiner of Persian) nothing."""
-    categories = ((code, unicodedata.category(chr(code))) for code in range(sys.maxunicode + 1))
-    return {code: None if kind == "Cf" else " " for code, kind in categories if kind == "Cf" or kind[0] == "P"}
-
-
-def _hash(text: str) -> np.uint64:
-    """Of a million texts, two different ones share a hash with a probability below one in ten million."""
-    return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))

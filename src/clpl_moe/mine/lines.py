@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from clpl_moe.common.text_key import text_key
 from clpl_moe.mine.rank import MiningQuery
 from clpl_moe.mine.select import NegativeMiner, Negatives
-from clpl_moe.retrieval.collection import Collection, normalize_text
+from clpl_moe.retrieval.collection import Collection
 
 _MANY = 3  # positives, from which on queries are counted together
 
@@ -35,7 +36,7 @@ def training_lines(miner: NegativeMiner, collection: Collection, most: int) -> I
         if not relevant:
             counts["queries dropped: no relevant passage in the corpus"] += 1
             continue
-        excluded = index.answering(text) | own.get(normalize_text(text), set())
+        excluded = index.answering(text) | own.get(text_key(text), set())
         counts["passages left out: known to answer the query, besides its positives"] += len(excluded) - len(relevant)
         queries.append(MiningQuery(query_id, text, relevant, excluded))
     if not queries:

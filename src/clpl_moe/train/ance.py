@@ -23,13 +23,13 @@ from typing import Any
 
 from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.files import read_jsonl, write_jsonl
+from clpl_moe.common.text_key import text_key
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.encoder import Encoder
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.mine.options import SelectionArguments
 from clpl_moe.mine.rank import MiningQuery
 from clpl_moe.mine.select import NegativeMiner
-from clpl_moe.retrieval.collection import normalize_text
 from clpl_moe.retrieval.options import EncodingArguments
 
 NEGATIVES_FILE = "negatives.jsonl"
@@ -83,7 +83,7 @@ class NegativeRefresher:
             positives = list(dict.fromkeys(place for place in found if place is not None))
             others = [text for text, place in zip(record["pos"], found) if place is None]
             query = record["query"]
-            excluded = index.answering(query) | set(positives) | themselves.get(normalize_text(query), set())
+            excluded = index.answering(query) | set(positives) | themselves.get(text_key(query), set())
             if (itself := index.find(query)) is not None:
                 excluded.add(itself)
             self._numbers.append(number)
