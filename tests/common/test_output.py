@@ -1,4 +1,5 @@
 import contextlib
+import json
 import signal
 import socket
 import subprocess
@@ -116,26 +117,55 @@ def test_a_folder_is_whole_wherever_its_replacement_is_killed(tmp_path):
     assert len(set(map(str, states))) == 2
 
 
-def test_embeddings_outlive_an_interruption_and_claims_a_death(tmp_path):
+def test_embeddings_outlive_an_interruption(tmp_path):
     path = tmp_path / "out"
 
-    def work(error, claim=False):
+    def work(error):
         with contextlib.suppress(error), writing(path, inside=True) as output:
             output.embeddings.mkdir(exist_ok=True)
-            if claim:
-                output.claim(path / "run.trec")
             raise error
-        return sorted(p.name for p in (path / WORK_FOLDER).iterdir()) if path.exists() else None
+        return sorted(p.name for p in (path / WORK_FOLDER).glob("*"))
 
-    assert work(UserError) is None
+    assert work(UserError) == []
     assert work(KeyboardInterrupt) == ["embeddings", "lock"]
-    assert work(OSError, claim=True) == ["claims", "embeddings", "lock"]
-    assert work(UserError) == ["claims", "lock"]
-    with writing(path, inside=True) as output:
-        assert output.claimed(path / "run.trec")
-        assert not output.claimed(path / "metrics.json")
-        assert not output.embeddings.exists()
-    assert list(path.iterdir()) == []
+    assert work(OSError) == ["embeddings", "lock"]
+    assert work(UserError) == []
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_a_dead_process_has_not_finished_goes_wherever_it_lies_now(tmp_path, inside):
+    def work(folder, error=None):
+        path = folder if inside else folder / "out.jsonl"
+        with contextlib.suppress(KeyError), writing(path, inside=inside) as output:
+            files = [folder / "ko" / "run.trec", folder / "metrics.json"]
+            assert not any(file.exists() for file in files)
+            with output.unfinished(*files):
+                files[0].parent.mkdir(exist_ok=True)
+                files[0].write_text("half")
+                if error is not None:
+                    raise error
+                files[1].write_text("whole")
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    work(tmp_path / "b" / ".." / "a", KeyError())
+    (tmp_path / "a" / "mine").write_text("of another")
+    work(tmp_path / "a", KeyError())
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    work(tmp_path / "link", KeyError())
+    (tmp_path / "a").rename(tmp_path / "moved")
+    work(tmp_path / "moved")
+    assert sorted(path.name for path in (tmp_path / "moved").iterdir()) == ["ko", "metrics.json", "mine"]
+
+
+def test_nothing_outside_of_the_output_counts_as_unfinished(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    work = tmp_path / "out" / WORK_FOLDER
+    work.mkdir(parents=True)
+    (work / "lock").touch()
+    (work / "unfinished").write_text(json.dumps(["../precious", str(tmp_path / "precious"), "x/../../precious"]))
+    with writing(tmp_path / "out", inside=True):
+        assert (tmp_path / "precious").exists()
 
 
 def test_somebody_elses_folder_stays(tmp_path):

@@ -155,10 +155,13 @@ def test_scores_of_the_heads(tiny_encoder, collections, tmp_path, capsys, monkey
     with pytest.raises(SystemExit):
         run(tiny_encoder, collections, output, m3_scores=True, rerank_top=6)
     assert "metrics.m3.json: holds results of something else (other settings)" in capsys.readouterr().err
-    # What a killed command left of them is made again.
+    # Runs for which no metrics vouch may be anyone's.
     (output / "ko" / "metrics.m3.json").unlink()
     monkeypatch.undo()
-    run(tiny_encoder, collections, output, m3_scores=True, rerank_top=5)
+    with pytest.raises(SystemExit):
+        run(tiny_encoder, collections, output, m3_scores=True, rerank_top=5)
+    assert "run.sparse.trec: a file without metrics.m3.json beside it is in the way" in capsys.readouterr().err
+    run(tiny_encoder, collections, output, m3_scores=True, rerank_top=5, overwrite=True)
     assert json.loads((output / "ko" / "metrics.m3.json").read_text())["metrics"] == content["metrics"]
     # Other dense results take the old scores away.
     run(tiny_encoder, collections, output, overwrite=True, query_prompt="q ")

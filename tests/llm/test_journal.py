@@ -56,6 +56,10 @@ def test_a_journal_that_is_none_is_named(tmp_path, capfd):
     argv = arguments(None, path, tmp_path, base_url="http://127.0.0.1:9/v1")
     journal.write_text('{"query": "x"}\n')
     assert "out.journal.jsonl:1: found query, expected" in refused(capfd, argv)
+    for text in ("mine", '{"journal": "mine', "[1]"):  # no line that was cut short, either
+        journal.write_text(text)
+        assert "out.journal.jsonl:1: found another file" in refused(capfd, argv)
+        assert journal.read_text() == text
     journal.unlink()
     with Journal(journal, JOURNAL, {"model": "writer"}) as open_journal:
         open_journal.add("k", Answer("x"))

@@ -12,6 +12,7 @@ from clpl_moe.common.files import read_jsonl
 from clpl_moe.data.schema import find_faults
 from clpl_moe.encoder import Encoder
 from clpl_moe.mine import Mined, mine
+from clpl_moe.mine.__main__ import main as mine_command
 from clpl_moe.retrieval.options import open_encoder
 from helpers.mining import PASSAGES, QUERIES, make_collection
 from helpers.mining import mine_by_command as run
@@ -292,6 +293,36 @@ def test_existing_output_is_not_overwritten_unasked(tiny_encoder, tmp_path, caps
     assert exit.value.code == 2
     assert "set overwrite" in capsys.readouterr().err
     assert json.loads((folder / "train.jsonl").read_text()) == {"query_id": "mine"}
+
+
+def test_a_killed_overwrite_allows_nothing_to_the_next_run(tiny_encoder, tmp_path, monkeypatch, capsys):
+    folder = make_collection(tmp_path)
+    (folder / "train.jsonl").write_text("mine")
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clpl_moe.mine.write_jsonl", killed)
+        with pytest.raises(SystemExit):
+            run(tiny_encoder, folder, overwrite="true")
+    with pytest.raises(SystemExit):
+        run(tiny_encoder, folder)
+    assert "set overwrite" in capsys.readouterr().err
+    assert (folder / "train.jsonl").read_text() == "mine"
+    assert sorted(path.name for path in folder.iterdir()) == ["ko", "train.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "train_queries.jsonl", "positive_queries.jsonl"])
+def test_the_collection_is_not_replaced_even_if_asked(tiny_encoder, tmp_path, capsys, name):
+    folder = make_collection(tmp_path, positive_queries={"p1": ["x"]})
+    before = {path.name: path.read_text() for path in (folder / "ko").iterdir()}
+    argv = ["--model", str(tiny_encoder), "--collection", str(folder), "--language=ko", "--overwrite=true"]
+    with pytest.raises(SystemExit) as exit:
+        mine_command([*argv, "--output", str(folder / "ko" / ".." / "ko" / name)])
+    assert exit.value.code == 2
+    assert "this command reads the file" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in (folder / "ko").iterdir()} == before
 
 
 def test_broken_positive_queries_name_the_line(tiny_encoder, tmp_path, capsys):

@@ -131,6 +131,35 @@ def test_an_output_among_the_training_data_is_refused(tmp_path, capfd):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_training_data_is_not_replaced_even_if_asked(tmp_path, capfd):
+    path = train_file(tmp_path, 2)
+    before = path.read_text()
+    argv = arguments(None, path, tmp_path, base_url="http://127.0.0.1:9/v1", overwrite=True, output=path)
+    assert "this command reads the file" in refused(capfd, argv)
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_a_killed_job_began_are_replaced_and_others_are_not(llm, tmp_path, capfd, monkeypatch):
+    argv = arguments(llm(), train_file(tmp_path, 2), tmp_path)
+
+    def killed(path, records):
+        write_jsonl(path, records)
+        raise KeyboardInterrupt
+
+    for options in ([], ["--overwrite=true"]):
+        with monkeypatch.context() as patch:
+            patch.setattr("clpl_moe.synthesize.job.write_jsonl", killed)
+            with pytest.raises(SystemExit):
+                main([*argv, *options])
+        if options:
+            assert "set overwrite" in refused(capfd, argv)
+        else:
+            main(argv)
+    names = ["out.failures.jsonl", "out.journal.jsonl", "out.jsonl", "out.positive_queries.jsonl"]
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == names
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

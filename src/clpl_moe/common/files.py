@@ -162,6 +162,12 @@ def refuse_existing(path: str | Path, overwrite: bool = False, *, files: Sequenc
             )
 
 
+def refuse_input(path: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raise :class:`UserError` where an output, which may be replaced, is a file that the command reads."""
+    if Path(path).parent.resolve() / Path(path).name in (Path(read).resolve() for read in inputs):
+        raise UserError(f"{at(path)}: this command reads the file; name another output")
+
+
 def refuse_unwritable(path: str | Path) -> None:
     """Raise :class:`UserError` where nothing can be written at ``path``: said before the work, not after it."""
     path = Path(path).absolute()

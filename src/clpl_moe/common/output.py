@@ -5,8 +5,8 @@
 2. A folder that is to be replaced is made in the work folder. The old one moves there, the new one takes its place, the old
    one is removed.
 3. Embeddings lie in the work folder, too. They outlive an interruption, and the next run goes on from them.
-4. Whoever has the lock knows that all it finds is of a dead process: a folder that was being replaced goes back to its place.
-   Files are the command's own, and may be replaced, where the dead process has claimed them.
+4. Whoever has the lock knows that all it finds is of a dead process: a folder that was being replaced goes back to its place,
+   and files go that the dead process has not finished.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from clpl_moe.common.lock import FileLock
 # A name that the upload of a run folder (transformers) and patterns such as */metrics.json pass over.
 WORK_FOLDER = "_clpl_moe"
 
-_LOCK, _CLAIMS, _NEW, _OLD = "lock", "claims", "new", "old"
+_LOCK, _UNFINISHED, _NEW, _OLD = "lock", "unfinished", "new", "old"
 
 
 class Output:
@@ -48,18 +48,15 @@ class Output:
         self.work = path.resolve() / WORK_FOLDER if inside else path.parent.resolve() / f".{path.name}.clpl_moe"
         self.embeddings = self.work / "embeddings"
 
-    def claim(self, *paths: Path) -> None:
-        """Say that these files are written now: should this process die, the next one may replace them."""
-        claims = self.work / _CLAIMS
-        with naming_a_full_disk(claims), claims.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(str(path.absolute())) + "\n" for path in paths)
-
-    def claimed(self, path: Path) -> bool:
-        """Whether a process that died was writing this file."""
-        with contextlib.suppress(FileNotFoundError):
-            lines = (self.work / _CLAIMS).read_text(encoding="utf-8").splitlines()
-            return json.dumps(str(path.absolute())) in lines
-        return False
+    @contextlib.contextmanager
+    def unfinished(self, *paths: Path) -> Iterator[None]:
+        """Until the block ends well, these files are unfinished: should this process die, the next one removes them."""
+        known, folder = self.work / _UNFINISHED, self.path if self.work.name == WORK_FOLDER else self.path.parent
+        with naming_a_full_disk(known), known.open("w", encoding="utf-8") as file:
+            # The next process may come by another path, or find the folder in another place.
+            json.dump([os.path.relpath(path.absolute(), folder) for path in paths], file)
+        yield
+        known.unlink()
 
     @contextlib.contextmanager
     def replacement(self) -> Iterator[Path]:
@@ -76,17 +73,21 @@ class Output:
             self.recover()
 
     def recover(self) -> None:
-        """Put a folder back that was being replaced, and remove what was to come, or has gone, in its place."""
+        """Put a folder back that was being replaced; remove what was to come, or has gone, in its place, and what is
+        unfinished."""
         old = self.work / _OLD
         if os.path.lexists(old) and not os.path.lexists(self.path):
             old.rename(self.path)
         _remove(old)
         _remove(self.work / _NEW)
+        with contextlib.suppress(FileNotFoundError, ValueError):  # killed before the list was whole: nothing had begun
+            for path in map(Path, json.loads((self.work / _UNFINISHED).read_bytes())):
+                if ".." not in path.parts and not path.is_absolute():  # whoever made the folder
+                    (self.work.parent / path).unlink(missing_ok=True)
+        _remove(self.work / _UNFINISHED)
 
     def clear(self, error: BaseException | None) -> bool:
         """Remove from the work folder what no next run needs; returns whether it is empty but for the lock."""
-        if error is None:
-            _remove(self.work / _CLAIMS)
         # After a mistake the same command would end the same way; after an interruption it goes on from them.
         if error is None or isinstance(error, UserError):
             _remove(self.embeddings)

@@ -52,7 +52,7 @@ def _evaluate(arguments: EvaluateArguments, encoding: EncodingArguments, output:
     computed: set[tuple[str, str]] = set()  # label and language
     with processes() as first:
         current = CurrentEncoder(encoding, arguments.revisions)
-        tasks = plan_tasks(collections, arguments, current, output)
+        tasks = plan_tasks(collections, arguments, current)
         if arguments.m3_scores and not any(task.heads for task in tasks):
             fault = "no model has sparse and multi-vector heads (sparse_linear.pt, colbert_linear.pt)"
             raise OptionError("m3_scores", fault)

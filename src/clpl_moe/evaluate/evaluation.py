@@ -104,10 +104,10 @@ def rank_by_embeddings(
             **_describe(task, encoder, arguments, result.seconds),
             "passages_per_second": round(result.encoded / result.seconds["encode_passages"], 1),
         }
-        task.begin(output)
-        scoring.write_trec_qrels(folder / QRELS_FILE, collection.qrels)
-        scoring.write_trec_run(folder / scoring.run_file(scoring.DENSE), result.run, tag=Path(task.model).name)
-        write_json(task.file, content)
+        with task.writing(output):
+            scoring.write_trec_qrels(folder / QRELS_FILE, collection.qrels)
+            scoring.write_trec_run(folder / scoring.run_file(scoring.DENSE), result.run, tag=Path(task.model).name)
+            write_json(task.file, content)
     return content
 
 
@@ -128,10 +128,10 @@ def rerank_by_heads(
         "metrics": {score: scoring.evaluate_run(qrels, run, arguments.metrics)[0] for score, run in runs.items()},
         **_describe(task, encoder, arguments, {"rerank": time.perf_counter() - started}),
     }
-    task.begin(output)
-    for score, path in task.runs.items():
-        scoring.write_trec_run(path, runs[score], tag=f"{Path(task.model).name}_{score}")
-    write_json(task.file, content)
+    with task.writing(output):
+        for score, path in task.runs.items():
+            scoring.write_trec_run(path, runs[score], tag=f"{Path(task.model).name}_{score}")
+        write_json(task.file, content)
     return content
 
 

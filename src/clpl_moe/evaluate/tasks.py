@@ -6,8 +6,9 @@ computed again; other content in the same folder is refused.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ class Task:
         judged = [] if self.heads else [QRELS_FILE, run_file(DENSE), M3_FILE]
         return [self.file, *(self.folder / name for name in (*judged, *map(run_file, M3_SCORES)))]
 
-    def refuse_other_results(self, output: Output) -> None:
+    def refuse_other_results(self) -> None:
         """Raise :class:`UserError` where results of something else, or files of others, are in the way."""
         remedy = "name another output, or set overwrite to replace it"
         if self.file.exists():
@@ -84,17 +85,17 @@ class Task:
             if differing := [name for name in self.key if found.get(name) != self.key[name]]:
                 other = f"holds results of something else (other {', '.join(differing)})"
                 raise UserError(f"{at(self.file)}: {other}; {remedy}")
-        for path in (
-            () if self.file.exists() or self.heads else self.files
-        ):  # metrics.json vouches for the heads' runs, too
-            if path.exists() and not output.claimed(path):
+        for path in () if self.file.exists() else self.files:
+            if path.exists():
                 raise UserError(f"{at(path)}: a file without {self.file.name} beside it is in the way; {remedy}")
 
-    def begin(self, output: Output) -> None:
-        """Clear the place of the task's files, of which it writes that of metrics last."""
-        output.claim(*self.files)
-        for path in self.files:
-            path.unlink(missing_ok=True)
+    @contextlib.contextmanager
+    def writing(self, output: Output) -> Iterator[None]:
+        """A block that writes the task's files, that of metrics last; their place is cleared before."""
+        with output.unfinished(*self.files):
+            for path in self.files:
+                path.unlink(missing_ok=True)
+            yield
 
 
 class CurrentEncoder:
@@ -113,7 +114,7 @@ class CurrentEncoder:
 
 
 def plan_tasks(
-    collections: Mapping[str, Collection], arguments: EvaluateArguments, current: CurrentEncoder, output: Output
+    collections: Mapping[str, Collection], arguments: EvaluateArguments, current: CurrentEncoder
 ) -> list[Task]:
     """All that is to be ranked, models outermost; raises :class:`UserError` where a task cannot be done."""
     from clpl_moe.encoder.settings import check_lengths
@@ -139,7 +140,7 @@ def plan_tasks(
     for task in tasks:
         refuse_unwritable(task.file)
         if not arguments.overwrite:
-            task.refuse_other_results(output)
+            task.refuse_other_results()
     return tasks
 
 

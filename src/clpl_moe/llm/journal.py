@@ -31,11 +31,13 @@ def read_journal(
     """The answers that a job with these settings goes on from, by key, and where the last whole line ends."""
     found: dict[str, Any] = {}
     answers: dict[str, list[Answer]] = {}
-    end = 0
+    end, begin = 0, json.dumps({"journal": form.name})[:-1].encode()
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
-            if not raw.endswith(b"\n"):
-                break  # of a job that was killed as it wrote, or whose disk was full
+            if not raw.endswith(b"\n"):  # of a job that was killed as it wrote, or whose disk was full
+                if number == 1 and not (raw.startswith(begin) or begin.startswith(raw)):
+                    raise UserError(f"{at(path, number)}: found another file, expected a journal; name another output")
+                break
             end += len(raw)
             record = parse_line(path, number, raw)
             try:

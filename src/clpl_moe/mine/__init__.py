@@ -20,7 +20,7 @@ from pathlib import Path
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import OptionError, UserError
-from clpl_moe.common.files import refuse_existing, write_jsonl
+from clpl_moe.common.files import refuse_existing, refuse_input, write_jsonl
 from clpl_moe.common.output import writing
 from clpl_moe.mine.options import MineArguments, SelectionArguments
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
@@ -49,14 +49,16 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
     from clpl_moe.mine.lines import training_lines
     from clpl_moe.mine.rerank import Reranker
     from clpl_moe.mine.select import NegativeMiner
-    from clpl_moe.retrieval.collection import Collection
+    from clpl_moe.retrieval.collection import COLLECTION_FILES, Collection
     from clpl_moe.retrieval.store import cache_folder, encode_passages, processes
 
     if arguments.reranker is not None and selection.sampling == "corpus":
         raise OptionError("reranker", "sampling 'corpus' ranks nothing; leave out one of the two")
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(writing(arguments.output))
-        refuse_existing(arguments.output, arguments.overwrite or output.claimed(output.path))
+        refuse_existing(arguments.output, arguments.overwrite)
+        folder = Path(arguments.collection, arguments.language)
+        refuse_input(output.path, (file for name in COLLECTION_FILES for file in folder.glob(name)))
         collection = Collection.load(arguments.collection, arguments.language, arguments.split)
         index = PassageIndex.load(collection)
         first = stack.enter_context(processes())
@@ -88,7 +90,6 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
         if line is None:
             why = "; ".join(f"{name}: {count:,}" for name, count in (+miner.counts).items())
             raise UserError(f"no query of {index.source} could be given negatives ({why})")
-        output.claim(output.path)
         write_jsonl(arguments.output, itertools.chain([line], lines))
     if index.unknown:
         miner.counts["lines of positive_queries.jsonl left out: passage not in the corpus"] = index.unknown

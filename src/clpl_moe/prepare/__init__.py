@@ -19,8 +19,6 @@ from clpl_moe.prepare.source import Passage, Source, Split, register_source
 
 __all__ = ["Passage", "Prepared", "Source", "Split", "prepare", "register_source"]
 
-_FILES = ("corpus.jsonl", "*_queries.jsonl", "*_qrels.jsonl")  # of a collection
-
 
 @dataclass
 class Prepared:
@@ -38,6 +36,8 @@ def prepare(arguments: PrepareArguments) -> Prepared:
     Raises:
         UserError: the source is missing or faulty, or the collection is there and may not be replaced.
     """
+    from clpl_moe.retrieval.collection import COLLECTION_FILES
+
     folder = Path(arguments.output) / str(arguments.language)
     source = arguments.reader
     for path in source.files():
@@ -45,5 +45,5 @@ def prepare(arguments: PrepareArguments) -> Prepared:
             fault = f"the collection would replace {folder}, which holds this source"
             raise UserError(f"{at(path)}: {fault}; set another output or language")
     with writing(folder):
-        refuse_existing(folder, arguments.overwrite, files=_FILES)
+        refuse_existing(folder, arguments.overwrite, files=COLLECTION_FILES)
         return Prepared(folder, source.write(folder, arguments.titles), source.note)

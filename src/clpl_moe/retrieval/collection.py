@@ -30,6 +30,7 @@ import numpy as np
 from clpl_moe.common.errors import UserError, at, type_name
 from clpl_moe.common.files import parse_line, read_jsonl, read_lines
 
+COLLECTION_FILES = ("corpus.jsonl", "*_queries.jsonl", "*_qrels.jsonl")  # of a language
 _MOST_RELEVANT = 1000  # trec_eval's arithmetic overflows far above it, without a word
 
 

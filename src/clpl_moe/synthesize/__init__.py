@@ -21,7 +21,7 @@ from pathlib import Path
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import UserError
-from clpl_moe.common.files import refuse_existing, refuse_unwritable
+from clpl_moe.common.files import refuse_existing, refuse_input, refuse_unwritable
 from clpl_moe.common.output import Output, writing
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
 from clpl_moe.synthesize.options import SynthesizeArguments
@@ -74,13 +74,15 @@ def _synthesize(
     journal_path = output.path
     refuse_unwritable(journal_path)
     main, *beside = output_paths(arguments)
-    refuse_existing(main, arguments.overwrite or output.claimed(main))
+    refuse_existing(main, arguments.overwrite)
     job = Job(arguments)
+    for path in (main, *beside):
+        refuse_input(path, job.files)
     before = {}
     if journal_path.exists():
         before = read_journal(journal_path, JOURNAL, job.settings, arguments.overwrite)[0]
     for path in beside:  # after the journal, whose message says more
-        refuse_existing(path, arguments.overwrite or output.claimed(path))
+        refuse_existing(path, arguments.overwrite)
     plan = job.plan(before)
     if planned is not None:
         planned(plan)
@@ -106,8 +108,9 @@ def _synthesize(
         if encoder is not None:  # its embeddings stay until the files are written
             cache = stack.enter_context(cache_folder(encoding, beside=output.embeddings))
             dropped["queries dropped by the round trip"] = drop_lost_queries(job, encoder, encoding, cache)
-        output.claim(main, *beside)
-        paths = job.write()
+        # A file that is replaced is whole at any time.
+        with output.unfinished(*(path for path in (main, *beside) if not path.exists())):
+            paths = job.write()
     requests = 0 if backend is None else backend.requests
     counts = {"requests sent, retries included": requests, **job.count(answers, before, dropped)}
     return Synthesized(plan, counts, paths, len(job.no_answer))
