@@ -24,7 +24,19 @@ def make_index(folder):
     return PassageIndex(Collection.load(make_collection(folder, passages=passages), "ko", "train"))
 
 
-def found(index, *, positives=(2,), excluded=(), keys=("q",), seed=0, reranker=None, counts=None, **options):
+def found(
+    index,
+    *,
+    positives=(2,),
+    excluded=(),
+    keys=("q",),
+    seed=0,
+    reranker=None,
+    guide=None,
+    guide_margin=0.0,
+    counts=None,
+    **options,
+):
     """The negatives of each query, by passages' :data:`SCORES`."""
     queries = [MiningQuery(key, "?", list(positives), {*positives, *excluded}) for key in keys]
     selection = SelectionArguments(**PLAIN | options)
@@ -34,5 +46,6 @@ def found(index, *, positives=(2,), excluded=(), keys=("q",), seed=0, reranker=N
         positive_scores = [[SCORES[p] for p in q.positives] for q in queries]
         ranking = Ranking(torch.tensor(SCORES)[places], places, positive_scores)
     counts = Counter() if counts is None else counts
-    miner = NegativeMiner(index=index, selection=selection, seed=seed, counts=counts, reranker=reranker)
+    judges = {"reranker": reranker, "guide": guide, "guide_margin": guide_margin}
+    miner = NegativeMiner(index=index, selection=selection, seed=seed, counts=counts, **judges)
     return list(miner.select(queries, ranking))

@@ -53,6 +53,13 @@ def test_a_query_is_not_its_own_negative(tiny_encoder, tmp_path):
     assert {"x1", "x2"} <= set(lines["x2"]["neg_ids"])  # the id alone says nothing
 
 
+def test_a_passage_with_the_text_of_the_query_is_no_negative_of_it(tiny_encoder, tmp_path):
+    """Under any id, and though the bytes differ."""
+    passages = PASSAGES | {"copy": "What about\nAPPLE?"}
+    lines = run(tiny_encoder, make_collection(tmp_path, passages), rank_to=len(passages), negatives=len(passages))
+    assert {key: "copy" in line["neg_ids"] for key, line in lines.items()} == {key: key != "q0" for key in QUERIES}
+
+
 def test_each_process_has_its_gpu_before_a_model_is_loaded(tiny_encoder, tmp_path, monkeypatch):
     """Else all would lie on the first one."""
     order = []

@@ -45,6 +45,7 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
     Raises:
         UserError: model, collection or options are wrong, the output exists, or no query could be given negatives.
     """
+    from clpl_moe.mine.guide import Guide
     from clpl_moe.mine.index import PassageIndex
     from clpl_moe.mine.lines import training_lines
     from clpl_moe.mine.rerank import Reranker
@@ -52,8 +53,11 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
     from clpl_moe.retrieval.collection import COLLECTION_FILES, Collection
     from clpl_moe.retrieval.store import cache_folder, encode_passages, processes
 
-    if arguments.reranker is not None and selection.sampling == "corpus":
-        raise OptionError("reranker", "sampling 'corpus' ranks nothing; leave out one of the two")
+    for name in ("reranker", "guide"):
+        if getattr(arguments, name) is not None and selection.sampling == "corpus":
+            raise OptionError(name, "sampling 'corpus' ranks nothing; leave out one of the two")
+    if arguments.guide == arguments.model and arguments.guide_revision == arguments.revision:
+        raise OptionError("guide", f"{arguments.guide} is the model itself, whose own scores margin limits")
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(writing(arguments.output))
         refuse_existing(arguments.output, arguments.overwrite)
@@ -67,9 +71,12 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
         encoder = (
             None if selection.sampling == "corpus" else open_encoder(arguments.model, encoding, arguments.revision)
         )
+        guide = None if arguments.guide is None else Guide.load(arguments, encoding, cache)
         if not first:  # it encodes its part, the first one does the rest
             if encoder is not None:
                 encode_passages(encoder, index.texts, encoding, cache=cache, progress=False)
+            if guide is not None:
+                guide.share(index)
             return None
         reranker = None
         if arguments.reranker is not None:
@@ -83,6 +90,8 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
             encoder=encoder,
             seed=arguments.seed,
             reranker=reranker,
+            guide=guide,
+            guide_margin=arguments.guide_margin,
             cache=cache,
         )
         lines = training_lines(miner, collection, arguments.max_positive_queries)

@@ -4,7 +4,8 @@
    (:attr:`MiningQuery.excluded`).
 2. Passages nearly as similar to the query as its positive: ``max_positive_ratio`` (TopK-PercPos of NV-Retriever,
    arXiv:2407.15831) and ``margin``. Of several positives, ``positive_score`` says whose score that is.
-3. Copies of a positive: a passage that holds nearly all of it, or is nearly all in it (``max_overlap``).
+3. Passages that a guide finds more similar to the query than its positive (:mod:`clpl_moe.mine.guide`).
+4. Copies of a positive: a passage that holds nearly all of it, or is nearly all in it (``max_overlap``).
 """
 
 from __future__ import annotations

@@ -80,6 +80,10 @@ class PassageIndex:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def texts_at(self, places: np.ndarray) -> Sequence[str]:
+        """Texts of some places, read when asked for."""
+        return _Rows(self.texts, places)
+
     def _add(self, passage_id: str, query: str) -> None:
         if (place := self._number.get(passage_id)) is not None:
             key = text_key(query)

@@ -1,7 +1,7 @@
 """The training lines that mining writes, one for each query.
 
 A line has FlagEmbedding's fields ``query``, ``pos``, ``neg``, ``pos_scores`` and ``neg_scores`` (cosines, or the reranker's
-scores), the penalty's ``neg_q``, and the ids: ``query_id``, ``pos_ids``, ``neg_ids`` (of equal passages the first).
+scores), ``pos_guide_scores`` and ``neg_guide_scores`` where there is a guide, the penalty's ``neg_q``, and the ids: ``query_id``, ``pos_ids``, ``neg_ids`` (of equal passages the first).
 Prompts are not written into the texts: training and evaluation add them.
 """
 
@@ -37,6 +37,8 @@ def training_lines(miner: NegativeMiner, collection: Collection, most: int) -> I
             counts["queries dropped: no relevant passage in the corpus"] += 1
             continue
         excluded = index.answering(text) | own.get(text_key(text), set())
+        if (itself := index.find(text)) is not None:
+            excluded.add(itself)
         counts["passages left out: known to answer the query, besides its positives"] += len(excluded) - len(relevant)
         queries.append(MiningQuery(query_id, text, relevant, excluded))
     if not queries:
@@ -54,6 +56,9 @@ def training_lines(miner: NegativeMiner, collection: Collection, most: int) -> I
         if negatives.scores is not None and negatives.positive_scores is not None:
             highest = max(negatives.positive_scores)
             scores = {"pos_scores": negatives.positive_scores, "neg_scores": negatives.scores}
+            if negatives.guide_scores is not None and negatives.positive_guide_scores is not None:
+                scores["pos_guide_scores"] = negatives.positive_guide_scores
+                scores["neg_guide_scores"] = negatives.guide_scores
             counts["negatives more similar than every positive"] += sum(score > highest for score in negatives.scores)
         counts["lines"] += 1
         counts["negatives"] += len(negatives.places)

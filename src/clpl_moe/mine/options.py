@@ -32,6 +32,19 @@ class MineArguments:
     reranker_revision: str | None = option("as revision, of the reranker", None)
     reranker_max_len: int = option("longest pair in tokens; the rest is cut off", 512, least=8, most=1_000_000)
     reranker_batch_size: int = option("pairs that the reranker takes at once", 32, least=1, most=65_536)
+    guide: str | None = option(
+        "another encoder (folder or hub name): what it finds more similar to the query than the positive is no negative",
+        None,
+    )
+    guide_revision: str | None = option("as revision, of the guide", None)
+    guide_margin: float = option(
+        "how far below the positive's score by the guide a negative's must be; -2 leaves out nothing, and writes the scores",
+        0.0,
+        least=-2,
+        most=2,
+    )
+    guide_query_prompt: str | None = option("as query_prompt, of the guide", None)
+    guide_passage_prompt: str | None = option("as passage_prompt, of the guide", None)
     seed: int = option("decides every draw", 42)
     overwrite: bool = option("replace the output file", False)
 

@@ -6,7 +6,8 @@ For each query:
    have no rank.
 2. The window is ``rank_from`` to ``rank_to``. A reranker first scores and orders the passages up to ``rank_to`` anew;
    all later steps go by its scores (:mod:`clpl_moe.mine.rerank`).
-3. Passages that probably answer the query are left out (:mod:`clpl_moe.mine.filters`).
+3. Passages that probably answer the query are left out (:mod:`clpl_moe.mine.filters`), also by the scores of a guide
+   (:mod:`clpl_moe.mine.guide`).
 4. Of the rest, ``negatives`` are taken: the first ones, or drawn.
 
 ``sampling: corpus`` skips the ranking and its filters: any passage not known to answer the query may be drawn.
@@ -24,7 +25,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from clpl_moe.encoder import Encoder
-from clpl_moe.mine.filters import CopyFilter, below_ceiling, without_known_answers
+from clpl_moe.mine.filters import CopyFilter, below_ceiling, joined, without_known_answers
+from clpl_moe.mine.guide import Guide
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.mine.options import SelectionArguments
 from clpl_moe.mine.rank import Candidate, MiningQuery, Ranking, rank_passages
@@ -42,6 +44,8 @@ class Negatives:
     scores: list[float] | None
     positive_scores: list[float] | None  # of positives that the index holds, then of the others
     too_similar: int = 0  # passages of the window that are left out, since they score nearly as high as the positive
+    guide_scores: list[float] | None = None  # of the negatives, where there is a guide
+    positive_guide_scores: list[float] | None = None  # of positives that the index holds
 
 
 @dataclass(kw_only=True)
@@ -59,6 +63,8 @@ class NegativeMiner:
     seed: int | str = 42  # of all draws, together with each query's key
     counts: Counter[str] = field(default_factory=Counter)  # what was left out, and why
     reranker: Reranker | None = None
+    guide: Guide | None = None
+    guide_margin: float = 0.0
     cache: Path | None = None
     progress: bool = True
 
@@ -81,27 +87,49 @@ class NegativeMiner:
             for query in queries:
                 yield Negatives(self._take(shuffled(len(self.index), self._draw(query)), query), None, None)
             return
+
+        def candidates(row: int) -> list[Candidate]:
+            ranked = list(zip(ranking.places[row].tolist(), ranking.scores[row].tolist()))
+            return without_known_answers(ranked, queries[row])[: self.selection.rank_to]
+
+        if self.guide is not None:
+            seen = (place for row in range(len(queries)) for place, _ in candidates(row))
+            self.guide.read(queries, self.index, seen)
         starts = range(0, len(queries), _QUERIES_AT_ONCE)
         hidden = self.reranker is None or not self.progress
         for start in tqdm(starts, "rerank", unit=f"{_QUERIES_AT_ONCE} queries", disable=hidden, leave=False):
-            found = []
-            for row in range(start, min(start + _QUERIES_AT_ONCE, len(queries))):
-                candidates = list(zip(ranking.places[row].tolist(), ranking.scores[row].tolist()))
-                candidates = without_known_answers(candidates, queries[row])[: self.selection.rank_to]
-                found.append(Scored(queries[row], candidates, ranking.positive_scores[row]))
+            rows = range(start, min(start + _QUERIES_AT_ONCE, len(queries)))
+            found = [Scored(queries[row], candidates(row), ranking.positive_scores[row]) for row in rows]
             if self.reranker is not None:
                 found = rescore(found, self.index, self.reranker, self.cache)
-            yield from map(self._select, found)
+            yield from map(self._select, rows, found)
 
-    def _select(self, scored: Scored) -> Negatives:
+    def _select(self, row: int, scored: Scored) -> Negatives:
         window = scored.candidates[self.selection.rank_from - 1 :]
         allowed = below_ceiling(window, scored.positive_scores, self.selection)
         too_similar = len(window) - len(allowed)
         self.counts["passages left out: nearly as similar as a positive"] += too_similar
+        by_guide: dict[int, float] = {}
+        positive_guide_scores = None
+        if self.guide is not None:
+            by_guide, positive_guide_scores = self._approved(self.guide, row, scored.query, allowed)
+            allowed = [(place, score) for place, score in allowed if place in by_guide]
         taken = set(self._take(_in_order(allowed, self.selection, self._draw(scored.query)), scored.query))
         best_first = [(place, score) for place, score in allowed if place in taken]
         places, scores = [place for place, _ in best_first], [score for _, score in best_first]
-        return Negatives(places, scores, scored.positive_scores, too_similar)
+        guide_scores = None if positive_guide_scores is None else [by_guide[place] for place in places]
+        return Negatives(places, scores, scored.positive_scores, too_similar, guide_scores, positive_guide_scores)
+
+    def _approved(
+        self, guide: Guide, row: int, query: MiningQuery, candidates: Sequence[Candidate]
+    ) -> tuple[dict[int, float], list[float]]:
+        """By place, the guide's scores of the candidates that it does not take for answers; and its scores of the positives."""
+        places = [place for place, _ in candidates]
+        positive_scores = guide.scores(row, query.positives)
+        ceiling = joined(positive_scores, self.selection.positive_score) - self.guide_margin
+        found = {place: score for place, score in zip(places, guide.scores(row, places)) if score <= ceiling}
+        self.counts["passages left out: too similar by the guide"] += len(candidates) - len(found)
+        return found, positive_scores
 
     def _take(self, places: Iterator[int], query: MiningQuery) -> list[int]:
         """The first of the places that are neither known to answer the query nor copies of a positive."""
