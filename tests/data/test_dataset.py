@@ -232,3 +232,57 @@ def test_a_cache_that_cannot_be_used_is_told(path, tmp_path, monkeypatch):
     ):
         make(path, tmp_path / "cache")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def pairs(count, start=0):
+    return [{"query": f"q{i}", "pos": [f"p{i}", f"r{i}"]} for i in range(start, start + count)]
+
+
+@pytest.mark.parametrize("same_dataset", [False, True])
+def test_pairs_alone_are_groups_of_the_positive(tmp_path, same_dataset):
+    path = write(tmp_path / "t.jsonl", pairs(6))
+    dataset = make(path, tmp_path, same_dataset_within_batch=same_dataset, small_threshold=0)
+    assert dataset.group_size(0) == 1
+    assert [dataset[(0, i)].passages[0][0] in "pr" and len(dataset[(0, i)].passages) for i in range(6)] == [1] * 6
+
+
+def test_pairs_beside_triplets_take_positives_of_other_queries(tmp_path):
+    """A group of a batch has as many passages as the others."""
+    records = [*pairs(6), {"query": "q0", "pos": ["s0"], "neg": ["n"] * 3}, *pairs(1)]
+    dataset = make(write(tmp_path / "t.jsonl", records), tmp_path)
+    assert dataset.pairs == [7]
+    drawn = {(epoch, index): dataset[(epoch, index)] for epoch in range(9) for index in range(8)}
+    for (_, index), example in drawn.items():
+        assert len(example.passages) == 4
+        assert len(example.negative_queries) == 3
+        if index != 6:
+            others = {p for r in records if r["query"] != example.query for p in r["pos"]}
+            assert set(example.passages[1:]) <= others
+            assert len(set(example.passages)) == 4
+    assert len({tuple(drawn[epoch, 1].passages[1:]) for epoch in range(9)}) > 1
+    again = make(tmp_path / "t.jsonl", tmp_path)
+    assert all(again[draw] == example for draw, example in reversed(drawn.items()))
+
+
+def test_a_part_of_pairs_has_groups_of_its_own_size(tmp_path):
+    paths = [write(tmp_path / "a.jsonl", pairs(3)), write_triplets(tmp_path / "b.jsonl", 3)]
+    dataset = make(paths, tmp_path, same_dataset_within_batch=True, small_threshold=0)
+    assert [len(dataset[(0, i)].passages) for i in range(6)] == [1] * 3 + [4] * 3
+
+
+def test_a_pair_with_no_other_query_has_its_positive_for_a_negative(tmp_path):
+    """Equal texts are left out of the loss."""
+    records = [pairs(1)[0] | {"pos": ["p0"]}, pairs(1)[0] | {"neg": ["n", "m", "o"]}]
+    dataset = make(write(tmp_path / "t.jsonl", records), tmp_path)
+    assert dataset[(0, 0)].passages == ["p0"] * 4
+
+
+def test_mined_negatives_make_groups_of_pairs(tmp_path):
+    class Mined:
+        def get(self, example):
+            return (["a", "b", "c"], [[], ["x"], []]) if example else None
+
+    dataset = make(write(tmp_path / "t.jsonl", pairs(5)), tmp_path)
+    dataset.mined = Mined()
+    assert sorted(dataset[(0, 1)].passages[1:]) == ["a", "b", "c"]
+    assert len(set(dataset[(0, 0)].passages)) == 4

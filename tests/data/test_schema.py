@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -19,9 +20,9 @@ FAULTS = [
     ({"pos": []}, "field 'pos': found an empty list, expected at least one passage"),
     ({"pos": ["p", ""]}, "field 'pos[1]': found an empty string, expected text"),
     ({"pos": [["p"]]}, "field 'pos[0]': found a list, expected a string"),
-    ({"neg": ...}, "field 'neg': is missing, expected a list of strings"),
-    ({"neg": None}, "field 'neg': found null, expected a list of strings"),
-    ({"neg": [], "neg_q": []}, "field 'neg': found an empty list, expected at least one passage"),
+    ({"neg": ...}, "field 'neg_q': found 2 entries, expected 0"),
+    ({"neg": None}, "field 'neg_q': found 2 entries, expected 0"),
+    ({"neg": "n", "neg_q": None}, "field 'neg': found a string, expected a list of strings"),
     ({"neg": ["n", {}]}, "field 'neg[1]': found an object, expected a string"),
     ({"neg_q": "a"}, "field 'neg_q': found a string, expected a list as long as 'neg'"),
     ({"neg_q": {"n": "a"}}, "field 'neg_q': found an object, expected a list as long as 'neg'"),
@@ -101,6 +102,23 @@ def test_scores_are_required_for_distillation_only(tmp_path):
     assert next(read_examples(path, with_scores=True))["neg_scores"] == [0.5, 0.0]
 
 
+NO_NEGATIVES = [
+    ({"neg": ...}, "is missing, expected a list of strings"),
+    ({"neg": None}, "found null, expected a list of strings"),
+    ({"neg": []}, "found an empty list, expected at least one passage"),
+]
+
+
+@pytest.mark.parametrize(("change", "fault"), NO_NEGATIVES)
+@pytest.mark.parametrize("neg_q", [{"neg_q": ...}, {"neg_q": None}, {"neg_q": []}])
+def test_pairs_need_no_negatives_but_for_distillation(tmp_path, change, neg_q, fault):
+    path = write(tmp_path / "data.jsonl", changed(change | neg_q | {"pos_scores": [1], "neg_scores": []}))
+    example = next(read_examples(path))
+    assert (example["neg"], example["negative_queries"]) == ([], [])
+    with pytest.raises(UserError, match=f":1: field 'neg': {fault}"):
+        list(read_examples(path, with_scores=True))
+
+
 def test_all_spellings_of_neg_q_become_lists_of_lists():
     record = GOOD | {"neg": list("abcd"), "neg_q": ["x", ["y", "z"], [], None]}
     assert not list(find_faults(record))
@@ -122,13 +140,15 @@ def test_all_faults_of_a_line_are_found():
 
 
 def test_files_and_folders(tmp_path):
-    names = ["b.jsonl", "a.json", "notes.txt"]
+    names = ["b.jsonl", "a.json"]
     for name in names:
         write(tmp_path / name, GOOD)
     (tmp_path / "empty").mkdir()
     without = write(tmp_path / "noextension", GOOD)
-    assert [p.name for p in data_files([str(tmp_path)])] == ["a.json", "b.jsonl"]
-    assert data_files([str(without)]) == [without]
+    with pytest.warns(UserWarning, match=r"left out of the training data: empty/, noextension$"):
+        found = data_files([str(tmp_path)])
+    assert [Path(file.path).name for file in found] == ["a.json", "b.jsonl"]
+    assert [p.path for p in data_files([str(without)])] == [str(without)]
     with pytest.raises(UserError, match="empty: the folder holds no .jsonl or .json file"):
         data_files([str(tmp_path / "empty")])
     with pytest.raises(UserError, match="nowhere.jsonl: no such file or folder"):

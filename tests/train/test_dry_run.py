@@ -2,10 +2,19 @@ import pytest
 import torch
 
 from clpl_moe.common.cli import parse
+from clpl_moe.common.files import write_jsonl
 from clpl_moe.train.__main__ import main
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.train.dry_run import plan_run
-from helpers.tiny_training import arguments, make_collection, make_runner, write_triplets
+from helpers.tiny_training import (
+    arguments,
+    make_collection,
+    make_runner,
+    make_triplets,
+    read_metrics,
+    refused,
+    write_triplets,
+)
 
 
 def plan(argv):
@@ -126,3 +135,51 @@ def test_gradient_caching_lowers_the_memory_of_a_large_batch_to_that_of_a_chunk(
     batches = [plan([*argv, "--per_device_train_batch_size", size]).estimate.activation_bytes for size in ("2", "200")]
     assert batches[0] == batches[1]
     assert plan(arguments(tiny_encoder, data, tmp_path / "run")).estimate.activation_bytes > 2 * batches[0]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    lines = [{"query": line["query"], "pos": line["pos"]} for line in make_triplets(8)]
+    path = tmp_path_factory.mktemp("pairs") / "pairs_no_in_batch_neg.jsonl"
+    write_jsonl(path, lines)
+    write_jsonl(path.with_name("pairs.jsonl"), lines)
+    return path.with_name("pairs.jsonl")
+
+
+def test_pairs_train_on_in_batch_negatives(tiny_encoder, pairs, tmp_path, capsys):
+    argv = arguments(tiny_encoder, pairs, tmp_path / "run")
+    main([*argv, "--dry_run", "true"])
+    out = capsys.readouterr().out
+    assert "8 in 1 file(s), 8 of them pairs without negatives" in out
+    assert "1 passages a query" in out
+    main(argv)
+    assert [m["loss"] > 0.01 for m in read_metrics(tmp_path / "run") if "loss" in m] == [True] * 4
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "pairs",
+            {"per_device_train_batch_size": 1},
+            "the lines of train_data have no 'neg', and a batch has 1 of 8 queries",
+        ),
+        (
+            "triplets",
+            {"per_device_train_batch_size": 1, "train_group_size": 1},
+            "train_group_size is 1, and a batch has 1",
+        ),
+        ("pairs", {"in_batch_negatives": False}, "have no 'neg', and in-batch negatives are off"),
+        ("pairs_no_in_batch_neg", {}, "have no 'neg', and in-batch negatives are off"),
+        (
+            "pairs",
+            {"per_device_train_batch_size": 1, "same_dataset_within_batch": True, "small_threshold": 0},
+            "have no 'neg', and a batch has 1 of 8 queries",
+        ),
+    ],
+)
+def test_nothing_to_contrast_is_refused(tiny_encoder, data, pairs, tmp_path, capsys, dry_run, name, options, message):
+    path = data if name == "triplets" else pairs.with_name(f"{name}.jsonl")
+    assert message in refused(arguments(tiny_encoder, path, tmp_path / "run", dry_run=dry_run, **options), capsys)
+    assert not (tmp_path / "run").exists()

@@ -282,8 +282,6 @@ def test_validation_and_training_refuse_the_same_mutated_lines(tmp_path_factory,
     # The loader, on each line alone: behind a good one, so that the number of the first line changes nothing else.
     good = json.dumps(SCORED).encode() + b"\n"
     for number, line in enumerate(lines, 1):
-        if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-            continue
         one.write_bytes(good + line + b"\n")
         if number not in refused_lines:
             assert list(read_examples(one, with_scores=scores)), line
@@ -301,8 +299,6 @@ def test_validation_and_training_refuse_the_same_mutated_lines(tmp_path_factory,
     seen["refused"] += len(refused_lines)
     accepted = [line for number, line in enumerate(lines, 1) if number not in refused_lines]
     path.write_bytes(good + b"".join(line + b"\n" for line in accepted))
-    if accepted and accepted[0].startswith(b"\xef\xbb\xbf") and 1 not in refused_lines:
-        return  # the mark may stand in the first line only
     dataset = load(path, folder / "cache", knowledge_distillation=scores)
     assert len(dataset) == 1 + report.figures.examples
     batch = collator([dataset[(0, index)] for index in range(len(dataset))])
@@ -333,7 +329,7 @@ def test_accepted_lines_train(tiny_encoder, tmp_path_factory, lines):
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     messages = validate_file(path, Reading(scores_required=True)).messages
     bad = {int(message.split(":")[1]) for message in messages}
-    rest = [line for number, line in enumerate(lines, 1) if number not in bad and not line.startswith(b"\xef")]
+    rest = [line for number, line in enumerate(lines, 1) if number not in bad]
     path.write_bytes(b"".join(line + b"\n" for line in [json.dumps(SCORED).encode(), *rest]))
     train(
         arguments(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import fnmatch
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from clpl_moe.common.compressed import naming_damage, open_bytes
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.lock import try_lock
 
@@ -31,18 +33,14 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_lines(path: str | Path, may_be_empty: bool = False) -> Iterator[tuple[int, int, bytes]]:
-    """Line number (from 1), the byte where it begins, and bytes of each line that is not blank, of a file that has some."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{at(path)}: no such file" if not path.exists() else f"{at(path)}: not a file")
-    empty, start = True, 0
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(f"{at(path)}: cannot be read ({error.strerror})") from None
-    with file:
+    """Line number (from 1), the byte where it begins, and bytes of each line that is not blank, of a file that has some.
+
+    A compressed file (:mod:`clpl_moe.common.compressed`) is decompressed.
+    """
+    empty, start, number = True, 0, 0
+    with open_bytes(path) as (file, _), naming_damage(path, lambda: number + 1):
         for number, raw in enumerate(file, 1):
-            if raw.strip():
+            if not _is_blank(raw):
                 empty = False
                 yield number, start, raw
             start += len(raw)
@@ -50,15 +48,19 @@ def read_lines(path: str | Path, may_be_empty: bool = False) -> Iterator[tuple[i
         raise UserError(f"{at(path)}: the file is empty, expected one JSON object a line")
 
 
+def _is_blank(raw: bytes) -> bool:
+    return raw.strip() in (b"", codecs.BOM_UTF8)
+
+
 def parse_line(path: str | Path, number: int, raw: bytes) -> dict[str, Any]:
     """One line of a JSONL file as an object; raises :class:`UserError` with file and line otherwise."""
-    record, faults = inspect_line(number, raw)
+    record, faults = inspect_line(raw)
     if record is None or faults:
         raise UserError(f"{at(path, number)}: {faults[0]}")
     return record
 
 
-def inspect_line(number: int, raw: bytes) -> tuple[dict[str, Any] | None, list[str]]:
+def inspect_line(raw: bytes) -> tuple[dict[str, Any] | None, list[str]]:
     """One line of a JSONL file as an object, as far as it can be read, and all that is wrong with it as JSON."""
     twice: list[str] = []
 
@@ -71,7 +73,7 @@ def inspect_line(number: int, raw: bytes) -> tuple[dict[str, Any] | None, list[s
         return record
 
     try:
-        record = parse_json(raw, mark=number == 1, object_pairs_hook=unique)
+        record = parse_json(raw, object_pairs_hook=unique)
     except UnicodeDecodeError as error:
         return None, [f"not UTF-8 text ({error.reason})"]
     except ValueError as error:
@@ -84,13 +86,14 @@ def inspect_line(number: int, raw: bytes) -> tuple[dict[str, Any] | None, list[s
     return record, faults
 
 
-def parse_json(raw: bytes, *, mark: bool = True, **how: Any) -> Any:
-    """The value of a JSON text, by ``json.loads`` with ``how``; with ``mark`` a byte-order mark may stand in front.
+def parse_json(raw: bytes, **how: Any) -> Any:
+    """The value of a JSON text, by ``json.loads`` with ``how``; a byte-order mark may stand in front.
 
     Raises :class:`UnicodeDecodeError` where the text is not UTF-8, another :class:`ValueError` (:func:`json_fault`) where it
     is not JSON or nested too deeply.
     """
-    text = raw.decode("utf-8-sig" if mark else "utf-8")  # some editors write the mark, which is no part of the text
+    # Some editors write the mark, which is no part of the text; files that are joined have one in the middle.
+    text = raw.decode("utf-8-sig")
     try:
         value = json.loads(text, **how)
     except RecursionError:

@@ -6,18 +6,23 @@ import contextlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
 import datasets
+import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from clpl_moe import __version__
+from clpl_moe.common.compressed import plain_name
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import hash_file, refuse_unwritable
+from clpl_moe.common.files import refuse_unwritable
 from clpl_moe.data.flag_embedding import AbsEmbedderTrainDataset
-from clpl_moe.data.schema import data_files, read_examples
+from clpl_moe.data.formats import DataFile, data_files, entry_path
+from clpl_moe.data.schema import read_examples
 
+_ROWS_AT_ONCE = 10_000
 # Epoch and number of an example. Its random choices depend on these and the seed only, so that resumed runs choose alike.
 Draw = tuple[int, int]
 
@@ -60,6 +65,9 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
     ``same_dataset_within_batch``, a folder's files with fewer than ``small_threshold`` examples are joined, and left out
     if they have fewer than ``drop_threshold`` together; a small file outside a folder is left out.
 
+    Where no example has negatives, groups hold the positive alone. A pair among examples that have some gets positives of
+    other examples for its negatives.
+
     Raises:
         UserError: a file is missing, empty or has a faulty line.
     """
@@ -74,7 +82,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         experts = getattr(args, "experts_of_data", None) or [None] * len(args.train_data)
         for path, expert in zip(args.train_data, experts, strict=True):
             parts += self._load_path(path)
-            own_only = Path(path).stem.endswith("no_in_batch_neg")
+            own_only = Path(plain_name(entry_path(path))).stem.endswith("no_in_batch_neg")
             new = len(parts) - len(self.in_batch_negatives)
             self.in_batch_negatives += [not own_only] * new
             self._experts += [expert] * new
@@ -84,24 +92,26 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
             raise UserError(f"{limits}: no file of train_data has so many examples")
         self.dataset = datasets.concatenate_datasets(parts)
         self.mined: Negatives | None = None
+        self.pairs = [_count_pairs(part) for part in parts]  # examples without negatives, in each part
+        self._starts = list(accumulate(self.part_sizes, initial=0))
         self._part_of = [part for part, size in enumerate(self.part_sizes) for _ in range(size)]
 
     def _load_path(self, path: str) -> list[datasets.Dataset]:
-        parts = [self._load_dataset(str(file)) for file in data_files([path])]
+        parts = [self._load_dataset(file) for file in data_files([path])]
         if not self.args.same_dataset_within_batch:
             return parts
         small = [part for part in parts if len(part) < self.args.small_threshold]
         parts = [part for part in parts if len(part) >= self.args.small_threshold]
-        if small and Path(path).is_dir():
+        if small and entry_path(path).is_dir():
             joined = datasets.concatenate_datasets(small)
             if len(joined) >= self.args.drop_threshold:
                 parts.append(joined)
         return parts
 
-    def _load_dataset(self, file_path: str) -> datasets.Dataset:
+    def _load_dataset(self, file: DataFile) -> datasets.Dataset:
         """Read, check and store one file; later runs take the stored examples as long as the file is unchanged."""
-        digest = hash_file(file_path)
-        arguments = {"path": str(Path(file_path).resolve()), "shown": file_path, "version": f"{__version__}-{digest}"}
+        digest = file.digest()
+        arguments = {"file": file.resolved(), "version": f"{__version__}-{digest}"}
         arguments |= {"with_scores": self.args.knowledge_distillation}
         cache = self.args.cache_path or datasets.config.HF_DATASETS_CACHE
         try:
@@ -125,8 +135,15 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         return dataset
 
     def group_size(self, part: int) -> int:
-        """Passages per query in one part; FlagEmbedding's ``type`` can lower it."""
-        first, size = self.dataset[sum(self.part_sizes[:part])], self.args.train_group_size
+        """Passages per query of an example of one part, the same for all examples that may meet in a batch."""
+        separate = self.args.same_dataset_within_batch
+        pairs, examples = (self.pairs[part], self.part_sizes[part]) if separate else (sum(self.pairs), len(self))
+        if pairs == examples and self.mined is None:
+            return 1
+        size = self.args.train_group_size
+        if not separate:
+            return size
+        first = self.dataset[self._starts[part]]  # FlagEmbedding's `type` can lower it
         lowered = {"only_1neg": 2, "symmetric_class": min(len(first["neg"]) + 1, size)}
         return lowered.get(first["type"], size)
 
@@ -135,10 +152,13 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         record, part = self.dataset[index], self._part_of[index]
         rng = random.Random(f"{self.seed}-{epoch}-{index}")
         positive = rng.randrange(len(record["pos"]))
-        wanted = (self.group_size(part) if self.args.same_dataset_within_batch else self.args.train_group_size) - 1
+        wanted = self.group_size(part) - 1
         negatives, negative_queries = record["neg"], record["negative_queries"]
         if self.mined is not None and (mined := self.mined.get(index)) is not None:
             negatives, negative_queries = mined
+        if not negatives and wanted:
+            negatives = self._positives_of_others(rng, record, part, wanted)
+            negative_queries = [[] for _ in negatives]
         drawn = _sample(rng, len(negatives), wanted)
         texts = [self._shuffle_words(rng, record["pos"][positive]), *(negatives[i] for i in drawn)]
         limit = self.args.queries_per_negative
@@ -164,6 +184,20 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
             expert=self._experts[part],
         )
 
+    def _positives_of_others(self, rng: random.Random, record: dict, part: int, wanted: int) -> list[str]:
+        """``wanted`` positives of other queries of a part for one that has no negatives; its own, which is no negative of
+        its, where there are none."""
+        found: list[str] = []
+        size = self.part_sizes[part]
+        for number in rng.sample(range(size), min(size, 4 * wanted + 4)):
+            other = self.dataset[self._starts[part] + number]
+            text = rng.choice(other["pos"])
+            if other["query"] != record["query"] and text not in record["pos"] and text not in found:
+                found.append(text)
+            if len(found) == wanted:
+                break
+        return found or record["pos"][:1]
+
     def _prompted_passage(self, text: str) -> str:
         prompt = self.args.passage_instruction_for_retrieval
         return self.args.passage_instruction_format.format(prompt, text) if prompt else text
@@ -186,13 +220,15 @@ def _sample(rng: random.Random, available: int, wanted: int) -> list[int]:
     return chosen
 
 
-def _read_for_arrow(path: str, shown: str, version: str, with_scores: bool):
+def _count_pairs(part: datasets.Dataset) -> int:
+    batches = part.select_columns("neg").with_format("arrow").iter(_ROWS_AT_ONCE)
+    return sum(len(b) - pc.sum(pc.greater(pc.list_value_length(b["neg"]), 0)).as_py() for b in batches)
+
+
+def _read_for_arrow(file: DataFile, version: str, with_scores: bool):
     del version  # part of the store's name only: a changed file, or any after an update of this package, is read again
-    try:
-        examples = read_examples(path, with_scores=with_scores)
-        yield from tqdm(examples, desc=f"read {Path(shown).name}", unit="line", delay=2, leave=False)
-    except UserError as error:
-        raise UserError(str(error).replace(path, shown)) from None
+    examples = read_examples(file, with_scores=with_scores)
+    yield from tqdm(examples, desc=f"read {Path(file.name).name}", unit="line", delay=2, leave=False)
 
 
 def _not_stored(cache: str | Path, error: OSError) -> UserError:

@@ -2,7 +2,8 @@
 
 One JSON object a line: FlagEmbedding's format, and the negative queries (the queries that a hard negative answers):
 
-- ``query`` (string), ``pos`` (list of strings, at least one), ``neg`` (list of strings, at least one);
+- ``query`` (string), ``pos`` (list of strings, at least one);
+- ``neg``, optional: hard negatives, a list of strings, which may be empty;
 - ``neg_q``, optional: the negative queries, a list as long as ``neg``, each entry a string, a list of strings or null;
 - ``pos_scores`` and ``neg_scores``, optional: numbers, as many as ``pos`` and ``neg``;
 - ``prompt`` and ``type``, optional strings, as in FlagEmbedding.
@@ -18,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from clpl_moe.common.cli import command_name
-from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import inspect_line, read_lines
+from clpl_moe.common.errors import UserError
+from clpl_moe.data.columns import rename
+from clpl_moe.data.formats import DataFile, Line, data_files
+
+__all__ = ["DataFile", "checked_lines", "data_files", "find_faults", "negative_queries", "normalise", "read_examples"]
 
 _LARGEST_SCORE = 3.4028234663852886e38  # of float32, in which losses are computed
 
@@ -31,8 +35,8 @@ def find_faults(record: dict[str, Any], *, scores_required: bool = False) -> Ite
         yield from _text("query", record["query"])
     else:
         yield _fault("query", "is missing, expected a string")
-    for field in ("pos", "neg"):
-        yield from _passages(record, field)
+    yield from _passages(record, "pos")
+    yield from _passages(record, "neg", required=scores_required)
     for field in ("prompt", "type"):
         if not isinstance(value := record.get(field), str | None):
             yield _fault(field, f"found {_found(value)}, expected a string")
@@ -43,7 +47,7 @@ def find_faults(record: dict[str, Any], *, scores_required: bool = False) -> Ite
 
 def negative_queries(record: dict[str, Any]) -> list[list[str]]:
     """For each negative of a line without faults the queries that it answers, possibly none."""
-    entries = record.get("neg_q") or [None] * len(record["neg"])
+    entries = record.get("neg_q") or [None] * len(record.get("neg") or ())
     return [[entry] if isinstance(entry, str) else list(entry or ()) for entry in entries]
 
 
@@ -52,7 +56,7 @@ def normalise(record: dict[str, Any], *, keep_scores: bool = False) -> dict[str,
     return {
         "query": record["query"],
         "pos": record["pos"],
-        "neg": record["neg"],
+        "neg": record.get("neg") or [],
         "negative_queries": negative_queries(record),
         "pos_scores": [float(s) for s in record["pos_scores"]] if keep_scores else None,
         "neg_scores": [float(s) for s in record["neg_scores"]] if keep_scores else None,
@@ -61,52 +65,34 @@ def normalise(record: dict[str, Any], *, keep_scores: bool = False) -> dict[str,
     }
 
 
-def check_line(number: int, raw: bytes, *, scores_required: bool = False) -> tuple[dict[str, Any] | None, list[str]]:
-    """Line ``number`` (from 1) as an object, or None, and its faults, which validation reports and training refuses."""
-    record, faults = inspect_line(number, raw)
-    if record is not None:
-        faults += find_faults(record, scores_required=scores_required)
-    return record, faults
+def checked_lines(file: DataFile, *, scores_required: bool = False) -> Iterator[Line]:
+    """Every line of a file with all its faults, which validation reports and training refuses."""
+    for line in file.lines():
+        if line.record is not None:
+            found = find_faults(line.record, scores_required=scores_required)
+            line.faults += [rename(fault, line.origin) for fault in found]
+        yield line
 
 
-def read_examples(path: str | Path, *, with_scores: bool = False) -> Iterator[dict[str, Any]]:
+def read_examples(file: DataFile | str | Path, *, with_scores: bool = False) -> Iterator[dict[str, Any]]:
     """The normalised examples of one file.
 
     Raises:
         UserError: after the last line, with file, line and field of the first fault and the number of all.
     """
+    if not isinstance(file, DataFile):
+        file = DataFile(str(file), str(file))
     first, count = "", 0
-    for number, _, raw in read_lines(path):
-        record, faults = check_line(number, raw, scores_required=with_scores)
-        if faults:
-            first = first or f"{at(path, number)}: {faults[0]}"
-            count += len(faults)
-        elif record is not None and not count:
-            yield normalise(record, keep_scores=with_scores)
+    for line in checked_lines(file, scores_required=with_scores):
+        if line.faults:
+            first = first or f"{line.place}: {line.faults[0]}"
+            count += len(line.faults)
+        elif line.record is not None and not count:
+            yield normalise(line.record, keep_scores=with_scores)
     if count > 1:
-        first += f" (the first of {count:,} faults; {command_name('clpl_moe.validate')} {path} lists them)"
+        first += f" (the first of {count:,} faults; {command_name('clpl_moe.validate')} {file.name} lists them)"
     if count:
         raise UserError(first)
-
-
-def data_files(paths: list[str]) -> list[Path]:
-    """The files that ``train_data`` names; of a folder its ``.jsonl`` and ``.json`` files in order of names.
-
-    Raises:
-        UserError: a path does not exist, or a folder holds no such file.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix in (".jsonl", ".json") and p.is_file())
-            if not found:
-                raise UserError(f"{at(path)}: the folder holds no .jsonl or .json file, expected training data")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"{at(path)}: no such file or folder, expected training data (train_data)")
-    return files
 
 
 def _fault(field: str, message: str) -> str:
@@ -131,8 +117,10 @@ def _texts(field: str, values: list[Any]) -> Iterator[str]:
         yield from _text(f"{field}[{index}]", value)
 
 
-def _passages(record: dict[str, Any], field: str) -> Iterator[str]:
+def _passages(record: dict[str, Any], field: str, required: bool = True) -> Iterator[str]:
     value = record.get(field)
+    if not required and (value is None or value == []):  # the passages of other queries are its negatives
+        return
     if field not in record:
         yield _fault(field, "is missing, expected a list of strings")
     elif not isinstance(value, list):
@@ -146,6 +134,8 @@ def _passages(record: dict[str, Any], field: str) -> Iterator[str]:
 def _beside(record: dict[str, Any], field: str, texts: str, expected: str, entries: str) -> Iterator[str]:
     """Faults of a list whose entries belong to those of the list ``texts``; not those of the entries themselves."""
     value, beside = record[field], record.get(texts)
+    if texts == "neg" and beside is None:
+        beside = []
     if not isinstance(value, list):
         yield _fault(field, f"found {_found(value)}, expected {expected}")
     elif isinstance(beside, list) and len(value) != len(beside):

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from clpl_moe.common.errors import OptionError, UserError
-from clpl_moe.data.schema import data_files
+from clpl_moe.data.formats import DataFile, data_files, entry_path
 from clpl_moe.llm.backends import Answer, Backend, Question
 from clpl_moe.llm.journal import Journal
 from clpl_moe.llm.options import AskingArguments
@@ -22,10 +22,10 @@ _BYTES_PER_TOKEN = 4  # of UTF-8: what tokenizers of large models need for Engli
 Answers = Mapping[str, Sequence[Answer]]  # by key of the question
 
 
-def training_files(arguments: AskingArguments) -> list[Path]:
+def training_files(arguments: AskingArguments) -> list[DataFile]:
     """The files to read, among whose folders the output may not lie."""
     files = data_files(arguments.train_data)
-    if Path(arguments.output).resolve().parent in {Path(path).resolve() for path in arguments.train_data}:
+    if Path(arguments.output).resolve().parent in {entry_path(entry).resolve() for entry in arguments.train_data}:
         where = f"{arguments.output} lies in a folder of train_data, every file of which is read as training data"
         raise OptionError("output", f"{where}; name another folder")
     return files

@@ -21,7 +21,7 @@ class AskingArguments:
     local_temperature: ClassVar[float] = 0.7
     local_answer_tokens: ClassVar[int] = 256
 
-    train_data: list[str] = option("training JSONL files, or folders of them, as mine writes them")
+    train_data: list[str] = option("files or folders of training data, as mine writes them, or hub:NAME")
     output: str = option("JSONL file to write; its journal and other files get names that begin with its name")
     language: str = option("language of passages and queries, such as ko")
     model: str = option("name of the language model; with backend transformers its folder or hub name")

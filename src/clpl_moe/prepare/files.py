@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clpl_moe.common.compressed import naming_damage, open_bytes
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import parse_line
 from clpl_moe.prepare.source import Passage
 from clpl_moe.retrieval.collection import check_id, check_relevance
 
-_GIT_LFS = b"version https://git-lfs"  # what stands in place of a large file that was not fetched
-
 
 def read_source_lines(path: Path, bar: Any = None) -> Iterator[tuple[int, bytes]]:
-    """Line number (from 1) and bytes of each line that is not blank, of a plain or a ``.gz`` file.
+    """Line number (from 1) and bytes of each line that is not blank, of a plain or a compressed file.
 
     A tqdm bar is moved by the bytes of the file on disk.
     """
-    if not path.is_file():
-        raise UserError(f"{at(path)}: no such file")
-    number, done, empty, again = 0, 0, True, "fetch this file again"
-    with path.open("rb") as raw:
-        if raw.read(len(_GIT_LFS)) == _GIT_LFS:
-            raise UserError(f"{at(path)}: found Git LFS's pointer to the file, not the file; run `git lfs pull` there")
-        raw.seek(0)
-        try:
-            for number, line in enumerate(gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw, 1):
-                if bar is not None and number % 1000 == 0:
-                    bar.update(raw.tell() - done)
-                    done = raw.tell()
-                if line.strip():
-                    empty = False
-                    yield number, line
-        except EOFError:
-            raise UserError(f"{at(path, number + 1)}: the file ends too early, it was cut short; {again}") from None
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{at(path, number + 1)}: broken gzip ({error}); {again}") from None
+    number, done, empty = 0, 0, True
+    with open_bytes(path) as (content, raw), naming_damage(path, lambda: number + 1):
+        for number, line in enumerate(content, 1):
+            if bar is not None and number % 1000 == 0:
+                bar.update(raw.tell() - done)
+                done = raw.tell()
+            if line.strip():
+                empty = False
+                yield number, line
         if bar is not None:
             bar.update(raw.tell() - done)
     if empty:
-        raise UserError(f"{at(path)}: the file is empty; {again}")
+        raise UserError(f"{at(path)}: the file is empty; fetch this file again")
 
 
 def read_texts(path: Path, id_field: str, bar: Any = None) -> Iterator[tuple[int, str, dict[str, Any]]]:
@@ -79,7 +66,7 @@ def read_table(path: Path) -> Iterator[tuple[int, str]]:
     for number, raw in read_source_lines(path):
         try:
             # The byte-order mark that some editors write is no part of the text.
-            yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            yield number, raw.decode("utf-8-sig").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{at(path, number)}: not UTF-8 text ({error.reason})") from None
 

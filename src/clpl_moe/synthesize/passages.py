@@ -6,14 +6,13 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import read_jsonl
-from clpl_moe.data.schema import find_faults, negative_queries
+from clpl_moe.common.errors import UserError
+from clpl_moe.data.formats import DataFile
+from clpl_moe.data.schema import checked_lines, negative_queries
 from clpl_moe.retrieval.collection import LazyTexts, normalize_text
 
 
@@ -33,7 +32,7 @@ def passage_key(text: str) -> str:
     return hashlib.sha256(normalize_text(text).encode()).hexdigest()[:32]
 
 
-def read_passages(files: Sequence[Path]) -> dict[str, Passage]:
+def read_passages(files: Sequence[DataFile]) -> dict[str, Passage]:
     """The distinct passages of training files, positives included, by :func:`passage_key`; every line is checked."""
     passages: dict[str, Passage] = {}
     owner: dict[str, str] = {}
@@ -51,21 +50,26 @@ def read_passages(files: Sequence[Path]) -> dict[str, Passage]:
                 passage.ids.append(identifier)
         return passage
 
-    for path in files:
-        for number, record in read_jsonl(path):
-            place = at(path, number)
-            for fault in find_faults(record):
-                raise UserError(f"{place}: {fault}")
+    for file in files:
+        for place, record in _records(file):
             for index, text in enumerate(record["pos"]):
                 passage = add(record, "pos_ids", index, text, place)
                 passage.negative_queries.setdefault(normalize_text(record["query"]), record["query"])
-            for index, (text, queries) in enumerate(zip(record["neg"], negative_queries(record))):
+            for index, (text, queries) in enumerate(zip(record.get("neg") or (), negative_queries(record))):
                 passage = add(record, "neg_ids", index, text, place)
                 passage.negative = True
                 passage.bare |= not queries
                 for query in queries:
                     passage.negative_queries.setdefault(normalize_text(query), query)
     return passages
+
+
+def _records(file: DataFile) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and fields of each line of a file, whose faults are errors."""
+    for line in checked_lines(file):
+        if line.faults or line.record is None:
+            raise UserError(f"{line.place}: {line.faults[0]}")
+        yield line.place, line.record
 
 
 class SearchedPassages(LazyTexts):
@@ -89,14 +93,14 @@ class SearchedPassages(LazyTexts):
         return self._own[row] if row < len(self._own) else self._corpus[row - len(self._own)]
 
 
-def fill_lines(files: Sequence[Path], queries: Mapping[str, Sequence[str]], most: int) -> Iterator[dict[str, Any]]:
+def fill_lines(files: Sequence[DataFile], queries: Mapping[str, Sequence[str]], most: int) -> Iterator[dict[str, Any]]:
     """The lines of training files, ``neg_q`` filled where it had no query with up to ``most`` of a passage's ``queries``,
     by its key. A line's own query is never given to a negative of that line."""
-    for _, record in itertools.chain.from_iterable(map(read_jsonl, files)):
+    for _, record in itertools.chain.from_iterable(map(_records, files)):
         own = normalize_text(record["query"])
         given = negative_queries(record)
         entries = list(record.get("neg_q") or given)  # as the file spells them
-        for index, text in enumerate(record["neg"]):
+        for index, text in enumerate(record.get("neg") or ()):
             if not given[index]:
                 fitting = (q for q in queries.get(passage_key(text), ()) if normalize_text(q) != own)
                 entries[index] = list(fitting)[:most] or None

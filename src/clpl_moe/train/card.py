@@ -18,6 +18,7 @@ from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open
 from clpl_moe.common.machine import versions
 from clpl_moe.common.markup import as_code, as_python, in_markdown
+from clpl_moe.data.formats import entry_path
 
 if TYPE_CHECKING:
     from clpl_moe.encoder.settings import EmbeddingSettings
@@ -95,7 +96,7 @@ def write_model_card(
         settings=settings,
         pooled=_POOLED,
         experts=json.dumps(plan.experts) if experts else None,
-        files=", ".join(as_code(Path(path).name) for path in plan.data_args.train_data),
+        files=", ".join(as_code(entry_path(entry).name) for entry in plan.data_args.train_data),
         versions=", ".join(f"{package} {version}" for package, version in versions().items()),
     )
     with atomic_open(args.folder / CARD) as file:

@@ -59,7 +59,7 @@ class ModelOptions:
 class DataOptions:
     """The data, and how they are cut into groups and tokens."""
 
-    train_data: list[str] = option("Files or folders of training JSONL (see docs/data-formats.md).", [])
+    train_data: list[str] = option("Files or folders of training data, or hub:NAME (see docs/data-formats.md).", [])
     experts_of_data: list[int] | None = option(
         "With router given: for each entry of train_data, in order, the expert that its texts go to; an expert that none"
         " names stays the base's.",

@@ -50,6 +50,7 @@ def open_data(data_args: CLPLDataArguments, args: CLPLTrainingArguments, whole_s
             f"dataloader_drop_last leaves out everything: no file has the {batches.planned_size} examples"
             " of a batch; lower per_device_train_batch_size or remove dataloader_drop_last"
         )
+    check_contrast(dataset, data_args, args)
     if args.negatives_cross_device:
         check_gathering(dataset.in_batch_negatives, data_args, args.world_size)
     dev = index = None
@@ -63,6 +64,29 @@ def open_data(data_args: CLPLDataArguments, args: CLPLTrainingArguments, whole_s
         corpus = Collection.load(args.ance_collection, args.ance_language, args.ance_split)
         index = PassageIndex.load(corpus, args.ance_positive_queries)
     return RunData(dataset, batches, dev, index)
+
+
+def check_contrast(dataset: CLPLTrainDataset, data_args: CLPLDataArguments, args: CLPLTrainingArguments) -> None:
+    """Refuse batches whose queries have no negative, neither one of their own nor another query's passage: the loss would
+    be 0, whatever the model does."""
+    separate = data_args.same_dataset_within_batch
+    parts = range(len(dataset.part_sizes)) if separate else [0]
+    for part in parts:
+        own_only = not args.in_batch_negatives
+        own_only |= not (dataset.in_batch_negatives[part] if separate else all(dataset.in_batch_negatives))
+        examples = dataset.part_sizes[part] if separate else len(dataset)
+        devices = args.world_size if args.negatives_cross_device else 1
+        batch = 1 if own_only else min(examples, args.per_device_train_batch_size * devices)
+        if dataset.group_size(part) == batch == 1:
+            own = (
+                "train_group_size is 1" if data_args.train_group_size == 1 else "the lines of train_data have no 'neg'"
+            )
+            other = "in-batch negatives are off" if own_only else f"a batch has 1 of {examples:,} queries"
+            raise UserError(
+                f"{own}, and {other}: a query has no negative to be contrasted with; "
+                + ("allow in-batch negatives" if own_only else "set per_device_train_batch_size to at least 2")
+                + ", or give the lines negatives (mine finds some)"
+            )
 
 
 def check_gathering(in_batch_negatives: Sequence[bool], data_args: CLPLDataArguments, world_size: int) -> None:
@@ -98,6 +122,8 @@ class Plan:
     trained_parameters: int
     examples: int
     files: int
+    pairs: int  # examples without negatives
+    group_size: int  # passages of a query, its positive among them; the most that a file's have
     steps_per_epoch: int
     steps: int
     dev: Collection | None
@@ -115,10 +141,11 @@ class Plan:
             f"experts         {', '.join(f'{name} {value}' for name, value in (self.experts or {}).items()) or 'none'}",
             f"parameters      {self.parameters:,}, trained {self.trained_parameters:,} ({share:.1%},"
             f" trainable: {args.trainable}{frozen})",
-            f"examples        {self.examples:,} in {self.files} file(s)",
+            f"examples        {self.examples:,} in {self.files} file(s)"
+            f"{f', {self.pairs:,} of them pairs without negatives' if self.pairs else ''}",
             f"lengths         queries {data.query_max_len}, passages {data.passage_max_len} tokens",
             f"batch           {args.per_device_train_batch_size} per device × {args.world_size} device(s) ×"
-            f" {args.gradient_accumulation_steps} accumulated, {data.train_group_size} passages a query",
+            f" {args.gradient_accumulation_steps} accumulated, {self.group_size} passages a query",
             f"steps           {self.steps:,} ({self.steps_per_epoch:,} an epoch)",
             f"loss            {args.in_words()}",
             f"device          {torch.cuda.get_device_name() if gpu else args.device.type},"
@@ -172,6 +199,8 @@ def describe(
         trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         examples=len(data.dataset),
         files=len(data.dataset.part_sizes),
+        pairs=sum(data.dataset.pairs),
+        group_size=max(map(data.dataset.group_size, range(len(data.dataset.part_sizes)))),
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         dev=data.dev,

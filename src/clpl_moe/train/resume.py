@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import hash_file, read_json, refuse_unwritable
+from clpl_moe.common.files import read_json, refuse_unwritable
 from clpl_moe.common.output import WORK_FOLDER
 from clpl_moe.common.yaml_files import load_yaml
-from clpl_moe.data.schema import data_files
+from clpl_moe.data.formats import data_files
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLTrainingArguments
 from clpl_moe.train.callbacks import progress
 from clpl_moe.train.checkpoint import STATE_FILE, checkpoints, fault, in_the_way, is_unfinished, read_state
@@ -140,7 +140,7 @@ def describe_data(data_args: CLPLDataArguments, training_args: CLPLTrainingArgum
     """The contents of the files and the number of processes, which besides the options decide the order of the examples."""
     world = training_args.world_size
     return {
-        "files": [[str(path), hash_file(path)] for path in data_files(data_args.train_data)],
+        "files": [[file.name, file.digest()] for file in data_files(data_args.train_data)],
         "processes": world,
         "batch_of_all": world * training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps,
     }

@@ -1,6 +1,6 @@
 """Validate training data: every fault, and what the data are like.
 
-A fault is something for which training refuses a file: both call :func:`clpl_moe.data.schema.check_line`. Of the lines
+A fault is something for which training refuses a file: both call :func:`clpl_moe.data.schema.checked_lines`. Of the lines
 without fault come
 
 1. how many positives and negatives a query has, and how many negatives have queries;
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import UserError
-from clpl_moe.data.schema import data_files
+from clpl_moe.data.formats import data_files
 from clpl_moe.validate.options import ValidateArguments
 from clpl_moe.validate.reading import open_reading
 from clpl_moe.validate.report import FileReport, validate_file

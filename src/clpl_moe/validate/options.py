@@ -12,7 +12,7 @@ from clpl_moe.common.options import check_bounds, option
 class ValidateArguments:
     """Which files to look at, and how training will read them."""
 
-    train_data: list[str] = option("files or folders of training JSONL; not given: those of config", [])
+    train_data: list[str] = option("files or folders of training data, or hub:NAME; not given: those of config", [])
     config: str | None = option(
         "YAML file of training: its data, limits, tokenizer, prompts and whether it needs scores", None
     )

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import read_lines
-from clpl_moe.data.schema import check_line, normalise
+from clpl_moe.common.errors import UserError
+from clpl_moe.data.formats import DataFile
+from clpl_moe.data.schema import checked_lines, normalise
 from clpl_moe.data.scripts import script_of
 from clpl_moe.retrieval.collection import normalize_text
 from clpl_moe.validate.reading import KINDS, Reading
@@ -123,22 +123,22 @@ class FileReport:
     figures: Figures | None = None
 
 
-def validate_file(path: str | Path, reading: Reading, max_faults: int = sys.maxsize) -> FileReport:
+def validate_file(file: DataFile | str | Path, reading: Reading, max_faults: int = sys.maxsize) -> FileReport:
     """Check one file to its end; ``max_faults`` limits the messages that are kept."""
-    path = Path(path)
+    if not isinstance(file, DataFile):
+        file = DataFile(str(file), str(file))
+    path = Path(file.name)
     report, figures = FileReport(path), Figures(reading)
-    size = path.stat().st_size if path.is_file() else None
-    with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, delay=2) as bar:
+    with tqdm(total=file.size, desc=path.name, unit="B", unit_scale=True, delay=2) as bar:
         try:
-            for number, _, raw in read_lines(path):
-                record, faults = check_line(number, raw, scores_required=reading.scores_required)
-                report.messages += [f"{at(path, number)}: {fault}" for fault in faults]
+            for line in checked_lines(file, scores_required=reading.scores_required):
+                report.messages += [f"{line.place}: {fault}" for fault in line.faults]
                 del report.messages[max_faults:]
-                report.faults += len(faults)
-                report.faulty_lines += bool(faults)
-                if record is not None and not faults:
-                    figures.add(number, record)
-                bar.update(len(raw))
+                report.faults += len(line.faults)
+                report.faulty_lines += bool(line.faults)
+                if line.record is not None and not line.faults:
+                    figures.add(line.number, line.record)
+                bar.update(line.size)
         except UserError as error:
             return FileReport(path, 1, messages=[str(error)])
         figures.flush()
