@@ -165,7 +165,7 @@ def refuse_existing(path: str | Path, overwrite: bool = False, *, files: Sequenc
             )
 
 
-def refuse_input(path: str | Path, inputs: Iterable[str | Path]) -> None:
+def refuse_input(path: str | Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
     """Raise :class:`UserError` where an output, which may be replaced, is a file that the command reads."""
     if Path(path).parent.resolve() / Path(path).name in (Path(read).resolve() for read in inputs):
         raise UserError(f"{at(path)}: this command reads the file; name another output")
