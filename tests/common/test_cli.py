@@ -233,3 +233,31 @@ def test_start_times():
     assert imported - nothing < 0.3
     helped, _ = seconds("-m", "clpl_moe.train", "--help")
     assert helped < 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        (["--files", "a", "--name", "x", "--bf16"], "x"),
+        (["--name=x", "--name", "y"], "y"),
+        (["--name=~/x"], "/home/x"),
+        (["--config", "CONFIG"], "of the file"),
+        (["--config", "CONFIG", "--name", "x"], "x"),
+        (["--config", "missing"], None),
+        (["--config"], None),
+        (["--names", "x"], None),
+        ([], None),
+    ],
+)
+def test_one_option_before_the_others_are_known(config, monkeypatch, argv, found):
+    monkeypatch.setenv("HOME", "/home")
+    path = config("name: of the file\nnum_experts: 3\nfiles: [a]\n")
+    assert cli.look_up("name", [path if word == "CONFIG" else word for word in argv]) == found
+
+
+def test_one_option_that_is_written_in_another_way(config):
+    assert cli.look_up("num_experts", ["--num-experts", "4"]) == "4"
+    assert cli.look_up("num_experts", ["--config", config("num_experts: 3\n")]) == "3"
+    assert cli.look_up("bf16", ["--bf16", "--name", "x"]) == "true"
+    assert cli.look_up("files", ["--config", config("files: [a]\n")]) is None
+    assert cli.look_up("name", ["--config", config("name: [\n")]) is None

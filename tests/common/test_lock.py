@@ -62,12 +62,32 @@ def test_a_living_process_keeps_others_out_and_is_named(hold, tmp_path):
     assert holder["since"][:4].isdigit()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a look is not enough there")
+def test_a_look_takes_and_writes_nothing(hold, tmp_path):
+    file = tmp_path / "lock"
+    assert not FileLock(file).taken()
+    assert not file.exists()
+    process, _ = hold()
+    before = file.read_bytes()
+    assert FileLock(file).taken()
+    assert file.read_bytes() == before
+    process.kill()
+    process.wait()
+    assert not FileLock(file).taken()
+    assert file.read_bytes() == before
+    # Another process has the number of the dead one by now.
+    file.write_text(json.dumps(json.loads(before) | {"pid": os.getppid()}))
+    assert not FileLock(file).taken()
+
+
 def test_a_dead_process_keeps_nobody_out(hold, tmp_path):
     process, _ = hold()
     process.kill()
     process.wait()
     lock = FileLock(tmp_path / "lock")
+    assert not lock.taken()
     assert lock.take()
+    assert not lock.taken()  # by another process
     assert lock.holder()["pid"] == os.getpid()
     lock.release()
     assert not (tmp_path / "lock").exists()
@@ -122,6 +142,7 @@ def test_without_locks_host_and_process_decide(tmp_path, monkeypatch, missing):
     ):
         file.write_text(json.dumps(holder))
         lock = FileLock(file)
+        assert lock.taken() is not taken, holder
         assert lock.take() is taken, holder
         assert lock.holder() == (holder if not taken else lock.holder())
         lock.release()

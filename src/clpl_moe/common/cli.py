@@ -229,6 +229,28 @@ def parse(
     return outputs
 
 
+def look_up(name: str, argv: Sequence[str]) -> str | None:
+    """An option on a command line or in its ``--config``, before the options are known. None where it is not given, and where
+    :func:`parse` will find a fault."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for known in ("config", name):
+        names = dict.fromkeys((f"--{known}", f"--{known.replace('_', '-')}"))
+        parser.add_argument(*names, dest=known, nargs="?", const="true")
+
+    def fail(message: str) -> NoReturn:
+        raise UserError(message)
+
+    parser.error = fail  # type: ignore[method-assign]
+    try:
+        found = vars(parser.parse_known_args(argv)[0])
+        value = found[name]
+        if value is None and found["config"] is not None:
+            value = read_config(found["config"])[1].get(name)
+    except UserError:
+        return None
+    return None if value is None or isinstance(value, list | dict) else _from_home(str(value))
+
+
 def _from_home(value: Any) -> Any:
     """An option whose path begins at the user's home: a shell leaves ``--output=~/x`` as it is, and YAML does, too."""
     if isinstance(value, list):

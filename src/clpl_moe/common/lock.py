@@ -27,8 +27,8 @@ _TRIES = 100
 _held: set[int] = set()  # open locks of this process
 
 
-def try_lock(descriptor: int) -> bool | None:
-    """Lock an open file, to which one may write, without waiting.
+def try_lock(descriptor: int, *, shared: bool = False) -> bool | None:
+    """Lock an open file, to which one may write, without waiting; ``shared``, where there is such a lock, with others that do.
 
     Returns:
         False where another process, or another opening of the file, has the lock; None where there is no locking, as on
@@ -48,7 +48,7 @@ def try_lock(descriptor: int) -> bool | None:
     if fcntl is None:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -101,6 +101,19 @@ class FileLock:
             self.release()
             raise
         return True
+
+    def taken(self) -> bool:
+        """Whether another living process has the lock, as far as a look shows. Nothing is taken or written."""
+        if not _alive(self.holder()):  # so that nobody's lock is touched who takes it just now
+            return False
+        try:
+            descriptor = os.open(self.file, os.O_RDWR)
+        except OSError:
+            return False
+        try:
+            return not try_lock(descriptor, shared=True)
+        finally:
+            os.close(descriptor)
 
     def holder(self) -> dict[str, Any]:
         """Host, process and start of who has the lock or had it last; empty where that is not known."""

@@ -158,6 +158,14 @@ def writing(path: str | Path, *, inside: bool = False) -> Iterator[Output]:
                 folder.rmdir()
 
 
+def refuse_taken(path: str | Path, *, inside: bool = False) -> None:
+    """Raise :class:`UserError` where another process writes an output. A look before a command loads much: what it needs is
+    free, :func:`writing` decides."""
+    output = Output(path, inside=inside)
+    if is_first_process() and (lock := FileLock(output.work / _LOCK)).taken():
+        raise UserError(f"{at(output.path)}: {_taken(lock)}")
+
+
 @contextlib.contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
     """A folder that is filled under a temporary name and takes the place of ``path`` when the block ends well."""

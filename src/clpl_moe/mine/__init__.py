@@ -45,21 +45,21 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
     Raises:
         UserError: model, collection or options are wrong, the output exists, or no query could be given negatives.
     """
-    from clpl_moe.mine.guide import Guide
-    from clpl_moe.mine.index import PassageIndex
-    from clpl_moe.mine.lines import training_lines
-    from clpl_moe.mine.rerank import Reranker
-    from clpl_moe.mine.select import NegativeMiner
-    from clpl_moe.retrieval.collection import COLLECTION_FILES, Collection
-    from clpl_moe.retrieval.store import cache_folder, encode_passages, processes
-
     for name in ("reranker", "guide"):
         if getattr(arguments, name) is not None and selection.sampling == "corpus":
             raise OptionError(name, "sampling 'corpus' ranks nothing; leave out one of the two")
     if arguments.guide == arguments.model and arguments.guide_revision == arguments.revision:
         raise OptionError("guide", f"{arguments.guide} is the model itself, whose own scores margin limits")
     with contextlib.ExitStack() as stack:
-        output = stack.enter_context(writing(arguments.output))
+        output = stack.enter_context(writing(arguments.output))  # before what takes seconds to load
+        from clpl_moe.mine.guide import Guide
+        from clpl_moe.mine.index import PassageIndex
+        from clpl_moe.mine.lines import training_lines
+        from clpl_moe.mine.rerank import Reranker
+        from clpl_moe.mine.select import NegativeMiner
+        from clpl_moe.retrieval.collection import COLLECTION_FILES, Collection
+        from clpl_moe.retrieval.store import cache_folder, encode_passages, processes
+
         refuse_existing(arguments.output, arguments.overwrite)
         folder = Path(arguments.collection, arguments.language)
         refuse_input(output.path, (file for name in COLLECTION_FILES for file in folder.glob(name)))

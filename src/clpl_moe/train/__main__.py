@@ -6,9 +6,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from clpl_moe.common.cli import parse
+from clpl_moe.common.cli import look_up, parse
 from clpl_moe.common.errors import command
-from clpl_moe.common.output import is_first_process
+from clpl_moe.common.output import is_first_process, refuse_taken
 from clpl_moe.train import all_options, train
 from clpl_moe.train.help import help_text
 
@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if {"-h", "--help"} & set(argv):
         print(help_text(PROG, DESCRIPTION), end="")
         return
+    # The options alone take seconds to load.
+    if (folder := look_up("output_dir", argv)) and (look_up("dry_run", argv) or "false").lower() == "false":
+        refuse_taken(folder, inside=True)
     first = is_first_process()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING if first else logging.ERROR)
     result = train(*parse(all_options(), PROG, DESCRIPTION, argv), on_plan=lambda plan: print(plan, flush=True))
