@@ -1,8 +1,8 @@
-"""A stand-in for a language model, to try ``clpl_moe.synthesize`` without one: ``python examples/stand_in_llm.py --port 8077``.
+"""A stand-in for a language model, to try ``synthesize`` and ``judge`` without one: ``python examples/stand_in_llm.py --port 8077``.
 
-It serves ``/v1/chat/completions`` as an OpenAI-compatible server does, but answers by a rule: it takes two words of the
-passage and asks what they have to do with each other. Such questions show that the steps fit together; train with
-those of a real model.
+It serves ``/v1/chat/completions`` as an OpenAI-compatible server does, but answers by rules: it takes two words of a
+passage and asks what they have to do with each other, and a passage answers a query whose words it holds. This shows that
+the steps fit together; train with the answers of a real model.
 """
 
 from __future__ import annotations
@@ -42,6 +42,21 @@ def write_query(passage: str, number: int) -> str:
     return questions[draw % len(questions)].format(first, other)
 
 
+def write_verdicts(prompt: str) -> str | None:
+    """Whether each passage of a question of ``judge`` answers the query; None where the prompt is no such question."""
+    query = re.search(r"<query>\s*(.*?)\s*</query>", prompt, re.DOTALL)
+    passages = re.findall(r"<passage (\d+)>\s*(.*?)\s*</passage \1>", prompt, re.DOTALL)
+    if not query or not passages:
+        return None
+    words = re.findall(r"[^\W_][\w\u0900-\u097f\u200c]+", query[1])
+    verdicts = []
+    for number, passage in passages:
+        share = sum(word in passage for word in words) / max(len(words), 1)
+        answers = "yes" if share > 0.8 else "partly" if share > 0.5 else "no"
+        verdicts.append({"passage": int(number), "answers": answers, "query": write_query(passage, 0)})
+    return json.dumps({"verdicts": verdicts}, ensure_ascii=False)
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -50,8 +65,8 @@ class Handler(BaseHTTPRequestHandler):
         prompt = request["messages"][-1]["content"]
         passage = re.search(r"<passage>\s*(.*?)\s*</passage>", prompt, re.DOTALL)
         number = re.search(r"\d+", prompt[: passage.start()] if passage else prompt)
-        lines = [write_query(passage[1] if passage else prompt, i) for i in range(int(number[0]) if number else 1)]
-        answer = "\n".join(lines)
+        queries = (write_query(passage[1] if passage else prompt, i) for i in range(int(number[0]) if number else 1))
+        answer = write_verdicts(prompt) or "\n".join(queries)
         body = {
             "object": "chat.completion",
             "model": request["model"],

@@ -17,6 +17,7 @@ VERBS = {
     "prepare": "turn MIRACL, BEIR's layout or SQuAD-shaped files into a collection",
     "mine": "mine hard negatives and the queries that they answer: training data",
     "synthesize": "have a language model write queries for negatives that have none",
+    "judge": "have a language model find the negatives that answer their query",
     "validate": "list every fault of training data, and describe them",
     "train": "fine-tune an encoder with CLPL and mixture-of-experts layers",
     "evaluate": "retrieve with one or more models and compare them",

@@ -92,6 +92,7 @@ def commands(tiny_encoder, tmp_path_factory):
         "evaluate": {**shared, **lengths, "collection": evaluated, "languages": ["ko"]},
         "mine": {**shared, **lengths, "collection": mined, "language": "ko", "rank_to": 5, "negatives": 2},
         "synthesize": asked,
+        "judge": asked | {"ask": "all"},
         "validate": {"train_data": [data], "tokenizer": model},
     }
 

@@ -12,6 +12,7 @@ from clpl_moe.ablate.__main__ import main as ablate
 from clpl_moe.card import main as card
 from clpl_moe.common.output import WORK_FOLDER
 from clpl_moe.evaluate.__main__ import main as evaluate
+from clpl_moe.judge.__main__ import main as judge
 from clpl_moe.merge.__main__ import main as merge
 from clpl_moe.mine.__main__ import main as mine
 from clpl_moe.prepare.__main__ import main as prepare
@@ -33,6 +34,7 @@ COMMANDS = {
     "mine": (mine, "out/train.jsonl", False),
     "evaluate": (evaluate, "out", True),
     "synthesize": (synthesize, "out/train.journal.jsonl", False),
+    "judge": (judge, "out/train.journal.jsonl", False),
     "train": (train, "out", True),
     "resume": (train, "out", True),
     "merge": (merge, "out", False),
@@ -57,6 +59,10 @@ def command_line(command, folder, model):
         "evaluate": ["--model", model, "--collection", data, "--languages=ko", "--output", output, *short],
         "synthesize": [
             *("--train_data", train_file(folder, 4), "--language=ko", "--model=writer"),
+            *("--base_url=http://127.0.0.1:9/v1", "--output", output.parent / "train.jsonl"),
+        ],
+        "judge": [
+            *("--train_data", train_file(folder, 4), "--language=ko", "--model=writer", "--ask=all"),
             *("--base_url=http://127.0.0.1:9/v1", "--output", output.parent / "train.jsonl"),
         ],
         "train": arguments(model, write_triplets(folder / "t.jsonl", 8), output),

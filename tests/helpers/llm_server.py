@@ -3,6 +3,9 @@
 ``FOLDER/plan.json`` says for each passage (known by the number in ``passage <n>.``) what to do at its first, second …
 request (and ever after, where the last ends in "…"); after that, and for the others, a good answer. ``FOLDER/log.jsonl`` gets a line for each thing done, before
 which the server makes sure that the client still listens. While ``FOLDER/hold`` exists, answers wait.
+
+Of a question with ``query <n>.`` the plan has the name ``q<n>``, and a good answer is the truth about its passages: one that
+holds ``answer <n>.`` answers, one that holds ``half <n>.`` answers in part. It is JSON where the request has a schema.
 """
 
 from __future__ import annotations
@@ -26,6 +29,28 @@ def good(number: str) -> str:
     return f"{number}번째 물음은 무엇에 관한 것인가요?"
 
 
+def truth(content: str, query: str) -> list[str]:
+    """For each passage of a question whether it answers."""
+    passages = re.findall(r"<passage (\d+)>\n(.*?)\n</passage \1>", content, re.DOTALL)
+    return [
+        "yes" if f"answer {query}." in text else "partly" if f"half {query}." in text else "no" for _, text in passages
+    ]
+
+
+def judgement(request: dict, query: str) -> str:
+    content = request["messages"][0]["content"]
+    verdicts = truth(content, query)
+    if "response_format" not in request:
+        return "\n".join(f"[{number}] {answers}" for number, answers in enumerate(verdicts, 1))
+    fields = request["response_format"]["json_schema"]["schema"]["properties"]["verdicts"]["items"]["required"]
+    entries = []
+    for number, answers in enumerate(verdicts, 1):
+        passage = re.search(rf"<passage {number}>\npassage (\d+)", content)
+        entry = {"passage": number, "answers": answers, "query": good(passage[1]) if passage else ""}
+        entries.append({name: entry[name] for name in fields})
+    return json.dumps({"verdicts": entries}, ensure_ascii=False)
+
+
 TEXTS = {
     "empty": " \n",
     "wrong language": "What is this passage about?",
@@ -34,7 +59,7 @@ TEXTS = {
 }
 
 
-PAID = ("good", *TEXTS, "malformed")  # whole answers, of use or not
+PAID = ("good", "first only", "contradiction", *TEXTS, "malformed")  # whole answers, of use or not
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -43,13 +68,17 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         global working
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        number = re.search(r"passage (\d+)\.", request["messages"][0]["content"])[1]
+        content = request["messages"][0]["content"]
+        query = re.search(r"query (\d+)\.", content)
+        number = f"q{query[1]}" if query else re.search(r"passage (\d+)\.", content)[1]
         with lock:
             turn = seen[number] = seen.get(number, -1) + 1
             working += 1
         todo = [*plan.get(number, []), *plan.get("all", [])]
         forever = todo[-1] if todo and todo[-1].endswith("…") else "good"
         what = (todo[turn] if turn < len(todo) else forever).removesuffix("…")
+        if what == "no schema":
+            what = "400" if "response_format" in request else "good"
         time.sleep(seconds)
         while what in PAID and (folder / "hold").exists() and not self.gone():
             time.sleep(0.01)
@@ -106,8 +135,12 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(f"{number}번째 물음은 \ud83d 무엇인가요?")
         elif what == "boxer":
             self.answer(f"{number}번째 boxer는 누구인가요?")
+        elif what == "first only":
+            self.answer(judgement(request, number[1:]).partition(", {")[0].partition("\n")[0])
+        elif what == "contradiction":
+            self.answer("[1] yes\n[1] no")
         else:
-            self.answer(TEXTS.get(what) or good(number))
+            self.answer(TEXTS.get(what) or (judgement(request, number[1:]) if number[0] == "q" else good(number)))
 
     def answer(self, text: str) -> None:
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}

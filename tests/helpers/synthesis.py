@@ -61,7 +61,7 @@ def arguments(server, files, folder, **options):
     return argv + [f"--{name}={value}" for name, value in options.items()]
 
 
-def refused(capfd, argv):
+def refused(capfd, argv, main=main):
     """The message of a run that ends with exit code 2."""
     with pytest.raises(SystemExit) as exit:
         main(argv)

@@ -45,13 +45,18 @@ def clean(text: str) -> list[str]:
     Taken away: a model's written reasoning, code fences, headings that end in a colon, list markers and numbers, labels
     such as ``Query:``, emphasis, quotation marks. JSON that gives no query is one candidate as it is.
     """
-    text = _FENCE.sub("\n", _REASONING.sub("", text))
+    text = without_reasoning(text)
     lines = _json_queries(text)
     if not lines:
         unreadable = _JSON.search(text)
         lines = [text[unreadable.start() :]] if unreadable else text.splitlines()
     candidates = (_strip(line) for line in lines)
     return [candidate for candidate in candidates if candidate and not candidate.endswith((":", "："))]
+
+
+def without_reasoning(text: str) -> str:
+    """An answer without the reasoning that a model writes before it, and without code fences."""
+    return _FENCE.sub("\n", _REASONING.sub("", text))
 
 
 def _json_queries(text: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from clpl_moe.llm.options import AskingArguments
 
@@ -14,6 +14,7 @@ class Question(NamedTuple):
 
     key: str
     prompt: str
+    schema: dict[str, Any] | None = None  # JSON schema of the answer, which some servers keep to
 
 
 @dataclass(frozen=True)

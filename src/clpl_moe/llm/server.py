@@ -30,6 +30,7 @@ except ImportError:
 
 _NO_KEY = "none"  # what is sent to a server that needs no key: the package insists on one
 _DEFAULT_KEY = "OPENAI_API_KEY"
+_SCHEMA_REFUSED = (400, 415, 422, 500, 501)  # what servers answer that have no response_format, or not this one
 _SHORTEST_PART = 6  # characters of a key that are hidden in messages
 _SHORTEST_KEY = 8  # characters; those of a server without keys of its own, such as "x" or "token", are no secret
 
@@ -48,6 +49,7 @@ class Server:
         self._well = False  # whether it has given an answer
         self._failed_in_a_row = 0
         self._at_once = 0  # requests
+        self._keeps_schemas: bool | None = None  # whether it takes a JSON schema for the answer; None: not known yet
 
     def ask(self, questions: Iterable[Question], done: Done) -> None:
         """See :class:`Backend`."""
@@ -93,15 +95,20 @@ class Server:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _ask_one(self, client: Any, question: Question) -> Answer | str:
+    async def _ask_one(self, client: Any, question: Question, plainly: bool = False) -> Answer | str:
         messages = [{"role": "user", "content": question.prompt}]
+        fields = self._fields
+        if question.schema is not None and not plainly and self._keeps_schemas is not False:
+            fields = fields if "response_format" in fields else fields | _schema_field(question.schema)
         try:
             # The raw reply: whatever is in it, it has been paid for.
             reply = await client.chat.completions.with_raw_response.create(
-                model=self._arguments.model, messages=messages, extra_body=self._fields
+                model=self._arguments.model, messages=messages, extra_body=fields
             )
         except openai.APIStatusError as error:
             status = error.status_code
+            if fields is not self._fields and self._keeps_schemas is not True and status in _SCHEMA_REFUSED:
+                return await self._ask_one(client, question, plainly=True)
             said = f"HTTP {status}: {_short(error, self._hide)}"
             if status in (401, 402, 404) or (status == 403 and not self._well):
                 raise UserError(f"the server refuses the requests: {said}") from None
@@ -119,6 +126,8 @@ class Server:
             self._failed("the replies are no chat completions")
         else:
             self._well, self._failed_in_a_row = True, 0
+            if question.schema is not None and self._keeps_schemas is None:
+                self._keeps_schemas = not plainly
         return answer
 
     def _failed(self, reason: str, alone: bool = False) -> str:
@@ -142,6 +151,11 @@ class Server:
         if len(self._key) < _SHORTEST_KEY:
             return text
         return re.sub(rf"(?<![A-Za-z0-9_-]){re.escape(self._key)}(?![A-Za-z0-9_-])", "[key]", text)
+
+
+def _schema_field(schema: dict[str, Any]) -> dict[str, Any]:
+    form = {"name": "answer", "strict": True, "schema": schema}
+    return {"response_format": {"type": "json_schema", "json_schema": form}}
 
 
 def _check_url(base_url: str) -> None:

@@ -1,0 +1,57 @@
+"""Options of ``judge``; those of asking stand in :mod:`clpl_moe.llm.options`, those of encoding in
+:mod:`clpl_moe.retrieval.options`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from clpl_moe.common.errors import OptionError
+from clpl_moe.common.options import option
+from clpl_moe.llm.options import AskingArguments
+
+
+@dataclass
+class JudgeArguments(AskingArguments):
+    """Which passages are judged, by whom, and what becomes of them."""
+
+    local_temperature: ClassVar[float] = 0.0
+    local_answer_tokens: ClassVar[int] = 1024
+
+    temperature: float | None = option(
+        "not given: the server's own; 0 with backend transformers", None, least=0, most=100
+    )
+    max_answer_tokens: int | None = option(
+        "longest answer; not given: the server's own; 1024 with backend transformers", None, least=1, most=1_000_000
+    )
+    ask: Literal["doubtful", "all"] = option("judge doubtful negatives, by their scores, or all", "doubtful")
+    margin: float = option(
+        "a negative is doubtful whose score is at most this far below the lowest positive's of its line",
+        0.1,
+        least=0,
+        most=1_000_000,
+    )
+    score_model: str | None = option("encoder that computes the scores; not given: those in the files", None)
+    score_revision: str | None = option("as revision, of that encoder", None)
+    positives: bool = option(
+        "judge positives, too: with ask doubtful those that score at most margin above the line's highest negative."
+        " What does not answer is dropped",
+        False,
+    )
+    answering: Literal["positive", "drop"] = option(
+        "a negative that answers its query becomes a positive, or is dropped", "positive"
+    )
+    passages_per_question: int = option("passages of a query that are shown at once", 8, least=1, most=1_000)
+    write_queries: bool = option(
+        "the model also writes a query for each passage that does not answer; it goes to neg_q where that has none",
+        False,
+    )
+    max_query_chars: int = option("a written query of more characters is not used", 200, least=2, most=1_000_000)
+    seed: int = option("decides the order in which passages are shown", 42)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score_revision and not self.score_model:
+            raise OptionError("score_revision", "needs score_model, the encoder that it is of")
+        if self.score_model and self.ask == "all":
+            raise OptionError("score_model", "ask 'all' needs no scores; leave out one of the two")
