@@ -120,6 +120,18 @@ def test_models_are_compared_pair_by_pair(tiny_encoder, collections, tmp_path, c
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("line", ["q0 Q0 p99 1 9 x", "q99 Q0 p0 1 9 x"])
+def test_a_run_file_with_an_id_that_the_collection_lacks_is_refused(tiny_encoder, collections, tmp_path, capsys, line):
+    run(tiny_encoder, collections, tmp_path / "out")
+    path = tmp_path / "out" / "ko" / "run.trec"
+    path.write_text(f"{line}\n{path.read_text()}")
+    for m3_scores in (False, True):
+        with pytest.raises(SystemExit) as stop:
+            run(tiny_encoder, collections, tmp_path / "out", m3_scores=m3_scores)
+        assert stop.value.code == 2
+        assert f"error: {path}:1: found '" in capsys.readouterr().err
+
+
 def test_scores_of_the_heads(tiny_encoder, collections, tmp_path, capsys, monkeypatch):
     output = tmp_path / "out"
     run(tiny_encoder, collections, output)

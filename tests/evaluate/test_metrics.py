@@ -19,6 +19,7 @@ from clpl_moe.evaluate.metrics import (
     write_trec_qrels,
     write_trec_run,
 )
+from clpl_moe.retrieval.collection import Collection
 
 NAMES = EVALUATION_METRICS
 # Each of them in trec_eval, which has no reciprocal rank with a cut-off.
@@ -158,6 +159,23 @@ def test_reading_a_run(tmp_path):
     path.write_text("q Q0 a 1 0.5 m\nq Q0 b 2 high m\n")
     with pytest.raises(UserError, match=r"run\.trec:2: found 'q Q0 b 2 high m', expected"):
         read_trec_run(path)
+    path.write_text("q Q0 a 1 0.5 m\nq Q0 b\0 2 0.4 m\n")
+    with pytest.raises(UserError, match=r"run\.trec:2: found 'q Q0 b\\x00 2 0.4 m', expected"):
+        read_trec_run(path)
+
+
+def test_a_run_of_another_collection_is_refused(tmp_path):
+    qrels = {"q": {"a": 1}}
+    collection = Collection(tmp_path, "ko", "dev", ["a", "b"], ["x", "y"], ["q"], ["z"], qrels)
+    path = tmp_path / "run.trec"
+    path.write_text("q Q0 a 1 0.5 m\n\nq Q0 b 2 0.4 m\n")
+    assert read_trec_run(path, collection) == {"q": {"a": 0.5, "b": 0.4}}
+    path.write_text("q Q0 a 1 0.5 m\n\nq Q0 pb 2 0.4 m\n")
+    with pytest.raises(UserError, match=r"run\.trec:3: found 'pb', expected the id of a passage of .*/ko$"):
+        read_trec_run(path, collection)
+    path.write_text("q Q0 a 1 0.5 m\nqq Q0 b 2 0.4 m\n")
+    with pytest.raises(UserError, match=r"run\.trec:2: found 'qq', expected the id of a query of .*/ko$"):
+        read_trec_run(path, collection)
 
 
 def test_two_names_of_one_measure_both_have_its_values():

@@ -1,5 +1,6 @@
 import pytest
 
+from clpl_moe.common.errors import UserError
 from clpl_moe.report.before_after import BeforeAfter, QueryChange, compare_results, write_queries
 from clpl_moe.report.options import ReportArguments
 from helpers.reports import TEXTS, make_data
@@ -18,6 +19,17 @@ def test_gained_and_lost_queries_with_what_was_retrieved(tmp_path):
     assert found.counts() == (1, 1, 1)
     assert found.mean("before") == pytest.approx((0.63093 + 1 + 1) / 3, abs=1e-5)
     assert found.mean("after") == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("line", ["q0 Q0 p9 1 2.0 x", "q9 Q0 p0 1 2.0 x"])
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_results_with_an_id_that_the_collection_lacks_are_refused(tmp_path, which, line):
+    data = make_data(tmp_path)
+    with (data / which / "fa" / "run.trec").open("a") as file:
+        file.write(line + "\n")
+    options = ReportArguments(output="", runs=["run"])
+    with pytest.raises(UserError, match=rf"{which}/fa/run\.trec:6: found '[pq]9', expected the id of a"):
+        compare_results("run", data / "before", data / "after", "fa", options)
 
 
 def test_a_query_that_a_spreadsheet_would_run_is_text(tmp_path):

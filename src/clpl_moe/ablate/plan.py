@@ -82,10 +82,10 @@ class Run:
             return None
         if name in result["metrics"]:
             return result["metrics"][name]
-        run = read_trec_run(self.folder / "results" / self.collection.language / "run.trec")
         split = self.decisive.values["evaluate.split"]
-        qrels = Collection.load(self.collection.directory, self.collection.language, split).qrels
-        return evaluate_run(qrels, run, [name])[0][name]
+        collection = Collection.load(self.collection.directory, self.collection.language, split)
+        run = read_trec_run(self.folder / "results" / collection.language / "run.trec", collection)
+        return evaluate_run(collection.qrels, run, [name])[0][name]
 
 
 @dataclass

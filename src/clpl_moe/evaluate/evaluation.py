@@ -120,7 +120,7 @@ def rerank_by_heads(
     started = time.perf_counter()
     heads = m3.load_heads(task.model, encoder.model.config.hidden_size, revision=arguments.revisions[task.model])
     assert heads is not None  # the plan has looked
-    dense = scoring.read_trec_run(task.folder / scoring.run_file(scoring.DENSE))
+    dense = scoring.read_trec_run(task.folder / scoring.run_file(scoring.DENSE), task.collection)
     candidates = {query_id: list(scores)[: arguments.rerank_top] for query_id, scores in dense.items()}
     runs = m3.rerank(encoder, heads, task.collection, candidates, encoding, weights=arguments.m3_weights)
     qrels = task.collection.qrels

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open, read_lines
+from clpl_moe.retrieval.collection import Collection
 
 Run = Mapping[str, Mapping[str, float]]
 
@@ -88,19 +89,36 @@ def write_trec_run(path: str | Path, run: Run, tag: str) -> None:
                 file.write(f"{query_id} Q0 {passage_id} {rank} {score:.9g} {tag}\n")
 
 
-def read_trec_run(path: str | Path) -> dict[str, dict[str, float]]:
-    """Read a run file: query id -> passage id -> score, in its order; raises :class:`UserError` for a line of another form."""
+def read_trec_run(path: str | Path, collection: Collection | None = None) -> dict[str, dict[str, float]]:
+    """Read a run file: query id -> passage id -> score, in its order; raises :class:`UserError` for a line of another form,
+    and for an id that ``collection`` lacks."""
     run: dict[str, dict[str, float]] = {}
     for number, _, raw in read_lines(path, may_be_empty=True):
         try:
             query_id, _, passage_id, _, score, _ = raw.decode().split()
-            if not math.isfinite(float(score)):
+            if not math.isfinite(float(score)) or b"\0" in raw:  # code 0 would end an id in trec_eval
                 raise ValueError
             run.setdefault(query_id, {})[passage_id] = float(score)
         except ValueError:  # of UTF-8, too
             found, expected = raw.strip().decode(errors="replace"), "'query-id Q0 passage-id rank score tag'"
             raise UserError(f"{at(path, number)}: found {found!r}, expected {expected}") from None
+    if collection is not None:
+        _refuse_unknown(path, run, collection)
     return run
+
+
+def _refuse_unknown(path: str | Path, run: Run, collection: Collection) -> None:
+    queries = run.keys() - set(collection.query_ids)
+    passages = {passage_id for scores in run.values() for passage_id in scores}
+    passages.difference_update(collection.passage_ids)  # which may lie on disk: they are read once
+    if not queries and not passages:
+        return
+    for number, _, raw in read_lines(path):
+        query_id, _, passage_id, *_ = raw.decode().split()
+        for identifier, unknown, kind in ((query_id, queries, "query"), (passage_id, passages, "passage")):
+            if identifier in unknown:
+                expected = f"the id of a {kind} of {collection.directory / collection.language}"
+                raise UserError(f"{at(path, number)}: found {identifier!r}, expected {expected}")
 
 
 def write_trec_qrels(path: str | Path, qrels: Mapping[str, Mapping[str, int]]) -> None:

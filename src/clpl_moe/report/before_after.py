@@ -90,7 +90,7 @@ def compare_results(run: str, before: Path, after: Path, language: str, argument
             f"{at(loaded.directory / language)}: not the collection that {after / language} has results of, or changed since"
         )
     metric, examples = arguments.metric, arguments.examples
-    runs = [read_trec_run(folder / language / "run.trec") for folder in (before, after)]
+    runs = [read_trec_run(folder / language / "run.trec", loaded) for folder in (before, after)]
     values = [evaluate_run(loaded.qrels, found, [metric])[1] for found in runs]
     texts = dict(zip(loaded.query_ids, loaded.queries))
     queries = [QueryChange(q, texts[q], values[0][q][metric], values[1][q][metric]) for q in loaded.qrels]
