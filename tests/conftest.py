@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,27 @@ if shutil.which("nvidia-smi") is None:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="clpl-moe-modules-")
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was():
+    """A test that leaves an alarm, a signal handler or another folder behind fails itself, rather than a later one."""
+    before = _process()
+    yield
+    after = _process()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in before[0].items():
+        signal.signal(number, handler)
+    os.chdir(before[1])
+    assert after == before
+
+
+def _process():
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
+    handlers = {number: signal.getsignal(number) for number in signals}
+    umask = os.umask(0)
+    os.umask(umask)
+    return handlers, Path.cwd(), umask, signal.getitimer(signal.ITIMER_REAL)
 
 
 @pytest.fixture(scope="session")

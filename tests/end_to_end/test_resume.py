@@ -298,6 +298,7 @@ def test_a_checkpoint_of_before_goes_on_in_its_own_order(model, data, tmp_path, 
         state = json.loads(path.read_text())
         assert state["stateful_callbacks"].pop("CLPLTrainer")["attributes"]["whole_steps"] is False
         path.write_text(json.dumps(state))
+        (path.parent / "checksums.json").unlink()
     other = options(per_device_train_batch_size=4, gradient_accumulation_steps=1, resume_from_checkpoint=True)
     err = refused(arguments(model, data, tmp_path / "stopped", **other), capsys)
     assert "per_device_train_batch_size is 4, but the run to resume has 2" in err

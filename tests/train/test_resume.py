@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import TrainerState
 
 from clpl_moe.common.errors import UserError
+from clpl_moe.train import checksums as checksums_module
 from clpl_moe.train.__main__ import main
-from clpl_moe.train.checkpoint import fault
+from clpl_moe.train.checkpoint import fault, is_unfinished
 from clpl_moe.train.resume import check_same_data, newest_checkpoint
 from helpers.tiny_training import arguments, read_metrics, refused, train_until, write_triplets
 
@@ -101,6 +103,12 @@ def run(stopped, tmp_path):
     return tmp_path / "run", [*argv, "--resume_from_checkpoint", "true"]
 
 
+def forget_checksums(run):
+    """As a version of before left its checkpoints."""
+    for path in run.glob("checkpoint-*/checksums.json"):
+        path.unlink()
+
+
 STATES = (
     "[1]",
     "null",
@@ -138,14 +146,146 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_of_damaged_checkpoints_the_newest_whole_one_is_taken(run, damage, caplog):
+SEEN_WHEN_LOADED = ("optimizer.pt of nothing", "scheduler.pt of nothing")
+
+
+@pytest.mark.parametrize(
+    ("damage", "checksums"),
+    [
+        (damage, with_them)
+        for damage in DAMAGES
+        for with_them in (True, False)
+        if with_them or damage not in SEEN_WHEN_LOADED
+    ],
+)
+def test_of_damaged_checkpoints_the_newest_whole_one_is_taken(run, damage, checksums, caplog):
     folder, _ = run
+    if not checksums:
+        forget_checksums(folder)
     assert newest_checkpoint(folder) == folder / "checkpoint-3"
     DAMAGES[damage](folder / "checkpoint-3")
     assert newest_checkpoint(folder) == folder / "checkpoint-2"
     assert f"{folder / 'checkpoint-3'}" in caplog.text
     assert "this checkpoint is left out" in caplog.text
+
+
+def test_a_checkpoint_knows_what_was_written(run, monkeypatch):
+    """Every file that a resume reads, to the byte; the others are the reader's."""
+    checkpoint = run[0] / "checkpoint-3"
+    names = {*FILES, "trainer_state.json", "sparse_linear.pt"}
+    assert json.loads((checkpoint / "checksums.json").read_text()).keys() == names
+    (checkpoint / "README.md").write_text("mine")
+    (checkpoint / "config.json").write_text("{}")
+    for name in names:
+        path = checkpoint / name
+        content = path.read_bytes()
+        for changed in (
+            content[:-1],
+            content + b"\n",
+            bytes([content[0] ^ 1]) + content[1:],
+            content[:-9] + content[-8:],
+        ):
+            path.write_bytes(changed)
+            assert fault(checkpoint) == f"{path}: damaged (changed since the checkpoint was written)"
+        path.unlink()
+        assert fault(checkpoint) == f"{path}: no such file"
+        path.write_bytes(content)
+        assert fault(checkpoint) is None
+    (checkpoint / "scaler.pt").write_bytes(b"")
+    assert "scaler.pt: damaged" in fault(checkpoint)
+
+
+def test_of_large_files_the_ends_are_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(checksums_module, "_BLOCK", 4)
+    for size, unseen in ((0, 0), (3, 0), (4, 0), (7, 0), (8, 0), (9, 1), (20, 12)):
+        path = tmp_path / "model.safetensors"
+        content = bytes(range(size))
+        path.write_bytes(content)
+        whole = checksums_module._checksum(path)
+        same = 0
+        for place in range(size):
+            path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+            same += checksums_module._checksum(path) == whole
+        assert same == unseen, size
+
+
+def test_the_state_is_written_last_and_whole(tmp_path, monkeypatch):
+    state = TrainerState(global_step=3)
+    (tmp_path / "optimizer.pt").write_bytes(b"x")
+    for name in ("_checksums", "write_json"):
+        with monkeypatch.context() as patch, checksums_module.with_checksums(state):
+            patch.setattr(checksums_module, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                state.save_to_json(str(tmp_path / "trainer_state.json"))
+        assert is_unfinished(tmp_path)
+    with checksums_module.with_checksums(state):
+        state.save_to_json(str(tmp_path / "trainer_state.json"))
+    assert not is_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"optimizer.pt", "trainer_state.json", "checksums.json"}
+    checksums_module.compare(tmp_path)
+    state.save_to_json(str(tmp_path / "run.json"))  # outside, as transformers does
+    assert (tmp_path / "run.json").read_text() == (tmp_path / "trainer_state.json").read_text()
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+WRONG = {
+    "scheduler.pt": (
+        {"base_lrs": ["x", "y"]},
+        {"base_lrs": 5},
+        {"last_epoch": "3"},
+        {"last_epoch": None},
+        {"_step_count": [1]},
+        {"lr_lambdas": 1},
+    ),
+    "optimizer.pt": (
+        {"lr": "0.1"},
+        {"betas": (0.9,)},
+        {"betas": "xy"},
+        {"eps": None},
+        {"weight_decay": 10**400},
+        {"initial_lr": {}},
+        {"foreach": []},
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "wrong"), [(name, wrong) for name in WRONG for wrong in WRONG[name]])
+def test_values_of_another_kind_in_a_checkpoint_of_before_are_refused(run, capsys, name, wrong):
+    folder, argv = run
+    forget_checksums(folder)
+    path = folder / "checkpoint-3" / name
+    state = torch.load(path, weights_only=True)
+    if name == "scheduler.pt":
+        state |= wrong
+    else:
+        state["param_groups"][-1] |= wrong
+    torch.save(state, path)
+    before = contents(folder)
+    assert "checkpoint-3/scheduler.pt or optimizer.pt: does not fit this model (" in refused(argv, capsys)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("damage", SEEN_WHEN_LOADED)
+def test_what_shows_when_a_checkpoint_of_before_is_loaded(run, capsys, damage):
+    folder, argv = run
+    forget_checksums(folder)
+    DAMAGES[damage](folder / "checkpoint-3")
+    before = contents(folder)
+    assert "optimizer.pt: does not fit this model" in refused(argv, capsys)
+    assert contents(folder) == before
+
+
+def test_a_checkpoint_of_before_is_resumed(run):
+    folder, argv = run
+    forget_checksums(folder)
+    main(argv)
+    assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3, 4, 4]
+    assert fault(folder / "checkpoint-4") is None
+    assert (folder / "checkpoint-4" / "checksums.json").is_file()
+    assert not (folder / "checksums.json").exists()
 
 
 def test_a_run_of_damaged_checkpoints_only_is_refused(run, capsys):
@@ -200,6 +340,7 @@ def test_a_file_named_as_a_checkpoint_is_left(run, capsys):
 
 def test_an_optimizer_of_another_model_is_refused(run, capsys):
     folder, argv = run
+    forget_checksums(folder)
     path = folder / "checkpoint-3" / "optimizer.pt"
     state = torch.load(path, weights_only=True)
     for values in state["state"].values():
@@ -215,6 +356,7 @@ def test_an_optimizer_of_another_model_is_refused(run, capsys):
 @pytest.mark.parametrize("state", [None, {}, {"weight": torch.zeros(1), "bias": torch.zeros(32)}])
 def test_heads_that_do_not_fit_are_refused(run, capsys, state):
     folder, argv = run
+    forget_checksums(folder)
     path = folder / "checkpoint-3" / "colbert_linear.pt"
     path.unlink() if state is None else torch.save(state, path)
     before = contents(folder)
@@ -224,6 +366,7 @@ def test_heads_that_do_not_fit_are_refused(run, capsys, state):
 
 def test_newest_checkpoint(run, caplog):
     folder, _ = run
+    forget_checksums(folder)
     assert newest_checkpoint(folder.parent / "nowhere") is None
     for name, state in (("12", None), ("13", "{"), ("x", "{}"), ("²", "{}"), ("4-old", "{}")):
         (folder / f"checkpoint-{name}").mkdir()
@@ -243,7 +386,15 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-OF_A_CHECKPOINT = (*FILES, "trainer_state.json", "config.json", "tokenizer.json", "modules.json", "training_args.bin")
+OF_A_CHECKPOINT = (
+    *FILES,
+    "trainer_state.json",
+    "checksums.json",
+    "config.json",
+    "tokenizer.json",
+    "modules.json",
+    "training_args.bin",
+)
 OF_A_RUN = ("train_config.yaml", "train_data.json", "metrics.jsonl", "trainer_state.json")
 PLACES = st.sampled_from([f"checkpoint-3/{name}" for name in OF_A_CHECKPOINT] + list(OF_A_RUN)) | st.sampled_from(
     ["checkpoint-2/optimizer.pt", "checkpoint-²/trainer_state.json", "checkpoint-03/trainer_state.json", "checkpoint-3"]
@@ -280,8 +431,13 @@ def change_tensors(path, draw):
         values = torch.load(path, weights_only=False)
     except Exception:
         values = {}
-    if isinstance(values, dict) and values:
-        values[draw(st.sampled_from(sorted(values, key=str)))] = draw(JSON | st.just(torch.zeros(3)))
+    at = values
+    while isinstance(at, (dict, list)) and at:
+        key = draw(st.sampled_from(sorted(at, key=str))) if isinstance(at, dict) else draw(st.integers(0, len(at) - 1))
+        if not isinstance(at[key], (dict, list)) or not at[key] or draw(st.booleans()):
+            at[key] = draw(JSON | st.just(torch.zeros(3)))
+            break
+        at = at[key]
     put(path, b"")
     torch.save(values, path)
 
@@ -331,19 +487,22 @@ def test_whatever_is_damaged_a_resume_goes_on_or_says_why(stopped, tmp_path_fact
     argv, folder = stopped
     run = tmp_path_factory.mktemp("damaged") / "run"
     shutil.copytree(folder, run)
+    if data.draw(st.booleans()):
+        forget_checksums(run)
     for place in data.draw(st.lists(PLACES, min_size=1, max_size=2)):
         path = run / place
         if path.parent.is_dir() or not os.path.lexists(path.parent):
             damage(path, data.draw)
     before = contents(run)
-    signal.signal(signal.SIGALRM, waited)
+    code, handler = 0, signal.signal(signal.SIGALRM, waited)
     signal.alarm(120)
-    code = 0
     try:
         main([str(run) if word == str(folder) else word for word in argv] + ["--resume_from_checkpoint", "true"])
     except SystemExit as stop:
         code = stop.code
-    signal.alarm(0)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert (code, len(errors)) in ((0, 0), (2, 1))
     assert (run / "model.safetensors").is_file() if code == 0 else contents(run) == before

@@ -3,10 +3,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from clpl_moe.common.errors import Stopped, UserError
 from clpl_moe.train.__main__ import main
@@ -120,7 +122,8 @@ def test_processes_stop_after_the_same_step(tiny_encoder, data, tmp_path):
     assert done.returncode != 0
     assert "stopped by SIGTERM after step 3" in done.stderr
     assert sorted(path.name for path in tmp_path.glob("code-*")) == ["code-0-143", "code-1-143"]
-    assert (tmp_path / "run" / "checkpoint-3" / "rng_state_1.pth").exists()
+    written = json.loads((tmp_path / "run" / "checkpoint-3" / "checksums.json").read_text())
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= written.keys()  # the first waited for the second
     main([*argv, "--gradient_accumulation_steps", "2", "--resume_from_checkpoint", "true"])
     assert read_metrics(tmp_path / "run")[-1]["step"] == 20
 
@@ -137,10 +140,12 @@ def test_what_a_lost_process_leaves_to_the_others_is_a_message(monkeypatch):
 
 
 if __name__ == "__main__":
-    # One of two processes: the second one signals itself.
+    # One of two processes: the second one signals itself, and is slow to write.
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
     if rank == "1":
         signalled(pytest.MonkeyPatch(), [signal.SIGTERM])
+        stock = Trainer._save_rng_state
+        Trainer._save_rng_state = lambda *args: time.sleep(2) or stock(*args)
     try:
         main(json.loads((folder / "argv.json").read_text()))
     except SystemExit as stopped:

@@ -57,10 +57,10 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_train_begin(args, state, control, **kwargs)
         # transformers looks it up when it saves, and does not find it in a run that began without early stopping.
         _saved_callbacks(state).setdefault(type(self).__name__, self.state())
-        self.early_stopping_patience_counter = _waited(state)
+        self.early_stopping_patience_counter = waited(state)
 
 
-def _waited(state: TrainerState) -> int:
+def waited(state: TrainerState) -> int:
     """For how many evaluations a run had not improved when its state was saved."""
     callback = _saved_callbacks(state).get(EarlyStopping.__name__, {})
     return callback.get("attributes", {}).get("early_stopping_patience_counter", 0)
@@ -85,7 +85,7 @@ def progress(state: TrainerState) -> dict[str, Any]:
 
 def waited_enough(state: TrainerState, args: CLPLTrainingArguments) -> bool:
     """Whether early stopping had ended a run when its state was saved."""
-    return args.early_stopping_patience is not None and _waited(state) >= args.early_stopping_patience
+    return args.early_stopping_patience is not None and waited(state) >= args.early_stopping_patience
 
 
 class ConsoleCallback(ProgressCallback):

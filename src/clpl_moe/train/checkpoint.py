@@ -1,11 +1,14 @@
-"""Is a checkpoint whole? Told from all its files; weights and the optimizer's tensors are mapped, not read.
+"""Is a checkpoint whole, and as it was written?
 
-A killed run leaves an unfinished checkpoint, a full disk or a careless hand a damaged one.
+A killed run leaves an unfinished checkpoint, a full disk or a careless hand a damaged one. So a checkpoint has checksums of
+the files that a resumed run reads, and its state is written last. Checkpoints of before have no checksums: that their files
+can be read is checked here, that they fit when they are loaded.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import math
 import random
 import re
 import zipfile
@@ -18,15 +21,14 @@ import torch
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import read_json, read_jsonl
+from clpl_moe.common.errors import UserError, at, one_line, type_name
+from clpl_moe.common.files import is_number, read_json, read_jsonl
 from clpl_moe.encoder.weights import HEAD_FILES, weight_names
 from clpl_moe.train.ance import NEGATIVES_FILE
-from clpl_moe.train.callbacks import progress
+from clpl_moe.train.callbacks import progress, waited
+from clpl_moe.train.checksums import CHECKSUMS_FILE, STATE_FILE, compare
 
-STATE_FILE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-([0-9]+)")
-_NUMBER = (int, float)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -55,54 +57,67 @@ def read_state(checkpoint: str | Path) -> TrainerState:
     if not path.is_file():
         raise UserError(f"{at(path)}: no such file" if not path.exists() else f"{at(path)}: not a file")
     values = read_json(path, dict)
-    for name, kinds in _STATE.items():
-        if not _is(values.get(name), kinds):
-            expected = "a step of at least 1" if name == "global_step" else " or ".join(k.__name__ for k in kinds)
-            raise UserError(f"{at(path, field=name)}: found {json.dumps(values.get(name))[:60]}, expected {expected}")
-    if values["global_step"] < 1 or any(not isinstance(record, dict) for record in values["log_history"]):
-        raise UserError(f"{at(path)}: no state of a training after its first step")
+    step, named = values.get("global_step"), _NAME.fullmatch(Path(checkpoint).name)
+    if type(step) is not int or step < 1:
+        raise UserError(f"{at(path, field='global_step')}: found {type_name(step)}, expected a step of at least 1")
+    if named and int(named[1]) != step:
+        raise UserError(f"{at(path)}: is of step {step}, the folder is {Path(checkpoint).name}")
+    expected = dataclasses.asdict(TrainerState()) | {n: v for n, v in _STATE.items() if values.get(n) is not None}
+    if found := unlike(values, {name: value for name, value in expected.items() if name in values}):
+        raise UserError(f"{at(path)}: {found}")
     try:
         state = TrainerState.load_from_json(str(path))
-        known = progress(state)
-        for data in (state.stateful_callbacks or {}).values():
+        for data in values.get("stateful_callbacks", {}).values():
             for one in data if isinstance(data, list) else [data]:
                 dict(one.get("args", {})), dict(one.get("attributes", {}))
-        if known:
-            _check_progress(known)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"{at(path)}: no state of a trainer ({' '.join(str(error).split())})") from None
-    named = _NAME.fullmatch(Path(checkpoint).name)
-    if named and int(named[1]) != state.global_step:
-        raise UserError(f"{at(path)}: is of step {state.global_step}, the folder is {Path(checkpoint).name}")
+        if (known := progress(state)) and (found := unlike(known, _PROGRESS)):
+            raise TypeError(found)
+        for total, weights in known.get("terms", {}).values():
+            torch.tensor(total, dtype=torch.float64) / float(weights)
+        waited(state) + 1
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{at(path)}: no state of a trainer ({one_line(error)})") from None
     return state
 
 
-_STATE: dict[str, tuple[type, ...]] = {
-    "global_step": (int,),
-    "log_history": (list,),
-    "epoch": (*_NUMBER, type(None)),
-    "total_flos": _NUMBER,
-    **dict.fromkeys(("max_steps", "num_train_epochs", "num_input_tokens_seen"), (int,)),
-    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), _NUMBER),
-    **dict.fromkeys(("train_batch_size", "best_global_step"), (int, type(None))),
-    "best_metric": (*_NUMBER, type(None)),
-    "best_model_checkpoint": (str, type(None)),
-    "stateful_callbacks": (dict, type(None)),
+# Of what is None in a new state, or empty.
+_STATE = {
+    **{
+        "epoch": 0.0,
+        "best_metric": math.inf,
+        "best_global_step": 0,
+        "best_model_checkpoint": "",
+        "train_batch_size": 0,
+    },
+    **{"log_history": [{}]},
 }
+_PROGRESS = {"total_loss": math.inf, "loss": math.inf, "first_step": 0, "last_logged": 0, "terms": {}}
 
 
-def _is(value: Any, kinds: tuple[type, ...]) -> bool:
-    return isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+def unlike(found: Any, expected: Any, place: str = "") -> str | None:
+    """Where a value is of another kind than an expected one, in a few words; None: nowhere.
 
-
-def _check_progress(known: dict[str, Any]) -> None:
-    for name in ("total_loss", "loss"):
-        float(known[name])
-    for name in ("first_step", "last_logged"):
-        if not _is(known[name], (int,)):
-            raise TypeError(f"{name} is {known[name]!r}")
-    for total, weights in dict(known["terms"]).values():
-        torch.tensor(total, dtype=torch.float64) / float(weights)
+    Lists may have any length, and dicts more keys. A flag (a bool or None) may be missing. A number is finite where the
+    expected one is.
+    """
+    inner: list[tuple[Any, Any, str]] = []
+    if isinstance(expected, dict):
+        fits = isinstance(found, dict)
+        if fits:
+            inner = [(found.get(name), value, f"{place}.{name}".lstrip(".")) for name, value in expected.items()]
+    elif isinstance(expected, (list, tuple)):
+        fits = isinstance(found, (list, tuple)) and (isinstance(expected, list) or len(found) == len(expected))
+        if fits and expected:
+            inner = [(value, expected[0], place) for value in found]
+    elif expected is None or isinstance(expected, bool):
+        fits = found is None or isinstance(found, (bool, int, float, str))
+    elif isinstance(expected, (int, float)):
+        fits = is_number(found) or (isinstance(found, float) and not is_number(expected))
+    else:
+        fits = isinstance(found, type(expected))
+    if not fits:
+        return f"field '{place}': found {type_name(found)}, expected {type_name(expected)}"
+    return next((fault for one in inner if (fault := unlike(*one))), None)
 
 
 def fault(checkpoint: str | Path) -> str | None:
@@ -120,9 +135,13 @@ def _check(folder: Path) -> None:
     for path in folder.rglob("*"):
         if not (path.is_file() or path.is_dir()):
             raise UserError(f"{at(path)}: neither a file nor a folder")
+    written = folder / CHECKSUMS_FILE
+    if written.exists():
+        compare(folder)
     read_state(folder)
-    if any(folder.glob("global_step*")) or any(folder.glob("*fsdp*")) or (folder / "optimizer_0").is_dir():
-        return  # DeepSpeed's and FSDP's, which they read themselves
+    of_others = any(folder.glob("global_step*")) or any(folder.glob("*fsdp*")) or (folder / "optimizer_0").is_dir()
+    if written.exists() or of_others:  # DeepSpeed's and FSDP's, which they read themselves
+        return
     weight_names(str(folder), {})
     for path in _torch_files(folder):
         try:
@@ -130,12 +149,17 @@ def _check(folder: Path) -> None:
                 values = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
             if not isinstance(values, dict):
                 raise TypeError(f"found a {type(values).__name__}, expected a dict")
-            _check_content(path.name, values)
+            if path.name.startswith("rng_state"):
+                random.Random().setstate(values["python"])
+                np.random.RandomState().set_state(values["numpy"])
+                torch.Generator().set_state(values["cpu"])
         except Exception as error:  # a file of any content may raise anything
             why = " ".join(str(error).split(". ")[0].split()) or type(error).__name__
             raise UserError(f"{at(path)}: damaged ({why[:200]})") from None
     if (folder / NEGATIVES_FILE).exists():
-        _check_negatives(folder / NEGATIVES_FILE)
+        for number, (line, record) in enumerate(read_jsonl(folder / NEGATIVES_FILE)):
+            if found := unlike(record, {"example": 0, "neg_ids": [""]} if number else {"step": 0}):
+                raise UserError(f"{at(folder / NEGATIVES_FILE, line)}: {found}")
 
 
 def _torch_files(folder: Path) -> Iterator[Path]:
@@ -152,31 +176,3 @@ def _torch_files(folder: Path) -> Iterator[Path]:
         yield path
     if (folder / "scaler.pt").exists():
         yield folder / "scaler.pt"
-
-
-def _check_content(name: str, values: dict[str, Any]) -> None:
-    if name == "optimizer.pt":
-        groups = [list(group["params"]) for group in values["param_groups"]]
-        if not set(values["state"]) <= {number for group in groups for number in group}:
-            raise ValueError("states of parameters that are in no group")
-        if not all(isinstance(state, dict) for state in values["state"].values()):
-            raise TypeError("a parameter's state is no dict")
-    elif name == "scheduler.pt":
-        if not _is(values["last_epoch"], (int,)) or not all(_is(rate, _NUMBER) for rate in values["_last_lr"]):
-            raise TypeError("no state of a schedule")
-    elif name.startswith("rng_state"):
-        random.Random().setstate(values["python"])
-        np.random.RandomState().set_state(values["numpy"])
-        torch.Generator().set_state(values["cpu"])
-
-
-def _check_negatives(path: Path) -> None:
-    for number, (line, record) in enumerate(read_jsonl(path)):
-        if number == 0:
-            whole = _is(record.get("step"), (int,))
-        else:
-            ids = record.get("neg_ids")
-            whole = _is(record.get("example"), (int,)) and isinstance(ids, list) and all(_is(i, (str,)) for i in ids)
-        if not whole:
-            expected = "an example and its neg_ids" if number else "the step of the refresh"
-            raise UserError(f"{at(path, line)}: found {', '.join(record)}, expected {expected}")

@@ -22,7 +22,7 @@ from transformers import PrinterCallback, TrainerControl
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.errors import UserError, at, one_line
 from clpl_moe.data.flag_embedding import EncoderOnlyEmbedderM3Trainer
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.encoder import Encoder
@@ -32,7 +32,8 @@ from clpl_moe.moe.install import layer_states
 from clpl_moe.train import callbacks
 from clpl_moe.train.ance import NEGATIVES_FILE, NegativeRefresher
 from clpl_moe.train.arguments import CLPLTrainingArguments
-from clpl_moe.train.checkpoint import read_state
+from clpl_moe.train.checkpoint import read_state, unlike
+from clpl_moe.train.checksums import with_checksums
 from clpl_moe.train.metrics_file import METRICS_FILE, cut_back, read_metrics
 from clpl_moe.train.model import CLPLModel
 from clpl_moe.train.stopping import StopOnSignal, ignore_in_workers
@@ -210,7 +211,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._remove_unfinished()
         callbacks.keep_progress(self.state, self._progress())
-        with _full_disk_as_such(self.args.output_dir):
+        with _full_disk_as_such(self.args.output_dir), with_checksums(self.state):
             super()._save_checkpoint(*args, **kwargs)
 
     def _remove_unfinished(self) -> None:
@@ -273,26 +274,33 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         if trained.unified_finetuning:
             for name in HEAD_FILES:
                 path = Path(resume_from_checkpoint) / name
-                try:
+                with _told_if_it_does_not_fit(path):
                     state = torch.load(path, map_location="cpu", weights_only=True)
                     getattr(trained, Path(name).stem).load_state_dict(state)
-                except Exception as error:  # a file of any content may raise anything
-                    why = " ".join(str(error).split())
-                    raise UserError(f"{at(path)}: does not fit this model ({why})") from None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        try:
+        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        groups = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
+        schedule = self.lr_scheduler.state_dict()
+        with _told_if_it_does_not_fit(f"{Path(checkpoint) / 'scheduler.pt'} or optimizer.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if found := unlike(self.optimizer.param_groups, groups) or unlike(self.lr_scheduler.state_dict(), schedule):
+                raise ValueError(found)
             for parameter, state in self.optimizer.state.items():
                 for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
                     value = state.get(name)
                     if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
                         raise ValueError(f"{name} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if checkpoint is None:
-                raise
-            why = " ".join(str(error).split())
-            raise UserError(f"{at(Path(checkpoint) / 'optimizer.pt')}: does not fit this model ({why})") from None
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _told_if_it_does_not_fit(Path(checkpoint or "", "scaler.pt")):
+            super()._load_scaler(checkpoint)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.wait()  # with its state, the first process says that all files of the checkpoint are there
 
     def is_over(self, checkpoint: str | Path) -> bool:
         """Whether a run that resumes from a checkpoint has no step left: transformers would train one more."""
@@ -354,6 +362,17 @@ def _set_lengths(tokenizer: Any, truncation: dict[str, Any] | None, padding: dic
     if fast is not None:
         fast.no_truncation() if truncation is None else fast.enable_truncation(**truncation)
         fast.no_padding() if padding is None else fast.enable_padding(**padding)
+
+
+@contextlib.contextmanager
+def _told_if_it_does_not_fit(place: str | Path) -> Iterator[None]:
+    """Whatever a file of another content raises as it is loaded becomes a :class:`UserError`."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{at(place)}: does not fit this model ({one_line(error)})") from None
 
 
 @contextlib.contextmanager
