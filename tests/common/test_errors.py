@@ -57,6 +57,29 @@ def test_sigterm_ends_a_command_that_leaves_nothing_unfinished(tmp_path, capfd):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_that_brings_about_another_error_is_no_mistake_of_the_user(capfd, number, code):
+    @command
+    def main():
+        try:
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(1)
+            finally:
+                raise RuntimeError("trying to pop from empty mode stack")
+        except Exception as error:
+            raise UserError(f"the encoder cannot be loaded: {error}") from None
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == code
+    assert "error" not in capfd.readouterr().err
+
+
 def test_a_job_that_stopped_in_order_says_how_it_goes_on(capsys):
     @command
     def main():

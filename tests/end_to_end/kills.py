@@ -1,7 +1,7 @@
 """Kills jobs at random moments, runs them again, and compares what they leave with what an undisturbed run leaves.
 
     PYTHONPATH=tests python tests/end_to_end/kills.py train --times 40
-    PYTHONPATH=tests python tests/end_to_end/kills.py mine evaluate synthesize --times 20
+    PYTHONPATH=tests python tests/end_to_end/kills.py mine evaluate synthesize prepare merge --times 20
     PYTHONPATH=tests python tests/end_to_end/kills.py --together
 
 Each run is the fork of a process that has imported everything; it is killed for a random part of an undisturbed run's time,
@@ -50,12 +50,21 @@ class Job:
         argv: of the first run.
         again: of all others.
         over: the file that is written last, where a run that finds it is refused.
+        before: makes what the first run finds.
     """
 
     main: Callable[[list[str]], Any]
     argv: list[str]
     again: list[str]
     over: Path | None = None
+    before: Callable[[], None] | None = None
+
+    def clear(self, output: Path) -> None:
+        """Make the output as the first run finds it."""
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir()
+        if self.before is not None:
+            self.before()
 
 
 def train(folder: Path, number: int) -> Job:
@@ -143,6 +152,38 @@ def synthesize(folder: Path, number: int) -> Job:
     return Job(main, argv, argv, folder / "output" / "out.jsonl")
 
 
+def prepare(folder: Path, number: int) -> Job:
+    """A collection from files in SQuAD's shape."""
+    from clpl_moe.prepare.__main__ import main
+    from helpers.squad_files import many, squad
+
+    source = squad(folder / "squad.json", *many(3000))
+    argv = ["--squad", source, "--language=ko", "--output", folder / "output"]
+    return _replacing(main, argv, folder / "output" / "ko" / "corpus.jsonl", number)
+
+
+def merge(folder: Path, number: int) -> Job:
+    """A mixture of two models."""
+    import clpl_moe.merge.mix
+    import clpl_moe.retrieval.options  # noqa: F401
+    from clpl_moe.merge.__main__ import main
+
+    base, output = _model_with_dropout(folder), folder / "output" / "merged"
+    argv = ["--input", base, "--base", base, "--alpha", 0.5, "--output", output]
+    return _replacing(main, argv, output / "merge.json", number)
+
+
+def _replacing(main: Callable[[list[str]], Any], argv: list[Any], file: Path, number: int) -> Job:
+    """A command that writes the folder of ``file`` as a whole; with an odd number, one of its kind stands there before."""
+    argv = [*map(str, argv), f"--overwrite={number % 2 == 1}"]
+
+    def before() -> None:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("old")
+
+    return Job(main, argv, argv, before=before) if number % 2 else Job(main, argv, argv, file)
+
+
 _servers: dict[Path, Any] = {}
 
 JOBS: dict[str, Callable[[Path, int], Job]] = {
@@ -150,6 +191,8 @@ JOBS: dict[str, Callable[[Path, int], Job]] = {
     "mine": mine,
     "evaluate": evaluate,
     "synthesize": synthesize,
+    "prepare": prepare,
+    "merge": merge,
 }
 
 
@@ -232,8 +275,7 @@ def kill_and_compare(make: Callable[[Path, int], Job], times: int, seed: int, fo
         job = make(folder, number % 2)
         if number % 2 not in undisturbed:
             for _ in range(2):  # the second one finds every cache filled
-                shutil.rmtree(output, ignore_errors=True)
-                output.mkdir()
+                job.clear(output)
                 began = time.monotonic()
                 if run(job, job.argv, log) != 0:
                     raise SystemExit(f"the undisturbed run failed:\n{log.read_text()[-3000:]}")
@@ -243,8 +285,7 @@ def kill_and_compare(make: Callable[[Path, int], Job], times: int, seed: int, fo
             undisturbed[number % 2] = expected, seconds
             print(f"undisturbed: {seconds:.1f} s")
         expected, seconds = undisturbed[number % 2]
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir()
+        job.clear(output)
         log.write_text("")
         argv, faults = job.argv, []
         for kill in range(draw.randint(1, 3)):
@@ -275,12 +316,12 @@ def kill_and_compare(make: Callable[[Path, int], Job], times: int, seed: int, fo
 def run_together(make: Callable[[Path, int], Job], folder: Path) -> str:
     """Run a job twice at once, on one output; says how long the refused one took."""
     output, log = folder / "output", folder / "log.txt"
-    output.mkdir()
     job = make(folder, 1)
+    job.clear(output)
     if run(job, job.argv, log) != 0:
         raise SystemExit(f"the undisturbed run failed:\n{log.read_text()[-3000:]}")
     output.rename(folder / "expected")
-    output.mkdir()
+    job.clear(output)
     logs = [folder / "first.txt", folder / "second.txt"]
     began = time.monotonic()
     children = [start(job, job.argv, one) for one in logs]

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from end_to_end.kills import JOBS
+
 KILLS = Path(__file__).with_name("kills.py")
 
 
@@ -20,7 +22,7 @@ def run(*argv, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["mine", "evaluate", "synthesize"])
+@pytest.mark.parametrize("command", ["mine", "evaluate", "synthesize", "prepare", "merge"])
 def test_a_killed_job_that_is_run_again_leaves_what_an_undisturbed_one_leaves(tmp_path, command):
     text = run(command, "--times", "3", folder=tmp_path)
     assert "0 faulty" in text, text
@@ -28,4 +30,4 @@ def test_a_killed_job_that_is_run_again_leaves_what_an_undisturbed_one_leaves(tm
 
 @pytest.mark.slow
 def test_of_two_at_once_one_goes_on(tmp_path):
-    assert run("--together", folder=tmp_path).count("one went on, the other ended with exit code 2") == 4
+    assert run("--together", folder=tmp_path).count("one went on, the other ended with exit code 2") == len(JOBS)

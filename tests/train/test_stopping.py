@@ -66,6 +66,20 @@ def test_sigterm_ends_training_after_the_step_with_a_checkpoint(tiny_encoder, da
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
+def test_the_run_goes_on_from_there_even_if_its_other_checkpoints_are_models_only(
+    tiny_encoder, data, tmp_path, monkeypatch
+):
+    more = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    argv = arguments(tiny_encoder, data, tmp_path / "run", **more)
+    with monkeypatch.context() as patch:
+        signalled(patch, [signal.SIGTERM])
+        assert stop(argv) == 143
+    main([*argv, "--resume_from_checkpoint", "true"])
+    main(arguments(tiny_encoder, data, tmp_path / "whole"))
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    assert not (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").exists()
+
+
 def test_what_is_due_is_evaluated_first(tiny_encoder, data, tmp_path, monkeypatch):
     """The run that goes on would not evaluate that step, and could choose another best one."""
     more = {"save_strategy": "steps", "save_steps": 1, "dev_language": "ko"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -9,7 +10,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -87,8 +88,9 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         terminates, hook = _catch_signals(), sys.unraisablehook
         sys.unraisablehook = functools.partial(_signal_again, hook)
         try:
-            main(*args, **kwargs)
-            sys.stdout.flush()
+            with _interruptions_first():
+                main(*args, **kwargs)
+                sys.stdout.flush()
         except UserError as error:
             dashes = "--" if isinstance(error, OptionError) else ""
             print(f"error: {dashes}{printable(str(error))}", file=sys.stderr)
@@ -115,6 +117,20 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     return wrapper
+
+
+@contextlib.contextmanager
+def _interruptions_first() -> Iterator[None]:
+    """Where an interruption has brought about another error, as in torch's context managers, raise the interruption."""
+    try:
+        yield
+    except Exception as error:
+        behind = error.__context__
+        while behind is not None:
+            if isinstance(behind, KeyboardInterrupt) or getattr(behind, "code", None) == 128 + signal.SIGTERM:
+                raise behind from None
+            behind = behind.__context__
+        raise
 
 
 def _catch_signals() -> bool:

@@ -78,6 +78,7 @@ class StopOnSignal(TrainerCallback):
             self._agreed = self._received
         if self._agreed:
             control.should_save = True
+            args.save_only_model = False  # of which no run could go on
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._agree(args, control)
