@@ -68,7 +68,7 @@ def test_a_known_positive_among_the_negatives_is_dropped_unasked(llm, tmp_path):
     first["neg"][0] = first["pos"][0]
     main(arguments(server, train_file(tmp_path, [first, other, line(2, "no")]), tmp_path))
     found, _ = results(tmp_path)
-    assert [record["neg"] for record in found] == [[text(102)], [text(201)]]
+    assert [record["neg"] for record in found] == [[text(102)], [], [text(201)]]
     assert asked(server).keys() == {("q1", "102"), ("q2", "201")}
 
 
@@ -102,11 +102,21 @@ def test_positives_are_judged_where_asked_for(llm, tmp_path):
     assert found[0]["pos_ids"] == ["p102"]
 
 
-def test_a_line_without_negatives_or_positives_left_is_as_the_format_wants_it(llm, tmp_path):
-    main(arguments(llm(), train_file(tmp_path, [line(1, "yes", "partly"), line(2, "no")]), tmp_path))
+def test_a_line_without_negatives_stays_as_a_pair(llm, tmp_path):
+    pair = {"query": query(3), "pos": [text(300)]}
+    main(arguments(llm(), train_file(tmp_path, [line(1, "yes", "partly"), line(2, "no"), pair]), tmp_path))
     found, _ = results(tmp_path)
     assert not [fault for record in found for fault in find_faults(record)]
-    assert found[-1] == line(2, "no")
+    assert (len(found[0]["pos"]), found[0]["neg"], found[0]["neg_q"]) == (2, [], [])
+    assert found[1:] == [line(2, "no"), pair]
+
+
+def test_the_output_is_no_input(tmp_path, capfd):
+    path = train_file(tmp_path, [line(1, "no")])
+    argv = arguments(None, path, tmp_path, base_url="http://127.0.0.1:9/v1", overwrite="true")
+    before = path.read_bytes()
+    assert str(path) in refused(capfd, [*argv, f"--output={path}"], main)
+    assert path.read_bytes() == before
 
 
 def test_a_list_of_the_positives_alone_goes_when_there_are_new_ones(llm, tmp_path):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import UserError
-from clpl_moe.common.files import refuse_existing, refuse_unwritable
+from clpl_moe.common.files import refuse_existing, refuse_input, refuse_unwritable
 from clpl_moe.common.output import Output, writing
 from clpl_moe.judge.options import JudgeArguments
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
@@ -75,12 +75,14 @@ def _judge(
     journal_path = output.path
     refuse_unwritable(journal_path)
     main, verdicts = output_paths(arguments)
-    refuse_existing(main, arguments.overwrite or output.claimed(main))
+    refuse_existing(main, arguments.overwrite)
     job = Job(arguments)
+    for path in (main, verdicts):
+        refuse_input(path, job.files)
     before = {}
     if journal_path.exists():
         before = read_journal(journal_path, JOURNAL, job.settings, arguments.overwrite)[0]
-    refuse_existing(verdicts, arguments.overwrite or output.claimed(verdicts))
+    refuse_existing(verdicts, arguments.overwrite)
     with contextlib.ExitStack() as stack:
         _read(job, encoding, output, stack)  # embeddings stay until the files are written
         plan = job.plan(before)
@@ -97,9 +99,10 @@ def _judge(
         if backend is not None and not job.verdicts:
             reason = Counter(job.reasons().values()).most_common(1)[0][0]
             raise UserError(f"not one passage was judged, mostly: {reason}; answers are in {journal_path}")
-        output.claim(main, verdicts)
         done: Counter[str] = Counter()
-        paths = job.write(done)
+        # A file that is replaced is whole at any time.
+        with output.unfinished(*(path for path in (main, verdicts) if not path.exists())):
+            paths = job.write(done)
     requests = 0 if backend is None else backend.requests
     counted = job.count(answers, sum(map(len, before.values())), done)
     counts = {"requests sent, retries included": requests, **counted}
@@ -109,8 +112,8 @@ def _judge(
 def _read(job: Job, encoding: EncodingArguments, output: Output, stack: contextlib.ExitStack) -> None:
     """Read a job's files, with the scores that its options ask for."""
     from clpl_moe.encoder.settings import check_lengths
-    from clpl_moe.judge.pairs import read_lines
     from clpl_moe.judge.scores import scores_of_encoder, scores_of_file
+    from clpl_moe.llm.asking import training_lines
     from clpl_moe.retrieval.store import cache_folder
 
     arguments = job.arguments
@@ -124,4 +127,4 @@ def _read(job: Job, encoding: EncodingArguments, output: Output, stack: contextl
         cache = None
         if not arguments.dry_run or encoding.cache_dir is not None:
             cache = stack.enter_context(cache_folder(encoding, beside=output.embeddings))
-        job.read(scores_of_encoder(read_lines(job.files), encoder, encoding, cache))
+        job.read(scores_of_encoder(training_lines(job.files), encoder, encoding, cache))

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clpl_moe.common.files import write_jsonl
-from clpl_moe.data.schema import find_faults
 from clpl_moe.judge.answers import Verdict, answer_schema, read_verdicts
 from clpl_moe.judge.options import JudgeArguments
-from clpl_moe.judge.pairs import Pair, Query, add_queries, key_of, read_lines, read_queries, relabel
+from clpl_moe.judge.pairs import Pair, Query, add_queries, key_of, read_queries, relabel
 from clpl_moe.judge.scores import Scores
 from clpl_moe.llm.answers import find_fault
-from clpl_moe.llm.asking import ASKED_AT_MOST, Answers, ask, estimate, training_files
+from clpl_moe.llm.asking import ASKED_AT_MOST, Answers, ask, estimate, training_files, training_lines
 from clpl_moe.llm.backends import Backend, Question
 from clpl_moe.llm.journal import Format, Journal
 from clpl_moe.llm.prompts import fill_prompt, load_prompt
@@ -171,7 +170,7 @@ class Job:
         return {"query": query.text, **found, "was": sorted(passage.was), "ids": passage.ids, "passage": passage.text}
 
     def _lines(self, done: Counter[str]) -> Iterator[dict[str, Any]]:
-        for _, record in read_lines(self.files):
+        for _, record in training_lines(self.files):
             key = key_of(record["query"])
             query = self.queries[key]
             given = {p: v for p in query.passages if (v := self.verdicts.get(Pair(key, p))) is not None}
@@ -180,10 +179,9 @@ class Job:
                 done["queries written for negatives"] += add_queries(changed, self._usable(query, given))
             if not changed["pos"]:
                 done["lines left out: no positive is left"] += 1
-            elif not changed.get("neg") and any(find_faults(changed)):
-                done["lines left out: no negative is left"] += 1
             else:
                 done["lines written"] += 1
+                done["lines written without a negative"] += not changed.get("neg")
                 yield changed
 
     def _usable(self, query: Query, verdicts: dict[str, Verdict]) -> dict[str, Verdict]:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import read_jsonl
 from clpl_moe.common.text_key import text_key
-from clpl_moe.data.schema import find_faults, negative_queries
+from clpl_moe.data.formats import DataFile
+from clpl_moe.data.schema import negative_queries
 from clpl_moe.judge.answers import Verdict
 from clpl_moe.judge.options import JudgeArguments
 from clpl_moe.judge.scores import Scores
+from clpl_moe.llm.asking import training_lines
 
 
 class Pair(NamedTuple):
@@ -48,18 +47,8 @@ def key_of(text: str) -> str:
     return hashlib.sha256(text_key(text).encode()).hexdigest()[:32]
 
 
-def read_lines(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and fields of each line, in order; faults are errors."""
-    for path in files:
-        for number, record in read_jsonl(path):
-            place = at(path, number)
-            for fault in find_faults(record):
-                raise UserError(f"{place}: {fault}")
-            yield place, record
-
-
 def read_queries(
-    files: Sequence[Path], arguments: JudgeArguments, scores: Scores | None
+    files: Sequence[DataFile], arguments: JudgeArguments, scores: Scores | None
 ) -> tuple[dict[str, Query], Counter[str]]:
     """The queries with the passages to judge, by key, and counts for the plan.
 
@@ -67,7 +56,7 @@ def read_queries(
     """
     queries: dict[str, Query] = {}
     counts: Counter[str] = Counter()
-    for place, record in read_lines(files):
+    for place, record in training_lines(files):
         query = queries.setdefault(key_of(record["query"]), Query(record["query"]))
         query.positives.update(map(key_of, record["pos"]))
         lists: dict[str, list[str]] = {"neg": record.get("neg") or []}

@@ -12,7 +12,8 @@ import numpy as np
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.data.formats import DataFile
-from clpl_moe.data.schema import checked_lines, negative_queries
+from clpl_moe.data.schema import negative_queries
+from clpl_moe.llm.asking import training_lines
 from clpl_moe.retrieval.collection import LazyTexts, normalize_text
 
 
@@ -50,26 +51,17 @@ def read_passages(files: Sequence[DataFile]) -> dict[str, Passage]:
                 passage.ids.append(identifier)
         return passage
 
-    for file in files:
-        for place, record in _records(file):
-            for index, text in enumerate(record["pos"]):
-                passage = add(record, "pos_ids", index, text, place)
-                passage.negative_queries.setdefault(normalize_text(record["query"]), record["query"])
-            for index, (text, queries) in enumerate(zip(record.get("neg") or (), negative_queries(record))):
-                passage = add(record, "neg_ids", index, text, place)
-                passage.negative = True
-                passage.bare |= not queries
-                for query in queries:
-                    passage.negative_queries.setdefault(normalize_text(query), query)
+    for place, record in training_lines(files):
+        for index, text in enumerate(record["pos"]):
+            passage = add(record, "pos_ids", index, text, place)
+            passage.negative_queries.setdefault(normalize_text(record["query"]), record["query"])
+        for index, (text, queries) in enumerate(zip(record.get("neg") or (), negative_queries(record))):
+            passage = add(record, "neg_ids", index, text, place)
+            passage.negative = True
+            passage.bare |= not queries
+            for query in queries:
+                passage.negative_queries.setdefault(normalize_text(query), query)
     return passages
-
-
-def _records(file: DataFile) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and fields of each line of a file, whose faults are errors."""
-    for line in checked_lines(file):
-        if line.faults or line.record is None:
-            raise UserError(f"{line.place}: {line.faults[0]}")
-        yield line.place, line.record
 
 
 class SearchedPassages(LazyTexts):
@@ -96,7 +88,7 @@ class SearchedPassages(LazyTexts):
 def fill_lines(files: Sequence[DataFile], queries: Mapping[str, Sequence[str]], most: int) -> Iterator[dict[str, Any]]:
     """The lines of training files, ``neg_q`` filled where it had no query with up to ``most`` of a passage's ``queries``,
     by its key. A line's own query is never given to a negative of that line."""
-    for _, record in itertools.chain.from_iterable(map(_records, files)):
+    for _, record in training_lines(files):
         own = normalize_text(record["query"])
         given = negative_queries(record)
         entries = list(record.get("neg_q") or given)  # as the file spells them
