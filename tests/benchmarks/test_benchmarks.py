@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from clpl_moe.mine.rank import Ranking
+from helpers.mining import make_collection
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import common
 import corpus
 import false_negatives
+import false_negatives_rules as rules
 import scaling
 import table
 
@@ -108,6 +110,64 @@ def test_false_negatives_are_those_that_hold_the_answer(tmp_path, monkeypatch):
     found = result["settings"]["top, at most 100%"]
     assert (found["negatives"], found["false"]) == (6, 1)
     assert found["queries_with_fewer"] == 1.0
+
+
+def embed_letters(kind, texts):
+    """Cosines by the letters that two texts share, whatever their bytes."""
+    rows = torch.zeros(len(texts), 64)
+    for row, text in zip(rows, texts):
+        for letter in rules.text_key(text):
+            row[ord(letter) % 64] += 1
+    return torch.nn.functional.normalize(rows)
+
+
+def test_copies_in_other_bytes_are_false_negatives_until_a_key_knows_them(tmp_path):
+    contexts = [
+        f"کتاب شماره {word} در سال ۱۳{number} نوشته شد." for number, word in enumerate(["یک", "دو", "سه", "چهار"], 10)
+    ]
+    questions = [f"کتاب {word} کی نوشته شد؟" for word in ("یک", "دو", "سه", "چهار")]
+    answers = [
+        [{"text": f"سال ۱۳{number}", "answer_start": 0}] for number in (10, 11, 12, 10)
+    ]  # the first answers the last
+    qas = [{"id": f"q{i}", "question": q, "answers": a} for i, (q, a) in enumerate(zip(questions, answers))]
+    paragraphs = [{"context": context, "qas": [qa]} for context, qa in zip(contexts, qas)]
+    squad = tmp_path / "squad.json"
+    squad.write_text(json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}), encoding="utf-8")
+    collection = rules.with_copies(squad, "fa", tmp_path, passages=9, questions=9)
+    assert len(collection.passage_ids) == 8
+    no_limits = {"rank_from": 1, "rank_to": 8, "max_positive_ratio": 0, "negatives": 8}
+    found = rules.measure_copies_and_guides(collection, squad, embed_letters, **no_limits)
+    before, now = (found[f"at most 95%, {name}"] for name in ("before", "with the key"))
+    assert before["negatives"] == 4 * 7
+    assert before["copies"] == pytest.approx(4 / 28, abs=1e-4)
+    assert now["negatives"] == 4 * 3
+    assert now["copies"] == 0
+    assert now["hold the answer"] == pytest.approx(1 / 12, abs=1e-4)
+    assert found["at most 95%, with the key, a guide that knows the answers"]["hold the answer"] == 0
+    assert [row["copies, fa"] for row in rules.rows_of_copies({"fa": found})][:2] == ["14.3%", "0.0%"]
+
+
+@pytest.mark.parametrize("text", ["한국어 문장. 둘째", "کتاب یکی می\u200cشود ۱۲", "क़लम १२। दूसरा"])
+def test_other_bytes_are_the_same_text_to_the_key_only(text):
+    copy = rules.other_bytes(text)
+    assert copy != text
+    assert rules.text_key(copy) == rules.text_key(text)
+
+
+def test_hidden_positives_that_a_rule_lets_through_are_counted(tmp_path):
+    passages = {"a": "abcd", "b": "abce", "c": "abfg", "d": "hijk", "e": "lmno"}
+    qrels = {"q0": {"a": 1, "b": 1, "c": 1}, "q1": {"a": 1, "d": 1}}
+    folder = make_collection(tmp_path, passages, {"q0": "abcd", "q1": "abck"}, qrels)
+    collection = rules.Collection.load(folder, "ko", "train")
+    both = {"no limit": {"max_positive_ratio": 0, "rank_from": 1, "max_overlap": 1, "negatives": 2, "rank_to": 2}}
+    found = rules.measure_several_positives(
+        collection, embed_letters, both | {"strict": both["no limit"] | {"margin": 0.1}}
+    )
+    assert (found["no limit"]["hidden positives"], found["no limit"]["mined"]) == (3, 3)
+    assert found["strict"]["mined"] < 3
+    assert (found["no limit"]["queries"], found["no limit"]["negatives"]) == (2, 4)
+    centred = rules.centred(embed_letters)("passage", list(passages.values()))
+    assert centred.norm(dim=1).tolist() == pytest.approx([1] * 5)
 
 
 def test_synthetic_corpora_begin_alike_and_the_model_knows_their_words(tmp_path):
