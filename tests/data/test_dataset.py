@@ -5,7 +5,7 @@ import re
 import pytest
 
 from clpl_moe.common.errors import UserError
-from clpl_moe.data.dataset import CLPLTrainDataset
+from clpl_moe.data.dataset import CLPLTrainDataset, Negative
 from clpl_moe.train.arguments import CLPLDataArguments
 from helpers.tiny_training import make_triplets, write_triplets
 
@@ -15,10 +15,10 @@ def path(tmp_path_factory):
     return write_triplets(tmp_path_factory.mktemp("data") / "train.jsonl", 12)
 
 
-def make(path, cache, seed=0, **options):
+def make(path, cache, seed=0, leave_out_answers=True, **options):
     paths = [str(p) for p in path] if isinstance(path, list) else [str(path)]
     args = CLPLDataArguments(train_data=paths, cache_path=str(cache), **{"train_group_size": 4} | options)
-    return CLPLTrainDataset(args, seed=seed)
+    return CLPLTrainDataset(args, seed=seed, leave_out_answers=leave_out_answers)
 
 
 def write(path, records):
@@ -56,7 +56,8 @@ def test_draws_depend_on_seed_epoch_and_index_only(path, tmp_path):
 
 
 def test_few_negatives_are_repeated_evenly(path, tmp_path):
-    passages = make(path, tmp_path, train_group_size=11)[(0, 0)].passages[1:]
+    """Where answers are not left out, as in FlagEmbedding."""
+    passages = make(path, tmp_path, train_group_size=11, leave_out_answers=False)[(0, 0)].passages[1:]
     assert sorted(passages.count(text) for text in set(passages)) == [2, 2, 3, 3]
 
 
@@ -74,8 +75,12 @@ def test_queries_per_negative(path, tmp_path):
 
 def test_own_query_is_no_query_of_a_negative(tmp_path):
     record = {"query": "q", "pos": ["p"], "neg": ["n", "m"], "neg_q": [["q", "other"], "q"]}
-    dataset = make(write(tmp_path / "t.jsonl", [record]), tmp_path, train_group_size=3, queries_per_negative=5)
+    path = write(tmp_path / "t.jsonl", [record])
+    options = {"train_group_size": 3, "queries_per_negative": 5}
+    dataset = make(path, tmp_path, **options, leave_out_answers=False)
     assert sorted(dataset[(0, 0)].negative_queries) == [[], ["other"]]
+    # These negatives are known to answer it.
+    assert make(path, tmp_path, **options)[(0, 0)].ids.passages[1:] == [-1, -1]
 
 
 @pytest.mark.parametrize("same_dataset", [False, True])
@@ -280,7 +285,10 @@ def test_a_pair_with_no_other_query_has_its_positive_for_a_negative(tmp_path):
 def test_mined_negatives_make_groups_of_pairs(tmp_path):
     class Mined:
         def get(self, example):
-            return (["a", "b", "c"], [[], ["x"], []]) if example else None
+            return [Negative(text, number, [], []) for number, text in enumerate("abc")] if example else None
+
+        def answers(self, query):
+            return ()
 
     dataset = make(write(tmp_path / "t.jsonl", pairs(5)), tmp_path)
     dataset.mined = Mined()

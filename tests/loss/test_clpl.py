@@ -424,6 +424,12 @@ def test_hard_negatives_weigh_more_without_a_gradient_of_the_weight():
         ({"negative_index": torch.ones(4, dtype=torch.bool)}, "expected int64"),
         ({"passage_ids": torch.zeros(3, dtype=torch.int64)}, r"expected \(9,\)"),
         ({"query_ids": torch.zeros(3, dtype=torch.int64)}, r"expected \(7,\), also for negative_queries"),
+        ({"answer_ids": torch.tensor([1]), "answer_index": torch.tensor([0])}, "passage_ids belong together"),
+        ({"passage_ids": torch.arange(9), "answer_ids": torch.tensor([1])}, "passage_ids belong together"),
+        (
+            {"passage_ids": torch.arange(9), "answer_ids": torch.tensor([1]), "answer_index": torch.tensor([0, 1])},
+            r"expected \(K,\)",
+        ),
     ],
 )
 def test_forward_refuses_what_does_not_fit(changes, message):

@@ -32,16 +32,18 @@ def part_of(rank):
     embeddings = [inputs[name].detach() for name in ("query", "passages", "negative_queries")]
     query_ids = torch.arange(BATCH + len(PAIRS[rank])) + 10 * rank
     query_ids[1] = query_ids[-1] = 2  # also one of the first process's third query
-    return embeddings, inputs["negative_index"], torch.tensor([rank, 10, 11, 12 + rank, 1, 14]), query_ids
+    # A passage of the other process is known to answer a query of this one, and one of its own.
+    answers = torch.tensor([13 - rank, 11]), torch.tensor([rank, 0])
+    return embeddings, inputs["negative_index"], torch.tensor([rank, 10, 11, 12 + rank, 1, 14]), query_ids, answers
 
 
 def gradients_of_one_process(rank):
     model = Projection()
-    embeddings, index, ids, query_ids = part_of(rank)
+    embeddings, index, ids, query_ids, answers = part_of(rank)
     parallel = DistributedDataParallel(model)
     query, passages, negative_queries = parallel(*embeddings)
     losses = [CLPLLoss(**options, gather_across_devices=True) for options in OPTIONS]
-    sum(loss(query, passages, negative_queries, index, ids, query_ids).loss for loss in losses).backward()
+    sum(loss(query, passages, negative_queries, index, ids, query_ids, *answers).loss for loss in losses).backward()
     with torch.no_grad():  # as in evaluation: nothing needs a gradient
         query, passages, negative_queries = model(*embeddings)
         without = CLPLLoss(gather_across_devices=True)(query, passages).loss
@@ -60,8 +62,9 @@ def test_gradients_of_two_processes_are_those_of_the_joint_batch(tmp_path):
     ids = torch.cat([parts[0][2], parts[1][2]])
     of_query, of_pairs = zip(*(part[3].split([BATCH, len(pairs)]) for part, pairs in zip(parts, PAIRS)))
     query_ids = torch.cat([*of_query, *of_pairs])
+    answers = torch.cat([part[4][0] for part in parts]), torch.cat([parts[0][4][1], parts[1][4][1] + BATCH])
     losses = [CLPLLoss(**options) for options in OPTIONS]
-    sum(loss(query, passages, negative_queries, index, ids, query_ids).loss for loss in losses).backward()
+    sum(loss(query, passages, negative_queries, index, ids, query_ids, *answers).loss for loss in losses).backward()
     for gradients, _, _ in results:
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad)

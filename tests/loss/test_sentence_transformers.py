@@ -131,11 +131,19 @@ def test_queries_of_the_same_text_are_no_negatives(model):
     found = SentenceTransformerCLPLLoss(model, num_negatives=1, **options)(inputs)
     query, positive, negative, own = (model(features)["sentence_embedding"] for features in inputs)
     passages, index = torch.stack([positive, negative], dim=1).flatten(0, 1), torch.tensor([1, 5])
-    expected = CLPLLoss(**options)(query, passages, own[[0, 2]], index, query_ids=torch.tensor([0, 0, 1, 1, 0])).loss
+    # "one" and "two" answer the same query, as does "z"; "x" and "three" another.
+    ids = {"passage_ids": torch.arange(6), "query_ids": torch.tensor([0, 0, 1, 1, 0])}
+    answers = {
+        "answer_ids": torch.tensor([2, 5, 0, 5, 1, 4, 0, 2]),
+        "answer_index": torch.tensor([0, 0, 1, 1, 2, 3, 4, 4]),
+    }
+    expected = CLPLLoss(**options)(query, passages, own[[0, 2]], index, **ids, **answers).loss
     torch.testing.assert_close(found, expected)
     assert found < CLPLLoss(**options)(query, passages, own[[0, 2]], index).loss
     without = SentenceTransformerCLPLLoss(model, num_negatives=1, **options)(inputs[:3])
-    expected = CLPLLoss(**options)(query, passages, query_ids=torch.tensor([0, 0, 1])).loss
+    ids = {"passage_ids": torch.arange(6), "query_ids": torch.tensor([0, 0, 1])}
+    answers = {"answer_ids": torch.tensor([2, 0]), "answer_index": torch.tensor([0, 1])}
+    expected = CLPLLoss(**options)(query, passages, **ids, **answers).loss
     torch.testing.assert_close(without, expected)
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from clpl_moe.common.text_key import text_id
-from clpl_moe.data.dataset import Example
+from clpl_moe.data.dataset import Example, TextIds
 from clpl_moe.data.flag_embedding import AbsEmbedderCollator
 from clpl_moe.encoder.cut import cut_texts
 from clpl_moe.encoder.packing import PackedTexts
@@ -20,19 +19,21 @@ class CLPLCollator(AbsEmbedderCollator):
 
     With ``packing`` all texts of the step are one :class:`PackedTexts`; texts that are equal after prompts and truncation
     come once, share their dropout, and count once in the routers' losses. ``pad_to_multiple_of`` and ``sub_batch_size``
-    have no effect then.
+    have no effect then. ``negatives_cross_device``: whether the loss sees passages of other processes.
     """
 
     packing: bool = False
+    negatives_cross_device: bool = False
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
         """Batch B examples of group size G with M negative queries.
 
         Returns:
             ``negative_index``: (M,) int64, for each negative query the row of the passage that answers it, or None;
-            ``passage_ids``: (B·G,) int64, equal for equal texts, in every process; ``query_ids``: (B + M,) likewise, of the
-            queries, then the negative queries; ``teacher_scores``: B·G numbers, or None; ``no_in_batch_neg_flag``: as in
-            FlagEmbedding. Besides, padded: ``queries`` and ``passages``, token tensors (B, L) and (B·G, L'), or lists of
+            ``passage_ids``: (B·G,) int64, equal for equal texts, in every process, -1 where a text only fills up a group;
+            ``query_ids``: (B + M,) likewise, of the queries, then the negative queries; ``answer_ids`` and ``answer_index``,
+            (K,) int64 or None: more passages that are known to answer a query, and its row in ``query_ids``;
+            ``teacher_scores``: B·G numbers, or None; ``no_in_batch_neg_flag``: as in FlagEmbedding. Besides, padded: ``queries`` and ``passages``, token tensors (B, L) and (B·G, L'), or lists of
             them with ``sub_batch_size``; ``negative_queries``, (M, L'') likewise, or None. Packed: ``texts``, with
             neighbours of equal length, and for each query, passage and negative query its number there, int64:
             ``query_rows`` (B,), ``passage_rows`` (B·G,), ``negative_query_rows`` (M,) or None.
@@ -55,10 +56,25 @@ class CLPLCollator(AbsEmbedderCollator):
             texts["texts"].experts = _experts_of_texts(examples, texts)
         return texts | {
             "negative_index": torch.tensor(negative_index) if negative_queries else None,
-            "passage_ids": torch.tensor([text_id(text) for text in passages]),
-            "query_ids": torch.tensor([text_id(text) for text in queries + negative_queries]),
+            **self._ids([example.text_ids() for example in examples]),
             "teacher_scores": scores,
             "no_in_batch_neg_flag": not all(example.in_batch_negatives for example in examples),
+        }
+
+    def _ids(self, examples: list[TextIds]) -> dict[str, torch.Tensor | None]:
+        passages = [number for ids in examples for number in ids.passages]
+        queries = [ids.query for ids in examples]
+        queries += [number for ids in examples for some in ids.negative_queries for number in some]
+        answers = [ids.answers[0] for ids in examples] + [known for ids in examples for known in ids.answers[1:]]
+        if not self.negatives_cross_device:
+            of_batch = set(passages)
+            answers = [known & of_batch for known in answers]
+        pairs = [(number, row) for row, known in enumerate(answers) for number in sorted(known)]
+        return {
+            "passage_ids": torch.tensor(passages),
+            "query_ids": torch.tensor(queries),
+            "answer_ids": torch.tensor([number for number, _ in pairs]) if pairs else None,
+            "answer_index": torch.tensor([row for _, row in pairs]) if pairs else None,
         }
 
     def _pack(self, queries: list[str], passages: list[str], negative_queries: list[str]) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import datasets
+import numpy as np
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
@@ -18,6 +20,8 @@ from clpl_moe import __version__
 from clpl_moe.common.compressed import plain_name
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import refuse_unwritable
+from clpl_moe.common.text_key import text_id
+from clpl_moe.data.answers import KnownAnswers, Pairs, count_negatives, known_pairs
 from clpl_moe.data.flag_embedding import AbsEmbedderTrainDataset
 from clpl_moe.data.formats import DataFile, data_files, entry_path
 from clpl_moe.data.schema import read_examples
@@ -27,13 +31,37 @@ _ROWS_AT_ONCE = 10_000
 Draw = tuple[int, int]
 
 _TEXT, _SCORES = datasets.Value("string"), datasets.List(datasets.Value("float64"))
-_TEXTS = datasets.List(_TEXT)
+_TEXTS, _ID = datasets.List(_TEXT), datasets.Value("int64")
+_IDS = datasets.List(_ID)
 _FEATURES = datasets.Features(
     {
         **{"query": _TEXT, "pos": _TEXTS, "neg": _TEXTS, "negative_queries": datasets.List(_TEXTS)},
         **{"pos_scores": _SCORES, "neg_scores": _SCORES, "prompt": _TEXT, "type": _TEXT},
+        **{"query_id": _ID, "pos_ids": _IDS, "neg_ids": _IDS, "negative_query_ids": datasets.List(_IDS)},
     }
 )
+_STORE = "ids"  # part of the name of stored examples; another one where their fields change
+
+
+@dataclass
+class Negative:
+    """A passage that does not answer the query, without prompt, and the queries that it does answer."""
+
+    text: str
+    id: int
+    queries: list[str]
+    query_ids: list[int]
+    score: float = -math.inf  # a teacher's; as it is, of a passage that no teacher has scored
+
+
+@dataclass
+class TextIds:
+    """Ids of an example's texts, without prompts (:func:`clpl_moe.common.text_key.text_id`)."""
+
+    query: int
+    passages: list[int]  # -1 where one only fills up the group
+    negative_queries: list[list[int]]
+    answers: list[set[int]]  # what is known to answer the query, then each of the negative queries
 
 
 @dataclass
@@ -46,13 +74,25 @@ class Example:
     teacher_scores: list[float] | None  # one for each passage
     in_batch_negatives: bool  # False where the file asks for its own negatives only
     expert: int | None = None  # that all its texts go to, with router given
+    ids: TextIds | None = None  # None: of the texts as they stand here
+
+    def text_ids(self) -> TextIds:
+        """The ids of the example's texts."""
+        if self.ids is not None:
+            return self.ids
+        queries = [list(map(text_id, queries)) for queries in self.negative_queries]
+        unknown: list[set[int]] = [set() for _ in range(1 + sum(map(len, queries)))]
+        return TextIds(text_id(self.query), list(map(text_id, self.passages)), queries, unknown)
 
 
 class Negatives(Protocol):
     """Negatives in place of the files'."""
 
-    def get(self, example: int) -> tuple[list[str], list[list[str]]] | None:
-        """An example's negatives, and for each of them the queries that it answers; None: the file's negatives stay."""
+    def get(self, example: int) -> list[Negative] | None:
+        """An example's negatives; None: the file's negatives stay."""
+
+    def answers(self, query: int) -> Iterable[int]:
+        """Ids of the passages that are known to answer a query, of which the files may know nothing."""
 
 
 class CLPLTrainDataset(AbsEmbedderTrainDataset):
@@ -61,6 +101,10 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
     Indexed by :data:`Draw`: seed, epoch and number decide the positive, negatives and negative queries. Once ``mined`` is
     set, negatives come from it.
 
+    What is known to answer a query, by any line of any file, is none of its negatives, nor is the query's own text; and a
+    negative comes once. A group that has too few is filled up with a text that counts nothing (id -1). With
+    ``leave_out_answers`` False negatives are as the files say, and few ones are repeated.
+
     As in FlagEmbedding, a file or folder whose name ends in ``no_in_batch_neg`` has no in-batch negatives. With
     ``same_dataset_within_batch``, a folder's files with fewer than ``small_threshold`` examples are joined, and left out
     if they have fewer than ``drop_threshold`` together; a small file outside a folder is left out.
@@ -68,12 +112,19 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
     Where no example has negatives, groups hold the positive alone. A pair among examples that have some gets positives of
     other examples for its negatives.
 
+    Attributes:
+        left_out: number of the files' negatives that are left out.
+        small_groups: number of examples, pairs aside, with too few negatives for their group.
+
     Raises:
         UserError: a file is missing, empty or has a faulty line.
     """
 
-    def __init__(self, args, seed: int = 42) -> None:
+    def __init__(self, args, seed: int = 42, *, leave_out_answers: bool = True) -> None:
         self.args = args
+        self.leave_out_answers = leave_out_answers
+        pairs: list[Pairs] = []
+        self._known_pairs = pairs if leave_out_answers else None
         self.seed = seed
         self.shuffle_ratio = args.shuffle_ratio
         parts: list[datasets.Dataset] = []
@@ -95,6 +146,15 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         self.pairs = [_count_pairs(part) for part in parts]  # examples without negatives, in each part
         self._starts = list(accumulate(self.part_sizes, initial=0))
         self._part_of = [part for part, size in enumerate(self.part_sizes) for _ in range(size)]
+        self.left_out = self.small_groups = 0
+        self._known: KnownAnswers | None = None
+        if leave_out_answers:
+            self._known_pairs = None
+            self._known = KnownAnswers(pairs)
+            counts, pairs_only, self.left_out = count_negatives(self.dataset, self._known)
+            wanted = np.repeat([self.group_size(part) - 1 for part in range(len(parts))], self.part_sizes)
+            self.small_groups = int(((counts < wanted) & ~pairs_only).sum())
+            self._known.forget_single()
 
     def _load_path(self, path: str) -> list[datasets.Dataset]:
         parts = [self._load_dataset(file) for file in data_files([path])]
@@ -111,7 +171,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
     def _load_dataset(self, file: DataFile) -> datasets.Dataset:
         """Read, check and store one file; later runs take the stored examples as long as the file is unchanged."""
         digest = file.digest()
-        arguments = {"file": file.resolved(), "version": f"{__version__}-{digest}"}
+        arguments = {"file": file.resolved(), "version": f"{__version__}-{digest}-{_STORE}"}
         arguments |= {"with_scores": self.args.knowledge_distillation}
         cache = self.args.cache_path or datasets.config.HF_DATASETS_CACHE
         try:
@@ -128,6 +188,8 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
             raise
         except OSError as error:
             raise _not_stored(cache, error) from None
+        if self._known_pairs is not None:
+            self._known_pairs += known_pairs(dataset)
         limit = self.args.max_example_num_per_dataset
         if len(dataset) > limit:
             chosen = random.Random(f"{self.seed}-{digest}").sample(range(len(dataset)), limit)
@@ -147,26 +209,50 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         lowered = {"only_1neg": 2, "symmetric_class": min(len(first["neg"]) + 1, size)}
         return lowered.get(first["type"], size)
 
+    def answers(self, query: int) -> set[int]:
+        """Ids of what is known to answer a query, which goes by its id, and the query's own; empty where answers are not
+        left out."""
+        if self._known is None:
+            return set()
+        mined = () if self.mined is None else self.mined.answers(query)
+        return {query, *self._known.of(query).tolist(), *mined}
+
+    def _negatives(self, rng: random.Random, index: int, record: dict[str, Any]) -> list[Negative]:
+        """The negatives that an example may have."""
+        columns = ["neg", "neg_ids", "negative_queries", "negative_query_ids"]
+        columns += ["neg_scores"] * self.args.knowledge_distillation
+        found = None if self.mined is None else self.mined.get(index)
+        if found is None:
+            found = [Negative(*values) for values in zip(*(record[name] for name in columns))]
+        if not found:
+            return self._positives_of_others(rng, record, self._part_of[index])
+        if not self.leave_out_answers:
+            return found
+        answers = self.answers(record["query_id"]) | set(record["pos_ids"])
+        first = {negative.id: negative for negative in reversed(found)}
+        return [n for n in found if n.id not in answers and first[n.id] is n]
+
     def __getitem__(self, draw: Draw) -> Example:
         epoch, index = draw
         record, part = self.dataset[index], self._part_of[index]
         rng = random.Random(f"{self.seed}-{epoch}-{index}")
         positive = rng.randrange(len(record["pos"]))
-        wanted = self.group_size(part) - 1
-        negatives, negative_queries = record["neg"], record["negative_queries"]
-        if self.mined is not None and (mined := self.mined.get(index)) is not None:
-            negatives, negative_queries = mined
-        if not negatives and wanted:
-            negatives = self._positives_of_others(rng, record, part, wanted)
-            negative_queries = [[] for _ in negatives]
-        drawn = _sample(rng, len(negatives), wanted)
-        texts = [self._shuffle_words(rng, record["pos"][positive]), *(negatives[i] for i in drawn)]
-        limit = self.args.queries_per_negative
-        negative_queries = [[q for q in negative_queries[i] if q != record["query"]] for i in drawn]
-        negative_queries = [qs if len(qs) <= limit else rng.sample(qs, limit) for qs in negative_queries]
+        wanted, negatives = self.group_size(part) - 1, self._negatives(rng, index, record)
+        drawn = _sample(rng, len(negatives), wanted, again=not self.leave_out_answers)
+        filling = wanted - len(drawn)
+        texts = [self._shuffle_words(rng, record["pos"][positive]), *(negatives[i].text for i in drawn)]
+        texts += [min(texts, key=len)] * filling
+        queries = [self._draw_queries(rng, negatives[i], record["query_id"]) for i in drawn] + [[]] * filling
         scores = None
         if self.args.knowledge_distillation:
-            scores = [record["pos_scores"][positive], *(record["neg_scores"][i] for i in drawn)]
+            scores = [record["pos_scores"][positive], *(negatives[i].score for i in drawn)] + [-math.inf] * filling
+        query_ids = [[number for _, number in some] for some in queries]
+        ids = TextIds(
+            query=record["query_id"],
+            passages=[record["pos_ids"][positive], *(negatives[i].id for i in drawn)] + [-1] * filling,
+            negative_queries=query_ids,
+            answers=[self.answers(number) for number in [record["query_id"], *(n for some in query_ids for n in some)]],
+        )
 
         def prompted(query: str) -> str:
             if not (prompt := self.args.query_instruction_for_retrieval):
@@ -178,25 +264,35 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         return Example(
             query=prompted(record["query"]),
             passages=[prompted(text) if symmetric else self._prompted_passage(text) for text in texts],
-            negative_queries=[list(map(prompted, queries)) for queries in negative_queries],
+            negative_queries=[[prompted(query) for query, _ in some] for some in queries],
             teacher_scores=scores,
             in_batch_negatives=self.in_batch_negatives[part],
             expert=self._experts[part],
+            ids=ids,
         )
 
-    def _positives_of_others(self, rng: random.Random, record: dict, part: int, wanted: int) -> list[str]:
-        """``wanted`` positives of other queries of a part for one that has no negatives; its own, which is no negative of
-        its, where there are none."""
-        found: list[str] = []
-        size = self.part_sizes[part]
+    def _positives_of_others(self, rng: random.Random, record: dict[str, Any], part: int) -> list[Negative]:
+        """Positives of other queries of a part for one that has no negatives; where there are none, its own, unless answers
+        are left out."""
+        found: dict[int, Negative] = {}
+        answers = self.answers(record["query_id"]) | {record["query_id"], *record["pos_ids"]}
+        size, wanted = self.part_sizes[part], self.group_size(part) - 1
         for number in rng.sample(range(size), min(size, 4 * wanted + 4)):
             other = self.dataset[self._starts[part] + number]
-            text = rng.choice(other["pos"])
-            if other["query"] != record["query"] and text not in record["pos"] and text not in found:
-                found.append(text)
+            chosen = rng.randrange(len(other["pos"]))
+            text, number = other["pos"][chosen], other["pos_ids"][chosen]
+            if other["query_id"] != record["query_id"] and number not in answers:
+                found.setdefault(number, Negative(text, number, [], []))
             if len(found) == wanted:
                 break
-        return found or record["pos"][:1]
+        own = [] if self.leave_out_answers else [Negative(record["pos"][0], record["pos_ids"][0], [], [])]
+        return list(found.values()) or own
+
+    def _draw_queries(self, rng: random.Random, negative: Negative, own: int) -> list[tuple[str, int]]:
+        """At most ``queries_per_negative`` of the queries that a negative answers, each with its id."""
+        found = [(q, number) for q, number in zip(negative.queries, negative.query_ids) if number != own]
+        limit = self.args.queries_per_negative
+        return found if len(found) <= limit else rng.sample(found, limit)
 
     def _prompted_passage(self, text: str) -> str:
         prompt = self.args.passage_instruction_for_retrieval
@@ -212,10 +308,11 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         return " ".join(parts)
 
 
-def _sample(rng: random.Random, available: int, wanted: int) -> list[int]:
-    """``wanted`` of ``available`` places; none comes a second time before every one has come once."""
+def _sample(rng: random.Random, available: int, wanted: int, again: bool) -> list[int]:
+    """``wanted`` of ``available`` places. Where there are fewer, each comes once; or, with ``again``, none comes a second time
+    before every one has come once."""
     chosen: list[int] = []
-    while len(chosen) < wanted:
+    while len(chosen) < wanted and available and (again or not chosen):
         chosen += rng.sample(range(available), min(available, wanted - len(chosen)))
     return chosen
 
@@ -225,10 +322,21 @@ def _count_pairs(part: datasets.Dataset) -> int:
     return sum(len(b) - pc.sum(pc.greater(pc.list_value_length(b["neg"]), 0)).as_py() for b in batches)
 
 
+def _with_ids(example: dict[str, Any]) -> dict[str, Any]:
+    """An example with the ids of its texts."""
+    return example | {
+        "query_id": text_id(example["query"]),
+        "pos_ids": list(map(text_id, example["pos"])),
+        "neg_ids": list(map(text_id, example["neg"])),
+        "negative_query_ids": [list(map(text_id, queries)) for queries in example["negative_queries"]],
+    }
+
+
 def _read_for_arrow(file: DataFile, version: str, with_scores: bool):
     del version  # part of the store's name only: a changed file, or any after an update of this package, is read again
     examples = read_examples(file, with_scores=with_scores)
-    yield from tqdm(examples, desc=f"read {Path(file.name).name}", unit="line", delay=2, leave=False)
+    for example in tqdm(examples, desc=f"read {Path(file.name).name}", unit="line", delay=2, leave=False):
+        yield _with_ids(example)
 
 
 def _not_stored(cache: str | Path, error: OSError) -> UserError:

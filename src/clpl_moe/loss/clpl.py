@@ -74,7 +74,8 @@ class _Batch:
     rows: Tensor  # (B + M,), the row of the passage that answers each of them
     candidates: Tensor  # (P, D), the passages that queries choose from: those of all processes where gathered
     offset: int  # the row of the first of ``passages`` among the candidates
-    ids: Tensor | None  # (P,), equal for equal texts of candidates
+    no_negatives: Tensor | None  # (B + M, P), which candidates are none of each query, whatever their similarity
+    filling: Tensor | None  # (B·G,), which passages only fill up a group
     heads: Tensor  # (P/G, D), the queries of the candidates' groups
     query_ids: Tensor | None  # (B + M,), equal for equal texts of queries
     head_ids: Tensor | None  # (P/G,)
@@ -102,7 +103,7 @@ class CLPLLoss(CLPLOptions, nn.Module):
             negative query weighs as much as a query of the batch. ``penalty_weight`` has no effect then.
         same_tower_negatives: whether the softmax of a query also has its similarities to the queries of other groups, and
             its positive's similarities to their passages; negative queries are no negatives. Left out are equal
-            queries, queries whose positive is the same text, and that text. Needs ``in_batch_negatives``.
+            queries, passages that are known to answer the query, and their queries. Needs ``in_batch_negatives``.
         hardness_weight: β; each negative counts exp(β · similarity) times in the softmax. The weight has no gradient.
         symmetric_weight: γ, the weight of the term from positives to the queries of this process; 0 leaves it out.
 
@@ -134,6 +135,8 @@ class CLPLLoss(CLPLOptions, nn.Module):
         negative_index: Tensor | None = None,
         passage_ids: Tensor | None = None,
         query_ids: Tensor | None = None,
+        answer_ids: Tensor | None = None,
+        answer_index: Tensor | None = None,
     ) -> CLPLOutput:
         """Compute the terms of one batch, in float32 or, for float64 embeddings, in float64 (also under autocast).
 
@@ -142,17 +145,21 @@ class CLPLLoss(CLPLOptions, nn.Module):
             passages: (B·G, D) embeddings; rows ``i·G`` to ``i·G + G - 1`` are query ``i``'s positive, then its negatives.
             negative_queries: (M, D) embeddings of queries that negatives answer, any number for each negative.
             negative_index: (M,) int64, for each of these queries the row of ``passages`` that answers it.
-            passage_ids: (B·G,) int64, equal for equal texts. A passage equal to the query's positive is then left out
-                of its negatives.
+            passage_ids: (B·G,) int64, equal for equal texts. What equals the passage that answers a query is then none of
+                its negatives. -1: the passage only fills up a group that has fewer negatives, and is no negative at all.
             query_ids: (B + M,) int64 of ``query``, then ``negative_queries``, equal for equal texts. A query is then no
                 negative of an equal one.
+            answer_ids: (K,) int64, more passages that are no negatives of a query, by their ``passage_ids``.
+            answer_index: (K,) int64, for each of them the query's row in ``query_ids``.
 
         Raises:
             ValueError: shapes that do not fit together.
         """
+        answers = None if answer_ids is None or answer_index is None else (answer_ids, answer_index)
         _check_shapes(query, passages, negative_queries, negative_index, passage_ids, query_ids)
+        _check_answers(answer_ids, answer_index, passage_ids)
         with torch.autocast(query.device.type, enabled=False):
-            batch = self._prepare(query, passages, negative_queries, negative_index, passage_ids, query_ids)
+            batch = self._prepare(query, passages, negative_queries, negative_index, passage_ids, query_ids, answers)
             contrastive = self._cross_entropy(slice(len(query)), batch, self.temperature)  # (B,) CL
             losses, penalty, pair_similarity = contrastive, contrastive.new_zeros(()), None
             added = []
@@ -181,7 +188,7 @@ class CLPLLoss(CLPLOptions, nn.Module):
                 contrastive=contrastive.mean(),
                 penalty=penalty,
                 positive_similarity=similarity[:, 0].mean(),
-                negative_similarity=similarity[:, 1:].mean() if batch.group > 1 else None,
+                negative_similarity=_mean_of_negatives(similarity, batch.filling) if batch.group > 1 else None,
                 negative_query_similarity=None if pair_similarity is None else pair_similarity.detach().mean(),
                 symmetric=symmetric,
                 added=tuple(added),
@@ -195,6 +202,7 @@ class CLPLLoss(CLPLOptions, nn.Module):
         negative_index: Tensor | None,
         ids: Tensor | None,
         query_ids: Tensor | None,
+        answers: tuple[Tensor, Tensor] | None,
     ) -> _Batch:
         dtype = torch.promote_types(torch.promote_types(query.dtype, passages.dtype), torch.float32)
 
@@ -210,11 +218,17 @@ class CLPLLoss(CLPLOptions, nn.Module):
         candidates, offset = passages, 0
         if self.gather_across_devices:
             candidates, offset = gather_rows(passages)
-            ids = None if ids is None else gather_rows(ids)[0]
         heads, head_ids = query, None if query_ids is None else query_ids[: len(query)]
         if self.gather_across_devices and self.same_tower_negatives:
             heads, head_ids = gather_rows(query)[0], None if head_ids is None else gather_rows(head_ids)[0]
-        return _Batch(query, passages, group, queries, rows, candidates, offset, ids, heads, query_ids, head_ids)
+        no_negatives = filling = None
+        if ids is not None:
+            filling = ids == -1
+            ids = gather_rows(ids)[0] if self.gather_across_devices else ids
+            no_negatives = find_no_negatives(ids, offset + rows, answers)
+        return _Batch(
+            query, passages, group, queries, rows, candidates, offset, no_negatives, filling, heads, query_ids, head_ids
+        )
 
     def _number_of_queries(self, batch: _Batch) -> Tensor:
         """B + M; where passages are gathered, its mean over the processes, which need not have as many pairs."""
@@ -224,18 +238,19 @@ class CLPLLoss(CLPLOptions, nn.Module):
     def _cross_entropy(self, which: slice, batch: _Batch, temperature: float) -> Tensor:
         """(M,) cross entropy of ``which`` of the queries, each to find its passage among the candidates."""
         queries, rows = batch.queries[which], batch.rows[which]
-        candidates, ids = batch.candidates, batch.ids
+        candidates, ignored = batch.candidates, None if batch.no_negatives is None else batch.no_negatives[which]
         if self.in_batch_negatives:
             similarities = queries @ candidates.T  # (M, P)
             target = batch.offset + rows
-            ids = None if ids is None else ids.expand(len(queries), -1)
         else:  # the row's own group only
             owner, target = rows // batch.group, rows % batch.group
             groups = candidates.view(-1, batch.group, candidates.shape[-1])
             similarities = torch.einsum("md,mgd->mg", queries, groups[owner])
-            ids = None if ids is None else ids.view(-1, batch.group)[owner]
+            if ignored is not None:
+                ignored = ignored.view(len(queries), -1, batch.group)[
+                    torch.arange(len(queries), device=owner.device), owner
+                ]
         column = target.unsqueeze(1)
-        ignored = None if ids is None else ids == ids.gather(1, column)
         if self.same_tower_negatives:
             others, no_negatives = self._same_tower(which, batch)
             ignored = torch.zeros_like(similarities, dtype=torch.bool) if ignored is None else ignored
@@ -244,7 +259,7 @@ class CLPLLoss(CLPLOptions, nn.Module):
         if self.false_negative_margin is not None:
             above = fixed > fixed.gather(1, column) + self.false_negative_margin
             ignored = above if ignored is None else ignored | above
-        if ignored is not None:  # texts that are probably relevant too; never the positive itself
+        if ignored is not None:  # texts that are relevant too, or probably so; never the positive itself
             similarities = similarities.masked_fill(ignored.scatter(1, column, False), -torch.inf)
         logits = similarities / temperature
         if self.hardness_weight:
@@ -253,8 +268,8 @@ class CLPLLoss(CLPLOptions, nn.Module):
 
     def _same_tower(self, which: slice, batch: _Batch) -> tuple[Tensor, Tensor]:
         """(M, P/G + P) similarities of ``which`` queries to those of all groups, and of their passages to all candidates;
-        and a mask of those that are no negatives: of the own group, of equal texts, or answered by an equal text."""
-        rows, ids = batch.rows[which], batch.ids
+        and a mask of those that are no negatives: of the own group, of equal texts, or answered by what answers the query."""
+        rows = batch.rows[which]
         similarities = torch.cat(
             [batch.queries[which] @ batch.heads.T, batch.passages[rows] @ batch.candidates.T], dim=1
         )
@@ -262,8 +277,8 @@ class CLPLLoss(CLPLOptions, nn.Module):
         column = torch.cat([column[:: batch.group], column])  # the candidate that each column is, or is answered by
         target = (batch.offset + rows).unsqueeze(1)
         no_negatives = column // batch.group == target // batch.group
-        if ids is not None:
-            no_negatives |= ids[column] == ids[target]
+        if batch.no_negatives is not None:
+            no_negatives |= batch.no_negatives[which][:, column]
         if batch.query_ids is not None and batch.head_ids is not None:
             no_negatives[:, : len(batch.heads)] |= batch.head_ids == batch.query_ids[which].unsqueeze(1)
         return similarities, no_negatives
@@ -286,14 +301,46 @@ class CLPLLoss(CLPLOptions, nn.Module):
         return zeros.index_add(0, owner, of_pairs) / number.clamp(min=1), number, similarity
 
     def _symmetric(self, batch: _Batch) -> Tensor:
-        """Mean cross entropy of positives, each to find its query among this process's but others of an equal passage."""
+        """Mean cross entropy of positives, each to find its query among this process's but others that it answers."""
         positives = batch.passages[:: batch.group]  # (B, D)
         target = torch.arange(len(positives), device=positives.device)
-        # (B + M,) one number for each text
-        text = batch.rows if batch.ids is None else batch.ids[batch.offset + batch.rows]
-        same = (text == text[target].unsqueeze(1)).scatter(1, target.unsqueeze(1), False)
-        similarities = (positives @ batch.queries.T).masked_fill(same, -torch.inf)  # (B, B + M)
+        own = batch.rows[target]  # (B,)
+        answered = own.unsqueeze(1) == batch.rows  # (B, B + M)
+        if batch.no_negatives is not None:
+            answered = batch.no_negatives[:, batch.offset + own].T
+        answered = answered.scatter(1, target.unsqueeze(1), False)
+        similarities = (positives @ batch.queries.T).masked_fill(answered, -torch.inf)  # (B, B + M)
         return F.cross_entropy(similarities / self.temperature, target)
+
+
+def find_no_negatives(ids: Tensor, targets: Tensor, answers: tuple[Tensor, Tensor] | None) -> Tensor:
+    """(B + M, P) which of the candidates, of these ``ids`` (P,), are no negatives of each query: the same text as its own
+    answer, one of ``targets`` (B + M,), or known to answer it (``answer_ids`` and ``answer_index``), or there only to fill up a
+    group."""
+    no_negatives = (ids[targets].unsqueeze(1) == ids) | (ids == -1)
+    if answers is not None:
+        answer_ids, index = answers
+        equal = (answer_ids.unsqueeze(1) == ids).float()  # (K, P)
+        no_negatives |= equal.new_zeros(no_negatives.shape).index_add(0, index, equal) > 0
+    return no_negatives
+
+
+def _mean_of_negatives(similarity: Tensor, filling: Tensor | None) -> Tensor:
+    """Mean of (B, G) but for the positives and what only fills up the groups."""
+    if filling is None:
+        return similarity[:, 1:].mean()
+    real = ~filling.view(similarity.shape)[:, 1:]
+    return similarity[:, 1:].masked_fill(~real, 0).sum() / real.sum().clamp(min=1)
+
+
+def _check_answers(answer_ids: Tensor | None, answer_index: Tensor | None, passage_ids: Tensor | None) -> None:
+    if answer_ids is None and answer_index is None:
+        return
+    if answer_ids is None or answer_index is None or passage_ids is None:
+        raise ValueError("answer_ids, answer_index and passage_ids belong together: give all, or none of the first two")
+    if answer_ids.ndim != 1 or answer_index.shape != answer_ids.shape:
+        found = f"answer_ids is {tuple(answer_ids.shape)} and answer_index {tuple(answer_index.shape)}"
+        raise ValueError(f"{found}: expected (K,) each, an answer and the row of its query")
 
 
 def _check_shapes(

@@ -36,7 +36,8 @@ class SentenceTransformerCLPLLoss(nn.Module):
         query_prompt: the prompt that the training arguments' ``prompts`` put before the columns of negative
             queries. Needed to tell the empty ones.
         options: ``in_batch_negatives``, ``false_negative_margin`` and the others of :class:`~clpl_moe.loss.CLPLLoss`.
-            A passage of the text of a query's positive is never one of its negatives.
+            A passage of the text of a query's positive is never one of its negatives, nor is what answers an equal query
+            of the batch.
 
     Inputs:
         Columns of text in this order, whatever their names; there are no labels.
@@ -113,13 +114,15 @@ class SentenceTransformerCLPLLoss(nn.Module):
         known = [ids for row in zip(*negative_query_ids) for ids in row if ids != self._empty]
         of_queries = torch.tensor([hash(ids) for ids in query_ids + known], device=device)  # (B + M,)
         if not query_columns:
-            return self.loss(query, passages, passage_ids=ids, query_ids=of_queries).loss
+            rows = torch.arange(batch, device=device) * group
+            return self.loss(query, passages, **_with_answers(ids, of_queries, rows)).loss
         mask = torch.tensor(given, device=device).T  # (B, columns)
         # The column's negative by its place in the group, and by its row of the passages.
         negative = torch.arange(len(query_columns), device=device) % self.num_negatives + 1  # (columns,)
         index = torch.arange(batch, device=device).unsqueeze(1) * group + negative  # (B, columns)
         negative_queries = torch.stack(rest[group:], dim=1)[mask]  # (M, D)
-        return self.loss(query, passages, negative_queries, index[mask], passage_ids=ids, query_ids=of_queries).loss
+        rows = torch.cat([torch.arange(batch, device=device) * group, index[mask]])
+        return self.loss(query, passages, negative_queries, index[mask], **_with_answers(ids, of_queries, rows)).loss
 
     # What signature() shows in place of ``**options``.
     __signature__ = _with_options(inspect.signature(__init__))
@@ -142,6 +145,13 @@ class SentenceTransformerCLPLLoss(nn.Module):
     url={https://arxiv.org/abs/2412.17364},
 }
 """
+
+
+def _with_answers(ids: Tensor, query_ids: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    """The ids of passages and queries, (P,) and (B + M,), and what answers a query since it answers an equal one. ``rows``
+    (B + M,) are the passages that answer the queries."""
+    which, equal = torch.nonzero(query_ids.unsqueeze(1) == query_ids, as_tuple=True)
+    return {"passage_ids": ids, "query_ids": query_ids, "answer_ids": ids[rows[equal]], "answer_index": which}
 
 
 def _token_ids(features: dict[str, Tensor]) -> list[tuple[int, ...]]:

@@ -16,13 +16,14 @@ _ID_OF_EMPTY = text_id("")
 class PassageIndex:
     """A collection's passages without repeated and empty texts, and the queries that they are known to answer.
 
-    Texts of one key (:func:`clpl_moe.common.text_key.text_key`) are one passage. Kept for each passage are 16 bytes (a row
-    and a hash), plus the queries of those that have any: by the collection's
+    Texts of one key (:func:`clpl_moe.common.text_key.text_key`) are one passage. Kept for each passage are 24 bytes (a row,
+    an id and a place), plus the queries of those that have any: by the collection's
     judgements, and by ``positive_queries`` (passage id and queries), of which unknown ids are counted and left out.
 
     Attributes:
         source: the collection's folder.
         rows: for each distinct passage (its *place*), the first row of the corpus that holds it.
+        ids: the id of the text at each place.
         texts: the text at each place, read when asked for.
         unknown: number of entries of ``positive_queries`` that name no passage of the corpus.
         reserved, repeated: number of passages of another split, and of empty ones and those equal to an earlier one.
@@ -48,19 +49,19 @@ class PassageIndex:
             hashes[row] = text_id(text)
             usable[row] = hashes[row] != _ID_OF_EMPTY
         rows = np.flatnonzero(usable)
-        self._hashes, first, group = np.unique(hashes[rows], return_index=True, return_inverse=True)
+        found, first, group = np.unique(hashes[rows], return_index=True, return_inverse=True)
         order = np.argsort(first)
         self.rows: np.ndarray = rows[first[order]]
-        self._place_of_group = np.empty(len(order), dtype=np.int64)
-        self._place_of_group[order] = np.arange(len(order))
+        self.ids: np.ndarray = found[order]
+        self._by_id = np.argsort(order)  # places, in the order of ids
         place_of_row = np.full(len(hashes), -1, dtype=np.int64)
-        place_of_row[rows] = self._place_of_group[group]
+        place_of_row[rows] = self._by_id[group]
         self.repeated = len(hashes) - self.reserved - len(self.rows)
         self.texts: Sequence[str] = _Rows(collection.passages, self.rows)
         self._number = {p: int(place_of_row[row]) for p, row in row_of.items() if place_of_row[row] >= 0}
         # Place -> the queries that its passage answers, by the query's key; and the other way round.
-        self._queries: dict[int, dict[str, str]] = {}
-        self._answering: dict[str, set[int]] = {}
+        self._queries: dict[int, dict[int, str]] = {}
+        self._answering: dict[int, set[int]] = {}
         self.unknown = 0
         for passage_id, query_id in judged:
             self._add(passage_id, queries[query_id])
@@ -86,7 +87,7 @@ class PassageIndex:
 
     def _add(self, passage_id: str, query: str) -> None:
         if (place := self._number.get(passage_id)) is not None:
-            key = text_key(query)
+            key = text_id(query)
             self._queries.setdefault(place, {}).setdefault(key, query)
             self._answering.setdefault(key, set()).add(place)
 
@@ -99,9 +100,17 @@ class PassageIndex:
         """The queries that a passage is known to answer: as a negative it brings them along."""
         return list(self._queries.get(place, {}).values())
 
+    def negative_query_ids(self, place: int) -> list[int]:
+        """The ids of :meth:`negative_queries`."""
+        return list(self._queries.get(place, {}))
+
     def answering(self, query: str) -> set[int]:
         """Places of the passages that are known to answer a query."""
-        return self._answering.get(text_key(query), set())
+        return self.answering_id(text_id(query))
+
+    def answering_id(self, query: int) -> set[int]:
+        """Places of the passages that are known to answer a query, which goes by its id."""
+        return self._answering.get(query, set())
 
     def themselves(self) -> dict[str, set[int]]:
         """Places of the passages that are queries themselves (:meth:`Collection.own_passages`), by the query's key:
@@ -115,11 +124,13 @@ class PassageIndex:
 
     def find(self, text: str) -> int | None:
         """The place of a text; None where the corpus does not hold it, or reserves it to another split."""
-        value = text_id(text)
-        group = int(np.searchsorted(self._hashes, value))
-        if group == len(self._hashes) or self._hashes[group] != value:
-            return None
-        return int(self._place_of_group[group])
+        return self.find_id(text_id(text))
+
+    def find_id(self, number: int) -> int | None:
+        """The place of a text that goes by its id; None as in :meth:`find`."""
+        found = int(np.searchsorted(self.ids, number, sorter=self._by_id))
+        place = None if found == len(self.ids) else int(self._by_id[found])
+        return place if place is not None and self.ids[place] == number else None
 
     def passage_id(self, place: int) -> str:
         """The id of a place's passage: of equal ones the first."""

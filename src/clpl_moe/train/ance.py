@@ -3,8 +3,8 @@
 When a refresh is due:
 
 1. The current weights encode the corpus; processes share this.
-2. Negatives of every example are selected as ``mine`` selects them. The positives of the example's line are excluded, and
-   so are the passages that the collection knows to answer its query, and a passage that is the query itself.
+2. Negatives of every example are selected as ``mine`` selects them. Excluded is what any line of the data or the collection
+   knows to answer the example's query, and a passage that is the query itself.
 3. The training set goes on with these negatives. Each brings the queries that it answers by the collection's judgements
    and by ``positive_queries.jsonl``; a negative without any only lacks the penalty. Where no negative is left for an
    example, its last ones stay.
@@ -24,7 +24,7 @@ from typing import Any
 from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.files import read_jsonl, write_jsonl
 from clpl_moe.common.text_key import text_key
-from clpl_moe.data.dataset import CLPLTrainDataset
+from clpl_moe.data.dataset import CLPLTrainDataset, Negative
 from clpl_moe.encoder import Encoder
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.mine.options import SelectionArguments
@@ -42,12 +42,17 @@ class MinedNegatives:
         self._index = index
         self.places = places
 
-    def get(self, example: int) -> tuple[list[str], list[list[str]]] | None:
-        """An example's negatives, and for each of them the queries that it answers; None: the file's negatives stay."""
-        places = self.places.get(example)
+    def get(self, example: int) -> list[Negative] | None:
+        """An example's negatives; None: the file's negatives stay."""
+        places, index = self.places.get(example), self._index
         if places is None:
             return None
-        return [self._index.texts[p] for p in places], [self._index.negative_queries(p) for p in places]
+        queries = ((index.negative_queries(p), index.negative_query_ids(p)) for p in places)
+        return [Negative(index.texts[p], int(index.ids[p]), *known) for p, known in zip(places, queries)]
+
+    def answers(self, query: int) -> list[int]:
+        """Ids of the passages that the collection knows to answer a query."""
+        return [int(self._index.ids[place]) for place in self._index.answering_id(query)]
 
 
 class NegativeRefresher:
@@ -83,9 +88,9 @@ class NegativeRefresher:
             positives = list(dict.fromkeys(place for place in found if place is not None))
             others = [text for text, place in zip(record["pos"], found) if place is None]
             query = record["query"]
+            known = (index.find_id(number) for number in dataset.answers(record["query_id"]) | {record["query_id"]})
             excluded = index.answering(query) | set(positives) | themselves.get(text_key(query), set())
-            if (itself := index.find(query)) is not None:
-                excluded.add(itself)
+            excluded |= {place for place in known if place is not None}
             self._numbers.append(number)
             self._queries.append(MiningQuery(str(number), query, positives, excluded, others))
         if not self._queries:

@@ -15,10 +15,15 @@ from clpl_moe.data.flag_embedding import EmbedderOutput, EncoderOnlyEmbedderM3Mo
 from clpl_moe.encoder.packing import PackedTexts, embed_packed, send
 from clpl_moe.encoder.settings import EmbeddingSettings, pool
 from clpl_moe.loss import CLPLLoss
+from clpl_moe.loss.clpl import find_no_negatives
 from clpl_moe.loss.distributed import gather_rows
 from clpl_moe.moe.balance import pop_router_terms, put_router_records, take_router_records, track_routers
 from clpl_moe.moe.inject import has_experts
 from clpl_moe.train.grad_cache import cached_forward, chunks_by_tokens
+
+# The score of a passage that is no negative, in FlagEmbedding's losses: finite, also in float16, since a teacher's probability
+# of 0 is multiplied with it.
+_NO_NEGATIVE = -1e4
 
 Features = dict[str, Tensor] | list[dict[str, Tensor]]
 
@@ -31,7 +36,27 @@ class CLPLModelOutput(EmbedderOutput):
 
 
 class UnifiedModel(EncoderOnlyEmbedderM3Model):
-    """FlagEmbedding's M3 model; those of its losses that fail or train too slowly are mended here."""
+    """FlagEmbedding's M3 model; those of its losses that fail or train too slowly are mended here.
+
+    ``no_negatives`` are masks of scores, True where a passage is no negative of a query: (B, B·G), and of all processes.
+    """
+
+    no_negatives: tuple[Tensor, ...] = ()
+
+    def compute_dense_score(self, q_reps: Tensor, p_reps: Tensor) -> Tensor:
+        return self._masked(super().compute_dense_score(q_reps, p_reps))
+
+    def compute_sparse_score(self, q_reps: Tensor, p_reps: Tensor) -> Tensor:
+        return self._masked(super().compute_sparse_score(q_reps, p_reps))
+
+    def compute_colbert_score(self, q_reps: Tensor, p_reps: Tensor, q_mask: Tensor | None = None) -> Tensor:
+        return self._masked(super().compute_colbert_score(q_reps, p_reps, q_mask=q_mask))
+
+    def _masked(self, scores: Tensor) -> Tensor:
+        for mask in self.no_negatives:
+            if mask.shape == scores.shape:
+                return scores.masked_fill(mask, _NO_NEGATIVE)
+        return scores
 
     def distillation_loss(self, query: Tensor, passages: Tensor, targets: Tensor, own_only: bool) -> Tensor:
         """FlagEmbedding's loss of the dense similarities (B, D) to (B·G, D), which are to have the teacher's ``targets``."""
@@ -125,7 +150,7 @@ class CLPLModel(UnifiedModel):
         base_model: ``model``, ``colbert_linear`` and ``sparse_linear``, as FlagEmbedding's ``get_model`` returns them.
         loss: of the dense embeddings. A batch that asks for each query's own negatives only gets the loss without in-batch
             negatives, otherwise with the options that ``dense_loss``, its attribute, has at that moment.
-        mask_duplicates: whether negatives with the positive's text are left out.
+        mask_duplicates: whether passages that are known to answer a query are left out of its negatives.
         grad_cache_tokens: in training, embed the texts in chunks of so many tokens with gradient caching; None: all at
             once. Not together with unified fine-tuning or ``sub_batch_size``.
         kwargs: further arguments of FlagEmbedding's model.
@@ -168,6 +193,8 @@ class CLPLModel(UnifiedModel):
         negative_index: Tensor | None = None,
         passage_ids: Tensor | None = None,
         query_ids: Tensor | None = None,
+        answer_ids: Tensor | None = None,
+        answer_index: Tensor | None = None,
         texts: PackedTexts | None = None,
         query_rows: Tensor | None = None,
         passage_rows: Tensor | None = None,
@@ -198,13 +225,21 @@ class CLPLModel(UnifiedModel):
             dense_loss = dataclasses.replace(
                 dense_loss, in_batch_negatives=False, gather_across_devices=False, same_tower_negatives=False
             )
+        if not self.mask_duplicates:
+            passage_ids = answer_ids = answer_index = None
+        self.no_negatives = ()
+        if passage_ids is not None and (teacher_scores is not None or self.unified_finetuning):
+            answers = None if answer_ids is None or answer_index is None else (answer_ids, answer_index)
+            self.no_negatives = self._find_no_negatives(len(query_dense), passage_ids, negative_index, answers)
         dense = dense_loss(
             query_dense,
             passage_dense,
             negative_queries=negative_query_dense,
             negative_index=negative_index,
-            passage_ids=passage_ids if self.mask_duplicates else None,
+            passage_ids=passage_ids,
             query_ids=query_ids if self.mask_duplicates and dense_loss.same_tower_negatives else None,
+            answer_ids=answer_ids,
+            answer_index=answer_index,
         )
         loss, terms = dense.loss, dense.terms()
         targets = teacher_targets(teacher_scores, query_dense)
@@ -225,6 +260,22 @@ class CLPLModel(UnifiedModel):
             loss = loss + self.balance_loss_weight * router.balance + self.z_loss_weight * router.z
             terms |= {"balance": router.balance.detach(), "z": router.z.detach(), "expert_load": router.load}
         return CLPLModelOutput(loss=loss, terms=terms)
+
+    def _find_no_negatives(
+        self, number: int, ids: Tensor, negative_index: Tensor | None, answers: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, ...]:
+        """Masks of what is no negative of a batch's queries, among this process's passages and among those of all."""
+        own = torch.arange(number, device=ids.device) * (len(ids) // number)
+        rows = own if negative_index is None else torch.cat([own, negative_index])
+
+        def mask(ids: Tensor, offset: int) -> Tensor:
+            found = find_no_negatives(ids, offset + rows, answers)[:number]
+            return found.scatter(1, (offset + own).unsqueeze(1), False)
+
+        masks = (mask(ids, 0),)
+        if self.negatives_cross_device:
+            masks += (gather_rows(mask(*gather_rows(ids)).to(torch.uint8))[0].bool(),)
+        return masks
 
     def _embed(self, texts: PackedTexts) -> Tensor:
         """Dense embeddings (n, D) of packed texts; in training with gradient caching, where it is on."""

@@ -87,7 +87,9 @@ class DataOptions:
 class LossOptions(LossTermOptions):
     """The loss."""
 
-    mask_duplicates: bool = option("Leave out negatives whose text is the query's own positive.", True)
+    mask_duplicates: bool = option(
+        "Leave out of a query's negatives what any line of the data knows to answer it, copies included.", True
+    )
     balance_loss_weight: float = option("Weight of the routers' load-balancing loss.", 0.0, least=0, most=1_000_000)
     z_loss_weight: float = option("Weight of the routers' z-loss.", 0.0, least=0, most=1_000_000)
 

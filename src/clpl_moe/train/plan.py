@@ -32,7 +32,7 @@ class RunData:
 def open_data(data_args: CLPLDataArguments, args: CLPLTrainingArguments, whole_steps: bool = True) -> RunData:
     """Open and check the data of a run; raises :class:`UserError` where data or a collection have a fault, no batch can be
     made, or the run wants scores of mined negatives. ``whole_steps`` is :class:`EpochBatchSampler`'s."""
-    dataset = CLPLTrainDataset(data_args, seed=args.seed)
+    dataset = CLPLTrainDataset(data_args, seed=args.seed, leave_out_answers=args.mask_duplicates)
     batches = EpochBatchSampler(
         dataset.part_sizes,
         args.per_device_train_batch_size,
@@ -128,6 +128,8 @@ class Plan:
     steps: int
     dev: Collection | None
     mined_passages: int | None  # how many passages negatives are mined from in training
+    left_out: int = 0  # negatives of the files
+    small_groups: int = 0  # examples with too few negatives for their group
     estimate: Estimate | None = None  # None where the run begins anyway
 
     def __str__(self) -> str:
@@ -143,6 +145,7 @@ class Plan:
             f" trainable: {args.trainable}{frozen})",
             f"examples        {self.examples:,} in {self.files} file(s)"
             f"{f', {self.pairs:,} of them pairs without negatives' if self.pairs else ''}",
+            *self._negatives(),
             f"lengths         queries {data.query_max_len}, passages {data.passage_max_len} tokens",
             f"batch           {args.per_device_train_batch_size} per device × {args.world_size} device(s) ×"
             f" {args.gradient_accumulation_steps} accumulated, {self.group_size} passages a query",
@@ -179,6 +182,15 @@ class Plan:
             )
         return "\n".join(lines)
 
+    def _negatives(self) -> list[str]:
+        """How the negatives of the examples differ from those in the files."""
+        found = []
+        if self.left_out:
+            found.append(f"{self.left_out:,} left out: known to answer their query, or there twice")
+        if self.small_groups:
+            found.append(f"too few for the group of {self.small_groups:,} examples, which stays smaller")
+        return [f"negatives       {text}" for text in found]
+
 
 def describe(
     model_args: CLPLModelArguments,
@@ -205,4 +217,6 @@ def describe(
         steps=steps,
         dev=data.dev,
         mined_passages=None if data.index is None else len(data.index),
+        left_out=data.dataset.left_out,
+        small_groups=data.dataset.small_groups,
     )

@@ -156,6 +156,7 @@ class CLPLRunner:
             padding=True,
             return_tensors="pt",
             packing=self._packs(self.encoder),
+            negatives_cross_device=self.model.dense_loss.gather_across_devices,
         )
         encoding = EncodingArguments(data_args.query_max_len, data_args.passage_max_len, args.dev_batch_tokens)
         evaluator, refresher = self._make_evaluator(encoding), self._make_refresher(encoding)

@@ -1,0 +1,86 @@
+"""What is known to answer a query, in all files of a training set: numbers in arrays, no texts.
+
+A passage is known to answer a query that it is a positive of, in any line, and a query that stands with it in ``neg_q``.
+Texts go by their ids (:func:`clpl_moe.common.text_key.text_id`), so that all copies of a text count as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import datasets
+import numpy as np
+
+_ROWS_AT_ONCE = 10_000
+Pairs = tuple[np.ndarray, np.ndarray]  # (K,) int64 each: a query, and a passage
+
+
+class KnownAnswers:
+    """Ids of the passages that are known to answer each query of several."""
+
+    def __init__(self, pairs: Iterable[Pairs]) -> None:
+        parts = list(pairs)
+        queries, answers = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
+        order = np.lexsort((answers, queries))
+        queries, answers = queries[order], answers[order]
+        new = np.ones(len(queries), dtype=bool)
+        new[1:] = (queries[1:] != queries[:-1]) | (answers[1:] != answers[:-1])
+        self._queries, self._answers = queries[new], answers[new]
+
+    def of(self, query: int) -> np.ndarray:
+        """The ids of the passages that are known to answer a query; (k,) int64."""
+        start, end = np.searchsorted(self._queries, query, "left"), np.searchsorted(self._queries, query, "right")
+        return self._answers[start:end]
+
+    def hold(self, pairs: Pairs) -> np.ndarray:
+        """Which of the pairs are known; (K,) bool."""
+        return np.isin(_joined(pairs), _joined((self._queries, self._answers)))
+
+    def forget_single(self) -> None:
+        """Keep queries with several answers only: the one answer of a query comes with each of its examples."""
+        new = np.ones(len(self._queries), dtype=bool)
+        new[1:] = self._queries[1:] != self._queries[:-1]
+        counts = np.diff(np.append(np.flatnonzero(new), len(new)))
+        several = np.repeat(counts > 1, counts)
+        self._queries, self._answers = self._queries[several], self._answers[several]
+
+
+def _joined(pairs: Pairs) -> np.ndarray:
+    """One number for each pair; of two different pairs the same by a chance of 1 in 2⁶⁴."""
+    queries, answers = (part.astype(np.uint64) for part in pairs)
+    return queries * np.uint64(0x9E3779B97F4A7C15) ^ answers
+
+
+def known_pairs(examples: datasets.Dataset) -> Iterator[Pairs]:
+    """The queries of all lines and the passages that answer them."""
+    for table in examples.with_format("arrow").iter(_ROWS_AT_ONCE):
+        yield _beside(table["query_id"], table["pos_ids"])
+        negatives, queries = (table[name].combine_chunks().flatten() for name in ("neg_ids", "negative_query_ids"))
+        passages, queries = _beside(negatives, queries)
+        yield queries, passages
+
+
+def count_negatives(examples: datasets.Dataset, known: KnownAnswers) -> tuple[np.ndarray, np.ndarray, int]:
+    """How many negatives each line has, (N,) int64; which lines have none in the file, (N,) bool; and how many are left out in
+    all: those that are known to answer their query or are the query, and those that stand in their line twice."""
+    counts, given = [], []
+    for table in examples.with_format("arrow").iter(_ROWS_AT_ONCE):
+        queries, negatives = _beside(table["query_id"], table["neg_ids"])
+        rows, _ = _beside(np.arange(len(table)), table["neg_ids"])
+        usable = ~known.hold((queries, negatives)) & (queries != negatives)
+        order = np.lexsort((negatives, rows))
+        repeated = np.zeros(len(rows), dtype=bool)
+        repeated[order[1:]] = (rows[order[1:]] == rows[order[:-1]]) & (negatives[order[1:]] == negatives[order[:-1]])
+        counts.append(np.bincount(rows[usable & ~repeated], minlength=len(table)))
+        given.append(np.bincount(rows, minlength=len(table)))
+    found, in_file = np.concatenate(counts), np.concatenate(given)
+    return found, in_file == 0, int((in_file - found).sum())
+
+
+def _beside(values, lists) -> Pairs:
+    """Each of the values once for every entry of its list, and these entries."""
+    lists = lists.combine_chunks() if hasattr(lists, "combine_chunks") else lists
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+    entries = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+    values = values if isinstance(values, np.ndarray) else values.to_numpy()
+    return np.repeat(values, lengths), entries
