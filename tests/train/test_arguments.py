@@ -90,6 +90,13 @@ def test_data_options_that_do_not_fit(options, message):
         CLPLDataArguments(**{"train_data": ["t"]} | options)
 
 
+def test_a_run_that_resumes_skips_what_its_epoch_had():
+    """With transformers' ignore_data_skip it would have some examples twice, and others never."""
+    given = training(ignore_data_skip=True)
+    assert given.without_effect == ["ignore_data_skip"]
+    assert not given.ignore_data_skip
+
+
 def test_model_options():
     assert CLPLModelArguments(model_name_or_path="m", revision="").hub["revision"] is None
     assert CLPLModelArguments(model_name_or_path="m", num_experts=0).moe_config() is None

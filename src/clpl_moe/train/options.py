@@ -259,14 +259,15 @@ INHERITED_BOUNDS = {
 }
 
 # Options of FlagEmbedding and transformers that change nothing here. Training always runs, evaluation in training retrieves
-# from a collection, tokenizers are fast ones, and batches are drawn by a sampler of this package.
+# from a collection, tokenizers are fast ones, and batches are drawn by a sampler of this package. A run that resumes goes on in
+# the middle of its epoch: with ignore_data_skip it would have some examples twice, and others never.
 WITHOUT_EFFECT = (
     *("do_train", "do_eval", "do_predict", "use_fast_tokenizer", "mrl_dims"),
     *("per_device_eval_batch_size", "prediction_loss_only", "eval_accumulation_steps", "eval_do_concat_batches"),
     *("eval_use_gather_object", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"),
     *("label_names", "remove_unused_columns", "train_sampling_strategy", "group_by_length", "length_column_name"),
     *("average_tokens_across_devices", "include_num_input_tokens_seen", "use_liger_kernel", "liger_kernel_config"),
-    *("dataloader_multiprocessing_context", "dataloader_in_order"),
+    *("dataloader_multiprocessing_context", "dataloader_in_order", "ignore_data_skip"),
 )
 
 # Options of transformers that nothing would look at, and what to do instead.

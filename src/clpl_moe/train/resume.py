@@ -181,7 +181,10 @@ def check_same_data(now: dict[str, Any], checkpoint: str | Path, whole_steps: bo
             f" its weights: model_name_or_path {checkpoint} and another output_dir"
         )
     if other:
-        logger.warning("%s: the batches are the same, but dropout and other random draws are not", was)
+        logger.warning(
+            "%s: the batches are the same, but dropout, other random draws and each process's in-batch negatives are not",
+            was,
+        )
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
