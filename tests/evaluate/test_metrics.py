@@ -213,3 +213,11 @@ def test_scores_are_read_back_exactly(tmp_path):
 def test_unknown_metric(name):
     with pytest.raises(UserError, match="expected names such as nDCG@10"):
         check_metrics(["nDCG@5", name])
+
+
+def test_a_run_with_a_space_that_does_not_break_in_an_id(tmp_path):
+    """TREC separates fields by ASCII's white space only."""
+    run = {"q\u00a01": {"a\u00a0b": 2.0, "c\u3000d": 1.0}}
+    write_trec_run(tmp_path / "run.trec", run, tag="x")
+    assert read_trec_run(tmp_path / "run.trec") == run
+    assert evaluate_run({"q\u00a01": {"c\u3000d": 1}}, run, ["RR@10"])[0] == {"RR@10": 0.5}

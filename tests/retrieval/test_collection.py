@@ -53,7 +53,7 @@ def test_load(tmp_path):
         ("corpus", [], "corpus.jsonl", "empty"),
         ("corpus", ['{"id": "a", "text": "\\ud83d"}'], "corpus.jsonl:1", "half of a surrogate pair"),
         ("corpus", [{"text": "x"}], "corpus.jsonl:1: field 'id'", "missing"),
-        ("corpus", [{"id": 1, "text": "x"}], "corpus.jsonl:1: field 'id'", "found int, expected a string"),
+        ("corpus", [{"id": 1.5, "text": "x"}], "corpus.jsonl:1: field 'id'", "found float, expected a string"),
         ("corpus", [{"id": "a b", "text": "x"}], "corpus.jsonl:1: field 'id'", "white space"),
         ("corpus", [{"id": "", "text": "x"}], "corpus.jsonl:1: field 'id'", "white space"),
         ("corpus", [{"id": "a\0b", "text": "x"}], "corpus.jsonl:1: field 'id'", "found 'a\\x00b'"),
@@ -79,9 +79,9 @@ def test_load(tmp_path):
         ("qrels", [{"qid": "q1", "docid": "p1"}], "dev_qrels.jsonl:1: field 'relevance'", "found nothing"),
         (
             "qrels",
-            [{"qid": "q1", "docid": "p1", "relevance": 1.0}],
+            [{"qid": "q1", "docid": "p1", "relevance": 0.5}],
             "dev_qrels.jsonl:1: field 'relevance'",
-            "1.0",
+            "found 0.5, expected an integer",
         ),
         (
             "qrels",
@@ -252,3 +252,17 @@ def test_positive_queries(tmp_path):
         path.write_text(line)
         with pytest.raises(UserError, match=words):
             list(read_positive_queries(path))
+
+
+def test_ids_and_grades_as_other_tools_write_them(tmp_path):
+    """Numbers as ids, a space that does not break within one, grades with a decimal point."""
+    write(
+        tmp_path / "ko",
+        corpus=[{"id": 7, "text": "x"}, {"id": "a\u00a0b", "text": "y"}],
+        queries=[{"id": 1, "text": "q"}],
+        qrels=[{"qid": 1, "docid": 7, "relevance": 1.0}, {"qid": "1", "docid": "a\u00a0b", "relevance": 0}],
+    )
+    collection = Collection.load(tmp_path, "ko", "dev")
+    assert list(collection.passage_ids) == ["7", "a\u00a0b"]
+    assert collection.qrels == {"1": {"7": 1, "a\u00a0b": 0}}
+    assert type(collection.qrels["1"]["7"]) is int

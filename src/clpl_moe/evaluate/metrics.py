@@ -95,7 +95,8 @@ def read_trec_run(path: str | Path, collection: Collection | None = None) -> dic
     run: dict[str, dict[str, float]] = {}
     for number, _, raw in read_lines(path, may_be_empty=True):
         try:
-            query_id, _, passage_id, _, score, _ = raw.decode().split()
+            # Before decoding: only ASCII's white space separates fields.
+            query_id, _, passage_id, _, score, _ = (word.decode() for word in raw.split())
             if not math.isfinite(float(score)) or b"\0" in raw:  # code 0 would end an id in trec_eval
                 raise ValueError
             run.setdefault(query_id, {})[passage_id] = float(score)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clpl_moe.common.compressed import naming_damage, open_bytes
+from clpl_moe.common.compressed import naming_damage, open_bytes, plain_name
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import parse_line
 from clpl_moe.prepare.source import Passage
-from clpl_moe.retrieval.collection import check_id, check_relevance
+from clpl_moe.retrieval.collection import check_id, check_relevance, read_id, read_relevance
+
+# TREC's files have no other between their fields: an id may hold a space that does not break.
+_ASCII_SPACE = re.compile(r"[ \t\v\f\r]+")
 
 
 def read_source_lines(path: Path, bar: Any = None) -> Iterator[tuple[int, bytes]]:
@@ -38,6 +42,8 @@ def read_texts(path: Path, id_field: str, bar: Any = None) -> Iterator[tuple[int
     for number, raw in read_source_lines(path, bar):
         record = parse_line(path, number, raw)
         for name in (id_field, "text", "title"):
+            if name == id_field and name in record:
+                record[name] = read_id(record[name])
             if name == "title" and record.get(name) is None:
                 record[name] = ""
             elif not isinstance(record.get(name), str):
@@ -90,29 +96,54 @@ def read_qrels(
 ) -> dict[tuple[str, str], int]:
     """The judgements of a file with one a line: (query id, passage id) -> relevance.
 
-    Of a line's fields, separated by white space, the first is the query's id, the last two are the passage's id and the
-    relevance. With ``header`` the first line may hold names of fields; it counts as such where its last is no number:
-    some files in BEIR's shape come without.
+    Lines are JSON objects, or fields with white space between them: the first is the query's id, the last two are the
+    passage's id and the relevance. With ``header`` the first line may hold names of fields (it counts as such where its last
+    is no number), and there may be three or four: those of TREC have one more, which means nothing.
     """
     judgements: dict[tuple[str, str], int] = {}
-    for number, line in read_table(path):
-        words = line.split()
-        if len(words) != len(fields):
-            expected = f"{len(fields)}: {', '.join(fields)}"
-            raise UserError(f"{at(path, number)}: found {len(words)} fields, expected {expected}")
-        query_id, passage_id, relevance = words[0], words[-2], words[-1]
-        try:
-            grade = int(relevance)
-        except ValueError:
-            if header and number == 1:
+    is_json = plain_name(path).endswith(".jsonl")
+    for number, line in _json_judgements(path, fields) if is_json else _judgements(path, fields, either=header):
+        query_id, passage_id, relevance = line
+        grade = read_relevance(relevance)
+        if grade is None:
+            if header and number == 1 and not is_json:
                 continue
-            raise UserError(f"{at(path, number, fields[-1])}: found {relevance!r}, expected an integer") from None
+            raise UserError(f"{at(path, number, fields[-1])}: found {relevance!r}, expected an integer")
         check_relevance(grade, path, number, fields[-1])
         if query_id not in queries:
             raise UserError(f"{at(path, number, fields[0])}: '{query_id}' is not an id of {queries_path}")
+        check_id(passage_id, path, number, fields[-2])
         if judgements.setdefault((query_id, passage_id), grade) != grade:
             raise UserError(
                 f"{at(path, number, fields[-1])}: found {grade}, but an earlier line judges '{passage_id}' for query"
                 f" '{query_id}' as {judgements[query_id, passage_id]}"
             )
     return judgements
+
+
+_Judgements = Iterator[tuple[int, tuple[Any, Any, Any]]]  # line, then query id, passage id and relevance
+
+
+def _judgements(path: Path, fields: Sequence[str], either: bool) -> _Judgements:
+    for number, line in read_table(path):
+        words = _ASCII_SPACE.split(line.strip(" \t\v\f\r"))
+        if len(words) not in ((3, 4) if either else (len(fields),)):
+            expected = f"{len(fields)}: {', '.join(fields)}"
+            raise UserError(f"{at(path, number)}: found {len(words)} fields, expected {expected}")
+        yield number, (words[0], words[-2], words[-1])
+
+
+def _json_judgements(path: Path, fields: Sequence[str]) -> _Judgements:
+    """Of objects with these names of fields, or FlagEmbedding's."""
+    for number, raw in read_source_lines(path):
+        record = parse_line(path, number, raw)
+        values = []
+        for name, other in zip((fields[0], *fields[-2:]), ("qid", "docid", "relevance")):
+            if name not in record and other not in record:
+                raise UserError(f"{at(path, number, name)}: missing; the line has {', '.join(record) or '{}'}")
+            values.append(record[name] if name in record else record[other])
+        for place, name in ((0, fields[0]), (1, fields[-2])):
+            values[place] = read_id(values[place])
+            if not isinstance(values[place], str):
+                raise UserError(f"{at(path, number, name)}: found {values[place]!r:.50}, expected a string")
+        yield number, (values[0], values[1], values[2])

@@ -13,6 +13,7 @@ import hashlib
 import json
 import operator
 import os
+import re
 import sys
 import threading
 import unicodedata
@@ -31,6 +32,8 @@ from clpl_moe.common.errors import UserError, at, type_name
 from clpl_moe.common.files import parse_line, read_jsonl, read_lines
 
 COLLECTION_FILES = ("corpus.jsonl", "*_queries.jsonl", "*_qrels.jsonl")  # of a language
+_CUTS_IDS = re.compile("[\0 \t\n\v\f\r]")
+_DECIMAL = re.compile(r"[+-]?\d+\.\d*")
 _MOST_RELEVANT = 1000  # trec_eval's arithmetic overflows far above it, without a word
 
 
@@ -191,9 +194,29 @@ def check_language(language: str) -> None:
 
 
 def check_id(identifier: str, path: str | Path, line: int | None, field: str) -> None:
-    """Raise :class:`UserError` for an id that is empty, or that TREC's files or trec_eval (code 0) would cut."""
-    if identifier.split() != [identifier] or "\0" in identifier:
+    """Raise :class:`UserError` for an id that is empty, or that TREC's files or trec_eval (code 0) would cut.
+
+    White space is ASCII's there: an id may hold, say, a space that does not break.
+    """
+    if not identifier or _CUTS_IDS.search(identifier):
         raise UserError(f"{at(path, line, field)}: found {identifier!r}, expected an id without white space")
+
+
+def read_id(value: Any) -> Any:
+    """An id as a string; many files have numbers."""
+    return str(value) if type(value) is int else value
+
+
+def read_relevance(value: Any) -> int | None:
+    """A relevance as JSON or a line of text has it, ``1``, ``1.0`` or ``"1"``; None where it is no whole number."""
+    if isinstance(value, str):
+        try:
+            value = float(value) if _DECIMAL.fullmatch(value) else int(value)
+        except ValueError:
+            return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if type(value) is int else None
 
 
 def check_relevance(relevance: int, path: str | Path, line: int | None, field: str) -> None:
@@ -268,9 +291,9 @@ def _read_qrels(path: Path, query_ids: set[str], queries_path: Path) -> dict[str
     for line, record in read_jsonl(path):
         query_id = _identifier(path, line, record, "qid")
         passage_id = _identifier(path, line, record, "docid")
-        relevance = record.get("relevance")
-        if type(relevance) is not int:
-            found = repr(relevance) if "relevance" in record else "nothing"
+        relevance = read_relevance(record.get("relevance"))
+        if relevance is None or isinstance(record["relevance"], str):
+            found = repr(record["relevance"]) if "relevance" in record else "nothing"
             raise UserError(f"{at(path, line, 'relevance')}: found {found}, expected an integer")
         check_relevance(relevance, path, line, "relevance")
         if query_id not in query_ids:
@@ -300,6 +323,8 @@ def _warn_of_gaps(
 
 
 def _identifier(path: str | Path, line: int, record: dict[str, Any], name: str) -> str:
+    if name in record:
+        record[name] = read_id(record[name])
     identifier = _get(path, line, record, name, str, "a string")
     check_id(identifier, path, line, name)
     return identifier

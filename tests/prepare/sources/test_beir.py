@@ -80,8 +80,8 @@ FAULTS = {
     "empty query": ("queries.jsonl", append('{"_id": "q9", "text": " "}\n'), ":5: field 'text': the query is empty"),
     "number as id": (
         "queries.jsonl",
-        append('{"_id": 9, "text": "x"}\n'),
-        ":5: field '_id': found 9, expected a string",
+        append('{"_id": 9.5, "text": "x"}\n'),
+        ":5: field '_id': found 9.5, expected a string",
     ),
     "unknown query": ("qrels/train.tsv", append("q9\td1\t1\n"), "train.tsv:5: field 'query-id': 'q9' is not an id of "),
     "score": (
@@ -94,7 +94,11 @@ FAULTS = {
         append("q0\td2\t5000\n"),
         "train.tsv:5: field 'score': found 5000, expected at most 1000",
     ),
-    "fields": ("qrels/test.tsv", append("q2 0 d1 1\n"), "test.tsv:2: found 4 fields, expected 3: query-id, corpus-id"),
+    "fields": (
+        "qrels/test.tsv",
+        append("q2 0 d1 1 x\n"),
+        "test.tsv:2: found 5 fields, expected 3: query-id, corpus-id",
+    ),
     "names only": ("qrels/test.tsv", lambda p: p.write_text("query-id\tcorpus-id\tscore\n"), "holds no judgement"),
 }
 
@@ -163,3 +167,35 @@ def test_one_source_and_a_name(tmp_path, capsys, argv, words):
         main([*argv, "--output", str(tmp_path)])
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("test.tsv", "q2 0 d1 1.0\nq2\t0\td\u00a04\t0\n"),
+        ("test.trec", "q2 Q0 d1 1\r\nq2 Q0 d\u00a04 0\r\n"),
+        ("test.tsv", "\ufeffquery-id\tcorpus-id\tscore\nq2\td1\t1.0\nq2\td\u00a04\t0\n"),
+        (
+            "test.jsonl",
+            '{"query-id": "q2", "corpus-id": "d1", "score": 1}\n{"qid": "q2", "docid": "d\u00a04", "relevance": 0.0}\n',
+        ),
+    ],
+    ids=["four columns", "trec", "decimals", "jsonl"],
+)
+def test_judgements_as_other_tools_write_them(tmp_path, name, content):
+    folder = beir(tmp_path / "set")
+    append('{"_id": "d\u00a04", "text": "fourth"}\n{"_id": 5, "text": "fifth"}\n')(folder / "corpus.jsonl")
+    (folder / "qrels/test.tsv").unlink()
+    (folder / "qrels" / name).write_text(content, encoding="utf-8")
+    prepare(folder, tmp_path / "out", "--splits", "test")
+    collection = Collection.load(tmp_path / "out", "en", "test")
+    assert collection.qrels == {"q2": {"d1": 1, "d\u00a04": 0}}
+    assert list(collection.passage_ids)[-2:] == ["d\u00a04", "5"]
+
+
+def test_one_split_in_two_files_is_refused(tmp_path, capsys):
+    folder = beir(tmp_path / "set")
+    (folder / "qrels/test.jsonl").write_text("{}")
+    with pytest.raises(SystemExit):
+        prepare(folder, tmp_path / "out")
+    assert "test.tsv: the same split as test.jsonl; keep one of the two" in capsys.readouterr().err

@@ -2,7 +2,8 @@
 
 - ``corpus.jsonl``: ``_id``, ``title`` (may be empty), ``text``;
 - ``queries.jsonl``: ``_id``, ``text``, of all splits together;
-- ``qrels/<split>.tsv``: query id, passage id, score, after a line with these names.
+- ``qrels/<split>.tsv``: query id, passage id, score, after a line with these names; or TREC's four columns
+  (``.tsv``, ``.txt``, ``.trec``), or JSON lines with the three names (``.jsonl``).
 
 The JSONL files may be compressed (``.jsonl.gz``). A split takes the queries that it judges.
 """
@@ -14,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from clpl_moe.common.compressed import plain_name
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.options import option
 from clpl_moe.prepare.files import collect_queries, read_passages, read_qrels, read_texts
 from clpl_moe.prepare.source import Passage, Source, Split, register_source
+
+_QRELS = (".tsv", ".txt", ".trec", ".jsonl")
 
 
 @register_source("beir")
@@ -61,7 +65,14 @@ class Beir(Source):
 
     def _find_qrels(self) -> dict[str, Path]:
         folder = Path(self.beir, "qrels")
-        qrels = {path.stem: path for path in sorted(folder.glob("*.tsv"))}
+        qrels: dict[str, Path] = {}
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            name = Path(plain_name(path))
+            if name.suffix in _QRELS and path.is_file():
+                split = path.name[: len(name.stem)]
+                if split in qrels:
+                    raise UserError(f"{at(path)}: the same split as {qrels[split].name}; keep one of the two")
+                qrels[split] = path
         there = f"the splits here are {', '.join(qrels)}" if qrels else "the folder holds none"
         for split in self.splits or ():
             if split not in qrels:
