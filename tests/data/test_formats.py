@@ -278,9 +278,9 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     args = CLPLDataArguments(train_data=[entry], cache_path=str(tmp_path / "cache"), train_group_size=3)
     dataset = CLPLTrainDataset(args)
     assert dataset[(0, 0)].passages[0] == ROWS["positive"][0]
-    with pytest.raises(UserError, match=rf"^hub:{re.escape(str(repository))},split=dev: cannot be loaded"):
+    with pytest.raises(UserError, match=rf"^hub:{re.escape(str(repository))},split=dev: the data set cannot be loaded"):
         read(f"hub:{repository},split=dev")
-    with pytest.raises(UserError, match=r"^hub:nobody/nothing: cannot be loaded"):
+    with pytest.raises(UserError, match=r"^hub:nobody/nothing: the data set cannot be loaded"):
         read("hub:nobody/nothing")
 
 

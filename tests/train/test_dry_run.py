@@ -183,3 +183,20 @@ def test_nothing_to_contrast_is_refused(tiny_encoder, data, pairs, tmp_path, cap
     path = data if name == "triplets" else pairs.with_name(f"{name}.jsonl")
     assert message in refused(arguments(tiny_encoder, path, tmp_path / "run", dry_run=dry_run, **options), capsys)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("instruction", "warned"), [(None, True), ("find: ", False)])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_prompts_without_effect_are_told_once_with_their_number(
+    tiny_encoder, tmp_path, caplog, dry_run, instruction, warned
+):
+    lines = make_triplets(6)
+    for line in lines[:4]:
+        line["prompt"] = "own: "
+    write_jsonl(tmp_path / "t.jsonl", lines)
+    options = {} if instruction is None else {"query_instruction_for_retrieval": instruction}
+    main(arguments(tiny_encoder, tmp_path / "t.jsonl", tmp_path / "run", max_steps=1, dry_run=dry_run, **options))
+    found = [record.getMessage() for record in caplog.records if "'prompt'" in record.getMessage()]
+    assert [message.startswith("4 of 6 examples have a 'prompt', which has no effect") for message in found] == [
+        True
+    ] * warned

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -143,7 +143,8 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
             raise UserError(f"{limits}: no file of train_data has so many examples")
         self.dataset = datasets.concatenate_datasets(parts)
         self.mined: Negatives | None = None
-        self.pairs = [_count_pairs(part) for part in parts]  # examples without negatives, in each part
+        self.pairs = [_count(part, "neg", _are_empty) for part in parts]  # examples without negatives, in each part
+        self.prompts = sum(_count(part, "prompt", _are_texts) for part in parts)  # examples with a prompt of their own
         self._starts = list(accumulate(self.part_sizes, initial=0))
         self._part_of = [part for part, size in enumerate(self.part_sizes) for _ in range(size)]
         self.left_out = self.small_groups = 0
@@ -317,9 +318,18 @@ def _sample(rng: random.Random, available: int, wanted: int, again: bool) -> lis
     return chosen
 
 
-def _count_pairs(part: datasets.Dataset) -> int:
-    batches = part.select_columns("neg").with_format("arrow").iter(_ROWS_AT_ONCE)
-    return sum(len(b) - pc.sum(pc.greater(pc.list_value_length(b["neg"]), 0)).as_py() for b in batches)
+def _count(part: datasets.Dataset, column: str, which: Callable[[Any], Any]) -> int:
+    """How many examples of a part have a value for which an arrow function is true."""
+    batches = part.select_columns(column).with_format("arrow").iter(_ROWS_AT_ONCE)
+    return sum(pc.sum(which(batch[column])).as_py() for batch in batches)
+
+
+def _are_texts(texts: Any) -> Any:
+    return pc.fill_null(pc.not_equal(texts, ""), False)
+
+
+def _are_empty(lists: Any) -> Any:
+    return pc.equal(pc.list_value_length(lists), 0)
 
 
 def _with_ids(example: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from typing import Any
 
 from clpl_moe.common.cli import nearest
 from clpl_moe.common.compressed import open_bytes, plain_name
-from clpl_moe.common.errors import UserError, at, one_line, type_name
+from clpl_moe.common.errors import UserError, at, type_name
 from clpl_moe.common.files import (
     LONE_SURROGATE,
     has_lone_surrogates,
@@ -35,6 +35,7 @@ from clpl_moe.common.files import (
     read_json,
     read_lines,
 )
+from clpl_moe.common.hub_data import load_rows
 from clpl_moe.data.columns import FIELDS, Columns, is_list_as_text
 from clpl_moe.data.tables import TEXT_TABLES, arrow_rows, parquet_rows, text_rows
 
@@ -202,16 +203,9 @@ class DataFile:
     @cached_property
     def _of_the_hub(self) -> Any:
         """A data set of the hub, memory-mapped from the cache that it is fetched into."""
-        import datasets
-
-        where, split = self.path.removeprefix(HUB), self.settings.get("split", "train")
-        try:
-            how = {"split": split, "revision": self.settings.get("revision")}
-            return datasets.load_dataset(where, self.settings.get("config"), **how)
-        except Exception as error:  # of the hub, its network, and the library's own
-            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
-                raise
-            raise UserError(f"{at(self.name)}: cannot be loaded ({one_line(error)})") from None
+        config, split = self.settings.get("config"), self.settings.get("split", "train")
+        how = {"split": split, "revision": self.settings.get("revision")}
+        return load_rows(self.path.removeprefix(HUB), config, shown=self.name, **how)
 
 
 def _object(columns: Columns, line: Line) -> Line:

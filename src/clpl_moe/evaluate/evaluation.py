@@ -92,7 +92,8 @@ def rank_by_embeddings(
             encode_passages(encoder, collection.passages, encoding, cache=cache, progress=False)
             return None
         print(
-            f"{task.model} on {collection.language}: {len(collection.passages):,} passages,"
+            f"{task.model} on {collection.language}: {len(collection.passages):,} passages"
+            f" ({collection.titled:,} with a title),"
             f" {len(collection.queries):,} queries, {encoder.model.device.type}, {task.key['settings']['dtype']}",
             file=sys.stderr,
         )
@@ -140,6 +141,7 @@ def _describe(task: Task, encoder: Encoder, arguments: EvaluateArguments, second
         **task.names,
         "revision": resolved_revision(task.model, revision=arguments.revisions[task.model]),
         "passages": len(task.collection.passages),
+        "passages_with_title": task.collection.titled,
         "queries": len(task.collection.queries),
         "judged_queries": len(task.collection.qrels),
         **task.key,

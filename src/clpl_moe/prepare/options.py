@@ -10,6 +10,8 @@ from clpl_moe.common.options import option
 from clpl_moe.prepare.source import Source, registered_sources
 from clpl_moe.retrieval.collection import check_language
 
+_NO_TITLES = "-no-titles"  # in a collection's name, which its results have too
+
 
 @dataclass(kw_only=True)
 class PrepareArguments:
@@ -17,7 +19,9 @@ class PrepareArguments:
 
     output: str = option("folder for collections")
     language: str | None = option(
-        "name of the collection's folder inside output, such as ko; with miracl its language", None
+        "name of the collection's folder inside output, such as ko; with miracl, ir_dataset and hub's subset their"
+        " language, without titles ko-no-titles",
+        None,
     )
     titles: bool = option("give each passage the title of its article", True)
     overwrite: bool = option("replace the collection that is there", False)
@@ -29,7 +33,7 @@ class PrepareArguments:
     def __post_init__(self) -> None:
         self.reader = self._choose()
         if (default := self.reader.default_language()) is not None:
-            self.language = self.language or default
+            self.language = self.language or (default if self.titles else f"{default}{_NO_TITLES}")
         if self.language is None:
             raise OptionError("language", f"missing, expected the name of the folder inside {self.output}, such as ko")
         check_language(self.language)

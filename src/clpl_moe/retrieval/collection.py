@@ -53,6 +53,7 @@ class Collection:
     qrels: dict[str, dict[str, int]] = field(repr=False)
     # Passage id -> the split that alone may train on it, for passages that name one. All are searched in every split.
     reserved: dict[str, str] = field(default_factory=dict, repr=False)
+    titled: int = 0  # how many passages have a title
 
     @classmethod
     def load(cls, directory: str | Path, language: str, split: str) -> Collection:
@@ -69,11 +70,11 @@ class Collection:
             names = {path.name.removesuffix("_queries.jsonl") for path in folder.glob("*_queries.jsonl")}
             splits = ", ".join(sorted(names - {"positive"}))
             raise UserError(f"{at(queries_path)}: no such file" + (f"; the splits here are {splits}" if splits else ""))
-        passage_ids, passages, reserved = _read_corpus(folder / "corpus.jsonl")
+        passage_ids, passages, reserved, titled = _read_corpus(folder / "corpus.jsonl")
         query_ids, queries = _read_queries(queries_path)
         qrels = _read_qrels(qrels_path, set(query_ids), queries_path)
         _warn_of_gaps(qrels_path, qrels, query_ids, passage_ids)
-        return cls(directory, language, split, passage_ids, passages, query_ids, queries, qrels, reserved)
+        return cls(directory, language, split, passage_ids, passages, query_ids, queries, qrels, reserved, titled)
 
     def own_passages(self) -> dict[str, int]:
         """Query id -> row of the passage that is the query itself: same id, contains its text, not judged relevant.
@@ -241,8 +242,8 @@ def read_positive_queries(path: str | Path) -> Iterator[tuple[str, list[str]]]:
         yield docid, queries
 
 
-def _read_corpus(path: Path) -> tuple[_PackedTexts, _CorpusTexts, dict[str, str]]:
-    ids, splits = _PackedTexts(), {}
+def _read_corpus(path: Path) -> tuple[_PackedTexts, _CorpusTexts, dict[str, str], int]:
+    ids, splits, titled = _PackedTexts(), {}, 0
     starts, lines, hashes = array("q"), array("q"), array("q")
     for line, start, raw in read_lines(path):
         record = parse_line(path, line, raw)
@@ -252,6 +253,7 @@ def _read_corpus(path: Path) -> tuple[_PackedTexts, _CorpusTexts, dict[str, str]
             raise UserError(f"{at(path, line, 'title')}: found {type_name(title)}, expected a string")
         if record.get("split") is not None:
             splits[identifier] = sys.intern(_get(path, line, record, "split", str, "a string"))
+        titled += bool(title.strip())
         ids.append(identifier)
         starts.append(start)
         lines.append(line)
@@ -264,7 +266,7 @@ def _read_corpus(path: Path) -> tuple[_PackedTexts, _CorpusTexts, dict[str, str]
     if twice:
         second, first = min(twice)
         raise UserError(f"{at(path, lines[second], 'id')}: '{ids[second]}' stands on line {lines[first]} already")
-    return ids, _CorpusTexts(path, starts), splits
+    return ids, _CorpusTexts(path, starts), splits, titled
 
 
 def _passage_text(record: dict[str, Any]) -> str:

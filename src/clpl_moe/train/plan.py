@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from clpl_moe.moe.inject import has_experts
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.train.trainer import count_steps
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -51,6 +54,13 @@ def open_data(data_args: CLPLDataArguments, args: CLPLTrainingArguments, whole_s
             " of a batch; lower per_device_train_batch_size or remove dataloader_drop_last"
         )
     check_contrast(dataset, data_args, args)
+    if dataset.prompts and not data_args.query_instruction_for_retrieval:
+        logger.warning(
+            "%s of %s examples have a 'prompt', which has no effect: it takes the place of a query instruction, and there"
+            " is none (query_instruction_for_retrieval)",
+            f"{dataset.prompts:,}",
+            f"{len(dataset):,}",
+        )
     if args.negatives_cross_device:
         check_gathering(dataset.in_batch_negatives, data_args, args.world_size)
     dev = index = None

@@ -154,11 +154,11 @@ def test_missing_folders_and_splits(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "sources to prepare from: found none, set one of beir, miracl and squad"),
+        ([], "sources to prepare from: found none, set one of beir, hub, ir_dataset, miracl and squad"),
         (["--beir", "x"], "--language: missing"),
         (
             ["--squad", "x.json", "--language", "ko", "--splits", "dev"],
-            "--splits: goes with beir and miracl, not with squad",
+            "--splits: goes with beir and hub and miracl, not with squad",
         ),
     ],
 )

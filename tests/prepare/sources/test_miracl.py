@@ -276,7 +276,7 @@ def test_existing_collection_stays_unless_asked_and_when_the_source_is_broken(tm
         ({"miracl": "yo", "splits": "train dev"}, "--splits: MIRACL has no train queries in yo, expected dev alone"),
         ({"dev_share": 0.5}, "--dev_share: goes with squad, not with miracl"),
         ({"seed": 1}, "--seed: goes with squad, not with miracl"),
-        ({"beir": "x"}, "found beir and miracl, set one of beir, miracl and squad"),
+        ({"beir": "x"}, "found beir and miracl, set one of beir, hub, ir_dataset, miracl and squad"),
         ({"language": "a/b"}, "expected the name of a folder"),
     ],
 )
@@ -400,3 +400,18 @@ def test_a_full_disk_while_downloading_is_told_as_such(tmp_path, capsys, monkeyp
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
     assert refused(capsys, None, tmp_path / "out") == "error: blob: No space left on device\n"
+
+
+def test_without_titles_the_collection_and_its_results_say_so(tmp_path):
+    write_miracl(tmp_path / "source")
+    argv = ["--miracl", "ko", "--source", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
+    main(argv)
+    main([*argv, "--titles", "false"])
+    main([*argv, "--titles", "false", "--language", "named"])
+    found = {path.name: Collection.load(tmp_path / "out", path.name, "dev") for path in (tmp_path / "out").iterdir()}
+    assert {name: (c.language, c.titled) for name, c in found.items()} == {
+        "ko": ("ko", 12),
+        "ko-no-titles": ("ko-no-titles", 0),
+        "named": ("named", 0),
+    }
+    assert found["ko"].passages[0] == f"{passage(0)['title']} {found['named'].passages[0]}"
