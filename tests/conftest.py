@@ -107,3 +107,28 @@ def llm(tmp_path, monkeypatch):
     for server in servers:
         server.process.kill()
         server.process.wait()
+
+
+@pytest.fixture(scope="session")
+def writer(tmp_path_factory, tiny_tokenizer):
+    """Folder of a tiny causal language model with random weights; its tokenizer has no chat template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "writer"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=700,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder

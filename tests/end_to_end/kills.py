@@ -1,7 +1,7 @@
 """Kills jobs at random moments, runs them again, and compares what they leave with what an undisturbed run leaves.
 
     PYTHONPATH=tests python tests/end_to_end/kills.py train --times 40
-    PYTHONPATH=tests python tests/end_to_end/kills.py mine evaluate synthesize prepare merge --times 20
+    PYTHONPATH=tests python tests/end_to_end/kills.py mine evaluate synthesize judge prepare merge --times 20
     PYTHONPATH=tests python tests/end_to_end/kills.py --together
 
 Each run is the fork of a process that has imported everything; it is killed for a random part of an undisturbed run's time,
@@ -184,6 +184,25 @@ def _replacing(main: Callable[[list[str]], Any], argv: list[Any], file: Path, nu
     return Job(main, argv, argv, before=before) if number % 2 else Job(main, argv, argv, file)
 
 
+def judge(folder: Path, number: int) -> Job:
+    """Scores of an encoder, then questions to a server, one of whose answers are of no use; in order."""
+    from clpl_moe.judge.__main__ import main
+    from clpl_moe.retrieval import store
+    from helpers.judging import line, train_file
+    from helpers.synthesis import Llm, arguments
+
+    store.SHARD_TEXTS = 4
+    if folder not in _servers:
+        _servers[folder] = Llm(folder / "server", {"q3": ["wrong language…"]}, 0.005)
+        atexit.register(_servers[folder].process.kill)
+    (folder / "output").mkdir(exist_ok=True)
+    lines = [line(n, "yes", "no", "partly", "no") for n in range(1, 13)]
+    options = {"score_model": _model_with_dropout(folder), "passage_max_len": 40, "margin": 2, "positives": "true"}
+    options |= {"concurrency": 1, "timeout": 60, "passages_per_question": 3}
+    argv = arguments(_servers[folder], train_file(folder, lines), folder / "output", **options)
+    return Job(main, argv, argv, folder / "output" / "out.jsonl")
+
+
 _servers: dict[Path, Any] = {}
 
 JOBS: dict[str, Callable[[Path, int], Job]] = {
@@ -191,6 +210,7 @@ JOBS: dict[str, Callable[[Path, int], Job]] = {
     "mine": mine,
     "evaluate": evaluate,
     "synthesize": synthesize,
+    "judge": judge,
     "prepare": prepare,
     "merge": merge,
 }

@@ -8,31 +8,6 @@ from clpl_moe.synthesize.__main__ import main
 from helpers.synthesis import arguments, json_lines, refused, results, train_file
 
 
-@pytest.fixture(scope="module")
-def writer(tmp_path_factory, tiny_tokenizer):
-    """Folder of a tiny causal language model with random weights; its tokenizer has no chat template."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("models") / "writer"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=700,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% endfor %}</s>"])
 def test_a_local_model_answers_in_batches_as_one_by_one(writer, tmp_path, template, capfd):
     import torch
