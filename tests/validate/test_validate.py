@@ -102,8 +102,9 @@ def test_figures(tmp_path, capsys):
     assert found["negatives per query"] == "1 to 3, mean 1.8"
     assert found["negatives with queries"] == "22.2% of 9"
     assert found["equal lines"] == "1, first in line 3"
-    assert found["equal queries with other positives"] == "1, first in line 5"
-    assert found["negatives that equal a positive"] == "2, first in line 5"
+    assert found["equal queries with other positives"] == "1 (Latin 1), first in line 5"
+    assert found["negatives that equal a positive"] == "2 (Latin 2), first in line 5"
+    assert found["of these in other bytes"] == "0"
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("  ")}
     assert rows["query"][1:6] == ["5", "4.8", "5", "7", "7"]
     assert rows["query"][6:8] == ["8", "?"]  # the limit is in tokens

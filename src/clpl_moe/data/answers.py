@@ -7,9 +7,12 @@ Texts go by their ids (:func:`clpl_moe.common.text_key.text_id`), so that all co
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
+
+if TYPE_CHECKING:
+    import datasets
 
 _ROWS_AT_ONCE = 10_000
 Pairs = tuple[np.ndarray, np.ndarray]  # (K,) int64 each: a query, and a passage
@@ -77,7 +80,7 @@ def count_negatives(examples: datasets.Dataset, known: KnownAnswers) -> tuple[np
     return found, in_file == 0, int((in_file - found).sum())
 
 
-def _beside(values, lists) -> Pairs:
+def _beside(values: Any, lists: Any) -> Pairs:
     """Each of the values once for every entry of its list, and these entries."""
     lists = lists.combine_chunks() if hasattr(lists, "combine_chunks") else lists
     lengths = lists.value_lengths().to_numpy(zero_copy_only=False)

@@ -4,8 +4,8 @@ A fault is something for which training refuses a file: both call :func:`clpl_mo
 without fault come
 
 1. how many positives and negatives a query has, and how many negatives have queries;
-2. what repeats: equal lines (in what training reads of them), equal queries with other positives, and negatives that
-   equal a positive of their query, each by Unicode NFC and folded white space;
+2. equal lines (in what training reads of them), and negatives that are none: what a positive equals, and what any line, also
+   of another file, knows to answer the query (:mod:`clpl_moe.validate.answers`);
 3. lengths, in tokens of a tokenizer with prompts and special tokens as in training, and what the limits cut off;
    without a tokenizer in characters;
 4. the scripts of the letters, by Unicode's names.
@@ -20,6 +20,7 @@ from pathlib import Path
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import UserError
 from clpl_moe.data.formats import data_files
+from clpl_moe.validate.answers import answers_in_other_files
 from clpl_moe.validate.options import ValidateArguments
 from clpl_moe.validate.reading import open_reading
 from clpl_moe.validate.report import FileReport, validate_file
@@ -37,6 +38,11 @@ class Validation:
     def faults(self) -> int:
         """Of all files; training takes the data where there is none."""
         return sum(report.faults for report in self.files)
+
+    @property
+    def answers_in_other_files(self) -> int:
+        """How many negatives only another file knows to answer their query."""
+        return answers_in_other_files([report.figures.answers for report in self.files if report.figures is not None])
 
 
 @takes_options(ValidateArguments)

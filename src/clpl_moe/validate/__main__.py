@@ -22,6 +22,8 @@ _DESCRIPTION = "Show every fault of training data, and a table of what the data 
 
 @command_of(validate, _DESCRIPTION, positional="train_data", done=_print)
 def main(validation: Validation) -> None:
+    if found := validation.answers_in_other_files:
+        print(f"negatives that another file knows to answer their query: {found:,}")
     if faults := validation.faults:
         raise UserError(f"{faults:,} fault{'s' * (faults > 1)}: training would refuse these data")
 

@@ -18,7 +18,7 @@ from clpl_moe.common.errors import UserError
 from clpl_moe.data.formats import DataFile
 from clpl_moe.data.schema import checked_lines, normalise
 from clpl_moe.data.scripts import script_of
-from clpl_moe.retrieval.collection import normalize_text
+from clpl_moe.validate.answers import Answers
 from clpl_moe.validate.reading import KINDS, Reading
 
 _BLOCK = 1 << 20  # characters whose tokens and scripts are counted at once
@@ -32,13 +32,13 @@ class Figures:
         self.examples = 0
         self.answered = 0  # negatives with queries
         self.per_query: dict[str, array] = {kind: array("I") for kind in ("pos", "neg")}  # how many each line has
-        self.repeats: Counter[str] = Counter()  # name of a repetition -> how often
-        self.first: dict[str, int] = {}  # name of a repetition -> number of the first line with it
+        self.answers = Answers()
+        self.equal_lines = 0
+        self.first_equal_line: int | None = None
         self.lengths: dict[str, array] = {kind: array("I") for kind in KINDS}
         self._known_lengths: dict[str, dict[int, int]] = {kind: {} for kind in KINDS}
         self._characters: dict[str, np.ndarray] = {kind: np.zeros(0, dtype=np.int64) for kind in KINDS}
         self._lines: set[int] = set()
-        self._positives_of: dict[int, int] = {}
         self._texts: dict[str, list[str]] = {kind: [] for kind in KINDS}
         self._waiting = 0
 
@@ -54,19 +54,12 @@ class Figures:
         for kind, counts in self.per_query.items():
             counts.append(len(texts[kind]))
         self.answered += sum(map(bool, example["negative_queries"]))
-        positives = frozenset(map(normalize_text, example["pos"]))
         answered = map(tuple, example["negative_queries"])
         line = hash((*map(tuple, (*texts.values(), answered)), example["prompt"], example["type"]))
-        answers = hash(positives)
-        other = self._positives_of.setdefault(hash(normalize_text(example["query"])), answers) != answers
-        for name, times in (
-            ("equal lines", line in self._lines),
-            ("equal queries with other positives", other),
-            ("negatives that equal a positive", sum(normalize_text(text) in positives for text in example["neg"])),
-        ):
-            self.repeats[name] += times
-            if times:
-                self.first.setdefault(name, number)
+        if line in self._lines:
+            self.equal_lines += 1
+            self.first_equal_line = self.first_equal_line or number
+        self.answers.add(number, example)
         self._lines.add(line)
         if self._waiting >= _BLOCK:
             self.flush()
@@ -142,6 +135,7 @@ def validate_file(file: DataFile | str | Path, reading: Reading, max_faults: int
         except UserError as error:
             return FileReport(path, 1, messages=[str(error)])
         figures.flush()
+        figures.answers.close()
     report.figures = figures
     return report
 
@@ -160,9 +154,8 @@ def table(report: FileReport) -> Iterator[str]:
             rows[f"{name} per query"] = f"{counts.min():,} to {counts.max():,}, mean {counts.mean():.1f}"
         negatives = sum(figures.per_query["neg"])
         rows["negatives with queries"] = f"{_share(figures.answered, negatives)} of {negatives:,}"
-        for name, times in figures.repeats.items():
-            first = f", first in line {figures.first[name]:,}" if name in figures.first else ""
-            rows[name] = f"{times:,}{first}"
+        first = f", first in line {figures.first_equal_line:,}" if figures.first_equal_line else ""
+        rows |= {"equal lines": f"{figures.equal_lines:,}{first}", **dict(figures.answers.rows())}
     width = max(map(len, rows))
     yield from (f"  {name:<{width}}  {value}" for name, value in rows.items())
     if figures.examples:
