@@ -63,6 +63,7 @@ def test_options_of_a_language_and_of_a_row_go_before_the_shared_ones(configurat
         ({"rows": {"a": {"train": {"output_dir": "x"}}}}, "'output_dir' is set for each run by this command"),
         ({"train": TRAIN | {"token": "hf_x"}}, "'token' would stand in the results; export HF_TOKEN"),
         ({"rows": "x"}, "rows: found 'x', expected a mapping"),
+        ({"rows": "[" * 3000 + "]" * 3000}, "expected a mapping"),
         ({"languages": {"ko": {}}}, "languages: 'ko': expected either `collection`, a folder, or `squad`"),
         ({"languages": {"ko": {"squad": ["nothing.json"]}}}, "nothing.json: no such file"),
         ({"languages": {"ko": {"collection": "nowhere"}}}, "nowhere/ko/corpus.jsonl: no such file"),

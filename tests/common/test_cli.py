@@ -149,6 +149,13 @@ def test_faults_of_the_command_line(argv, message):
         parse(*argv)
 
 
+@pytest.mark.parametrize("value", ["a\udcff", "\ud800", "a\0b"])
+def test_words_that_no_file_can_hold(value):
+    for argv in (["--name", value], ["--name", "x", "--files", "a", value]):
+        with pytest.raises(UserError, match=r"(name|files): found .*, expected text in UTF-8, without NUL"):
+            parse(*argv)
+
+
 def listed(text):
     """The options of a help text, with what is said of each."""
     parts = re.split(r"\n  (?=-)", text)[1:]

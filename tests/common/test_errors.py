@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -99,6 +100,21 @@ def test_what_a_message_quotes_does_not_steer_the_terminal(capsys):
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().err == "error: found '\\x1b[2Jx\\x1e\\x85\\u2028\\r'\n"
+
+
+def test_a_message_is_one_whatever_it_quotes(capsys):
+    """What an option or a file holds neither begins a line nor fills the screen."""
+
+    @command
+    def main(error):
+        raise error
+
+    for error in (UserError(f"a{'x' * 5000}b: no such file\nerror: x"), OSError(errno.ENAMETOOLONG, "!", "x" * 5000)):
+        with pytest.raises(SystemExit):
+            main(error)
+        first, *rest = capsys.readouterr().err.splitlines()
+        assert len(first) < 600
+        assert all(line.startswith("  ") for line in rest)
 
 
 def test_ctrl_c_is_not_lost_while_python_removes_an_object(capfd):

@@ -14,9 +14,10 @@ from clpl_moe.common.files import (
     read_jsonl,
     refuse_existing,
     refuse_unwritable,
+    resolved,
     write_json,
 )
-from clpl_moe.common.output import atomic_dir
+from clpl_moe.common.output import atomic_dir, writing
 from clpl_moe.prepare.sources.squad import read_squad
 
 
@@ -80,6 +81,30 @@ def test_outputs_that_cannot_be_written_are_refused_beforehand(tmp_path, monkeyp
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(UserError, match="cannot be written, the folder .* is read-only"):
         refuse_existing(tmp_path / "b.jsonl")
+
+
+def test_names_that_are_too_long_are_refused_beforehand(tmp_path):
+    for name in ("x" * 300, "x" * 250, "가" * 100):
+        with pytest.raises(UserError, match=r"cannot be written \(File name too long\)"):
+            refuse_unwritable(tmp_path / "new" / name)
+    refuse_unwritable(tmp_path / "new" / ("x" * 200) / ("x" * 200))
+
+
+def test_a_link_to_nothing_is_in_the_way(tmp_path):
+    for name, to in (("nothing", tmp_path / "nowhere"), ("itself", tmp_path / "itself")):
+        (tmp_path / name).symlink_to(to)
+        with pytest.raises(UserError, match="the output is a link to nothing"):
+            refuse_existing(tmp_path / name)
+        refuse_existing(tmp_path / name, overwrite=True)
+
+
+def test_a_link_within_itself_is_a_path_as_any(tmp_path):
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    assert resolved(tmp_path / "itself" / "a").name == "a"
+    with pytest.raises(UserError, match="cannot be written"), writing(tmp_path / "itself", inside=True):
+        pass
+    with pytest.raises(UserError, match="cannot be written"), writing(tmp_path / "itself" / "a.jsonl"):
+        pass
 
 
 def test_overwrite_replaces_outputs_of_its_kind_only(tmp_path):

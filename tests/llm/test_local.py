@@ -48,6 +48,13 @@ def test_a_local_model_answers_in_batches_as_one_by_one(writer, tmp_path, templa
     assert len(json_lines(tmp_path / "out.journal.jsonl")) == len(journal) + 1
 
 
+def test_answers_longer_than_the_model_are_refused_before_anything_is_asked(tmp_path, capfd, writer):
+    options = {"backend": "transformers", "model": writer, "max_answer_tokens": 1000}
+    message = refused(capfd, arguments(None, train_file(tmp_path, 2), tmp_path, **options))
+    assert "--max_answer_tokens: found 1000" in message
+    assert not (tmp_path / "out.journal.jsonl").exists()
+
+
 def test_a_local_model_that_is_none_is_a_message(tmp_path, capfd, writer):
     argv = arguments(None, train_file(tmp_path, 2), tmp_path, backend="transformers", model=tmp_path)
     assert "cannot be loaded as a language model" in refused(capfd, argv)

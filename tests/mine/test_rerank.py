@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 
+from clpl_moe.encoder.folder import refuse_own_code
 from clpl_moe.mine.rerank import Reranker
 from helpers.known_ranking import TEXTS, found, make_index
 from helpers.mining import QUERIES, make_collection
@@ -150,6 +151,20 @@ class Own:
             {"sentence_transformers": {"activation_fn": "torch.hub.load"}},
             "the activation 'torch.hub.load'",
         ),
+        # What sentence-transformers hands on to transformers, which would unpickle then.
+        (
+            "sentence_bert_config.json",
+            {"model_kwargs": {"weights_only": False}},
+            "field 'model_kwargs': found 'weights",
+        ),
+        ("sentence_bert_config.json", {"processor_kwargs": ["x"]}, "field 'processor_kwargs': found ['x']"),
+        ("sentence_xlnet_config.json", {"model_args": {"config": {}}}, "field 'model_args': found 'config'"),
+        (
+            "0_Transformer/config.json",
+            {"sentence_transformers": {"activation_fn": "torch.hub.list"}},
+            "'torch.hub.list'",
+        ),
+        ("0_Transformer/sentence_bert_config.json", {"model_args": {"weights_only": False}}, "found 'weights_only'"),
     ],
 )
 def test_own_code_of_a_reranker_is_refused_before_a_library_sees_it(
@@ -158,6 +173,10 @@ def test_own_code_of_a_reranker_is_refused_before_a_library_sees_it(
     """Whether sentence-transformers runs it depends on its version."""
     own = shutil.copytree(reranker, tmp_path / "own")
     (own / "own.py").write_text(_OWN_CODE)
+    if "/" in name:
+        (own / name).parent.mkdir()
+        transformer = {"type": "sentence_transformers.models.Transformer", "path": name.partition("/")[0]}
+        (own / "modules.json").write_text(json.dumps([transformer]))
     before = json.loads((own / name).read_text()) if (own / name).exists() else {}
     (own / name).write_text(json.dumps(before | content if isinstance(content, dict) else content))
 
@@ -170,6 +189,26 @@ def test_own_code_of_a_reranker_is_refused_before_a_library_sees_it(
     assert exit.value.code == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
     assert not (own / "ran").exists()
+
+
+def test_harmless_settings_of_a_reranker_are_handed_on(reranker, tmp_path):
+    own = shutil.copytree(reranker, tmp_path / "own")
+    (own / "sentence_bert_config.json").write_text(
+        json.dumps({"model_kwargs": {"dtype": "float32"}, "max_seq_length": 9})
+    )
+    (own / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Transformer", "path": ""}]))
+    refuse_own_code(own, {})
+
+
+def test_modules_that_give_no_score_are_refused(tiny_encoder, reranker, tmp_path, capsys):
+    own = shutil.copytree(reranker, tmp_path / "own")
+    module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+    (own / "modules.json").write_text(json.dumps([module]))
+    (own / "config_sentence_transformers.json").write_text(json.dumps({"model_type": "CrossEncoder"}))
+    with pytest.raises(SystemExit) as exit:
+        run(tiny_encoder, make_collection(tmp_path), reranker=own, reranker_max_len=100)
+    assert exit.value.code == 2
+    assert "cannot be loaded" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_reranker_orders_the_window_and_the_limits_go_by_its_scores(tmp_path):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clpl_moe.common.errors import OptionError, UserError
+from clpl_moe.common.files import parse_json
 from clpl_moe.common.options import check_bounds, option
 
 _MAPPINGS = ("languages", "rows", "prepare", "mine", "train", "evaluate")
@@ -68,7 +68,7 @@ def mapping(place: str, value: Any, known: set[str] | None = None) -> dict[str, 
     """A part of the configuration, given as a dictionary or as JSON; ``known`` are the entries that it may have."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
-            value = json.loads(value)
+            value = parse_json(value.encode())
     if not isinstance(value, dict):
         raise UserError(f"{place}: found {value!r}, expected a mapping of names to values")
     for name in value:

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.errors import OptionError, UserError, at, shorten
+from clpl_moe.common.files import is_text
 from clpl_moe.common.packaged_files import find_config, with_packaged_samples
 from clpl_moe.common.yaml_files import check_plain, load_yaml
 
@@ -219,6 +220,10 @@ def parse(
         words = " ".join(map(_without_key, unknown))
         raise UserError(f"cannot read {words!r}: options are written --name value")
     given = {name: _from_home(value) for name, value in vars(namespace).items()}
+    for name, value in given.items():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, str) and not is_text(one):
+                raise OptionError(name, f"found {shorten(repr(one), 60)}, expected text in UTF-8, without NUL")
     outputs = []
     for cls in dataclass_types:
         keys = {f.name for f in dataclasses.fields(cls) if f.init}

@@ -67,16 +67,18 @@ def one_line(error: Exception) -> str:
 # What the machine refuses, rather than a fault of the program: it is told as briefly.
 _OF_THE_MACHINE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EBUSY, errno.EIO, errno.ESTALE),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EBUSY, errno.EIO, errno.ESTALE, errno.ELOOP),
 )
 
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+_LONG_WORD = re.compile(r"\S{1000,}")
 
 
 def printable(text: str) -> str:
-    """A text for a terminal: what it quotes can neither steer the terminal nor begin a line."""
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    """A text for a terminal: what it quotes can neither steer the terminal, nor begin a line, nor fill the screen."""
+    text = _LONG_WORD.sub(lambda found: f"{found[0][:400]}...{found[0][-100:]}", text)
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text).replace("\n", "\n  ")
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
@@ -102,8 +104,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             if error.errno not in _OF_THE_MACHINE:
                 raise
             named = error.filename2 or error.filename  # of a copy, where it was to go
-            place = f"{named}: " if named else ""
-            print(f"error: {place}{error.strerror}", file=sys.stderr)
+            place = f"{os.fsdecode(named)}: " if isinstance(named, str | bytes | os.PathLike) else ""
+            print(f"error: {printable(place)}{error.strerror}", file=sys.stderr)
             sys.exit(2)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)

@@ -148,10 +148,10 @@ def refuse_existing(path: str | Path, overwrite: bool = False, *, files: Sequenc
     """
     path = Path(path)
     refuse_unwritable(path)
-    if not path.exists() or (files and path.is_dir() and not any(path.iterdir())):
+    if not os.path.lexists(path) or (files and path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
-        kind = "folder is not empty" if path.is_dir() else "file exists"
+        kind = "folder is not empty" if path.is_dir() else "file exists" if path.exists() else "is a link to nothing"
         raise UserError(f"{at(path)}: the output {kind}; name another, or set overwrite to replace it")
     if not path.is_dir():
         return
@@ -165,9 +165,14 @@ def refuse_existing(path: str | Path, overwrite: bool = False, *, files: Sequenc
             )
 
 
+def resolved(path: str | os.PathLike[str]) -> Path:
+    """A path without links. At a link within itself ``Path.resolve`` raises an error, in some versions of Python."""
+    return Path(os.path.realpath(path))
+
+
 def refuse_input(path: str | Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
     """Raise :class:`UserError` where an output, which may be replaced, is a file that the command reads."""
-    if Path(path).parent.resolve() / Path(path).name in (Path(read).resolve() for read in inputs):
+    if resolved(Path(path).parent) / Path(path).name in (resolved(read) for read in inputs):
         raise UserError(f"{at(path)}: this command reads the file; name another output")
 
 
@@ -175,6 +180,12 @@ def refuse_unwritable(path: str | Path) -> None:
     """Raise :class:`UserError` where nothing can be written at ``path``: said before the work, not after it."""
     path = Path(path).absolute()
     there = next(parent for parent in path.parents if os.path.lexists(parent))
+    for name in (*path.relative_to(there).parts, f".{path.name}.12345678.tmp"):  # the last while it is unfinished
+        try:
+            (there / name).lstat()
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise UserError(f"{at(path)}: cannot be written ({error.strerror})") from None
     if not there.is_dir():
         raise UserError(f"{at(path)}: cannot be written, {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clpl_moe.common.errors import OptionError, UserError, at
-from clpl_moe.common.files import naming_a_full_disk, refuse_unwritable
+from clpl_moe.common.files import naming_a_full_disk, refuse_unwritable, resolved
 from clpl_moe.common.lock import FileLock
 
 # A name that the upload of a run folder (transformers) and patterns such as */metrics.json pass over.
@@ -45,7 +45,7 @@ class Output:
             raise OptionError("output", "found an empty name, expected a file or folder")
         self.path = path = Path(path).absolute()  # of "." and of "" there is no parent
         self.first = first
-        self.work = path.resolve() / WORK_FOLDER if inside else path.parent.resolve() / f".{path.name}.clpl_moe"
+        self.work = resolved(path) / WORK_FOLDER if inside else resolved(path.parent) / f".{path.name}.clpl_moe"
         self.embeddings = self.work / "embeddings"
 
     @contextlib.contextmanager
@@ -153,8 +153,8 @@ def writing(path: str | Path, *, inside: bool = False) -> Iterator[Output]:
             finally:
                 lock.release(keep=not empty)
         # Others may have come for the lock meanwhile, or put something into the folders.
-        with contextlib.suppress(OSError):
-            for folder in (work, *(missing if error is not None else ())):
+        for folder in (work, *(missing if error is not None else ())):
+            with contextlib.suppress(OSError):
                 folder.rmdir()
 
 

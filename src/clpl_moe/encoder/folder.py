@@ -65,6 +65,14 @@ _DESCRIPTION = {"prompts": _Kind("an object of strings", _are_prompts)}
 
 # What sentence-transformers may be asked to load: of its own modules these import nothing that a folder names.
 _MODULES = ("Transformer", "Pooling", "Normalize", "Dense", "LogitScore", "Dropout", "LayerNorm")
+# Where a Transformer module says what is handed to transformers, in the order in which they are looked for; and what of that
+# neither runs nor unpickles anything, as "weights_only": false would.
+_OF_TRANSFORMER = [
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+]
+_HANDED_ON = [f"{what}_{kind}" for what in ("model", "tokenizer", "processor", "config") for kind in ("args", "kwargs")]
+_HARMLESS = {"dtype", "torch_dtype", "add_pooling_layer", "padding_side", "model_max_length", "max_length", "use_fast"}
 _ACTIVATION = re.compile(r"torch\.nn\.(modules\.(activation|linear)\.)?\w+")
 
 
@@ -126,13 +134,36 @@ def refuse_own_code(folder: str | Path, hub: Mapping[str, str | None]) -> None:
         if name == "Dense":
             name = f"{module.get('path')}/config.json"
             _check_activation(read_module_config(folder, module, hub).get("activation_function"), folder, name)
-    config = read_file(folder, "config.json", dict, hub) or {}
-    check_config(config, at(Path(folder, "config.json")))
+        elif name == "Transformer":
+            _check_transformer(folder, module.get("path", ""), hub)
+    _check_transformer(folder, "", hub)
+    _check_activation(read_description(folder, hub).get("activation_fn"), folder, "config_sentence_transformers.json")
+
+
+def _check_transformer(folder: str | Path, path: str, hub: Mapping[str, str | None]) -> None:
+    """Of the files that describe the model at a path within a folder."""
+    within = f"{path}/" if path else ""
+    name = f"{within}config.json"
+    config = read_file(folder, name, dict, hub) or {}
+    check_config(config, at(Path(folder, name)))
     described = config.get("sentence_transformers")
     own = described.get("activation_fn") if isinstance(described, dict) else None
     for activation in (own, config.get("sbert_ce_default_activation_function")):
-        _check_activation(activation, folder, "config.json")
-    _check_activation(read_description(folder, hub).get("activation_fn"), folder, "config_sentence_transformers.json")
+        _check_activation(activation, folder, name)
+    for name in (f"{within}{name}" for name in _OF_TRANSFORMER):
+        if handing := read_file(folder, name, dict, hub):
+            _check_handed_on(handing, at(Path(folder, name)))
+            break  # the others are not looked at
+
+
+def _check_handed_on(config: dict[str, Any], place: str) -> None:
+    for field in _HANDED_ON:
+        given = config.get(field) or {}
+        for name in given if isinstance(given, dict) else [given]:
+            if not (isinstance(name, str) and name in _HARMLESS):
+                raise UserError(
+                    f"{at(place, field=field)}: found {shorten(repr(name), 60)}, which may run code; {TRUST}"
+                )
 
 
 def _check_activation(activation: Any, folder: str | Path, name: str) -> None:

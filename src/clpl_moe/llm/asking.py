@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from clpl_moe.common.errors import OptionError, UserError
+from clpl_moe.common.files import resolved
 from clpl_moe.data.formats import DataFile, data_files, entry_path
 from clpl_moe.data.schema import checked_lines
 from clpl_moe.llm.backends import Answer, Backend, Question
@@ -27,7 +27,7 @@ Answers = Mapping[str, Sequence[Answer]]  # by key of the question
 def training_files(arguments: AskingArguments) -> list[DataFile]:
     """The files to read, among whose folders the output may not lie."""
     files = data_files(arguments.train_data)
-    if Path(arguments.output).resolve().parent in {entry_path(entry).resolve() for entry in arguments.train_data}:
+    if resolved(arguments.output).parent in {resolved(entry_path(entry)) for entry in arguments.train_data}:
         where = f"{arguments.output} lies in a folder of train_data, every file of which is read as training data"
         raise OptionError("output", f"{where}; name another folder")
     return files

@@ -44,6 +44,8 @@ class LocalModel:
         if temperature > 0:
             self._generation["temperature"] = temperature
         positions = getattr(self._model.config, "max_position_embeddings", None) or 1 << 30
+        if most >= positions:
+            raise OptionError("max_answer_tokens", f"found {most}, {model} takes {positions} tokens with the prompt")
         self._longest_prompt = positions - most
         self._batch_size = arguments.concurrency
         self.requests = 0

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from clpl_moe.common.errors import OptionError
+from clpl_moe.common.files import parse_json
 from clpl_moe.common.options import check_bounds, option
 from clpl_moe.retrieval.collection import check_language
+
+_LEAST_TEMPERATURE = 1e-3  # what is divided by less overflows
 
 
 @dataclass
@@ -51,6 +54,8 @@ class AskingArguments:
         check_bounds(self)
         if not self.timeout > 0:
             raise OptionError("timeout", f"found {self.timeout}, expected more than 0")
+        if self.temperature is not None and 0 < self.temperature < _LEAST_TEMPERATURE:
+            raise OptionError("temperature", f"found {self.temperature}, expected 0 or at least {_LEAST_TEMPERATURE}")
         check_language(self.language)
         if Path(self.output).name in ("", ".."):
             raise OptionError("output", f"found {self.output!r}, expected the name of a file")
@@ -65,8 +70,8 @@ class AskingArguments:
     def request_fields(self) -> dict[str, Any]:
         """The fields of a request besides model and messages."""
         try:
-            fields = json.loads(self.request_options or "{}")
-            json.dumps(fields, allow_nan=False)
+            fields = parse_json((self.request_options or "{}").encode())
+            json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()  # half characters fit into no file
         except ValueError:
             fields = None
         if not isinstance(fields, dict):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from clpl_moe.common.errors import OptionError
+from clpl_moe.common.files import resolved
 from clpl_moe.common.options import check_bounds, option
 
 _SPREAD = [0.25, 0.5, 0.75, 1.0]
@@ -46,7 +46,7 @@ class MergeArguments:
         for name in ("input", "output"):
             if not getattr(self, name):
                 raise OptionError(name, "found nothing, expected a folder")
-        if Path(str(self.input)).resolve() == Path(str(self.output)).resolve():
+        if resolved(str(self.input)) == resolved(str(self.output)):
             raise OptionError("output", "found the folder of input, expected another one")
         if self.alpha is not None and self.base is None:
             raise OptionError("alpha", "mixes with the weights of a base model, expected base, too")

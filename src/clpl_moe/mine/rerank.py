@@ -44,7 +44,10 @@ class Reranker:
                 )
                 model, pairs = self._model.model, [("a", "b"), ("a b", "c d")]
                 with torch.inference_mode():
-                    model(**self._model.tokenizer(pairs, padding=True, return_tensors="pt").to(model.device))
+                    tokens = self._model.tokenizer(pairs, padding=True, return_tensors="pt").to(model.device)
+                    model(**tokens)
+                    if "scores" not in self._model(dict(tokens)):  # with all modules of the folder
+                        raise ValueError("its modules give no scores")
         except Exception as error:  # whatever a damaged or foreign folder brings about
             raise OptionError("reranker", f"{name} cannot be loaded: {one_line(error)}") from None
         model = self._model.model

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import refuse_existing
+from clpl_moe.common.files import refuse_existing, resolved
 from clpl_moe.common.output import writing
 from clpl_moe.prepare.options import PrepareArguments, prepare_arguments
 from clpl_moe.prepare.source import Passage, Source, Split, register_source
@@ -41,7 +41,7 @@ def prepare(arguments: PrepareArguments) -> Prepared:
     folder = Path(arguments.output) / str(arguments.language)
     source = arguments.reader
     for path in source.files():
-        if Path(path).resolve().is_relative_to(folder.resolve()):
+        if resolved(path).is_relative_to(resolved(folder)):
             fault = f"the collection would replace {folder}, which holds this source"
             raise UserError(f"{at(path)}: {fault}; set another output or language")
     with writing(folder):

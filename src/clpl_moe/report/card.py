@@ -9,6 +9,7 @@ from pathlib import Path
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import resolved
 from clpl_moe.common.output import writing
 from clpl_moe.evaluate.tasks import METRICS_FILE, read_result
 from clpl_moe.report.options import CardArguments
@@ -30,7 +31,7 @@ def card(arguments: CardArguments) -> list[Evaluated]:
             base = read_result(other)
             if base["collection_hash"] != own["collection_hash"]:
                 raise UserError(f"{at(other)}: results of another collection than those in {path}")
-        name = Path(own["collection"]).resolve().name
+        name = resolved(own["collection"]).name
         found.append(Evaluated(name, language, own["split"], own["metrics"], base and base["metrics"]))
     if not found:
         raise UserError(f"{at(after)}: holds no results of clpl_moe.evaluate, expected <language>/metrics.json")

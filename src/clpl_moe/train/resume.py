@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import read_json, refuse_unwritable
+from clpl_moe.common.files import read_json, refuse_unwritable, resolved
 from clpl_moe.common.output import WORK_FOLDER
 from clpl_moe.common.yaml_files import load_yaml
 from clpl_moe.data.formats import data_files
@@ -70,9 +70,9 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
         args.resume_from_checkpoint = None if newest is None else str(newest)
     elif not (Path(resume) / "trainer_state.json").is_file():
         raise UserError(f"{at(resume)}: resume_from_checkpoint names no checkpoint of a run (no trainer_state.json)")
-    elif Path(resume).resolve() == output_dir.resolve():
+    elif resolved(resume) == resolved(output_dir):
         raise UserError(f"{at(resume)}: a run, and no checkpoint; resume_from_checkpoint true goes on with its newest")
-    elif Path(resume).resolve().parent != output_dir.resolve() and _holds_anything(output_dir):
+    elif resolved(resume).parent != resolved(output_dir) and _holds_anything(output_dir):
         raise UserError(
             f"{at(output_dir)}: the folder is not empty, and not the run that {resume} belongs to; name another output_dir"
         )
