@@ -36,6 +36,8 @@ FAULTS = [
     ({"pos_scores": 1}, "field 'pos_scores': found a number, expected a list of numbers"),
     ({"pos_scores": [1, 2]}, "field 'pos_scores': found 2 numbers, expected 1"),
     ({"neg_scores": [0.1]}, "field 'neg_scores': found 1 numbers, expected 2"),
+    ({"neg_guide_scores": [0.1]}, "field 'neg_guide_scores': found 1 numbers, expected 2"),
+    ({"pos_guide_scores": ["a"]}, "field 'pos_guide_scores[0]': found a string, expected a number"),
     ({"neg_scores": [0.1, "0.2"]}, "field 'neg_scores[1]': found a string, expected a number"),
     ({"neg_scores": [True, 0.2]}, "field 'neg_scores[0]': found a boolean, expected a number"),
     ({"neg_scores": [0.1, float("nan")]}, "field 'neg_scores[1]': found NaN, expected a finite number"),
@@ -100,6 +102,19 @@ def test_scores_are_required_for_distillation_only(tmp_path):
         list(read_examples(path, with_scores=True))
     path = write(tmp_path / "data.jsonl", GOOD | {"pos_scores": [1], "neg_scores": [0.5, 0]})
     assert next(read_examples(path, with_scores=True))["neg_scores"] == [0.5, 0.0]
+
+
+def test_scores_of_a_guide_are_those_of_mine_or_else_a_teachers(tmp_path):
+    def read(**scores):
+        example = next(read_examples(write(tmp_path / "data.jsonl", GOOD | scores)))
+        return example["pos_guide_scores"], example["neg_guide_scores"]
+
+    assert read() == (None, None)
+    teacher = {"pos_scores": [1], "neg_scores": [0.5, 0]}
+    assert read(**teacher) == ([1.0], [0.5, 0.0])
+    assert read(**teacher, pos_guide_scores=[0.7], neg_guide_scores=[0.8, 0.9]) == ([0.7], [0.8, 0.9])
+    assert read(**teacher, neg_guide_scores=[0.8, 0.9]) == ([1.0], [0.5, 0.0])
+    assert read(neg_guide_scores=[0.8, 0.9]) == (None, None)
 
 
 NO_NEGATIVES = [

@@ -13,14 +13,14 @@ from clpl_moe.train.arguments import CLPLDataArguments
 from helpers.tiny_training import arguments, make_runner, make_triplets
 
 
-def make_dataset(folder, *files, leave_out_answers=True, **options):
+def make_dataset(folder, *files, leave_out_answers=True, guide_margin=None, **options):
     paths = [folder / f"{number}.jsonl" for number in range(len(files))]
     for path, lines in zip(paths, files):
         write_jsonl(path, lines)
     args = CLPLDataArguments(
         train_data=list(map(str, paths)), cache_path=str(folder / "cache"), **{"train_group_size": 3} | options
     )
-    return CLPLTrainDataset(args, leave_out_answers=leave_out_answers)
+    return CLPLTrainDataset(args, leave_out_answers=leave_out_answers, guide_margin=guide_margin)
 
 
 def line(query, pos, neg, neg_q=None):
@@ -205,6 +205,68 @@ def test_distillation_and_joint_losses_leave_them_out(tiny_encoder, tmp_path, ki
         [True, False, True, True, False, False, True, True],
     ]
     assert (model.compute_dense_score(torch.ones(2, 3), torch.ones(8, 3))[mask] == -1e4).all()
+
+
+def guided(record, positives, negatives):
+    return record | {"pos_guide_scores": positives, "neg_guide_scores": negatives}
+
+
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_what_a_guide_scores_above_the_positive_gets_no_gradient(tmp_path, tiny_tokenizer, in_batch):
+    """Wherever in the batch it stands; another query goes on to push it."""
+    lines = [
+        guided(line("q", "a", ["high", "equal", "low"]), [0.5], [0.6, 0.5, 0.1]),
+        guided(line("r", "HIGH", ["n", "low"]), [0.5], [0.9, 0.9]),
+        line("s", "b", ["high", "o"]),  # without scores
+    ]
+    options = {"in_batch_negatives": in_batch}
+    dataset = make_dataset(tmp_path, lines, train_group_size=4, guide_margin=0)
+    assert dataset.left_out_by_guide == 3
+    first, second, third = pushes(tiny_tokenizer, dataset, **options)
+    own = ({"equal", "low"}, set(), {"high", "o"})
+    others = ({"b", "o"}, {"a", "equal", "b", "o"}, {"a", "equal", "low", "HIGH"})
+    for pushed, expected, in_others in zip((first, second, third), own, others):
+        assert set(pushed) == expected | (in_others if in_batch else set())
+    stricter = make_dataset(tmp_path, lines, train_group_size=4, guide_margin=0.2)
+    assert "equal" not in pushes(tiny_tokenizer, stricter, **options)[0]
+    off = make_dataset(tmp_path, lines, train_group_size=4)
+    assert off.left_out_by_guide == 0
+    assert "high" in pushes(tiny_tokenizer, off, **options)[0]
+
+
+def test_the_guide_judges_by_the_positive_that_is_drawn(tmp_path):
+    dataset = make_dataset(
+        tmp_path, [guided(line("q", ["a", "b"], ["c", "d", "e"]), [0.2, 0.8], [0.1, 0.5, 0.9])], guide_margin=0
+    )
+    assert dataset.left_out_by_guide == 1
+    seen = {"a": set(), "b": set()}
+    for epoch in range(30):
+        example = dataset[(epoch, 0)]
+        kept = [text for text, number in zip(example.passages, example.ids.passages) if number != -1]
+        seen[kept[0]].update(kept[1:])
+    assert seen == {"a": {"c"}, "b": {"c", "d"}}
+
+
+def test_a_teachers_scores_stand_in_for_a_guides(tmp_path):
+    record = line("q", "a", ["c", "d"]) | {"pos_scores": [2], "neg_scores": [3, -1]}
+    example = make_dataset(tmp_path, [record], guide_margin=0)[(0, 0)]
+    assert example.passages[1] == "d"
+    assert example.ids.passages[2] == -1
+
+
+def test_a_guides_margin_needs_scores_and_a_mask(tiny_encoder, tmp_path, capsys):
+    path = tmp_path / "t.jsonl"
+    write_jsonl(path, [guided(line(f"q{i}", f"a{i}", [f"b{i}", f"c{i}"]), [0.5], [0.6, 0.1]) for i in range(4)])
+    argv = [*arguments(tiny_encoder, path, tmp_path / "run"), "--dry_run", "true", "--guide_margin", "0"]
+    main(argv)
+    assert "negatives       4 left out by the guide, with every positive of their query" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*argv, "--mask_duplicates", "false"])
+    assert "guide_margin leaves out negatives as mask_duplicates does" in capsys.readouterr().err
+    write_jsonl(path, [line(f"q{i}", f"a{i}", [f"b{i}"]) for i in range(4)])
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert "guide_margin: no line of train_data has scores of a guide" in capsys.readouterr().err
 
 
 def test_known_answers():

@@ -12,7 +12,8 @@ from typing import Any
 
 from clpl_moe.common.errors import UserError
 
-FIELDS = ("query", "pos", "neg", "neg_q", "pos_scores", "neg_scores", "prompt", "type")
+SCORES = ("pos_scores", "neg_scores", "pos_guide_scores", "neg_guide_scores")
+FIELDS = ("query", "pos", "neg", "neg_q", *SCORES, "prompt", "type")
 _KNOWN = {
     "query": re.compile("query|anchor|question"),
     "pos": re.compile(r"(pos|positives?|answers?)(_\d+)?"),
@@ -104,7 +105,7 @@ class Columns:
                 value = record[names[0]]
                 if text_cells and not value and field != "query":
                     value = None
-                if field in ("neg_q", "pos_scores", "neg_scores") and not isinstance(value, list | None):
+                if field in ("neg_q", *SCORES) and not isinstance(value, list | None):
                     value = [value]
                 fields[field] = value
         return fields, {field: name for field, name in origin.items() if field != name}

@@ -18,12 +18,13 @@ from tqdm.auto import tqdm
 
 from clpl_moe import __version__
 from clpl_moe.common.compressed import plain_name
-from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.files import refuse_unwritable
 from clpl_moe.common.text_key import text_id
 from clpl_moe.data.answers import KnownAnswers, Pairs, count_negatives, known_pairs
 from clpl_moe.data.flag_embedding import AbsEmbedderTrainDataset
 from clpl_moe.data.formats import DataFile, data_files, entry_path
+from clpl_moe.data.guide import count_rejected, rejected
 from clpl_moe.data.schema import read_examples
 
 _ROWS_AT_ONCE = 10_000
@@ -37,10 +38,11 @@ _FEATURES = datasets.Features(
     {
         **{"query": _TEXT, "pos": _TEXTS, "neg": _TEXTS, "negative_queries": datasets.List(_TEXTS)},
         **{"pos_scores": _SCORES, "neg_scores": _SCORES, "prompt": _TEXT, "type": _TEXT},
+        **{"pos_guide_scores": _SCORES, "neg_guide_scores": _SCORES},
         **{"query_id": _ID, "pos_ids": _IDS, "neg_ids": _IDS, "negative_query_ids": datasets.List(_IDS)},
     }
 )
-_STORE = "ids"  # part of the name of stored examples; another one where their fields change
+_STORE = "guide"  # part of the name of stored examples; another one where their fields change
 
 
 @dataclass
@@ -103,7 +105,8 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
 
     What is known to answer a query, by any line of any file, is none of its negatives, nor is the query's own text; and a
     negative comes once. A group that has too few is filled up with a text that counts nothing (id -1). With
-    ``leave_out_answers`` False negatives are as the files say, and few ones are repeated.
+    ``leave_out_answers`` False negatives are as the files say, and few ones are repeated. With ``guide_margin``, what the
+    line's guide scores above the example's positive, less this margin, is none of its negatives, either.
 
     As in FlagEmbedding, a file or folder whose name ends in ``no_in_batch_neg`` has no in-batch negatives. With
     ``same_dataset_within_batch``, a folder's files with fewer than ``small_threshold`` examples are joined, and left out
@@ -114,14 +117,18 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
 
     Attributes:
         left_out: number of the files' negatives that are left out.
+        left_out_by_guide: number of the files' negatives that the guide leaves out, whichever positive is drawn.
         small_groups: number of examples, pairs aside, with too few negatives for their group.
 
     Raises:
         UserError: a file is missing, empty or has a faulty line.
     """
 
-    def __init__(self, args, seed: int = 42, *, leave_out_answers: bool = True) -> None:
+    def __init__(
+        self, args, seed: int = 42, *, leave_out_answers: bool = True, guide_margin: float | None = None
+    ) -> None:
         self.args = args
+        self.guide_margin = guide_margin
         self.leave_out_answers = leave_out_answers
         pairs: list[Pairs] = []
         self._known_pairs = pairs if leave_out_answers else None
@@ -147,7 +154,7 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         self.prompts = sum(_count(part, "prompt", _are_texts) for part in parts)  # examples with a prompt of their own
         self._starts = list(accumulate(self.part_sizes, initial=0))
         self._part_of = [part for part, size in enumerate(self.part_sizes) for _ in range(size)]
-        self.left_out = self.small_groups = 0
+        self.left_out = self.small_groups = self.left_out_by_guide = 0
         self._known: KnownAnswers | None = None
         if leave_out_answers:
             self._known_pairs = None
@@ -156,6 +163,11 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
             wanted = np.repeat([self.group_size(part) - 1 for part in range(len(parts))], self.part_sizes)
             self.small_groups = int(((counts < wanted) & ~pairs_only).sum())
             self._known.forget_single()
+        if guide_margin is not None:
+            scored, self.left_out_by_guide = count_rejected(self.dataset, guide_margin)
+            if not scored:
+                fault = "no line of train_data has scores of a guide (neg_guide_scores, or neg_scores)"
+                raise OptionError("guide_margin", f"{fault}; mine --guide writes them")
 
     def _load_path(self, path: str) -> list[datasets.Dataset]:
         parts = [self._load_dataset(file) for file in data_files([path])]
@@ -238,7 +250,8 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         record, part = self.dataset[index], self._part_of[index]
         rng = random.Random(f"{self.seed}-{epoch}-{index}")
         positive = rng.randrange(len(record["pos"]))
-        wanted, negatives = self.group_size(part) - 1, self._negatives(rng, index, record)
+        wanted, rejected = self.group_size(part) - 1, self._rejected(record, positive)
+        negatives = [n for n in self._negatives(rng, index, record) if n.id not in rejected]
         drawn = _sample(rng, len(negatives), wanted, again=not self.leave_out_answers)
         filling = wanted - len(drawn)
         texts = [self._shuffle_words(rng, record["pos"][positive]), *(negatives[i].text for i in drawn)]
@@ -252,7 +265,8 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
             query=record["query_id"],
             passages=[record["pos_ids"][positive], *(negatives[i].id for i in drawn)] + [-1] * filling,
             negative_queries=query_ids,
-            answers=[self.answers(number) for number in [record["query_id"], *(n for some in query_ids for n in some)]],
+            answers=[self.answers(record["query_id"]) | rejected]
+            + [self.answers(number) for some in query_ids for number in some],
         )
 
         def prompted(query: str) -> str:
@@ -271,6 +285,10 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
             expert=self._experts[part],
             ids=ids,
         )
+
+    def _rejected(self, record: dict[str, Any], positive: int) -> set[int]:
+        """Ids of the line's negatives that its guide takes for answers."""
+        return set() if self.guide_margin is None else rejected(record, positive, self.guide_margin)
 
     def _positives_of_others(self, rng: random.Random, record: dict[str, Any], part: int) -> list[Negative]:
         """Positives of other queries of a part for one that has no negatives; where there are none, its own, unless answers

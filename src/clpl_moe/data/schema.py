@@ -6,6 +6,7 @@ One JSON object a line: FlagEmbedding's format, and the negative queries (the qu
 - ``neg``, optional: hard negatives, a list of strings, which may be empty;
 - ``neg_q``, optional: the negative queries, a list as long as ``neg``, each entry a string, a list of strings or null;
 - ``pos_scores`` and ``neg_scores``, optional: numbers, as many as ``pos`` and ``neg``;
+- ``pos_guide_scores`` and ``neg_guide_scores``, optional, likewise: by a guide of ``mine``;
 - ``prompt`` and ``type``, optional strings, as in FlagEmbedding.
 
 Other fields (ids, for instance) are allowed and not used.
@@ -41,8 +42,9 @@ def find_faults(record: dict[str, Any], *, scores_required: bool = False) -> Ite
         if not isinstance(value := record.get(field), str | None):
             yield _fault(field, f"found {_found(value)}, expected a string")
     yield from _negative_queries(record)
-    for field, texts in (("pos_scores", "pos"), ("neg_scores", "neg")):
-        yield from _scores(record, field, texts, scores_required)
+    for texts in ("pos", "neg"):
+        yield from _scores(record, f"{texts}_scores", texts, scores_required)
+        yield from _scores(record, f"{texts}_guide_scores", texts, False)
 
 
 def negative_queries(record: dict[str, Any]) -> list[list[str]]:
@@ -60,9 +62,20 @@ def normalise(record: dict[str, Any], *, keep_scores: bool = False) -> dict[str,
         "negative_queries": negative_queries(record),
         "pos_scores": [float(s) for s in record["pos_scores"]] if keep_scores else None,
         "neg_scores": [float(s) for s in record["neg_scores"]] if keep_scores else None,
+        **guide_scores(record),
         "prompt": record.get("prompt"),
         "type": record.get("type"),
     }
+
+
+def guide_scores(record: dict[str, Any]) -> dict[str, list[float] | None]:
+    """The scores of a line without faults by a guide, or else by a teacher; None where it lacks those of either kind of
+    passage."""
+    for kind in ("guide_scores", "scores"):
+        positives, negatives = record.get(f"pos_{kind}"), record.get(f"neg_{kind}")
+        if positives and negatives:
+            return {"pos_guide_scores": list(map(float, positives)), "neg_guide_scores": list(map(float, negatives))}
+    return {"pos_guide_scores": None, "neg_guide_scores": None}
 
 
 def checked_lines(file: DataFile, *, scores_required: bool = False) -> Iterator[Line]:

@@ -70,6 +70,8 @@ def check_options(args: CLPLTrainingArguments) -> None:
     for first, second, why in _EXCLUDING:
         if not any(getattr(args, name) in (None, False, "", [], -1) for name in (first, second)):
             raise ValueError(f"{first} and {second}: {why}; leave out one of the two")
+    if args.guide_margin is not None and not args.mask_duplicates:
+        raise ValueError("guide_margin leaves out negatives as mask_duplicates does: set that to true")
     args.loss_options()
     _check_evaluation(args)
     _check_refreshes(args)

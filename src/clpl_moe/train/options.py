@@ -90,6 +90,13 @@ class LossOptions(LossTermOptions):
     mask_duplicates: bool = option(
         "Leave out of a query's negatives what any line of the data knows to answer it, copies included.", True
     )
+    guide_margin: float | None = option(
+        "Leave out negatives whose score by a guide (neg_guide_scores, else neg_scores) is above their positive's less this"
+        " margin; not given: none. 0 leaves out what the guide finds more similar than the positive.",
+        None,
+        least=-1_000_000,
+        most=1_000_000,
+    )
     balance_loss_weight: float = option("Weight of the routers' load-balancing loss.", 0.0, least=0, most=1_000_000)
     z_loss_weight: float = option("Weight of the routers' z-loss.", 0.0, least=0, most=1_000_000)
 

@@ -35,7 +35,9 @@ class RunData:
 def open_data(data_args: CLPLDataArguments, args: CLPLTrainingArguments, whole_steps: bool = True) -> RunData:
     """Open and check the data of a run; raises :class:`UserError` where data or a collection have a fault, no batch can be
     made, or the run wants scores of mined negatives. ``whole_steps`` is :class:`EpochBatchSampler`'s."""
-    dataset = CLPLTrainDataset(data_args, seed=args.seed, leave_out_answers=args.mask_duplicates)
+    dataset = CLPLTrainDataset(
+        data_args, seed=args.seed, leave_out_answers=args.mask_duplicates, guide_margin=args.guide_margin
+    )
     batches = EpochBatchSampler(
         dataset.part_sizes,
         args.per_device_train_batch_size,
@@ -139,6 +141,7 @@ class Plan:
     dev: Collection | None
     mined_passages: int | None  # how many passages negatives are mined from in training
     left_out: int = 0  # negatives of the files
+    left_out_by_guide: int = 0
     small_groups: int = 0  # examples with too few negatives for their group
     estimate: Estimate | None = None  # None where the run begins anyway
 
@@ -197,6 +200,8 @@ class Plan:
         found = []
         if self.left_out:
             found.append(f"{self.left_out:,} left out: known to answer their query, or there twice")
+        if self.training_args.guide_margin is not None:
+            found.append(f"{self.left_out_by_guide:,} left out by the guide, with every positive of their query")
         if self.small_groups:
             found.append(f"too few for the group of {self.small_groups:,} examples, which stays smaller")
         return [f"negatives       {text}" for text in found]
@@ -228,5 +233,6 @@ def describe(
         dev=data.dev,
         mined_passages=None if data.index is None else len(data.index),
         left_out=data.dataset.left_out,
+        left_out_by_guide=data.dataset.left_out_by_guide,
         small_groups=data.dataset.small_groups,
     )
