@@ -212,7 +212,10 @@ def check_length(model: nn.Module, max_length: int, option: str = "max_length", 
         raise OptionError(option, f"found {max_length} tokens, {name} takes {limit} at most")
 
 
-def check_lengths(model: nn.Module, query_max_len: int, passage_max_len: int, name: str = "the encoder") -> None:
-    """:func:`check_length` for both kinds of text."""
-    check_length(model, query_max_len, "query_max_len", name)
-    check_length(model, passage_max_len, "passage_max_len", name)
+def check_lengths(
+    model: nn.Module, query_max_len: int | None, passage_max_len: int | None, name: str = "the encoder"
+) -> None:
+    """:func:`check_length` for both kinds of text; one that is None is not known yet."""
+    for option, length in (("query_max_len", query_max_len), ("passage_max_len", passage_max_len)):
+        if length is not None:
+            check_length(model, length, option, name)

@@ -62,6 +62,7 @@ class CLPLDataArguments(DataOptions, AbsEmbedderDataArguments):
             raise ValueError("train_data is missing: name at least one file or folder of training JSONL")
         if isinstance(self.train_data, str):
             self.train_data = [self.train_data]
+        self.query_max_len, self.passage_max_len = self.query_max_len or None, self.passage_max_len or None
         # Two tokens only begin and end a text. Without a query of its own, a negative has no penalty.
         check_bounds(self, INHERITED_BOUNDS)
         if self.experts_of_data is not None and len(self.experts_of_data) != len(self.train_data):

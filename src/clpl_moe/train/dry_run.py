@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.data.dataset import CLPLTrainDataset
-from clpl_moe.encoder.cut import cut_texts
+from clpl_moe.data.lengths import Count, sample, token_counter
 from clpl_moe.encoder.load import is_2024_checkpoint, read_config, refuse_unloadable
 from clpl_moe.encoder.settings import check_lengths
 from clpl_moe.moe.config import MoEConfig
@@ -15,6 +15,7 @@ from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.train.base_model import add_experts, choose_trainable, resolve_settings
 from clpl_moe.train.checks import check_optimizer
+from clpl_moe.train.lengths import Lengths, choose_lengths, longest_counted
 from clpl_moe.train.plan import Estimate, Plan, describe, open_data
 
 # The shape of the base model of the published recipe, so that its configs can be checked where the hub is out of reach
@@ -23,7 +24,6 @@ _BGE_M3 = {
     "model_type": "xlm-roberta", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
     "num_attention_heads": 16, "vocab_size": 250002, "max_position_embeddings": 8194, "type_vocab_size": 1,
 }  # fmt: skip
-_SAMPLE = 256  # examples whose lengths are looked at
 _CHARACTERS_PER_TOKEN = 2.5  # of the XLM-R tokenizer on Korean, Persian and Hindi text: 1.9 to 3.3
 
 
@@ -37,9 +37,12 @@ def plan_run(
     encoder, shape_source, reached = _meta_encoder(model_args)
     check_lengths(encoder, data_args.query_max_len, data_args.passage_max_len, model_args.model_name_or_path)
     choose_trainable(encoder, training_args)
-    plan = describe(model_args, data_args, training_args, encoder, data)
     tokenizer = _tokenizer(model_args) if reached else None
-    example_tokens, longest, with_penalty = _lengths(data.dataset, data_args, tokenizer)
+    count = _guess if tokenizer is None else token_counter(tokenizer, longest_counted(encoder))
+    name, checkpoint = model_args.model_name_or_path, training_args.resume_from_checkpoint
+    lengths = choose_lengths(data_args, data.dataset, encoder, count, name=name, checkpoint=checkpoint)
+    plan = describe(model_args, data_args, training_args, encoder, data, lengths)
+    example_tokens, longest, with_penalty = _lengths(data.dataset, lengths, count)
     batch = training_args.per_device_train_batch_size
     of_a_step = min(batch * training_args.world_size * training_args.gradient_accumulation_steps, plan.examples)
     held_tokens = batch * longest
@@ -98,22 +101,20 @@ def _tokenizer(args: CLPLModelArguments) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _lengths(
-    dataset: CLPLTrainDataset, data_args: CLPLDataArguments, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[float, int, float]:
+def _guess(texts: list[str]) -> list[int]:
+    return [round(len(text) / _CHARACTERS_PER_TOKEN) + 2 for text in texts]
+
+
+def _lengths(dataset: CLPLTrainDataset, lengths: Lengths, count: Count) -> tuple[float, int, float]:
     """Mean tokens of an example, tokens of the longest one, share of negatives with queries."""
 
-    def count(texts: list[str], limit: int) -> int:
-        if tokenizer is not None:
-            cut = cut_texts(tokenizer, texts, limit)
-            return sum(map(len, tokenizer(cut, truncation=True, max_length=limit)["input_ids"])) if texts else 0
-        return sum(min(limit, round(len(text) / _CHARACTERS_PER_TOKEN) + 2) for text in texts)
+    def tokens(texts: list[str], option: str) -> int:
+        return sum(min(found, lengths.limits[option]) for found in count(texts))
 
     totals, negatives, answered = [], 0, 0
-    for index in range(0, len(dataset), max(1, len(dataset) // _SAMPLE)):
-        example = dataset[(0, index)]
+    for example in sample(dataset):
         queries = [example.query, *(q for queries in example.negative_queries for q in queries)]
-        totals.append(count(queries, data_args.query_max_len) + count(example.passages, data_args.passage_max_len))
+        totals.append(tokens(queries, "query_max_len") + tokens(example.passages, "passage_max_len"))
         negatives += len(example.negative_queries)
         answered += sum(bool(queries) for queries in example.negative_queries)
     return sum(totals) / len(totals), max(totals), answered / max(1, negatives)

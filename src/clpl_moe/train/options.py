@@ -68,10 +68,20 @@ class DataOptions:
         most=1_023,
     )
     train_group_size: int = option("Passages per query: one positive, the rest negatives.", 8, least=1, most=4_096)
-    query_max_len: int = option(
-        "Longest query in tokens, the queries of negatives included; longer ones are cut.", 32, least=3, most=1_000_000
+    query_max_len: int | None = option(
+        "Longest query in tokens, the queries of negatives included; longer ones are cut. 0, or not given: from the data, the"
+        " longest of a sample, 32 to 128.",
+        None,
+        least=3,
+        most=1_000_000,
     )
-    passage_max_len: int = option("Longest passage in tokens; longer ones are cut.", 128, least=3, most=1_000_000)
+    passage_max_len: int | None = option(
+        "Longest passage in tokens; longer ones are cut. 0, or not given: from the data, so that 95% of a sample are whole,"
+        " 128 to 512.",
+        None,
+        least=3,
+        most=1_000_000,
+    )
     queries_per_negative: int = option(
         "At most so many queries of each negative are used in a step.", 1, least=0, most=1_000
     )

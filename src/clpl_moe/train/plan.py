@@ -17,6 +17,7 @@ from clpl_moe.mine.index import PassageIndex
 from clpl_moe.moe.inject import has_experts
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
+from clpl_moe.train.lengths import Lengths
 from clpl_moe.train.trainer import count_steps
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ class Plan:
     examples: int
     files: int
     pairs: int  # examples without negatives
+    lengths: Lengths
     group_size: int  # passages of a query, its positive among them; the most that a file's have
     steps_per_epoch: int
     steps: int
@@ -146,7 +148,7 @@ class Plan:
     estimate: Estimate | None = None  # None where the run begins anyway
 
     def __str__(self) -> str:
-        args, data, estimate = self.training_args, self.data_args, self.estimate
+        args, estimate = self.training_args, self.estimate
         share = self.trained_parameters / self.parameters
         frozen = f", {args.frozen_layers} layers frozen" if args.frozen_layers else ""
         gpu = torch.cuda.is_available() and not args.use_cpu
@@ -159,7 +161,7 @@ class Plan:
             f"examples        {self.examples:,} in {self.files} file(s)"
             f"{f', {self.pairs:,} of them pairs without negatives' if self.pairs else ''}",
             *self._negatives(),
-            f"lengths         queries {data.query_max_len}, passages {data.passage_max_len} tokens",
+            f"lengths         {self.lengths}",
             f"batch           {args.per_device_train_batch_size} per device × {args.world_size} device(s) ×"
             f" {args.gradient_accumulation_steps} accumulated, {self.group_size} passages a query",
             f"steps           {self.steps:,} ({self.steps_per_epoch:,} an epoch)",
@@ -213,6 +215,7 @@ def describe(
     training_args: CLPLTrainingArguments,
     encoder: PreTrainedModel,
     data: RunData,
+    lengths: Lengths,
 ) -> Plan:
     """The plan of a run with this encoder, whose trained parameters have been chosen, and with these data."""
     parameters = [p for name, p in encoder.named_parameters() if "pooler" not in name]
@@ -227,6 +230,7 @@ def describe(
         examples=len(data.dataset),
         files=len(data.dataset.part_sizes),
         pairs=sum(data.dataset.pairs),
+        lengths=lengths,
         group_size=max(map(data.dataset.group_size, range(len(data.dataset.part_sizes)))),
         steps_per_epoch=steps_per_epoch,
         steps=steps,

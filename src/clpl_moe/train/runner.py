@@ -18,6 +18,7 @@ from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import atomic_open, write_json
 from clpl_moe.common.output import Output
 from clpl_moe.data.collator import CLPLCollator
+from clpl_moe.data.lengths import token_counter
 from clpl_moe.encoder import Encoder
 from clpl_moe.encoder.packing import can_pack
 from clpl_moe.encoder.settings import check_lengths
@@ -31,11 +32,12 @@ from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPL
 from clpl_moe.train.base_model import add_experts, choose_trainable, make_heads, read_heads, resolve_settings
 from clpl_moe.train.card import write_model_card
 from clpl_moe.train.checks import check_optimizer
+from clpl_moe.train.lengths import Lengths, choose_lengths, longest_counted
 from clpl_moe.train.metrics_file import METRICS_FILE, read_metrics
 from clpl_moe.train.model import CLPLModel
 from clpl_moe.train.options import DEV_METRICS
 from clpl_moe.train.plan import Plan, describe, open_data
-from clpl_moe.train.trainer import CLPLTrainer
+from clpl_moe.train.trainer import CLPLTrainer, lengths_of, set_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +74,9 @@ class CLPLRunner:
         self.model = self._make_model()
         choose_trainable(self.encoder.model, training_args)
         self.data = open_data(data_args, training_args, resume.batches_of_whole_steps(training_args))
+        self.lengths = self._choose_lengths()
         self.trainer = self._make_trainer()
-        self.plan = describe(model_args, data_args, training_args, self.encoder.model, self.data)
+        self.plan = describe(model_args, data_args, training_args, self.encoder.model, self.data, self.lengths)
 
     def _load_encoder(self) -> Encoder:
         args = self.model_args
@@ -122,6 +125,21 @@ class CLPLRunner:
             if not self._packs(encoder):
                 raise OptionError("experts_of_data", "found padded batches, expected packing and no unified_finetuning")
 
+    def _choose_lengths(self) -> Lengths:
+        model, tokenizer = self.encoder.model, self.encoder.tokenizer
+        state = lengths_of(tokenizer)
+        try:
+            return choose_lengths(
+                self.data_args,
+                self.data.dataset,
+                model,
+                token_counter(tokenizer, longest_counted(model)),
+                name=self.model_args.model_name_or_path,
+                checkpoint=self.training_args.resume_from_checkpoint,
+            )
+        finally:
+            set_lengths(tokenizer, *state)
+
     def _make_model(self) -> CLPLModel:
         args, training, encoder = self.model_args, self.training_args, self.encoder.model
         base: dict[str, nn.Module | None] = {"model": encoder, "colbert_linear": None, "sparse_linear": None}
@@ -146,11 +164,11 @@ class CLPLRunner:
         return wanted and not whole
 
     def _make_trainer(self) -> CLPLTrainer:
-        args, data_args = self.training_args, self.data_args
+        args, data_args, limits = self.training_args, self.data_args, self.lengths.limits
         collator = CLPLCollator(
             tokenizer=self.encoder.tokenizer,
-            query_max_len=data_args.query_max_len,
-            passage_max_len=data_args.passage_max_len,
+            query_max_len=limits["query_max_len"],
+            passage_max_len=limits["passage_max_len"],
             sub_batch_size=args.sub_batch_size,
             pad_to_multiple_of=data_args.pad_to_multiple_of,
             padding=True,
@@ -158,7 +176,7 @@ class CLPLRunner:
             packing=self._packs(self.encoder),
             negatives_cross_device=self.model.dense_loss.gather_across_devices,
         )
-        encoding = EncodingArguments(data_args.query_max_len, data_args.passage_max_len, args.dev_batch_tokens)
+        encoding = EncodingArguments(limits["query_max_len"], limits["passage_max_len"], args.dev_batch_tokens)
         evaluator, refresher = self._make_evaluator(encoding), self._make_refresher(encoding)
         try:
             return CLPLTrainer(

@@ -66,7 +66,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         self._fresh: tuple[Any, Any] | None = None  # an epoch's batches, and those that took their place
         self._terms = TermSums()
         self._stop = StopOnSignal(self.args.stop_signals)
-        self._tokenizer_state = _lengths_of(encoder.tokenizer)
+        self._tokenizer_state = lengths_of(encoder.tokenizer)
         self._first_step = 0  # that this process knows the loss of
         self._saved_step: int | None = None
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # in a notebook another one than on a console
@@ -261,7 +261,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             heads = {name: getattr(model, Path(name).stem).state_dict() for name in HEAD_FILES}
         if state_dict is not None:
             encoder_state = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
-        _set_lengths(
+        set_lengths(
             self.encoder.tokenizer, *self._tokenizer_state
         )  # of the last batch, unless the run did not make one
         self._current_encoder().save(folder, heads=heads, state_dict=encoder_state)
@@ -351,13 +351,13 @@ def count_steps(batches: EpochBatchSampler, args: CLPLTrainingArguments) -> tupl
     return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
 
 
-def _lengths_of(tokenizer: Any) -> tuple[Any, Any]:
+def lengths_of(tokenizer: Any) -> tuple[Any, Any]:
     """Truncation and padding of a fast tokenizer, which every call changes and ``tokenizer.json`` holds."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     return (None, None) if fast is None else (fast.truncation, fast.padding)
 
 
-def _set_lengths(tokenizer: Any, truncation: dict[str, Any] | None, padding: dict[str, Any] | None) -> None:
+def set_lengths(tokenizer: Any, truncation: dict[str, Any] | None, padding: dict[str, Any] | None) -> None:
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is not None:
         fast.no_truncation() if truncation is None else fast.enable_truncation(**truncation)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from clpl_moe.common.cli import parse
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.validate.options import ValidateArguments
 
+if TYPE_CHECKING:
+    from clpl_moe.data.lengths import Count
+
 KINDS = ("query", "pos", "neg", "neg_q")
-Count = Callable[[list[str]], list[int]]
 Value = TypeVar("Value")
 
 
@@ -77,6 +78,7 @@ def _load_counter(name: str, **hub: Any) -> Count:
     """A function that counts the tokens of texts, special ones included, as a model's tokenizer makes them."""
     from transformers import AutoTokenizer
 
+    from clpl_moe.data.lengths import token_counter
     from clpl_moe.encoder.load import try_tokenizer
 
     try:
@@ -85,8 +87,4 @@ def _load_counter(name: str, **hub: Any) -> Count:
     except Exception as error:  # the tokenizers library raises plain ones
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{at(name)}: the tokenizer cannot be loaded ({reason})") from None
-
-    def count(texts: list[str]) -> list[int]:
-        return list(map(len, tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]))
-
-    return count
+    return token_counter(tokenizer)

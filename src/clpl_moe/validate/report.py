@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.data.formats import DataFile
+from clpl_moe.data.lengths import cut_off, percent
 from clpl_moe.data.schema import checked_lines, normalise
 from clpl_moe.data.scripts import script_of
 from clpl_moe.validate.answers import Answers
@@ -153,7 +154,7 @@ def table(report: FileReport) -> Iterator[str]:
             counts = np.array(figures.per_query[kind])
             rows[f"{name} per query"] = f"{counts.min():,} to {counts.max():,}, mean {counts.mean():.1f}"
         negatives = sum(figures.per_query["neg"])
-        rows["negatives with queries"] = f"{_share(figures.answered, negatives)} of {negatives:,}"
+        rows["negatives with queries"] = f"{percent(figures.answered, negatives)} of {negatives:,}"
         first = f", first in line {figures.first_equal_line:,}" if figures.first_equal_line else ""
         rows |= {"equal lines": f"{figures.equal_lines:,}{first}", **dict(figures.answers.rows())}
     width = max(map(len, rows))
@@ -177,10 +178,10 @@ def _table_of_texts(figures: Figures) -> Iterator[str]:
             continue
         cut = ["-", "-", "-"] if limit is None else [f"{limit:,}", "?", "?"]
         if limit is not None and figures.reading.count is not None:
-            over = np.maximum(lengths - limit, 0)
-            cut[1:] = [_share(int(np.count_nonzero(over)), len(over)), _share(int(over.sum()), int(lengths.sum()))]
+            texts, tokens = cut_off(lengths, limit)
+            cut[1:] = [percent(texts, len(lengths)), percent(tokens, int(lengths.sum()))]
         total = letters[kind].total()
-        scripts = [f"{name} {_share(count, total)}" for name, count in letters[kind].most_common(4)]
+        scripts = [f"{name} {percent(count, total)}" for name, count in letters[kind].most_common(4)]
         median, high = np.percentile(lengths, [50, 95])
         shape = [f"{lengths.mean():.1f}", f"{median:.0f}", f"{high:.0f}", f"{lengths.max():,}"]
         rows.append([kind, f"{len(lengths):,}", *shape, *cut, ", ".join(scripts) or "no letters"])
@@ -188,11 +189,3 @@ def _table_of_texts(figures: Figures) -> Iterator[str]:
     for row in rows:
         cells = [f"{cell:>{width}}" for cell, width in zip(row[1:-1], widths[1:-1])]
         yield f"  {row[0]:<{widths[0]}}  {'  '.join(cells)}  {row[-1]}"
-
-
-def _share(part: int, whole: int) -> str:
-    if not whole:
-        return "0%"
-    percent = 100 * part / whole
-    # A small share is not shown as 0%, nor a large one as 100%.
-    return f"{percent:.0f}%" if percent in (0, 100) else f"{min(max(percent, 0.1), 99.9):.1f}%"
