@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from clpl_moe import CLPLLoss
+from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import write_jsonl
 from clpl_moe.data.answers import KnownAnswers
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.train.__main__ import main
 from clpl_moe.train.arguments import CLPLDataArguments
+from clpl_moe.train.resume import check_same_run
 from helpers.tiny_training import arguments, make_runner, make_triplets
 
 
@@ -280,3 +282,21 @@ def test_known_answers():
     ]
     known.forget_single()
     assert [known.of(query).tolist() for query in (1, 2, 3)] == [[], [], [7, 9]]
+
+
+def test_distinct_batches(tiny_encoder, tmp_path):
+    """A run of before, whose config does not name the option, goes on without it only."""
+    lines = [line(f"q{i // 4}", f"p{i}", ["m", "n"]) for i in range(8)]
+    write_jsonl(tmp_path / "t.jsonl", lines)
+    batches = {}
+    for wanted in (True, False):
+        argv = arguments(tiny_encoder, tmp_path / "t.jsonl", tmp_path / "run", distinct_batches=wanted)
+        batches[wanted] = [[i for _, i in batch] for batch in make_runner(argv).data.batches]
+    assert all(len({i // 4 for i in batch}) == 2 for batch in batches[True])
+    assert not all(len({i // 4 for i in batch}) == 2 for batch in batches[False])
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "run" / "train_config.yaml").write_text("seed: 42\n")
+    check_same_run({"seed": 42, "distinct_batches": False}, checkpoint)
+    with pytest.raises(UserError, match="distinct_batches is True, but the run to resume has False"):
+        check_same_run({"seed": 42, "distinct_batches": True}, checkpoint)

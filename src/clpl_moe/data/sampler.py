@@ -11,29 +11,81 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from torch.utils.data import Sampler
 
 from clpl_moe.data.dataset import Draw
+from clpl_moe.data.near_copies import Marks
+
+_LOOKED_AT = 1000  # places, for an example that fits nowhere
 
 
 def plan_batches(
-    parts: Sequence[range], size: int, seed: int, epoch: int, *, drop_last: bool = False
+    parts: Sequence[range], size: int, seed: int, epoch: int, *, drop_last: bool = False, marks: Marks | None = None
 ) -> list[list[int]]:
     """The batches of an epoch: at most ``size`` numbers of examples of one part each, every example once.
 
-    With ``drop_last`` a part's last, incomplete batch is left out.
+    With ``drop_last`` a part's last, incomplete batch is left out. With ``marks`` no batch has two examples that share one,
+    as long as there are others left; the number of batches is the same.
     """
     rng = random.Random(f"{seed}-{epoch}")
     batches = []
     for part in parts:
         order = rng.sample(part, len(part))
+        order = order if marks is None else _apart(order, size, marks)
         end = len(order) // size * size if drop_last else len(order)
         batches += [order[start : start + size] for start in range(0, end, size)]
     rng.shuffle(batches)
     return batches
+
+
+def _apart(order: list[int], size: int, marks: Marks) -> list[int]:
+    """The numbers in another order, in which those of every ``size`` share no mark: one that does waits for a later batch. What
+    still waits at the end changes places with one of a batch before, or stays there."""
+    found: list[int] = []
+    forced: list[int] = []
+    coming, waiting = iter(order), deque[int]()
+    for start in range(0, len(order), size):
+        room, taken = min(size, len(order) - start), set[int]()
+        # Of those that wait, not more are looked at than may fit: many may wait for each other.
+        candidates = chain((waiting.popleft() for _ in range(min(len(waiting), 2 * size))), coming)
+        late: list[int] = []
+        for number in candidates:
+            own = marks[number]
+            if own.isdisjoint(taken):
+                taken |= own
+                found.append(number)
+                room -= 1
+                if not room:
+                    break
+            else:
+                late.append(number)
+        waiting.extend(late)
+        forced += range(len(found), len(found) + room)
+        found += [waiting.popleft() for _ in range(room)]
+    for place in forced:
+        _exchange(found, place, size, marks)
+    return found
+
+
+def _exchange(found: list[int], place: int, size: int, marks: Marks) -> None:
+    """Give a number's place to one of another batch, so that both share no mark with the others of their new batches."""
+
+    def fits(number: int, at: int) -> bool:
+        start = at // size * size
+        others = (found[i] for i in range(start, min(start + size, len(found))) if i != at)
+        return all(marks[number].isdisjoint(marks[other]) for other in others)
+
+    start = place // size * size
+    if fits(found[place], place):
+        return
+    for other in range(start - 1, max(-1, start - _LOOKED_AT), -1):
+        if fits(found[place], other) and fits(found[other], place):
+            found[place], found[other] = found[other], found[place]
+            return
 
 
 class EpochBatchSampler(Sampler[list[Draw]]):
@@ -47,6 +99,7 @@ class EpochBatchSampler(Sampler[list[Draw]]):
             before.
         separate_parts: whether each planned batch takes examples of one part only.
         drop_last: whether to leave out a part's last, incomplete batch.
+        marks: of the examples; a batch has none that share one, where this can be.
         even: whether all processes need equally many examples in each pass; a short pass is filled up with examples of its
             batch.
     """
@@ -64,6 +117,7 @@ class EpochBatchSampler(Sampler[list[Draw]]):
         separate_parts: bool = False,
         drop_last: bool = False,
         even: bool = False,
+        marks: Marks | None = None,
     ) -> None:
         ends = list(accumulate(part_sizes)) if separate_parts else [sum(part_sizes)]
         self.parts = [range(start, end) for start, end in zip([0, *ends], ends)]
@@ -75,6 +129,7 @@ class EpochBatchSampler(Sampler[list[Draw]]):
         self.num_processes = num_processes
         self.drop_last = drop_last
         self.even = even
+        self.marks = marks
         self.epoch = 0
         self._planned: tuple[int, list[list[int]]] | None = None
 
@@ -111,7 +166,8 @@ class EpochBatchSampler(Sampler[list[Draw]]):
 
     def _plan(self) -> list[list[int]]:
         if self._planned is None or self._planned[0] != self.epoch:
-            plan = plan_batches(self.parts, self.planned_size, self.seed, self.epoch, drop_last=self.drop_last)
+            options = {"drop_last": self.drop_last, "marks": self.marks}
+            plan = plan_batches(self.parts, self.planned_size, self.seed, self.epoch, **options)
             self._planned = self.epoch, plan
         return self._planned[1]
 

@@ -272,10 +272,10 @@ class CLPLModel(UnifiedModel):
             found = find_no_negatives(ids, offset + rows, answers)[:number]
             return found.scatter(1, (offset + own).unsqueeze(1), False)
 
-        masks = (mask(ids, 0),)
+        masks = [mask(ids, 0)]
         if self.negatives_cross_device:
-            masks += (gather_rows(mask(*gather_rows(ids)).to(torch.uint8))[0].bool(),)
-        return masks
+            masks.append(gather_rows(mask(*gather_rows(ids)).to(torch.uint8))[0].bool())
+        return tuple(masks)
 
     def _embed(self, texts: PackedTexts) -> Tensor:
         """Dense embeddings (n, D) of packed texts; in training with gradient caching, where it is on."""

@@ -85,6 +85,11 @@ class DataOptions:
     queries_per_negative: int = option(
         "At most so many queries of each negative are used in a step.", 1, least=0, most=1_000
     )
+    distinct_batches: bool = option(
+        "No step has two examples whose queries are the same, or whose positives are near copies of each other: what no key"
+        " tells to be the same text would be a negative. Takes time at the start: a million passages some minutes.",
+        False,
+    )
     query_instruction_for_retrieval: str | None = option(
         "Prompt before each query; not given: the prompt in the base model's folder.", None
     )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.data.dataset import CLPLTrainDataset
+from clpl_moe.data.near_copies import mark_examples
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.moe.inject import has_experts
@@ -50,6 +51,7 @@ def open_data(data_args: CLPLDataArguments, args: CLPLTrainingArguments, whole_s
         separate_parts=data_args.same_dataset_within_batch,
         drop_last=args.dataloader_drop_last,
         even=args.negatives_cross_device,
+        marks=mark_examples(dataset.dataset) if data_args.distinct_batches else None,
     )
     if len(batches) == 0:  # a run would end without a step
         raise UserError(

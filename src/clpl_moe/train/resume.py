@@ -35,7 +35,7 @@ _FIXED_IN_A_RUN = (
     "optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     # They decide which examples an epoch has, and their order: some would come twice, others never.
     "seed", "data_seed", "same_dataset_within_batch", "small_threshold", "drop_threshold", "max_example_num_per_dataset",
-    "dataloader_drop_last",
+    "dataloader_drop_last", "distinct_batches",
 )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def check_same_run(config: dict[str, object], checkpoint: str | Path, whole_step
     path = Path(checkpoint).parent / CONFIG_FILE
     if not path.is_file():
         return
-    before = load_yaml(path)
+    before = {"distinct_batches": False} | load_yaml(path)  # runs of before did not know it
     names = sorted((before.keys() | config.keys()) - {"output_dir", "dry_run", "stop_on_sigusr1", *WITHOUT_EFFECT})
     changed = {name: (before.get(name), config.get(name)) for name in names if before.get(name) != config.get(name)}
     for name in (*_FIXED_IN_A_RUN, *(() if whole_steps else _DIVISION)):
