@@ -1,4 +1,7 @@
+import contextlib
+import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -160,6 +163,38 @@ def test_processes_share_the_encoding_of_the_guide(tiny_encoder, guide, tmp_path
     assert {record["query_id"]: record for _, record in read_jsonl(output)} == one
     assert done.stdout.count("wrote 0") > 3  # six shards by the model, and the guide's
     assert done.stdout.count("wrote 1") > 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "refused"),
+    [
+        (
+            "config.json",
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}},
+            "set trust_remote_code",
+        ),
+        (
+            "tokenizer_config.json",
+            {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}},
+            False,
+        ),  # it has a stock class
+        ("modules.json", [{"idx": 0, "name": "0", "path": "", "type": "own.Own"}], "found a module 'Own'"),
+    ],
+)
+def test_own_code_of_a_guide_is_not_run(tiny_encoder, guide, tmp_path, capsys, name, content, refused):
+    own = shutil.copytree(guide, tmp_path / "own")
+    (own / "own.py").write_text(
+        'from pathlib import Path\nPath(__file__).with_name("ran").touch()\nclass Own:\n    pass\n'
+    )
+    (own / name).write_text(
+        json.dumps(json.loads((own / name).read_text()) | content if isinstance(content, dict) else content)
+    )
+    folder = make_collection(tmp_path)
+    with pytest.raises(SystemExit) if refused else contextlib.nullcontext():
+        run(tiny_encoder, folder, guide=own)
+    assert not (own / "ran").exists()
+    assert (folder / "train.jsonl").exists() == (refused is None)
+    assert (refused or "") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
