@@ -199,8 +199,13 @@ def check_id(identifier: str, path: str | Path, line: int | None, field: str) ->
 
     White space is ASCII's there: an id may hold, say, a space that does not break.
     """
-    if not identifier or _CUTS_IDS.search(identifier):
+    if not is_id(identifier):
         raise UserError(f"{at(path, line, field)}: found {identifier!r}, expected an id without white space")
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value is an id that TREC's files and trec_eval take."""
+    return isinstance(value, str) and value != "" and _CUTS_IDS.search(value) is None
 
 
 def read_id(value: Any) -> Any:
