@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before transformers is imported: tests need no network, and leave no code of model folders in the cache.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,12 @@ if shutil.which("nvidia-smi") is None:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="clpl-moe-modules-")
+
+
+# Property tests try other cases in each run, and those again that failed; CI tries the same ones each time.
+if os.environ.get("CI"):
+    settings.register_profile("ci", derandomize=True, database=None, deadline=None, print_blob=True)
+    settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,8 @@
 
 A tokenizer reads a whole text before it truncates: seconds for a megabyte. Where it looks at each word by itself, the tokens up
 to a white space are those of the whole text. Within a word without any, as in Chinese, the longest piece bounds how far a cut
-can be seen: if all cuts within such a window have the same first tokens, so has the whole text.
+can be seen: if all cuts within such a window have the same first tokens, so has the whole text. Other texts (a million times one
+letter, BPE without white space) are read whole: a megabyte takes 1 to 3 seconds.
 """
 
 from __future__ import annotations

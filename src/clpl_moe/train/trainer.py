@@ -279,12 +279,16 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
                     getattr(trained, Path(name).stem).load_state_dict(state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
-        groups = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
-        schedule = self.lr_scheduler.state_dict()
         with _told_if_it_does_not_fit(f"{Path(checkpoint) / 'scheduler.pt'} or optimizer.pt"):
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # their files are their own
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            groups = [
+                {name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups
+            ]
+            schedule = self.lr_scheduler.state_dict()
             super()._load_optimizer_and_scheduler(checkpoint)
             if found := unlike(self.optimizer.param_groups, groups) or unlike(self.lr_scheduler.state_dict(), schedule):
                 raise ValueError(found)
