@@ -172,6 +172,12 @@ def test_files_that_a_killed_job_began_are_replaced_and_others_are_not(llm, tmp_
         ({"request_options": '{"top_p": NaN}'}, "expected a JSON object"),
         ({"request_options": '{"top_p": "\\ud800"}'}, "expected a JSON object"),
         ({"request_options": "[" * 3000 + "]" * 3000}, "expected a JSON object"),
+        (
+            {"request_options": '{"extra_headers": {"Ocp-Apim-Subscription-Key": "x"}}'},
+            "'Ocp-Apim-Subscription-Key', which",
+        ),
+        ({"request_options": '{"extra_body": [{"clientSecret": "x"}]}'}, "holds 'clientSecret'"),
+        ({"request_options": '{"OPENAI_API_KEY": "x"}'}, "holds 'OPENAI_API_KEY'"),
         ({"temperature": "inf"}, "--temperature: found inf"),
         ({"temperature": "1e-320"}, "--temperature: found 1e-320, expected 0 or at least 0.001"),
         ({"round_trip_model": "no/where"}, "no/where: neither a folder here nor a model"),

@@ -56,6 +56,11 @@ def training(**options):
         ({"auto_find_batch_size": True}, "no effect in this training: lower per_device_train_batch_size"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, and has no effect"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is 5.0, and has no effect"),
+        (
+            {"torch_compile": True, "torch_compile_mode": "fast"},
+            "torch_compile_mode is 'fast': choose one of default, ",
+        ),
+        ({"torch_compile_backend": "none"}, "torch_compile_backend is 'none': choose one of "),
     ],
 )
 def test_training_options_that_do_not_fit(options, message):

@@ -96,15 +96,19 @@ class AskingArguments:
         return output.with_name(f"{output.name.removesuffix('.jsonl')}.{what}.jsonl")
 
 
+# The name of a field without all that is no letter: OPENAI_API_KEY, Ocp-Apim-Subscription-Key, clientSecret.
 _SECRET = re.compile(
-    r"(x[-_])?(api[-_]?key|authorization|(access|auth|api|bearer)[-_]?token|token|secret|password)", re.I
+    r".*(api|access|private|secret|subscription|account|client)key|.*(secret|password|passwd|authorization|credentials?)"
+    r"|.*(access|auth|api|bearer|hf|hub|session|refresh|id)token|token|auth|bearer|cookie"
 )
 
 
 def _secret_field(value: Any) -> str | None:
     """The first name of a field, at any depth, that stands for a key."""
     if isinstance(value, dict):
-        return next((n for n in value if _SECRET.fullmatch(n)), None) or _secret_field(list(value.values()))
+        return next((n for n in value if _SECRET.fullmatch(re.sub("[^a-z]", "", n.lower()))), None) or _secret_field(
+            list(value.values())
+        )
     if isinstance(value, list):
         return next((found for v in value if (found := _secret_field(v)) is not None), None)
     return None

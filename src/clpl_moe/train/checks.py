@@ -73,8 +73,24 @@ def check_options(args: CLPLTrainingArguments) -> None:
     if args.guide_margin is not None and not args.mask_duplicates:
         raise ValueError("guide_margin leaves out negatives as mask_duplicates does: set that to true")
     args.loss_options()
+    _check_compiling(args)
     _check_evaluation(args)
     _check_refreshes(args)
+
+
+def _check_compiling(args: CLPLTrainingArguments) -> None:
+    """Refuse what torch would at the first step."""
+    if not args.torch_compile and args.torch_compile_backend is None and args.torch_compile_mode is None:
+        return
+    import torch
+
+    known = {
+        "torch_compile_backend": torch._dynamo.list_backends(exclude_tags=()),
+        "torch_compile_mode": ["default", *torch._inductor.list_mode_options()],
+    }
+    for name, choices in known.items():
+        if (value := getattr(args, name)) is not None and value not in choices:
+            raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
 
 
 def _check_evaluation(args: CLPLTrainingArguments) -> None:
