@@ -286,7 +286,7 @@ def test_known_answers():
 
 def test_distinct_batches(tiny_encoder, tmp_path):
     """A run of before, whose config does not name the option, goes on without it only."""
-    lines = [line(f"q{i // 4}", f"p{i}", ["m", "n"]) for i in range(8)]
+    lines = [line(f"q{i // 4}", f"p{i}", ["m", "n"]) for i in range(12)]
     write_jsonl(tmp_path / "t.jsonl", lines)
     batches = {}
     for wanted in (True, False):
