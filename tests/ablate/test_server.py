@@ -68,6 +68,20 @@ def test_commands_run_side_by_side(start):
     assert slow.wait() is None
 
 
+def test_commands_end_with_a_caller_that_was_killed(tmp_path):
+    """Its socket closes then."""
+    (tmp_path / "a_job.py").write_text(JOB)
+    server = Server(os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])})
+    with (tmp_path / "log").open("wb") as log:
+        process = server.start("a_job", ["wait"], dict(os.environ), log.fileno())
+    while not (tmp_path / "log").read_text():
+        time.sleep(0.05)
+    began = time.monotonic()
+    assert server.close() == 0
+    assert process.wait() is None
+    assert time.monotonic() - began < 30
+
+
 def test_no_process_begins_without_a_server(tmp_path):
     server = Server(os.environ | {"PYTHONPATH": "", "PYTHONHOME": str(tmp_path)})  # no Python that could start
     with (tmp_path / "file").open("w") as file, pytest.raises(ServerEnded) as caught:

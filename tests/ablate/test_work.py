@@ -2,7 +2,9 @@ import sys
 
 import pytest
 
-from clpl_moe.ablate.work import CommandError, Workshop
+from clpl_moe.ablate.work import CommandError, Workshop, clear
+from clpl_moe.common.output import WORK_FOLDER
+from helpers.ablation import finish, plan
 
 
 def test_a_failed_job_is_reported_and_the_rest_goes_on():
@@ -22,6 +24,24 @@ def test_the_reason_of_a_failure_is_none_of_an_earlier_one(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(CommandError, match="code 1: it said nothing"):
         Workshop(1).call("train", {}, tmp_path)
+
+
+def test_a_finished_run_that_was_killed_at_its_end_leaves_no_weights(configuration):
+    run = plan(configuration).runs[1]
+    finish(run, 0.5)
+    left = [run.folder / WORK_FOLDER / "lock", *(run.folder / "model" / name for name in ("a.safetensors", "b.json"))]
+    left.append(run.folder / "model" / "checkpoint-1" / "c.pt")
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    clear(run, keep_model=True)
+    assert [path.exists() for path in left] == [False, True, True, False]
+    left[0].parent.mkdir()
+    clear(run, keep_model=False)
+    assert [path.exists() for path in left] == [False, False, True, False]
+    left[1].touch()
+    clear(run, keep_model=False)  # not one that was not killed
+    assert left[1].exists()
 
 
 def test_cores_are_shared_between_runs(monkeypatch):

@@ -82,6 +82,12 @@ def _ablate(arguments: AblateArguments) -> Ablation:
     print(f"{sum(run.result() is not None for run in chosen)} of {len(chosen)} runs are finished", file=sys.stderr)
     if arguments.dry_run:
         return state(to_do={str(job): job.folder for job in minings} | {str(run): run.folder for run in todo})
+    for run in chosen:
+        if run.result() is not None:
+            work.clear(run, arguments.keep_models)
+    for job in plan.minings:
+        if job.finished:
+            work.clear(job, arguments.keep_models)
     with work.Workshop(arguments.parallel) as shop:
         for collection in plan.collections:
             if not collection.finished:

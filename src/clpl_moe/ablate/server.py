@@ -95,16 +95,22 @@ class Server:
         return Process(int(pid), status)
 
     def close(self) -> int:
-        """End the server, not its commands; returns its exit code."""
+        """End the server and its commands; returns its exit code."""
         self._socket.close()
         return self._server.wait()
 
 
 def serve(requests: socket.socket) -> dict[str, Any] | None:
-    """Fork a process for each request. Returns None in the server, when the caller is gone, and its request in each child."""
+    """Fork a process for each request. Returns its request in each child, and None in the server, when the caller is gone:
+    nobody waits for the children any more, so they are told to end."""
+    children: list[int] = []
     while True:
         header, files, _, _ = socket.recv_fds(requests, _LENGTH.size, 2)
+        # Until it is waited for, no other process gets the id of one that has ended.
+        children = [pid for pid in children if not os.waitpid(pid, os.WNOHANG)[0]]
         if len(header) < _LENGTH.size:
+            for pid in children:
+                os.kill(pid, signal.SIGTERM)
             return None
         (length,) = _LENGTH.unpack(header)
         content = b""
@@ -112,13 +118,14 @@ def serve(requests: socket.socket) -> dict[str, Any] | None:
             content += part
         if len(content) < length:
             return None
-        if os.fork() == 0:
+        if (child := os.fork()) == 0:
             requests.close()
             log, status = files
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.close(log)
             return json.loads(content) | {"status": status}
+        children.append(child)
         for file in files:
             os.close(file)
 
@@ -164,11 +171,9 @@ def main() -> None:
     for name in PRELOADED:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the pipe tells of a child's end
     request = serve(requests)
     if request is None:
         return
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     environment = request.pop("environment")
     os.environ.clear()

@@ -5,6 +5,7 @@ Mining, training and evaluation are commands in processes of their own, forked f
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -25,7 +26,7 @@ from clpl_moe.ablate.server import Process, Server, ServerEnded
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import atomic_open, write_json
 from clpl_moe.common.machine import machine, usable_cores, versions
-from clpl_moe.common.output import writing
+from clpl_moe.common.output import WORK_FOLDER, writing
 from clpl_moe.evaluate.tasks import METRICS_FILE, read_result
 from clpl_moe.report.course import RunCourse
 
@@ -166,12 +167,25 @@ def train_and_evaluate(shop: Workshop, run: Run, keep_model: bool, metric: str) 
             "versions": versions(),
         }
         write_json(run.folder / RUN_FILE, content)
-        for path in model.glob("checkpoint-*"):
-            shutil.rmtree(path)
-        for pattern in () if keep_model else ("*.safetensors", "*.bin", "*.pt"):
-            for path in model.glob(pattern):
-                path.unlink()
+        _remove_weights(run, keep_model)
     return f"{metric} {run.metric(metric):.4f}"
+
+
+def clear(job: MineJob | Run, keep_model: bool) -> None:
+    """Clear the folder of a finished job that was killed at its very end."""
+    if (job.folder / WORK_FOLDER).exists():
+        with contextlib.suppress(UserError), writing(job.folder, inside=True):
+            if isinstance(job, Run):
+                _remove_weights(job, keep_model)
+
+
+def _remove_weights(run: Run, keep_model: bool) -> None:
+    """Remove checkpoints and, unless it is to be kept, the model."""
+    for path in run.folder.glob("model/checkpoint-*"):
+        shutil.rmtree(path)
+    for pattern in () if keep_model else ("*.safetensors", "*.bin", "*.pt"):
+        for path in run.folder.glob(f"model/{pattern}"):
+            path.unlink()
 
 
 def _fill(value: Any, places: dict[str, str]) -> Any:
