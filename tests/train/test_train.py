@@ -116,7 +116,8 @@ def test_what_the_command_prints(tiny_encoder, tmp_path):
     )  # fmt: skip
     command = [sys.executable, "-m", "clpl_moe.train", *argv]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
+    said, _, verdict = done.stdout.partition("\n\nTraining did not help")
+    lines = said.splitlines()
     names = [
         "base model",
         "experts",
@@ -134,6 +135,7 @@ def test_what_the_command_prints(tiny_encoder, tmp_path):
     after = [record["eval_ndcg@10"] for record in read_metrics(tmp_path / "run") if "eval_ndcg@10" in record]
     assert [line.split()[0] for line in lines[-3:-1]] == ["before", "after"]
     assert [float(line.split()[2]) for line in lines[-3:-1]] == pytest.approx([after[0], after[-1]], abs=5e-5)
+    assert bool(verdict) == (after[-1] <= after[0])
     following = lines[-1].removeprefix("Next: python -m clpl_moe.evaluate ").split()
     assert following[:3] == ["--model", str(tiny_encoder), str(tmp_path / "run")]
     assert following[following.index("--collection") + 1] == str(dev)

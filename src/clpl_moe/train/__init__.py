@@ -22,6 +22,7 @@ from clpl_moe.train.options import OPTIONS
 if TYPE_CHECKING:
     from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
     from clpl_moe.train.plan import Plan
+    from clpl_moe.train.verdict import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class TrainResult:
         plan: what the run was.
         merged: with ``merge_experts``, the folder of the model with its experts merged.
         after_merging: the metrics of that model; None where it was not evaluated.
+        verdict: where training did not beat the base model on the dev collection: likely causes, and what to try.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class TrainResult:
     plan: Plan
     merged: Path | None = None
     after_merging: dict[str, float] | None = None
+    verdict: Verdict | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -64,7 +67,8 @@ class TrainResult:
             for label, metrics in (("before", self.before), ("after", self.after), ("merged", self.after_merging)):
                 if metrics is not None:
                     lines.append(f"{label:<10}" + "".join(f"{metrics[name]:>10.4f}" for name in names))
-        return "\n".join([*lines, f"Next: {self.next_command()}"])
+        lines.append(f"Next: {self.next_command()}")
+        return "\n".join(lines if self.verdict is None else [*lines, "", str(self.verdict)])
 
     def next_command(self) -> str:
         """The command that compares the trained model with its base model."""

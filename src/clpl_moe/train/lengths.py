@@ -24,7 +24,7 @@ from clpl_moe.train.resume import CONFIG_FILE
 logger = logging.getLogger(__name__)
 
 _LONGEST = 8_192  # that is counted, unless an encoder has more positions
-_MOST_CUT = 0.1  # share of texts; more is warned of
+MOST_CUT = 0.1  # share of texts; more is warned of
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def choose_lengths(
     cut = {option: (cut_off(lengths, limits[option])[0], len(lengths)) for option, lengths in found.items()}
     lengths = Lengths(limits, from_data, cut)
     for kind in _KINDS:
-        if lengths.share(kind.option) > _MOST_CUT:
+        if lengths.share(kind.option) > MOST_CUT:
             _warn(kind, lengths, found[kind.option], most)
     return lengths
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -38,6 +39,7 @@ from clpl_moe.train.model import CLPLModel
 from clpl_moe.train.options import DEV_METRICS
 from clpl_moe.train.plan import Plan, describe, open_data
 from clpl_moe.train.trainer import CLPLTrainer, lengths_of, set_lengths
+from clpl_moe.train.verdict import verdict_of
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +280,8 @@ class CLPLRunner:
         saved_step = state.global_step
         if best is not None and args.load_best_model_at_end:
             saved_step = int(best.rpartition("-")[2])
-        merged, evaluated = None, self._evaluations()
+        merged, records = None, self._records()
+        evaluated = _evaluations(records)
         before, saved, changed = evaluated.get(0), evaluated.get(saved_step), saved_step > 0
         if self.trainer.is_world_process_zero():
             write_model_card(
@@ -295,6 +298,7 @@ class CLPLRunner:
             plan=self.plan,
             merged=output_dir / MERGED_FOLDER if args.merge_experts else None,
             after_merging=merged,
+            verdict=verdict_of(self.plan, records, output_dir),
         )
 
     def _save_merged(self) -> dict[str, float] | None:
@@ -311,12 +315,16 @@ class CLPLRunner:
         found = evaluator(Encoder.load(folder, device=args.device, compute_dtype=args.encode_dtype))
         return {known: found[name] for name, known in DEV_METRICS.items()} if found else None
 
-    def _evaluations(self) -> dict[int, dict[str, float]]:
-        """Metrics of the dev collection after each step with an evaluation; the latest, where there were several."""
+    def _records(self) -> list[dict[str, Any]]:
+        """The course of the run as the first process has it, so that all say the same of it."""
         course = self.training_args.folder / METRICS_FILE
-        records = read_metrics(course) if course.exists() else []
-        return {
-            record["step"]: {shown: record[f"eval_{name}"] for name, shown in DEV_METRICS.items()}
-            for record in records
-            if all(isinstance(record.get(f"eval_{name}"), float) for name in DEV_METRICS)
-        }
+        return self.trainer.of_first(read_metrics(course) if course.exists() else [])
+
+
+def _evaluations(records: Sequence[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """Metrics of the dev collection after each step with an evaluation; the latest, where there were several."""
+    return {
+        record["step"]: {shown: record[f"eval_{name}"] for name, shown in DEV_METRICS.items()}
+        for record in records
+        if all(isinstance(record.get(f"eval_{name}"), float) for name in DEV_METRICS)
+    }

@@ -187,6 +187,10 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         """Until all processes have come here."""
         self._gather_objects(None)
 
+    def of_first(self, value: Any) -> Any:
+        """The first process's value; all have to call this."""
+        return self._gather_objects(value)[0]
+
     def _gather_objects(self, value: Any) -> list[Any]:
         if self.args.world_size == 1:
             return [value]
@@ -200,7 +204,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             raise ValueError("there is no dev collection to evaluate on: set dev_collection")
         start = time.perf_counter()
         # Rounded otherwise, processes would choose other best checkpoints, and stop after other steps: the first one's count.
-        found = self._gather_objects(self.evaluator(self._current_encoder()))[0]
+        found = self.of_first(self.evaluator(self._current_encoder()))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - start, 2)
         self.log(metrics)
