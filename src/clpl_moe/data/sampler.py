@@ -166,9 +166,8 @@ class EpochBatchSampler(Sampler[list[Draw]]):
 
     def _plan(self) -> list[list[int]]:
         if self._planned is None or self._planned[0] != self.epoch:
-            options = {"drop_last": self.drop_last, "marks": self.marks}
-            plan = plan_batches(self.parts, self.planned_size, self.seed, self.epoch, **options)
-            self._planned = self.epoch, plan
+            at = self.planned_size, self.seed, self.epoch
+            self._planned = self.epoch, plan_batches(self.parts, *at, drop_last=self.drop_last, marks=self.marks)
         return self._planned[1]
 
     def _count(self, examples: int, number: int, rank: int) -> int:
