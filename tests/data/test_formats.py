@@ -18,6 +18,7 @@ from clpl_moe.data.schema import checked_lines, read_examples
 from clpl_moe.train.arguments import CLPLDataArguments
 from helpers.tiny_training import make_triplets, write_triplets
 
+# EmbeddingQAFinetuneDataset.save_json of llama-index-finetuning 0.4.2.
 LLAMA_INDEX = Path(__file__).parents[1] / "fixtures" / "llama_index.json"
 ROWS = {
     "anchor": ["다리는 언제 열렸나요?", 'Who said "no"?', "پل کی باز شد؟"],

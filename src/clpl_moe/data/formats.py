@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,7 +89,8 @@ class DataFile:
 
     def resolved(self) -> DataFile:
         """The same file, however it may be reached."""
-        return self if self.is_hub else DataFile(self.name, str(Path(self.path).resolve()), dict(self.settings))
+        path = self.path if self.is_hub else str(Path(self.path).resolve())
+        return DataFile(self.name, path, dict(self.settings))
 
     def digest(self) -> str:
         """A hash of the content and of the settings that decide what is read of it."""
@@ -255,7 +257,8 @@ def _files_of(entry: str) -> list[DataFile]:
     if name.startswith(HUB):
         return [DataFile(str(entry), name, settings)]
     if not path.exists():
-        hint = "" if "/" not in name.strip("./") else f"; a data set of the hub is {HUB}{name}"
+        of_the_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and Path(name).suffix not in _ENDINGS
+        hint = f"; a data set of the hub is {HUB}{name}" if of_the_hub else ""
         raise UserError(f"{at(path)}: no such file or folder, expected training data (train_data){hint}")
     split = settings.pop("split", None)
     if path.is_dir() and (path / "dataset_dict.json").is_file():
