@@ -7,6 +7,7 @@ Texts go by their ids (:func:`clpl_moe.common.text_key.text_id`), so that all co
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +38,13 @@ class KnownAnswers:
 
     def hold(self, pairs: Pairs) -> np.ndarray:
         """Which of the pairs are known; (K,) bool."""
-        return np.isin(_joined(pairs), _joined((self._queries, self._answers)))
+        wanted = _joined(pairs)
+        places = np.minimum(np.searchsorted(self._sorted, wanted), max(0, len(self._sorted) - 1))
+        return self._sorted[places] == wanted if len(self._sorted) else np.zeros(len(wanted), dtype=bool)
+
+    @cached_property
+    def _sorted(self) -> np.ndarray:
+        return np.sort(_joined((self._queries, self._answers)))
 
     def forget_single(self) -> None:
         """Keep queries with several answers only: the one answer of a query comes with each of its examples."""
@@ -46,6 +53,7 @@ class KnownAnswers:
         counts = np.diff(np.append(np.flatnonzero(new), len(new)))
         several = np.repeat(counts > 1, counts)
         self._queries, self._answers = self._queries[several], self._answers[several]
+        self.__dict__.pop("_sorted", None)
 
 
 def _joined(pairs: Pairs) -> np.ndarray:
