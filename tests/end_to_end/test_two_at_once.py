@@ -42,7 +42,7 @@ COMMANDS = {
     "report": (report, "out", False),
     "card": (card, "run", True),
     "small_encoder": (small_encoder, "out", False),
-    "quickstart": (quickstart, "out", True),
+    "quickstart": (quickstart, "results", True),
 }
 
 
@@ -72,7 +72,7 @@ def command_line(command, folder, model):
         "report": [make_data(folder / "report") / "run", "--output", output],
         "card": ["--run", folder / "run", "--after", make_data(folder / "card") / "after"],
         "small_encoder": ["--output", output],
-        "quickstart": ["--model", model, "--output_dir", output, "--results", folder / "results"],
+        "quickstart": ["--model", model, "--output_dir", folder / "out", "--results", output],
     }[command]
 
 
@@ -121,7 +121,7 @@ atexit.register(lambda: print("torch" if "torch" in sys.modules else "no torch",
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 # Here they would fail, or take long.
-WITHOUT_END = ("synthesize", "card", "small_encoder", "quickstart", "ablate")
+WITHOUT_END = ("synthesize", "judge", "card", "small_encoder", "quickstart", "ablate")
 
 
 def module_of(command):

@@ -13,7 +13,7 @@ from typing import Any
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.cli import read_config
-from clpl_moe.common.output import refuse_taken
+from clpl_moe.common.output import refuse_taken, writing
 from clpl_moe.evaluate import Evaluation, evaluate
 from clpl_moe.quickstart.options import QuickstartArguments
 from clpl_moe.small_encoder import small_encoder
@@ -52,8 +52,12 @@ def quickstart(arguments: QuickstartArguments) -> Quickstart:
     Raises:
         UserError: the small encoder's weights cannot be had, or another folder is in the way of the run.
     """
-    for folder in (arguments.output_dir, arguments.results):
-        refuse_taken(folder, inside=True)
+    refuse_taken(arguments.output_dir, inside=True)  # whether the folder exists decides how training begins
+    with writing(arguments.results, inside=True):
+        return _quickstart(arguments)
+
+
+def _quickstart(arguments: QuickstartArguments) -> Quickstart:
     _, config = read_config(_CONFIG)
     model, run = Path(arguments.model), Path(arguments.output_dir)
     if (model / "config.json").is_file():
