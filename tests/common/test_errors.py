@@ -137,3 +137,11 @@ def test_ctrl_c_is_not_lost_while_python_removes_an_object(capfd):
     assert stopped.value.code == 130
     assert capfd.readouterr().err == "interrupted\n"
     assert time.monotonic() - started < 10
+
+
+def test_a_command_shows_a_warning_without_the_line_of_code():
+    code = (
+        "import warnings; from clpl_moe.common.errors import command; command(lambda: warnings.warn('a\\x1b thing'))()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "warning: a\\x1b thing\n"

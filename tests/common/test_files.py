@@ -118,6 +118,8 @@ def test_overwrite_replaces_outputs_of_its_kind_only(tmp_path):
         (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=r"thesis.tex: not written by this command"):
         refuse_existing(tmp_path, True, files=names)
+    with pytest.raises(UserError, match="found a file, expected a folder with corpus.jsonl to replace"):
+        refuse_existing(tmp_path / "thesis.tex", True, files=names)
     (tmp_path / "thesis.tex").unlink()
     refuse_existing(tmp_path, True, files=names)
     (tmp_path / "empty").mkdir()

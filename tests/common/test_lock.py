@@ -25,9 +25,12 @@ time.sleep(600)
 # The child of a process that is killed outlives it, as a data loader's worker may.
 FORK = """
 import os
+runs, says = os.pipe()
 if (child := os.fork()) == 0:
     os.close(1)
+    os.write(says, b".")
     time.sleep(600)
+os.read(runs, 1)
 print(child, flush=True)
 """
 

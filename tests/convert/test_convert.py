@@ -79,11 +79,15 @@ def test_a_table_trains_with_sentence_transformers(tiny_encoder, own, tmp_path):
 
 def test_lines_with_fewer_negatives_are_left_out_and_counted(uneven, tmp_path):
     out = tmp_path / "st.jsonl"
-    assert convert(train_data=[uneven], output=out, to="sentence_transformers").counts == {"lines": 4, "rows": 4}
+    counts = convert(train_data=[uneven], output=out, to="sentence_transformers").counts
+    assert counts == {"lines": 4, "rows": 4, "negatives left out": 6}  # one line has none
     assert lines(out)[1] == {"anchor": "q1", "positive": "p1"}
     given = {"train_data": [uneven], "output": out, "to": "sentence_transformers", "overwrite": True}
     counts = convert(**given, negatives=1).counts
-    assert counts == {"negatives of each row": 1, "lines": 3, "rows": 3, "lines left out: fewer negatives": 1}
+    assert counts == {
+        **{"negatives of each row": 1, "lines": 3, "rows": 3},
+        **{"negatives left out": 3, "lines left out: fewer negatives": 1},
+    }
     assert lines(out)[0] == {"anchor": "q1", "positive": "p1", "negative": "n10"}
 
 

@@ -291,6 +291,7 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
         ("t.csv,spilt=train", "unknown setting 'spilt'; did you mean 'split'?"),
         ("t.csv,split=train", "found split=train, which is for hub:NAME"),
         ("t.csv,query=", "the setting 'query' has no value"),
+        ("hub:", "found no name of a data set after hub:"),
         ("t.csv,header=no", "found header=no, expected true or false"),
         ("owner/name", r"owner/name: no such file or folder, .*; a data set of the hub is hub:owner/name"),
         ("a,b.jsonl", "a,b.jsonl: no such file or folder"),

@@ -348,6 +348,9 @@ def test_training_names_the_first_fault_and_counts_all(tiny_encoder, tmp_path, c
     assert f"error: {path}:2: field 'pos': found an empty list" in err
     assert f"(the first of 3 faults; python -m clpl_moe.validate {path} lists them)" in err
     assert run(capsys, path)[2][-1] == "error: 3 faults: training would refuse these data"
+    write_jsonl(path, [GOOD, GOOD])  # without scores
+    err = refused(arguments(tiny_encoder, path, tmp_path / "run", knowledge_distillation=True), capsys)
+    assert f"{path} --knowledge_distillation true lists them" in err
 
 
 @pytest.mark.slow

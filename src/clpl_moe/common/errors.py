@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -87,7 +88,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs) -> None:
-        terminates, hook = _catch_signals(), sys.unraisablehook
+        terminates, hook, layout = _catch_signals(), sys.unraisablehook, warnings.formatwarning
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"  # no line of code
         sys.unraisablehook = functools.partial(_signal_again, hook)
         try:
             with _interruptions_first():
@@ -114,7 +116,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
         finally:
-            sys.unraisablehook = hook
+            sys.unraisablehook, warnings.formatwarning = hook, layout
             if terminates:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

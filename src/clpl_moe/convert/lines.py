@@ -78,6 +78,7 @@ def _rows(lines: Lines, negatives: int, counts: Counter[str]) -> Iterator[list[s
             counts["lines left out: fewer negatives"] += 1
             continue
         counts["lines"] += 1
+        counts["negatives left out"] += len(line["neg"]) - negatives
         for positive in line["pos"]:
             counts["rows"] += 1
             yield [line["query"], positive, *line["neg"][:negatives]]

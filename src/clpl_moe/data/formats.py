@@ -255,6 +255,8 @@ def _files_of(entry: str) -> list[DataFile]:
     name, settings = _parse(entry)
     path = Path(name)
     if name.startswith(HUB):
+        if name == HUB:
+            raise UserError(f"train_data: found no name of a data set after {HUB}")
         return [DataFile(str(entry), name, settings)]
     if not path.exists():
         of_the_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and Path(name).suffix not in _ENDINGS

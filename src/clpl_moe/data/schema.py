@@ -103,7 +103,8 @@ def read_examples(file: DataFile | str | Path, *, with_scores: bool = False) -> 
         elif line.record is not None and not count:
             yield normalise(line.record, keep_scores=with_scores)
     if count > 1:
-        first += f" (the first of {count:,} faults; {command_name('clpl_moe.validate')} {file.name} lists them)"
+        asked = " --knowledge_distillation true" if with_scores else ""
+        first += f" (the first of {count:,} faults; {command_name('clpl_moe.validate')} {file.name}{asked} lists them)"
     if count:
         raise UserError(first)
 
