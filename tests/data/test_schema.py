@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from clpl_moe.common.errors import UserError
-from clpl_moe.data.schema import data_files, find_faults, normalise, read_examples
+from clpl_moe.data.formats import data_files
+from clpl_moe.data.schema import find_faults, normalise, read_examples
 from helpers.tiny_training import arguments, make_triplets, refused
 
 GOOD = {"query": "q", "pos": ["p"], "neg": ["n", "m"], "neg_q": ["a", None]}

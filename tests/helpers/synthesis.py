@@ -1,8 +1,11 @@
 """Synthesis with a server that misbehaves on purpose: training files, its command line, and what it wrote."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +84,42 @@ def results(folder):
 
 def json_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def start(module, argv, **environment):
+    """A command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+        # Which tests that run in the background of a shell ignore, and what they start with them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def kill_while_answers_are_held(job, server, journal, enough, paid, seconds=60):
+    """Kill a job after ``enough`` answers of the kinds ``paid``, while all that is under way is with the server, which holds its
+    answers: nothing at all is lost. What the job said."""
+    wait_for(lambda: (server.folder / "log.jsonl").exists() and len(server.log(*paid)) > enough, seconds)
+    (server.folder / "hold").touch()
+    wait_for(lambda: len(json_lines(journal)) == 1 + len(server.log(*paid)), seconds)
+    time.sleep(0.5)
+    job.send_signal(signal.SIGKILL)
+    said = job.communicate()
+    assert job.returncode == -signal.SIGKILL
+    assert len(json_lines(journal)) == 1 + len(server.log(*paid))
+    wait_for(lambda: len(server.log("gone")) >= 1, seconds)
+    (server.folder / "hold").unlink()
+    return said
 
 
 def good(number):

@@ -1,11 +1,7 @@
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 
 import pytest
@@ -14,7 +10,7 @@ from clpl_moe.judge.__main__ import main
 from clpl_moe.validate import validate
 from helpers.holding import held
 from helpers.judging import asked, false_negatives, line, query, results, train_file
-from helpers.synthesis import arguments, json_lines, refused
+from helpers.synthesis import arguments, json_lines, kill_while_answers_are_held, refused, start, wait_for
 
 pytest.importorskip("openai")
 
@@ -61,25 +57,6 @@ def test_a_journal_of_other_settings_or_of_synthesize_is_refused(llm, tmp_path, 
     assert 'out.journal.jsonl:1: found journal, settings, expected "journal": "clpl_moe.judge 1"' in message
 
 
-def start(argv, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "clpl_moe.judge", *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | environment,
-        # Which tests that run in the background of a shell ignore, and what they start with them.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def wait_for(condition, seconds=300):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, "it did not happen"
-        time.sleep(0.05)
-
-
 @pytest.mark.slow
 def test_200_queries_are_judged_through_two_kills_and_paid_for_once(llm, tmp_path):
     """Through the command line, with the key in the environment and the client's own debug log on."""
@@ -101,19 +78,10 @@ def test_200_queries_are_judged_through_two_kills_and_paid_for_once(llm, tmp_pat
     outputs = []
     # Each time while all that is under way is with the server, which holds its answers: nothing at all is lost.
     for enough in (60, 130):
-        job = start(argv, **environment)
-        wait_for(lambda: (server.folder / "log.jsonl").exists() and len(server.log(*paid)) > enough)
-        (server.folder / "hold").touch()
-        wait_for(lambda: len(json_lines(journal)) == 1 + len(server.log(*paid)))
-        time.sleep(0.5)
-        job.send_signal(signal.SIGKILL)
-        outputs += job.communicate()
-        assert job.returncode == -signal.SIGKILL
-        assert len(json_lines(journal)) == 1 + len(server.log(*paid))
+        job = start("clpl_moe.judge", argv, **environment)
+        outputs += kill_while_answers_are_held(job, server, journal, enough, paid, 300)
         assert not (tmp_path / "out.jsonl").exists()
-        wait_for(lambda: len(server.log("gone")) >= 1)
-        (server.folder / "hold").unlink()
-    job = start(argv, **environment)
+    job = start("clpl_moe.judge", argv, **environment)
     outputs += job.communicate(timeout=300)
     assert job.returncode == 0, outputs[-1]
 
@@ -144,14 +112,14 @@ def test_ctrl_c_ends_cleanly_and_the_job_goes_on(llm, tmp_path):
     server = llm(seconds=0.1)
     lines = [line(n, "yes", "no") for n in range(1, 41)]
     argv = arguments(server, train_file(tmp_path, lines), tmp_path, concurrency=2)
-    job = start(argv)
-    wait_for(lambda: (server.folder / "log.jsonl").exists() and len(server.log()) > 5)
+    job = start("clpl_moe.judge", argv)
+    wait_for(lambda: (server.folder / "log.jsonl").exists() and len(server.log()) > 5, 300)
     job.send_signal(signal.SIGINT)
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 130
     assert "Traceback" not in errors
     assert re.search(r"\d answers are in \S+: the same command goes on from there\ninterrupted\n$", errors)
-    job = start(argv)
+    job = start("clpl_moe.judge", argv)
     assert job.wait(timeout=120) == 0
     assert false_negatives(results(tmp_path)[0]) == 0
     assert len(server.log("good")) <= 40 + 2

@@ -1,10 +1,7 @@
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 
@@ -15,7 +12,17 @@ from clpl_moe.llm.journal import Journal
 from clpl_moe.synthesize.__main__ import main
 from clpl_moe.synthesize.job import JOURNAL
 from helpers.holding import held
-from helpers.synthesis import arguments, good, json_lines, refused, results, train_file
+from helpers.synthesis import (
+    arguments,
+    good,
+    json_lines,
+    kill_while_answers_are_held,
+    refused,
+    results,
+    start,
+    train_file,
+    wait_for,
+)
 
 pytest.importorskip("openai")
 
@@ -75,26 +82,6 @@ def test_a_journal_that_is_none_is_named(tmp_path, capfd):
         assert "out.journal.jsonl:2: found " in refused(capfd, argv)
 
 
-def start(argv, **environment):
-    command = [sys.executable, "-m", "clpl_moe.synthesize", *argv]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | environment,
-        # Which tests that run in the background of a shell ignore, and what they start with them.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def wait_for(condition, seconds=60):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, "it did not happen"
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 def test_a_killed_job_has_all_answers_and_paid_for_none_twice(llm, tmp_path):
     """Through the command line, with the key in the environment and the client's own debug log on."""
@@ -113,22 +100,13 @@ def test_a_killed_job_has_all_answers_and_paid_for_none_twice(llm, tmp_path):
 
     # Twice while all that is under way is with the server, which holds its answers: nothing at all is lost.
     for enough in (60, 120):
-        job = start(argv, **environment)
-        wait_for(lambda: (server.folder / "log.jsonl").exists() and len(server.log(*paid)) > enough)
-        (server.folder / "hold").touch()
-        wait_for(lambda: len(json_lines(journal)) == 1 + len(server.log(*paid)))
-        time.sleep(0.5)
-        job.send_signal(signal.SIGKILL)
-        outputs += job.communicate()
-        assert job.returncode == -signal.SIGKILL
-        assert len(json_lines(journal)) == 1 + len(server.log(*paid))
-        wait_for(lambda: len(server.log("gone")) >= 1)
-        (server.folder / "hold").unlink()
+        job = start("clpl_moe.synthesize", argv, **environment)
+        outputs += kill_while_answers_are_held(job, server, journal, enough, paid)
     given = Counter((entry["passage"], entry["what"] == "good") for entry in server.log(*paid))
     assert max(given.values()) == 1
 
     # Once more, at no chosen moment.
-    job = start(argv, **environment)
+    job = start("clpl_moe.synthesize", argv, **environment)
     wait_for(lambda: len(server.log(*paid)) > 160)
     time.sleep(rng.random() / 10)
     job.send_signal(signal.SIGKILL)
@@ -137,7 +115,7 @@ def test_a_killed_job_has_all_answers_and_paid_for_none_twice(llm, tmp_path):
     assert job.returncode == -signal.SIGKILL
     assert not (tmp_path / "out.jsonl").exists()
 
-    job = start(argv, **environment)
+    job = start("clpl_moe.synthesize", argv, **environment)
     outputs += job.communicate(timeout=120)
     assert job.returncode == 0, outputs[-1]
 
@@ -173,7 +151,7 @@ def test_a_killed_job_has_all_answers_and_paid_for_none_twice(llm, tmp_path):
 def test_ctrl_c_ends_cleanly_and_the_job_goes_on(llm, tmp_path):
     server = llm(seconds=0.1)
     argv = arguments(server, train_file(tmp_path, 40), tmp_path, concurrency=2)
-    job = start(argv)
+    job = start("clpl_moe.synthesize", argv)
     wait_for(lambda: (server.folder / "log.jsonl").exists() and len(server.log()) > 5)
     job.send_signal(signal.SIGINT)
     _, errors = job.communicate(timeout=60)
@@ -182,7 +160,7 @@ def test_ctrl_c_ends_cleanly_and_the_job_goes_on(llm, tmp_path):
     assert re.search(r"\d answers are in \S+: the same command goes on from there\ninterrupted\n$", errors)
     before = len(json_lines(tmp_path / "out.journal.jsonl"))
     assert 3 < before < 30
-    job = start(argv)
+    job = start("clpl_moe.synthesize", argv)
     assert job.wait(timeout=60) == 0
     assert len(results(tmp_path)[1]) == 40
     assert len(server.log("good")) <= 40 + 2

@@ -154,9 +154,9 @@ def refuse_existing(path: str | Path, overwrite: bool = False, *, files: Sequenc
         kind = "folder is not empty" if path.is_dir() else "file exists" if path.exists() else "is a link to nothing"
         raise UserError(f"{at(path)}: the output {kind}; name another, or set overwrite to replace it")
     expected = f"a folder with {files[0]}" if files else "a file"
-    if files and not path.is_dir():
-        raise UserError(f"{at(path)}: found a file, expected {expected} to replace; name another")
     if not path.is_dir():
+        if files:
+            raise UserError(f"{at(path)}: found a file, expected {expected} to replace; name another")
         return
     if not files or not (path / files[0]).is_file():
         raise UserError(f"{at(path)}: found a folder with other things, expected {expected} to replace; name another")

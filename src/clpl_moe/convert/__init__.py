@@ -15,7 +15,7 @@ from pathlib import Path
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import UserError
-from clpl_moe.common.files import refuse_existing, refuse_input
+from clpl_moe.common.files import refuse_existing, refuse_input, resolved
 from clpl_moe.common.output import writing
 from clpl_moe.convert.options import ConvertArguments
 
@@ -49,7 +49,7 @@ def convert(arguments: ConvertArguments) -> Converted:
         refuse_existing(output, arguments.overwrite, files=_FOLDER_FILES if is_folder else ())
         if arguments.collection is not None:
             source = Path(arguments.collection, str(arguments.language))
-            if output.resolve() == source.resolve():
+            if resolved(output) == resolved(source):
                 raise UserError(f"{output}: this command reads the folder; name another output")
             return Converted(output, write_collection(arguments, output))
         files = data_files(arguments.train_data)

@@ -14,7 +14,7 @@ from clpl_moe.common.files import atomic_open, write_jsonl
 from clpl_moe.convert.layouts import Beir
 from clpl_moe.convert.options import ConvertArguments
 from clpl_moe.data.formats import DataFile
-from clpl_moe.data.schema import checked_lines
+from clpl_moe.data.schema import training_lines
 from clpl_moe.retrieval.collection import is_id
 
 _ROWS_AT_ONCE = 1000
@@ -43,11 +43,8 @@ def write_lines(arguments: ConvertArguments, files: Sequence[DataFile], output: 
 
 def _lines(files: Sequence[DataFile]) -> Lines:
     """Place and fields of each line; ``neg`` is a list, perhaps an empty one."""
-    for file in files:
-        for line in checked_lines(file):
-            if line.faults or line.record is None:
-                raise UserError(f"{line.place}: {line.faults[0]}")
-            yield line.place, {**line.record, "neg": line.record.get("neg") or []}
+    for place, record in training_lines(files):
+        yield place, {**record, "neg": record.get("neg") or []}
 
 
 def _own(lines: Lines, counts: Counter[str]) -> Iterator[dict[str, Any]]:

@@ -33,8 +33,8 @@ class CLPLCollator(AbsEmbedderCollator):
             ``passage_ids``: (B·G,) int64, equal for equal texts, in every process, -1 where a text only fills up a group;
             ``query_ids``: (B + M,) likewise, of the queries, then the negative queries; ``answer_ids`` and ``answer_index``,
             (K,) int64 or None: more passages that are known to answer a query, and its row in ``query_ids``;
-            ``teacher_scores``: B·G numbers, or None; ``no_in_batch_neg_flag``: as in FlagEmbedding. Besides, padded: ``queries`` and ``passages``, token tensors (B, L) and (B·G, L'), or lists of
-            them with ``sub_batch_size``; ``negative_queries``, (M, L'') likewise, or None. Packed: ``texts``, with
+            ``teacher_scores``: B·G numbers, or None; ``no_in_batch_neg_flag``: as in FlagEmbedding. Besides, padded:
+            ``queries`` and ``passages``, token tensors (B, L) and (B·G, L'), or lists of them with ``sub_batch_size``; ``negative_queries``, (M, L'') likewise, or None. Packed: ``texts``, with
             neighbours of equal length, and for each query, passage and negative query its number there, int64:
             ``query_rows`` (B,), ``passage_rows`` (B·G,), ``negative_query_rows`` (M,) or None.
         """

@@ -15,16 +15,14 @@ Other fields (ids, for instance) are allowed and not used.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from clpl_moe.common.cli import command_name
 from clpl_moe.common.errors import UserError
 from clpl_moe.data.columns import rename
-from clpl_moe.data.formats import DataFile, Line, data_files
-
-__all__ = ["DataFile", "checked_lines", "data_files", "find_faults", "negative_queries", "normalise", "read_examples"]
+from clpl_moe.data.formats import DataFile, Line
 
 _LARGEST_SCORE = 3.4028234663852886e38  # of float32, in which losses are computed
 
@@ -85,6 +83,15 @@ def checked_lines(file: DataFile, *, scores_required: bool = False) -> Iterator[
             found = find_faults(line.record, scores_required=scores_required)
             line.faults += [rename(fault, line.origin) for fault in found]
         yield line
+
+
+def training_lines(files: Iterable[DataFile]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and fields of each line of the files, in order; raises :class:`UserError` at the first fault."""
+    for file in files:
+        for line in checked_lines(file):
+            if line.faults or line.record is None:
+                raise UserError(f"{line.place}: {line.faults[0]}")
+            yield line.place, line.record
 
 
 def read_examples(file: DataFile | str | Path, *, with_scores: bool = False) -> Iterator[dict[str, Any]]:

@@ -79,9 +79,7 @@ def _judge(
     job = Job(arguments)
     for path in (main, verdicts):
         refuse_input(path, job.files)
-    before = {}
-    if journal_path.exists():
-        before = read_journal(journal_path, JOURNAL, job.settings, arguments.overwrite)[0]
+    before, _ = read_journal(journal_path, JOURNAL, job.settings, arguments.overwrite)
     refuse_existing(verdicts, arguments.overwrite)
     with contextlib.ExitStack() as stack:
         _read(job, encoding, output, stack)  # embeddings stay until the files are written
@@ -111,9 +109,9 @@ def _judge(
 
 def _read(job: Job, encoding: EncodingArguments, output: Output, stack: contextlib.ExitStack) -> None:
     """Read a job's files, with the scores that its options ask for."""
+    from clpl_moe.data.schema import training_lines
     from clpl_moe.encoder.settings import check_lengths
     from clpl_moe.judge.scores import scores_of_encoder, scores_of_file
-    from clpl_moe.llm.asking import training_lines
     from clpl_moe.retrieval.store import cache_folder
 
     arguments = job.arguments

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clpl_moe.common.files import write_jsonl
+from clpl_moe.data.schema import training_lines
 from clpl_moe.judge.answers import Verdict, answer_schema, read_verdicts
 from clpl_moe.judge.options import JudgeArguments
 from clpl_moe.judge.pairs import Pair, Query, add_queries, key_of, read_queries, relabel
 from clpl_moe.judge.scores import Scores
 from clpl_moe.llm.answers import find_fault
-from clpl_moe.llm.asking import ASKED_AT_MOST, Answers, ask, estimate, training_files, training_lines
+from clpl_moe.llm.asking import ASKED_AT_MOST, Answers, ask, estimate, training_files
 from clpl_moe.llm.backends import Backend, Question
 from clpl_moe.llm.journal import Format, Journal
 from clpl_moe.llm.prompts import fill_prompt, load_prompt

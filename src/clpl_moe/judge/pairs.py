@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 from clpl_moe.common.text_key import text_key
 from clpl_moe.data.formats import DataFile
-from clpl_moe.data.schema import negative_queries
+from clpl_moe.data.schema import negative_queries, training_lines
 from clpl_moe.judge.answers import Verdict
 from clpl_moe.judge.options import JudgeArguments
 from clpl_moe.judge.scores import Scores
-from clpl_moe.llm.asking import training_lines
 
 
 class Pair(NamedTuple):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from tqdm.auto import tqdm
 
 from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import resolved
 from clpl_moe.data.formats import DataFile, data_files, entry_path
-from clpl_moe.data.schema import checked_lines
 from clpl_moe.llm.backends import Answer, Backend, Question
 from clpl_moe.llm.journal import Journal
 from clpl_moe.llm.options import AskingArguments
@@ -31,15 +29,6 @@ def training_files(arguments: AskingArguments) -> list[DataFile]:
         where = f"{arguments.output} lies in a folder of train_data, every file of which is read as training data"
         raise OptionError("output", f"{where}; name another folder")
     return files
-
-
-def training_lines(files: Iterable[DataFile]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and fields of each line of the files, in order; faults are errors."""
-    for file in files:
-        for line in checked_lines(file):
-            if line.faults or line.record is None:
-                raise UserError(f"{line.place}: {line.faults[0]}")
-            yield line.place, line.record
 
 
 def estimate(questions: Iterable[Question]) -> dict[str, int]:

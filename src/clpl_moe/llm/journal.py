@@ -28,7 +28,10 @@ class Format(NamedTuple):
 def read_journal(
     path: Path, form: Format, settings: dict[str, Any], overwrite: bool
 ) -> tuple[dict[str, list[Answer]], int]:
-    """The answers that a job with these settings goes on from, by key, and where the last whole line ends."""
+    """The answers that a job with these settings goes on from, by key, and where the last whole line ends; none where there
+    is no journal yet."""
+    if not path.exists():
+        return {}, 0
     found: dict[str, Any] = {}
     answers: dict[str, list[Answer]] = {}
     end, begin = 0, json.dumps({"journal": form.name})[:-1].encode()

@@ -1,7 +1,8 @@
 """The training lines that mining writes, one for each query.
 
 A line has FlagEmbedding's fields ``query``, ``pos``, ``neg``, ``pos_scores`` and ``neg_scores`` (cosines, or the reranker's
-scores), ``pos_guide_scores`` and ``neg_guide_scores`` where there is a guide, the penalty's ``neg_q``, and the ids: ``query_id``, ``pos_ids``, ``neg_ids`` (of equal passages the first).
+scores), ``pos_guide_scores`` and ``neg_guide_scores`` where there is a guide, the penalty's ``neg_q``, and the ids:
+``query_id``, ``pos_ids``, ``neg_ids`` (of equal passages the first).
 Prompts are not written into the texts: training and evaluation add them.
 """
 

@@ -78,9 +78,7 @@ def _synthesize(
     job = Job(arguments)
     for path in (main, *beside):
         refuse_input(path, job.files)
-    before = {}
-    if journal_path.exists():
-        before = read_journal(journal_path, JOURNAL, job.settings, arguments.overwrite)[0]
+    before, _ = read_journal(journal_path, JOURNAL, job.settings, arguments.overwrite)
     for path in beside:  # after the journal, whose message says more
         refuse_existing(path, arguments.overwrite)
     plan = job.plan(before)

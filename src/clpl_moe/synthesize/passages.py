@@ -12,8 +12,7 @@ import numpy as np
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.data.formats import DataFile
-from clpl_moe.data.schema import negative_queries
-from clpl_moe.llm.asking import training_lines
+from clpl_moe.data.schema import negative_queries, training_lines
 from clpl_moe.retrieval.collection import LazyTexts, normalize_text
 
 

@@ -82,14 +82,12 @@ def read_state(checkpoint: str | Path) -> TrainerState:
 
 # Of what is None in a new state, or empty.
 _STATE = {
-    **{
-        "epoch": 0.0,
-        "best_metric": math.inf,
-        "best_global_step": 0,
-        "best_model_checkpoint": "",
-        "train_batch_size": 0,
-    },
-    **{"log_history": [{}]},
+    "epoch": 0.0,
+    "best_metric": math.inf,
+    "best_global_step": 0,
+    "best_model_checkpoint": "",
+    "train_batch_size": 0,
+    "log_history": [{}],
 }
 _PROGRESS = {"total_loss": math.inf, "loss": math.inf, "first_step": 0, "last_logged": 0, "terms": {}}
 
