@@ -9,9 +9,11 @@ ruff check .
 ruff format --check .
 lint-imports
 mypy
+# A worker a core; a file's tests stay together, since they share what their fixtures make.
+pytest="python -m pytest -n auto --maxprocesses 4 --dist loadfile"
 if [ "${1:-}" = "all" ]; then
     shift
-    python -m pytest -m "not gpu" "$@"
+    $pytest -m "not gpu" "$@"
 else
-    python -m pytest "$@"
+    $pytest "$@"
 fi

@@ -26,4 +26,4 @@ fi
 python -c "
 import importlib.metadata as m
 print('lowest versions:', ', '.join(f'{p} {m.version(p)}' for p in ('torch', 'transformers', 'datasets', 'sentence-transformers', 'numpy')))"
-python -m pytest "$@"
+python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
