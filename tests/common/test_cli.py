@@ -224,6 +224,37 @@ def test_several_words_go_to_an_option_each():
     assert re.search(r"\n  SOURCE TARGET +the same as --source, --target\n", text)
 
 
+_PARSE = """
+import sys
+from clpl_moe.common import cli
+from clpl_moe.mine.options import SelectionArguments
+(options,) = cli.parse([SelectionArguments], "test", "", ["--negatives=3", "--sampling", "score"])
+print(options.negatives, options.sampling, "transformers" in sys.modules)
+"""
+# transformers' parser in a version where it needs more of the package.
+_OTHER_VERSION = """
+import importlib.util, sys
+find = importlib.util.find_spec
+
+def find_other(name):
+    importlib.util.find_spec = find  # for transformers itself
+    found = find(name)
+    found.submodule_search_locations = [sys.argv[1]]
+    return found
+
+importlib.util.find_spec = find_other
+"""
+
+
+@pytest.mark.parametrize(("before", "loaded"), [("", False), (_OTHER_VERSION, True)])
+def test_options_are_read_without_the_rest_of_transformers(tmp_path, before, loaded):
+    """Which takes most of a second to import."""
+    (tmp_path / "hf_argparser.py").write_text("from .utils import logging")
+    command = [sys.executable, "-c", before + _PARSE, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"3 score {loaded}\n"
+
+
 def test_start_times():
     """Limits for an idle machine, the best of several tries on a busy one."""
 

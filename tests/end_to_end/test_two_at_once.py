@@ -11,6 +11,7 @@ import yaml
 from clpl_moe.ablate.__main__ import main as ablate
 from clpl_moe.card import main as card
 from clpl_moe.common.output import WORK_FOLDER
+from clpl_moe.convert.__main__ import main as convert
 from clpl_moe.evaluate.__main__ import main as evaluate
 from clpl_moe.judge.__main__ import main as judge
 from clpl_moe.merge.__main__ import main as merge
@@ -31,6 +32,7 @@ from helpers.tiny_training import arguments, write_triplets
 # The command, its output, whether that is a folder filled in place, and the argument that names it.
 COMMANDS = {
     "prepare": (prepare, "out/ko", False),
+    "convert": (convert, "out/train.jsonl", False),
     "mine": (mine, "out/train.jsonl", False),
     "evaluate": (evaluate, "out", True),
     "synthesize": (synthesize, "out/train.journal.jsonl", False),
@@ -55,6 +57,7 @@ def command_line(command, folder, model):
     (folder / "ablation.yaml").write_text(yaml.safe_dump(ablation | {"runs": str(folder / "runs")}))
     return {
         "prepare": ["--squad", squad(folder / "s.json", *many(4)), "--output", output.parent, "--language=ko"],
+        "convert": ["--train_data", write_triplets(folder / "t.jsonl", 8), "--to=flag_embedding", "--output", output],
         "mine": ["--model", model, "--collection", data, "--language=ko", "--output", output, *short],
         "evaluate": ["--model", model, "--collection", data, "--languages=ko", "--output", output, *short],
         "synthesize": [
@@ -100,7 +103,8 @@ def test_an_output_that_another_process_writes_is_left_to_it(tiny_encoder, tmp_p
     assert json.loads(lock.read_text())["pid"] == process.pid
 
 
-# A command that says when it has its output, and waits for a line before it goes on; at its end whether it has loaded torch.
+# A command that says when it has its output, and waits for a line before it goes on; at its end, what it has loaded of the
+# libraries that take long.
 COMMAND = """
 import atexit, runpy, sys
 from clpl_moe.common.lock import FileLock
@@ -117,7 +121,7 @@ def taking(lock):
     return taken
 
 FileLock.take = taking
-atexit.register(lambda: print("torch" if "torch" in sys.modules else "no torch", flush=True))
+atexit.register(lambda: print({"torch", "transformers", "datasets", "FlagEmbedding"} & sys.modules.keys(), flush=True))
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 # Here they would fail, or take long.
@@ -149,12 +153,12 @@ def test_of_two_at_once_one_goes_on(tiny_encoder, tmp_path, command):
         error = refused.stderr.read()
         assert f"process {goes_on.pid} on " in error
         assert "Traceback" not in error
-        # A third one, which comes later, is told at once: before it loads what takes seconds.
+        # A third one, which comes later, is told within a second: before it loads what takes longer.
         later = start(command, argv)
         said, error = later.communicate()
         assert later.returncode == 2
         assert f"error: {output}: process {goes_on.pid} on " in error
-        assert said == "no torch\n"
+        assert said == "set()\n"
         if command in WITHOUT_END:
             return
         _, error = goes_on.communicate("\n")

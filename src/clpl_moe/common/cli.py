@@ -7,8 +7,12 @@ same messages, and the command line wins.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import functools
+import importlib.machinery
+import importlib.util
 import json
 import re
 import sys
@@ -72,12 +76,10 @@ def make_parser(
     A dataclass with a field ``config`` reads that file itself. ``positional`` names a field that may also be written as
     bare words, or several that may be written as one word each.
     """
-    from transformers import HfArgumentParser
-
     several = isinstance(positional, tuple)
     names = " ".join(positional).upper() if isinstance(positional, tuple) else (positional or "").upper()
     words = f" {names}" if several else f" [{names} ...]" if positional else ""
-    parser = HfArgumentParser(
+    parser = _parser_class()(
         cast(Any, tuple(dataclass_types)),
         prog=command_name(prog),
         description=description,
@@ -98,6 +100,22 @@ def make_parser(
         elif action.help:
             action.help = action.help.replace("%%", "%").replace("%", "%%")
     return parser
+
+
+@functools.cache
+def _parser_class() -> type[HfArgumentParser]:
+    """transformers' parser. Its module needs nothing else of transformers, whose own import takes most of a second."""
+    package = None if "transformers" in sys.modules else importlib.util.find_spec("transformers")
+    places = None if package is None else package.submodule_search_locations
+    spec = None if places is None else importlib.machinery.PathFinder.find_spec("hf_argparser", places)
+    if spec is not None and spec.loader is not None:
+        module = importlib.util.module_from_spec(spec)
+        with contextlib.suppress(ImportError):  # of a version whose module does need the rest
+            spec.loader.exec_module(module)
+            return module.HfArgumentParser
+    from transformers import HfArgumentParser
+
+    return HfArgumentParser
 
 
 _WORDS = "positional words"  # no field has such a name
