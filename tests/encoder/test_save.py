@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 
-from clpl_moe import MoEConfig, inject_moe, load_encoder, merge_experts, save_encoder
+from clpl_moe import Encoder, MoEConfig, inject_moe, load_encoder, merge_experts, save_encoder
 from clpl_moe.common.errors import UserError
 from clpl_moe.encoder.settings import EmbeddingSettings, pool, read_settings
 from helpers.tiny import make_encoder, perturb_experts
@@ -294,3 +294,18 @@ def test_every_file_has_the_permissions_that_the_umask_leaves(tiny_encoder, tmp_
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "saved").rglob("*") if path.is_file()} == {0o640}
+
+
+def test_the_tokenizer_is_saved_without_the_truncation_of_its_last_call(tiny_encoder, tmp_path):
+    """Tools that read tokenizer.json by itself would cut every text."""
+    encoder = Encoder.load(tiny_encoder, device="cpu")
+    encoder.encode_queries(["red house"], max_length=5)
+    encoder.save(tmp_path / "first")
+    damaged = tmp_path / "first/tokenizer_config.json"  # as folders have it that were written like that
+    damaged.write_text(json.dumps(json.loads(damaged.read_text()) | {"max_length": 5, "stride": 0}))
+    Encoder.load(tmp_path / "first", device="cpu").save(tmp_path / "second")
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        described = json.loads((folder / "tokenizer.json").read_text())
+        assert described["truncation"] is None
+        assert described["padding"] is None
+    assert "max_length" not in json.loads((tmp_path / "second/tokenizer_config.json").read_text())

@@ -13,6 +13,7 @@ from clpl_moe.card import main as card
 from clpl_moe.common.output import WORK_FOLDER
 from clpl_moe.convert.__main__ import main as convert
 from clpl_moe.evaluate.__main__ import main as evaluate
+from clpl_moe.export.__main__ import main as export
 from clpl_moe.judge.__main__ import main as judge
 from clpl_moe.merge.__main__ import main as merge
 from clpl_moe.mine.__main__ import main as mine
@@ -40,6 +41,7 @@ COMMANDS = {
     "train": (train, "out", True),
     "resume": (train, "out", True),
     "merge": (merge, "out", False),
+    "export": (export, "out", False),
     "ablate": (ablate, "out/ablation.json", False),
     "report": (report, "out", False),
     "card": (card, "run", True),
@@ -71,6 +73,7 @@ def command_line(command, folder, model):
         "train": arguments(model, write_triplets(folder / "t.jsonl", 8), output),
         "resume": arguments(model, write_triplets(folder / "t.jsonl", 8), output, resume_from_checkpoint=True),
         "merge": [model, output, "--with", model],
+        "export": [model, output],
         "ablate": ["--config", folder / "ablation.yaml"],
         "report": [make_data(folder / "report") / "run", "--output", output],
         "card": ["--run", folder / "run", "--after", make_data(folder / "card") / "after"],

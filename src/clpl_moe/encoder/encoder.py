@@ -233,7 +233,7 @@ class Encoder:
             model.save_pretrained(folder, state_dict=state_dict)
         for file in folder.glob("*.safetensors"):
             share(file)
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
         write_settings(folder, self.settings, max_length=self.max_length, hidden_size=model.config.hidden_size)
         heads, files = heads or {}, self.head_files or {}
         for name in HEAD_FILES:
@@ -259,6 +259,19 @@ class Encoder:
     def parameters(self) -> Iterator[nn.Parameter]:
         """The model's parameters, for an optimizer."""
         return self.model.parameters()
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a tokenizer's files, without the truncation and padding of its last call.
+
+    transformers would write them along, and whoever reads ``tokenizer.json`` by itself would cut every text at that length.
+    """
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    for name in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of"):  # of a folder written like that
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer.save_pretrained(folder)
 
 
 def save_encoder(
