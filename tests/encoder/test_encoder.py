@@ -72,6 +72,26 @@ def test_encodes_as_sentence_transformers(encoder, folder):
     assert (encoder.encode_queries(TEXTS) - encoder.encode_passages(TEXTS)).abs().max() > 1e-3
 
 
+def test_truncated_embeddings(encoder, folder, tmp_path):
+    whole = encoder.encode_passages(TEXTS, progress=False)
+    truncated = Encoder.load(folder, compute_dtype=torch.float32, device="cpu", truncate_dim=8)
+    assert (encoder.dimensions, truncated.dimensions) == (32, 8)
+    found = truncated.encode_passages(TEXTS, progress=False)
+    torch.testing.assert_close(found, F.normalize(whole[:, :8], dim=-1))
+    for batch in ((TEXTS, "passage"), (truncated.tokenizer(["passage: a"], return_tensors="pt"),)):
+        embeddings = truncated.embed(*batch)
+        torch.testing.assert_close(embeddings.detach(), found[1:2] if len(batch) == 1 else found)
+    truncated.save(tmp_path)
+    again = Encoder.load(tmp_path, compute_dtype=torch.float32, device="cpu")
+    assert again.settings == truncated.settings
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    options = {"prompt_name": "document", "normalize_embeddings": True, "convert_to_tensor": True}
+    torch.testing.assert_close(found, theirs.encode(TEXTS, **options), atol=1e-5, rtol=0)
+    assert not truncated.encode_passages([], progress=False).numel()
+    with pytest.raises(UserError, match="truncate_dim: found 33, expected 1 to 32, the model's dimensions"):
+        Encoder.load(folder, truncate_dim=33)
+
+
 def test_broken_weights_are_refused(encoder):
     with torch.no_grad():
         encoder.model.embeddings.word_embeddings.weight[:] = float("nan")

@@ -83,6 +83,18 @@ def test_newest_names_of_the_modules(tmp_path):
     assert read_settings(tmp_path) == EmbeddingSettings(pooling="mean", normalize=True)
 
 
+def test_truncation_is_read_and_written(tmp_path):
+    write_settings(tmp_path, EmbeddingSettings(truncate_dim=4), max_length=8, hidden_size=8)
+    assert read_settings(tmp_path).truncate_dim == 4
+    file = tmp_path / "config_sentence_transformers.json"
+    assert json.loads(file.read_text())["truncate_dim"] == 4
+    write_settings(tmp_path, EmbeddingSettings(), max_length=8, hidden_size=8)
+    assert "truncate_dim" not in json.loads(file.read_text())
+    write(tmp_path, file.name, {"prompts": {}, "truncate_dim": "4"})
+    with pytest.raises(UserError, match="field 'truncate_dim': found '4', expected a number of dimensions"):
+        read_settings(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("prompts", "passage"),
     [

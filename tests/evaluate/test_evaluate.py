@@ -56,6 +56,31 @@ def test_on_a_cpu_freed_memory_is_kept(tiny_encoder, monkeypatch):
     assert calls == [True]
 
 
+def test_truncated_embeddings(tiny_encoder, collections, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    run(tiny_encoder, collections, tmp_path / "whole", cache_dir=cache)
+    run(tiny_encoder, collections, tmp_path / "short", cache_dir=cache, truncate_dim=4, m3_scores=True)
+    whole, short = (json.loads((tmp_path / name / "ko" / "metrics.json").read_text()) for name in ("whole", "short"))
+    assert "truncate_dim" not in whole["settings"]
+    assert short["settings"]["truncate_dim"] == 4
+    collection = Collection.load(collections, "ko", "dev")
+    encoder = open_encoder(str(tiny_encoder), EncodingArguments(dtype="float32", truncate_dim=4))
+    scores = encoder.encode_queries(collection.queries[:1]) @ encoder.encode_passages(collection.passages).T
+    found = read_trec_run(tmp_path / "short" / "ko" / "run.trec", collection)[collection.query_ids[0]]
+    expected = dict(zip(collection.passage_ids, scores[0].tolist()))
+    assert found == pytest.approx(expected, abs=2e-3)  # 16 bits on disk
+    # The mean of dense and sparse scores is of the same dense ones.
+    runs = {
+        kind: read_trec_run(tmp_path / "short" / "ko" / f"run.{kind}.trec", collection)
+        for kind in ("sparse", "dense+sparse")
+    }
+    mean, sparse = (runs[kind][collection.query_ids[0]] for kind in ("dense+sparse", "sparse"))
+    assert mean == pytest.approx({p: (expected[p] + 0.3 * sparse[p]) / 1.3 for p in mean}, abs=2e-3)
+    with pytest.raises(SystemExit):
+        run(tiny_encoder, collections, tmp_path / "wide", truncate_dim=33)
+    assert "truncate_dim: found 33, expected 1 to 32, the model's dimensions" in capsys.readouterr().err
+
+
 def test_several_models(tiny_encoder, collections, tmp_path, capsys):
     output = tmp_path / "out"
     first = shutil.copytree(tiny_encoder, tmp_path / "a" / "checkpoint-1")

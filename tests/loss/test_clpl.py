@@ -152,6 +152,48 @@ def test_equals_the_formula_on_ragged_batches(data):
         torch.testing.assert_close(gradient, value, rtol=1e-7, atol=1e-10)
 
 
+EVERYTHING = {
+    "penalty": "contrastive",
+    "symmetric_weight": 0.5,
+    "same_tower_negatives": True,
+    "hardness_weight": 2.0,
+    "false_negative_margin": 0.3,
+}
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("weights", [None, [1, 0.5, 2]])
+@pytest.mark.parametrize("options", [{}, EVERYTHING, EVERYTHING | {"equal_weights": True}])
+def test_matryoshka_is_the_sum_of_the_losses_of_truncated_embeddings(options, weights, normalize):
+    dims = [4, 8, 2]
+    ids = {"passage_ids": torch.arange(9).clamp(max=7), "query_ids": torch.tensor([0, 1, 2, 1, 3, 4, 5])}
+    inputs = make_batch(dtype=torch.float64)
+    embeddings = [inputs.pop(name) for name in ("query", "passages", "negative_queries")]
+    given = embeddings if normalize else [F.normalize(rows, dim=-1) for rows in embeddings]
+    loss = CLPLLoss(0.1, 0.3, matryoshka_dims=dims, matryoshka_weights=weights, normalize=normalize, **options)
+    found = loss(*given, **inputs, **ids)
+    plain = CLPLLoss(0.1, 0.3, **options)
+    parts = {dim: plain(*(rows[:, :dim] for rows in embeddings), **inputs, **ids) for dim in dims}
+    weighted = [(weight, parts[dim]) for weight, dim in zip(weights or [1, 1, 1], dims)]
+    expected = sum(weight * part.loss for weight, part in weighted)
+    torch.testing.assert_close(found.loss, expected)
+    torch.testing.assert_close(sum(found.added), sum(weight * sum(part.added) for weight, part in weighted))
+    terms = {name: value for name, value in found.terms().items() if not name.startswith("loss_")}
+    torch.testing.assert_close(terms, parts[8].terms())
+    for dim, part in parts.items():
+        torch.testing.assert_close(found.terms()[f"loss_{dim}"], part.loss.detach())
+    gradients = torch.autograd.grad(found.loss, embeddings, retain_graph=True)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, embeddings)):
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_matryoshka_of_the_whole_embeddings_is_the_loss_itself():
+    inputs = make_batch()
+    assert torch.equal(CLPLLoss(matryoshka_dims=[8])(**inputs).loss, CLPLLoss()(**inputs).loss)
+    with pytest.raises(ValueError, match="matryoshka_dims: found 16, expected at most 8, the embeddings' dimensions"):
+        CLPLLoss(matryoshka_dims=[4, 16])(**inputs)
+
+
 @pytest.mark.parametrize("in_batch_negatives", [True, False])
 @pytest.mark.parametrize("false_negative_margin", [None, 0.1])
 @pytest.mark.parametrize(

@@ -32,6 +32,15 @@ NAMES = [field.name for field in dataclasses.fields(CLPLOptions)]
         ({"hardness_weight": math.nan}, "hardness_weight is nan"),
         ({"same_tower_negatives": True, "in_batch_negatives": False}, "set in_batch_negatives=True"),
         ({"gather_across_devices": True, "in_batch_negatives": False}, "set in_batch_negatives=True"),
+        ({"matryoshka_dims": []}, "matryoshka_dims is \\[\\]: choose numbers of dimensions"),
+        ({"matryoshka_dims": [8, 8]}, "each once"),
+        ({"matryoshka_dims": [8, 0]}, "matryoshka_dims is \\[8, 0\\]"),
+        ({"matryoshka_dims": [8.5]}, "matryoshka_dims is \\[8.5\\]"),
+        ({"matryoshka_weights": [1]}, "matryoshka_weights belong to matryoshka_dims"),
+        ({"matryoshka_dims": [8, 4], "matryoshka_weights": [1]}, "has 1: choose one for each of the 2"),
+        ({"matryoshka_dims": [8, 4], "matryoshka_weights": [1, -1]}, "choose finite numbers"),
+        ({"matryoshka_dims": [8, 4], "matryoshka_weights": [0, 0]}, "not only 0"),
+        ({"matryoshka_dims": [8, 4], "matryoshka_weights": [1, math.inf]}, "choose finite numbers"),
     ],
 )
 @pytest.mark.parametrize("kind", [CLPLOptions, CLPLLoss])
@@ -69,6 +78,17 @@ def test_in_words():
     loss = CLPLLoss(penalty="contrastive", equal_weights=True, same_tower_negatives=True, hardness_weight=5)
     expected = "temperature 0.02, equal weights (contrastive), in-batch negatives on"
     assert loss.in_words() == f"{expected}, same tower negatives on, hardness weight 5.0"
+    assert CLPLLoss(matryoshka_dims=(8, 4)).in_words().endswith("negatives on, matryoshka dims 8 4")
+
+
+def test_dimensions_are_held_against_the_models(caplog):
+    CLPLOptions(matryoshka_dims=[8, 4]).check_dimensions(8)
+    CLPLOptions().check_dimensions(8)
+    assert not caplog.records
+    CLPLOptions(matryoshka_dims=[4]).check_dimensions(8)
+    assert "4 at most, and the embeddings 8 dimensions: whole embeddings are not trained" in caplog.text
+    with pytest.raises(ValueError, match="found 16, expected at most 8"):
+        CLPLOptions(matryoshka_dims=[16, 4]).check_dimensions(8)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import pytest
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.training_args import SentenceTransformerTrainingArguments
 
 from clpl_moe import (
@@ -75,6 +76,23 @@ def test_equals_the_loss_of_the_embeddings(model, columns, options):
     parameters = [p for name, p in model.named_parameters() if "pooler" not in name]
     for gradient, wanted in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(expected.loss, parameters)):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_matryoshka_is_that_of_sentence_transformers(model):
+    dims, weights = [32, 8, 4], [1.0, 0.5, 0.25]
+    options = {"num_negatives": 2, "penalty": "contrastive", "symmetric_weight": 0.5}
+    inputs = features(model, list(COLUMNS))
+    ours = SentenceTransformerCLPLLoss(model, 0.1, 0.3, matryoshka_dims=dims, matryoshka_weights=weights, **options)(
+        inputs
+    )
+    plain = SentenceTransformerCLPLLoss(model, 0.1, 0.3, **options)
+    theirs = MatryoshkaLoss(model, plain, dims, weights)([dict(column) for column in inputs], None)
+    torch.testing.assert_close(ours, theirs)
+    parameters = [p for name, p in model.named_parameters() if "pooler" not in name]
+    for gradient, wanted in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters)):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="matryoshka_dims: found 64, expected at most 32"):
+        SentenceTransformerCLPLLoss(model, num_negatives=2, matryoshka_dims=[64])
 
 
 def test_only_empty_queries_is_the_plain_contrastive_loss(model):

@@ -32,7 +32,11 @@ def training(**options):
             "early_stopping_patience needs evaluations",
         ),
         ({"save_strategy": "best"}, "needs a collection"),
-        ({"use_mrl": True}, "use_mrl"),
+        ({"use_mrl": True}, "use_mrl: .* set matryoshka_dims instead"),
+        ({"matryoshka_dims": [8, 8]}, "matryoshka_dims is .8, 8.: choose"),
+        ({"matryoshka_dims": [0]}, "matryoshka_dims: found 0, expected at least 1"),
+        ({"matryoshka_weights": [1.0]}, "give both, or neither"),
+        ({"matryoshka_dims": [8], "normalize_embeddings": False}, "matryoshka_dims need normalize_embeddings"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: found 0, expected at least 1"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: found 0, expected"),
         ({"learning_rate": -1e-5}, "learning_rate: found -1e-05, expected"),
@@ -153,5 +157,8 @@ def test_the_loss_has_the_options_of_training():
     given = {"temperature": 0.5, "penalty_weight": 0.25, "penalty": "contrastive", "symmetric_weight": 2.0}
     given |= {"in_batch_negatives": True, "false_negative_margin": 0.125, "same_tower_negatives": True}
     given |= {"penalty_temperature": 0.5, "hardness_weight": 3.0, "equal_weights": True}
+    given |= {"matryoshka_dims": None, "matryoshka_weights": None}
     options = training(**given, negatives_cross_device=True, normalize_embeddings=False, use_cpu=True).loss_options()
     assert dataclasses.asdict(options) == given | {"normalize": False, "gather_across_devices": True}
+    given |= {"matryoshka_dims": [32, 8], "matryoshka_weights": [1.0, 0.5]}
+    assert dataclasses.asdict(training(**given, use_cpu=True).loss_options()).items() >= given.items()

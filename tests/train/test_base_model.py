@@ -6,7 +6,7 @@ import torch
 from clpl_moe.common.errors import UserError
 from clpl_moe.moe.inject import expert_parameters
 from clpl_moe.train.base_model import read_heads
-from helpers.tiny_training import arguments, make_runner, write_triplets
+from helpers.tiny_training import arguments, make_runner, read_metrics, refused, write_triplets
 from helpers.training_model import assert_same, gradients, make_batch, train_only
 
 
@@ -99,6 +99,32 @@ def test_prompts_and_pooling_come_from_the_base_folder_unless_given(tiny_encoder
     assert read_settings(tmp_path / "c").query_prompt == "Task: query: Query: "
     # Training on shorter texts makes no encoder of shorter ones.
     assert json.loads((tmp_path / "c" / "sentence_bert_config.json").read_text())["max_seq_length"] == 64
+
+
+def test_dimensions_are_checked_before_anything_is_written(tiny_encoder, tmp_path, capsys):
+    data = write_triplets(tmp_path / "t.jsonl", 4)
+    argv = arguments(tiny_encoder, data, tmp_path / "run", matryoshka_dims=[64, 8])
+    for more in ([], ["--dry_run", "true"]):
+        assert "matryoshka_dims: found 64, expected at most 32, the embeddings' dimensions" in refused(
+            [*argv, *more], capsys
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_truncation_of_the_base_model_is_left_behind(tiny_encoder, tmp_path, caplog):
+    import shutil
+
+    from clpl_moe.encoder.settings import EmbeddingSettings, read_settings, write_settings
+
+    model = shutil.copytree(tiny_encoder, tmp_path / "model")
+    write_settings(model, EmbeddingSettings(truncate_dim=8), max_length=64, hidden_size=32)
+    data = write_triplets(tmp_path / "t.jsonl", 4)
+    runner = make_runner(arguments(model, data, tmp_path / "run", max_steps=1, matryoshka_dims=[32, 8]))
+    assert "truncates embeddings to 8 dimensions; the folders of this run do not" in caplog.text
+    assert "matryoshka dims 32 8" in str(runner.plan)
+    runner.run()
+    assert read_settings(tmp_path / "run") == EmbeddingSettings()
+    assert {"loss_32", "loss_8"} <= read_metrics(tmp_path / "run")[0].keys()
 
 
 def trained(model, trainable, **options):

@@ -58,25 +58,38 @@ def test_packed_batches_give_the_same_losses_and_gradients(
 
 
 TERMS = {"penalty": "contrastive", "same_tower_negatives": True, "hardness_weight": 2.0, "equal_weights": True}
+MATRYOSHKA = {"penalty_weight": 0.3, "matryoshka_dims": [32, 8], "matryoshka_weights": [1.0, 0.5]}
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_every_term_of_the_loss_in_padded_packed_and_cached_batches(make_model, tiny_tokenizer, own):
+@pytest.mark.parametrize("terms", [TERMS, MATRYOSHKA])
+def test_every_term_of_the_loss_in_padded_packed_and_cached_batches(make_model, tiny_tokenizer, own, terms):
     """Own negatives only, as a file of data may ask for, are none of the same tower."""
     changes = {"no_in_batch_neg_flag": own}
     batches = [make_batch(tiny_tokenizer, packing=packing, **changes) for packing in (False, True)]
-    models = [make_model(loss=CLPLLoss(0.1, **TERMS), grad_cache_tokens=tokens) for tokens in (None, None, 20)]
+    models = [make_model(loss=CLPLLoss(0.1, **terms), grad_cache_tokens=tokens) for tokens in (None, None, 20)]
     padded, packed, cached = (gradients(m, b) for m, b in zip(models, (*batches, batches[1])))
     query, passages, negatives = (
         pool(models[0].model(**batches[0][name]).last_hidden_state, batches[0][name]["attention_mask"], "mean")
         for name in ("queries", "passages", "negative_queries")
     )
-    options = TERMS | ({"in_batch_negatives": False, "same_tower_negatives": False} if own else {})
+    options = terms | ({"in_batch_negatives": False, "same_tower_negatives": False} if own else {})
     ids = {name: batches[0][name] for name in ("negative_index", "passage_ids", "query_ids")}
     torch.testing.assert_close(padded[0].loss, CLPLLoss(0.1, **options)(query, passages, negatives, **ids).loss)
     for output, found in (packed, cached):
         torch.testing.assert_close(output.loss, padded[0].loss, atol=1e-5, rtol=1e-5)
         assert_same(found, padded[1], atol=1e-5, rtol=1e-3)
+
+
+def test_a_teacher_is_followed_in_all_dimensions(make_model, tiny_tokenizer):
+    batch = make_batch(tiny_tokenizer, teacher_scores=[3.0, 1.0, 0.0, 2.0, 1.5, 0.0])
+    losses = {}
+    for dims in ([32], [8], [32, 8]):
+        output = make_model(loss=CLPLLoss(0.1, 0.3, matryoshka_dims=dims))(**batch)
+        losses[tuple(dims)] = torch.stack([output.loss, output.terms["distillation"]])
+    torch.testing.assert_close(losses[32, 8], losses[32,] + losses[8,])
+    plain = make_model(loss=CLPLLoss(0.1, 0.3))(**batch)
+    torch.testing.assert_close(losses[32,], torch.stack([plain.loss, plain.terms["distillation"]]))
 
 
 def test_copies_of_a_query_are_left_out(make_model, tiny_tokenizer):

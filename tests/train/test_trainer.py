@@ -320,6 +320,7 @@ READS = [getattr(torch.ops.aten, name).default for name in ("_local_scalar_dense
         {"grad_cache_tokens": 64, "balance_loss_weight": 0.1, "trainable": "full", "gradient_checkpointing": True},
         {"gradient_accumulation_steps": 2, "frozen_layers": 1, "bf16": True},
         {"negatives_cross_device": True, "same_tower_negatives": True, "hardness_weight": 2.0, "equal_weights": True},
+        {"matryoshka_dims": [32, 8], "matryoshka_weights": [1, 0.5]},
     ],
 )
 def test_steps_read_nothing_from_the_device(tiny_encoder, tmp_path, options):

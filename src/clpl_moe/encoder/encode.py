@@ -111,7 +111,7 @@ def encode_tokenized(
         todo = _even_batches(sequences, batch_tokens, workers)
     else:
         todo = list(batches(sequences, batch_tokens, padded=not can_pack(model)))
-    embeddings = torch.empty(len(sequences), model.config.hidden_size)
+    embeddings = torch.empty(len(sequences), encoder.dimensions)
     linear = onednn_linear(model, encoder.dtype)
 
     def run(batch: list[int]) -> Tensor:
@@ -204,7 +204,8 @@ def _embed(encoder: Encoder, sequences: list[np.ndarray]) -> Tensor:
     model, settings = encoder.model, encoder.settings
     texts = PackedTexts.from_sequences(sequences).to(model.device)
     with autocast(model, encoder.dtype):
-        return embed_packed(model, texts, pooling=settings.pooling, normalize=settings.normalize).float()
+        embeddings = embed_packed(model, texts, pooling=settings.pooling, normalize=settings.normalize)
+        return settings.truncate(embeddings.float())
 
 
 def _fetch(output: Tensor, embeddings: Tensor, rows: list[int]) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from clpl_moe.common.errors import UserError
+from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import share
 from clpl_moe.encoder.encode import Kind, encode, tokenize
 from clpl_moe.encoder.load import load_encoder
@@ -94,15 +95,19 @@ class Encoder:
         token: str | None = None,
         revision: str | None = None,
         tokenizer: str | Path | None = None,
+        truncate_dim: int | None = None,
     ) -> Encoder:
         """Load an encoder from a folder or by its name on the hub, in evaluation mode.
 
         ``path`` and ``revision`` are what :func:`load_encoder` takes, and ``tokenizer`` the folder or hub name of another tokenizer. ``settings``
         take the place of those that the folder states. ``dtype`` is the weights', ``compute_dtype`` is :class:`Encoder`'s.
         Without ``device`` it is a CUDA device where there is one. ``trust_remote_code`` lets code of the folder run.
+        ``truncate_dim`` takes the place of that of the settings: embeddings have only their first so many dimensions, and
+        :meth:`save` writes this into the folder.
 
         Raises:
-            UserError: nothing is found at ``path``, it cannot be loaded, or its settings cannot be computed.
+            UserError: nothing is found at ``path``, it cannot be loaded, its settings cannot be computed, or ``truncate_dim``
+                is more dimensions than the model has.
         """
         hub = {"cache_dir": cache_dir, "token": token, "revision": revision}
         model, loaded_tokenizer = load_encoder(
@@ -113,6 +118,8 @@ class Encoder:
         except UserError:  # whoever needs them asks again
             heads = None
         encoder = cls(model, loaded_tokenizer, settings, compute_dtype=compute_dtype, head_files=heads)
+        if truncate_dim is not None:
+            encoder.truncate_to(truncate_dim)
         return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @property
@@ -124,6 +131,21 @@ class Encoder:
     def dtype(self) -> torch.dtype:
         """The precision that the encoder computes in on its device."""
         return compute_dtype(self.model, self.compute_dtype)
+
+    @property
+    def dimensions(self) -> int:
+        """The dimensions of an embedding."""
+        whole = self.model.config.hidden_size
+        return min(whole, self.settings.truncate_dim or whole)
+
+    def truncate_to(self, dimensions: int) -> Encoder:
+        """Leave only the first ``dimensions`` of embeddings, as a model allows that was trained with ``matryoshka_dims``; in
+        place. Raises :class:`OptionError`, a :class:`UserError`, where the model has fewer."""
+        whole = self.model.config.hidden_size
+        if not 1 <= dimensions <= whole:
+            raise OptionError("truncate_dim", f"found {dimensions}, expected 1 to {whole}, the model's dimensions")
+        self.settings = dataclasses.replace(self.settings, truncate_dim=dimensions)
+        return self
 
     @property
     def base_model(self) -> nn.Module:
@@ -195,10 +217,11 @@ class Encoder:
         dtype = torch.get_autocast_dtype(self.device.type) if inside else self.dtype
         with autocast(model, dtype):
             if isinstance(batch, PackedTexts):
-                return embed_packed(model, batch.to(self.device), pooling=pooling, normalize=normalize).float()
+                embeddings = embed_packed(model, batch.to(self.device), pooling=pooling, normalize=normalize)
+                return self.settings.truncate(embeddings.float())
             features = {name: tensor.to(self.device) for name, tensor in batch.items()}
             pooled = pool(model(**features).last_hidden_state, features["attention_mask"], pooling).float()
-            return F.normalize(pooled, dim=-1) if normalize else pooled
+            return self.settings.truncate(F.normalize(pooled, dim=-1) if normalize else pooled)
 
     def save(
         self,

@@ -35,17 +35,27 @@ class EmbeddingSettings:
     """What turns token states into the embedding of a text; prompts are put before every query and every passage.
 
     ``pooling`` is ``"cls"`` (first token), ``"mean"`` (over all tokens but padding) or ``"last_token"``; ``normalize`` scales
-    embeddings to length 1.
+    embeddings to length 1. ``truncate_dim`` leaves only their first dimensions, before they are scaled; None: all.
     """
 
     pooling: str = "cls"
     normalize: bool = True
     query_prompt: str = ""
     passage_prompt: str = ""
+    truncate_dim: int | None = None
 
     def prompt(self, kind: Literal["query", "passage"]) -> str:
         """The prompt of a kind of text."""
         return self.query_prompt if kind == "query" else self.passage_prompt
+
+    def truncate(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Whole embeddings (n, D), of length 1 with ``normalize``, as they are to be: (n, ``truncate_dim``), or unchanged."""
+        if self.truncate_dim is None or self.truncate_dim >= embeddings.shape[-1]:
+            return embeddings
+        import torch.nn.functional as F
+
+        embeddings = embeddings[..., : self.truncate_dim]
+        return F.normalize(embeddings, dim=-1) if self.normalize else embeddings.contiguous()
 
 
 def read_settings(folder: str | Path, **hub: str | None) -> EmbeddingSettings:
@@ -75,13 +85,18 @@ def _settings_of(folder: str | Path, modules: list[dict[str, Any]] | None, hub: 
         elif kind != "Transformer":
             place = at(Path(folder, "modules.json"))
             raise UserError(f"{place}: found a module '{kind}', expected only Transformer, Pooling, Normalize")
-    prompts = read_description(folder, hub).get("prompts") or {}
+    described = read_description(folder, hub)
+    prompts, truncate_dim = described.get("prompts") or {}, described.get("truncate_dim")
+    if truncate_dim is not None and not (type(truncate_dim) is int and truncate_dim > 0):
+        place = at(Path(folder, "config_sentence_transformers.json"))
+        raise UserError(f"{place}: field 'truncate_dim': found {truncate_dim!r}, expected a number of dimensions")
     return EmbeddingSettings(
         pooling=pooling,
         normalize=normalize,
         query_prompt=prompts.get("query") or "",
         # The names that `SentenceTransformer.encode_document` tries; one of them may be empty.
         passage_prompt=next((prompts[k] for k in ("document", "passage", "corpus") if prompts.get(k)), ""),
+        truncate_dim=truncate_dim,
     )
 
 
@@ -137,6 +152,8 @@ def write_settings(folder: str | Path, settings: EmbeddingSettings, max_length: 
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
     prompts = {"query": settings.query_prompt, "document": settings.passage_prompt}
     described = {"model_type": "SentenceTransformer", "prompts": prompts, "default_prompt_name": None}
+    if settings.truncate_dim is not None:
+        described["truncate_dim"] = settings.truncate_dim
     write_json(folder / "config_sentence_transformers.json", {**described, "similarity_fn_name": "cosine"})
 
 

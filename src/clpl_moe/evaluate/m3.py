@@ -249,7 +249,7 @@ def _embed_tokens(encoder: Encoder, heads: M3Heads, sequences: list[np.ndarray])
     without = torch.tensor([i for i in special if i is not None], device=model.device)
     weights = heads.sparse(states).squeeze(-1).relu() * (mask & ~torch.isin(ids, without))  # (n, L)
     vectors = F.normalize(heads.multi_vector(states[:, 1:]), dim=-1) * mask[:, 1:, None]  # (n, L - 1, C)
-    dense = F.normalize(pool(states, mask, encoder.settings.pooling), dim=-1)
+    dense = F.normalize(pool(states, mask, encoder.settings.pooling)[:, : encoder.dimensions], dim=-1)
     return _Tokens(ids, lengths, dense, weights, vectors)
 
 

@@ -11,18 +11,19 @@ For a query *i* with a positive passage, hard negatives and, optionally, other p
    similarities to all queries of the batch (each positive has to find its query).
 
 With ``equal_weights``, the mean over all queries and pairs takes the place of 3. ``same_tower_negatives`` adds negatives to
-the cross entropies of 1 and 2, ``hardness_weight`` weighs the negatives by their similarity.
+the cross entropies of 1 and 2, ``hardness_weight`` weighs the negatives by their similarity. With ``matryoshka_dims`` all
+of this is computed of the embeddings' first dimensions, scaled to length 1 again, for each number of them, and summed.
 
 Source: J. Yu, "Efficient fine-tuning methodology of text embedding models for information retrieval: contrastive
 learning penalty (CLP)", arXiv:2412.17364, equation 3, with the mean of its published implementation. The contrastive
 penalty is this project's; the direction from passage to query is that of Z. Li et al., arXiv:2308.03281, section 3.3, and
 so are negatives of the same tower, with the masks of Y. Zhang et al., arXiv:2506.05176, section 3. Weights by hardness:
-Z. Lan et al., arXiv:2503.04812, equation 5.
+Z. Lan et al., arXiv:2503.04812, equation 5. Matryoshka: A. Kusupati et al., arXiv:2205.13147, equation 1.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,8 @@ from clpl_moe.loss.options import CLPLOptions
 
 @dataclass
 class CLPLOutput:
-    """The terms of one batch, by name; scalars in the precision that the loss was computed in.
+    """The terms of one batch, by name; scalars in the precision that the loss was computed in. With ``matryoshka_dims`` those
+    but ``loss`` and ``added`` are of the largest number of dimensions.
 
     Attributes:
         loss: what to call ``backward`` on.
@@ -45,6 +47,7 @@ class CLPLOutput:
         negative_query_similarity: mean cosine of a negative and the queries that it answers (detached); None without any.
         symmetric: mean cross entropy from positives to queries; None without ``symmetric_weight``.
         added: all weighted terms but the contrastive one, to be added to a loss that takes its place.
+        of_dimensions: with ``matryoshka_dims``, the loss of each number of dimensions (detached, without its weight).
     """
 
     loss: Tensor
@@ -55,12 +58,14 @@ class CLPLOutput:
     negative_query_similarity: Tensor | None = None
     symmetric: Tensor | None = None
     added: tuple[Tensor, ...] = ()
+    of_dimensions: dict[int, Tensor] = field(default_factory=dict)
 
     def terms(self) -> dict[str, Tensor]:
         """The detached terms that the batch has, for a log; without pairs there is no penalty, rather than one of 0."""
-        absent = {"loss", "added"} | ({"penalty"} if self.negative_query_similarity is None else set())
+        absent = {"loss", "added", "of_dimensions"} | ({"penalty"} if self.negative_query_similarity is None else set())
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in absent}
-        return {name: value.detach() for name, value in values.items() if value is not None}
+        found = {name: value.detach() for name, value in values.items() if value is not None}
+        return found | {f"loss_{dimensions}": value for dimensions, value in self.of_dimensions.items()}
 
 
 @dataclass
@@ -79,6 +84,14 @@ class _Batch:
     heads: Tensor  # (P/G, D), the queries of the candidates' groups
     query_ids: Tensor | None  # (B + M,), equal for equal texts of queries
     head_ids: Tensor | None  # (P/G,)
+
+    def truncated(self, dimensions: int) -> _Batch:
+        """The batch with the embeddings' first ``dimensions``; what is one tensor stays one."""
+        queries, passages = truncated(self.queries, dimensions), truncated(self.passages, dimensions)
+        query = queries[: len(self.query)]
+        candidates = passages if self.candidates is self.passages else truncated(self.candidates, dimensions)
+        heads = query if self.heads is self.query else truncated(self.heads, dimensions)
+        return replace(self, query=query, passages=passages, queries=queries, candidates=candidates, heads=heads)
 
 
 class CLPLLoss(CLPLOptions, nn.Module):
@@ -106,6 +119,9 @@ class CLPLLoss(CLPLOptions, nn.Module):
             queries, passages that are known to answer the query, and their queries. Needs ``in_batch_negatives``.
         hardness_weight: β; each negative counts exp(β · similarity) times in the softmax. The weight has no gradient.
         symmetric_weight: γ, the weight of the term from positives to the queries of this process; 0 leaves it out.
+        matryoshka_dims: numbers of dimensions, D at most. The loss is the sum of the losses of embeddings truncated to each of
+            them and scaled to length 1 again. D itself counts only where it is among them.
+        matryoshka_weights: the weight of each of them in the sum; None: 1 each.
 
     Each is an attribute too, which may be changed during training. ``dataclasses.replace`` makes a loss with other options.
     A negative without a query that it answers only lacks the penalty.
@@ -158,41 +174,57 @@ class CLPLLoss(CLPLOptions, nn.Module):
         answers = None if answer_ids is None or answer_index is None else (answer_ids, answer_index)
         _check_shapes(query, passages, negative_queries, negative_index, passage_ids, query_ids)
         _check_answers(answer_ids, answer_index, passage_ids)
+        if self.matryoshka_dims is not None and (most := max(self.matryoshka_dims)) > (whole := query.shape[1]):
+            raise ValueError(f"matryoshka_dims: found {most}, expected at most {whole}, the embeddings' dimensions")
         with torch.autocast(query.device.type, enabled=False):
             batch = self._prepare(query, passages, negative_queries, negative_index, passage_ids, query_ids, answers)
-            contrastive = self._cross_entropy(slice(len(query)), batch, self.temperature)  # (B,) CL
-            losses, penalty, pair_similarity = contrastive, contrastive.new_zeros(()), None
-            added = []
             number = self._number_of_queries(batch) if self.equal_weights else len(query)
-            if len(batch.queries) > len(query):
-                penalties, pairs, pair_similarity = self._penalties(batch)  # (B,) PEN, (B,), (M,)
-                has_pair = pairs > 0
-                penalty = penalties.sum() / has_pair.sum()
-                if self.equal_weights:
-                    added.append((pairs * penalties).sum() / number)
-                else:
-                    mixed = (1 - self.penalty_weight) * contrastive + self.penalty_weight * penalties
-                    losses = torch.where(has_pair, mixed, contrastive)  # (B,) CLPL
-                    added.append(self.penalty_weight * has_pair.to(losses.dtype).mean() * penalty)
-            loss, symmetric = losses.mean(), None
-            if self.equal_weights:
-                loss = sum(added, start=contrastive.sum() / number)
-            if self.symmetric_weight:
-                symmetric = self._symmetric(batch)
-                added.append(self.symmetric_weight * symmetric)
-                loss = loss + added[-1]
-            own = batch.passages.view(len(query), batch.group, -1)
-            similarity = torch.einsum("bd,bgd->bg", batch.query, own).detach()
-            return CLPLOutput(
-                loss=loss,
-                contrastive=contrastive.mean(),
-                penalty=penalty,
-                positive_similarity=similarity[:, 0].mean(),
-                negative_similarity=_mean_of_negatives(similarity, batch.filling) if batch.group > 1 else None,
-                negative_query_similarity=None if pair_similarity is None else pair_similarity.detach().mean(),
-                symmetric=symmetric,
-                added=tuple(added),
+            if self.matryoshka_dims is None:
+                return self._terms(batch, number)
+            parts = {d: self._terms(batch.truncated(d), number) for d in self.matryoshka_dims}
+            weights = self.weights_of_dimensions(query.shape[1])
+            return replace(
+                parts[max(parts)],
+                loss=torch.stack([weights[d] * part.loss for d, part in parts.items()]).sum(),
+                added=tuple(weights[d] * term for d, part in parts.items() for term in part.added),
+                of_dimensions={d: part.loss.detach() for d, part in parts.items()},
             )
+
+    def _terms(self, batch: _Batch, number: Tensor | int) -> CLPLOutput:
+        """The terms of a batch; ``number`` of queries of the mean with ``equal_weights``."""
+        size = len(batch.query)
+        contrastive = self._cross_entropy(slice(size), batch, self.temperature)  # (B,) CL
+        losses, penalty, pair_similarity = contrastive, contrastive.new_zeros(()), None
+        added = []
+        if len(batch.queries) > size:
+            penalties, pairs, pair_similarity = self._penalties(batch)  # (B,) PEN, (B,), (M,)
+            has_pair = pairs > 0
+            penalty = penalties.sum() / has_pair.sum()
+            if self.equal_weights:
+                added.append((pairs * penalties).sum() / number)
+            else:
+                mixed = (1 - self.penalty_weight) * contrastive + self.penalty_weight * penalties
+                losses = torch.where(has_pair, mixed, contrastive)  # (B,) CLPL
+                added.append(self.penalty_weight * has_pair.to(losses.dtype).mean() * penalty)
+        loss, symmetric = losses.mean(), None
+        if self.equal_weights:
+            loss = sum(added, start=contrastive.sum() / number)
+        if self.symmetric_weight:
+            symmetric = self._symmetric(batch)
+            added.append(self.symmetric_weight * symmetric)
+            loss = loss + added[-1]
+        own = batch.passages.view(size, batch.group, -1)
+        similarity = torch.einsum("bd,bgd->bg", batch.query, own).detach()
+        return CLPLOutput(
+            loss=loss,
+            contrastive=contrastive.mean(),
+            penalty=penalty,
+            positive_similarity=similarity[:, 0].mean(),
+            negative_similarity=_mean_of_negatives(similarity, batch.filling) if batch.group > 1 else None,
+            negative_query_similarity=None if pair_similarity is None else pair_similarity.detach().mean(),
+            symmetric=symmetric,
+            added=tuple(added),
+        )
 
     def _prepare(
         self,
@@ -311,6 +343,13 @@ class CLPLLoss(CLPLOptions, nn.Module):
         answered = answered.scatter(1, target.unsqueeze(1), False)
         similarities = (positives @ batch.queries.T).masked_fill(answered, -torch.inf)  # (B, B + M)
         return F.cross_entropy(similarities / self.temperature, target)
+
+
+def truncated(embeddings: Tensor, dimensions: int) -> Tensor:
+    """The first ``dimensions`` of embeddings (n, D), scaled to length 1 again; all D stay as they are."""
+    if dimensions == embeddings.shape[-1]:
+        return embeddings
+    return F.normalize(embeddings[..., :dimensions], dim=-1)
 
 
 def find_no_negatives(ids: Tensor, targets: Tensor, answers: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Literal, get_args
 
 from clpl_moe.common.options import option
+
+logger = logging.getLogger(__name__)
 
 Penalty = Literal["cosine", "contrastive"]
 
@@ -42,6 +45,38 @@ class LossTermOptions:
     false_negative_margin: float | None = option(
         "Leave out negatives more similar to the query than its positive by over this margin.", None
     )
+    matryoshka_dims: list[int] | None = option(
+        "Matryoshka: the loss is the sum of the losses of the embeddings' first so many dimensions, for each of these numbers,"
+        " such as 1024 512 256 128 64, so that embeddings may be truncated to them; not given: the whole embeddings only.",
+        None,
+        least=1,
+        most=1_048_576,
+    )
+    matryoshka_weights: list[float] | None = option(
+        "The weight of each of matryoshka_dims in the sum; not given: 1 each.", None, least=0, most=1_000_000
+    )
+
+    def check_dimensions(self, dimensions: int) -> None:
+        """Raise :class:`ValueError` where ``matryoshka_dims`` are more than a model's embeddings have, and warn where these
+        are not among them."""
+        if not self.matryoshka_dims:
+            return
+        if (most := max(self.matryoshka_dims)) > dimensions:
+            raise ValueError(
+                f"matryoshka_dims: found {most}, expected at most {dimensions}, the embeddings' dimensions"
+            )
+        if most < dimensions:
+            logger.warning(
+                "matryoshka_dims has %s at most, and the embeddings %s dimensions: whole embeddings are not trained, and"
+                " should be truncated wherever they are used",
+                most,
+                dimensions,
+            )
+
+    def weights_of_dimensions(self, whole: int) -> dict[int, float]:
+        """The weight of each number of dimensions; without ``matryoshka_dims`` 1 for the ``whole``."""
+        dims = self.matryoshka_dims or [whole]
+        return dict(zip(dims, self.matryoshka_weights or [1.0] * len(dims), strict=True))
 
     def in_words(self) -> str:
         """The loss in one line: temperature, penalty, in-batch negatives, and what else differs from its default."""
@@ -52,7 +87,8 @@ class LossTermOptions:
         for option_ in fields(LossTermOptions):
             value = getattr(self, option_.name)
             if option_.name not in said and value != option_.default:
-                parts.append(f"{option_.name.replace('_', ' ')} {'on' if value is True else value}")
+                shown = " ".join(map(str, value)) if isinstance(value, list) else "on" if value is True else value
+                parts.append(f"{option_.name.replace('_', ' ')} {shown}")
         return ", ".join(parts)
 
 
@@ -82,10 +118,34 @@ class CLPLOptions(LossTermOptions):
             raise ValueError("gather_across_devices needs the batch's own negatives too: set in_batch_negatives=True")
         if self.same_tower_negatives and not self.in_batch_negatives:
             raise ValueError("same_tower_negatives are texts of the batch's other queries: set in_batch_negatives=True")
+        self._check_matryoshka()
         self.temperature = float(self.temperature)
         self.penalty_weight = float(self.penalty_weight)
         self.symmetric_weight = float(self.symmetric_weight)
         self.hardness_weight = float(self.hardness_weight)
+
+    def _check_matryoshka(self) -> None:
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if dims is None:
+            if weights is not None:
+                raise ValueError("matryoshka_weights belong to matryoshka_dims: give both, or neither")
+            return
+        if not dims or len(set(dims)) < len(dims) or not all(type(dim) is int and dim > 0 for dim in dims):
+            raise ValueError(
+                f"matryoshka_dims is {list(dims)}: choose numbers of dimensions, each once, such as 1024, 256"
+            )
+        self.matryoshka_dims = list(dims)
+        if weights is None:
+            return
+        if len(weights) != len(dims):
+            raise ValueError(
+                f"matryoshka_weights has {len(weights)}: choose one for each of the {len(dims)} dimensions"
+            )
+        if not all(_is_number(weight) and 0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise ValueError(
+                f"matryoshka_weights is {list(weights)}: choose finite numbers, 0 or above, and not only 0"
+            )
+        self.matryoshka_weights = [float(weight) for weight in weights]
 
 
 def _is_number(value: object) -> bool:

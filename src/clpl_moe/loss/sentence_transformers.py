@@ -36,6 +36,7 @@ class SentenceTransformerCLPLLoss(nn.Module):
         query_prompt: the prompt that the training arguments' ``prompts`` put before the columns of negative
             queries. Needed to tell the empty ones.
         options: ``in_batch_negatives``, ``false_negative_margin`` and the others of :class:`~clpl_moe.loss.CLPLLoss`.
+            ``matryoshka_dims`` take the place of a ``MatryoshkaLoss`` around this one, and are computed with one gathering.
             A passage of the text of a query's positive is never one of its negatives, nor is what answers an equal query
             of the batch.
 
@@ -82,6 +83,9 @@ class SentenceTransformerCLPLLoss(nn.Module):
         self.num_negatives = num_negatives
         self.query_prompt = query_prompt
         self.loss = CLPLLoss(temperature, penalty_weight, **options)
+        dimension_of = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
+        if (whole := dimension_of()) is not None:  # the second is the name before version 6
+            self.loss.check_dimensions(whole)
         preprocess = getattr(model, "preprocess", None) or model.tokenize  # the name before version 6
         self._empty = _token_ids(preprocess([query_prompt]))[0]
 

@@ -55,6 +55,7 @@ class Guide:
             passage_prompt=arguments.guide_passage_prompt,
             pooling=None,
             expert=None,
+            truncate_dim=None,
         )
         return cls(open_encoder(arguments.guide, encoding, arguments.guide_revision), encoding, cache)
 

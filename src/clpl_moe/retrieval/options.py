@@ -47,6 +47,13 @@ class EncodingArguments:
         least=0,
         most=1_023,
     )
+    truncate_dim: int | None = option(
+        "only the first so many dimensions of embeddings, instead of what the model folder says; for models trained with"
+        " matryoshka_dims",
+        None,
+        least=1,
+        most=1_048_576,
+    )
     trust_remote_code: bool = option("run code that the model's own folder holds; look at it first", False)
 
     def __post_init__(self) -> None:
@@ -58,7 +65,10 @@ class EncodingArguments:
     def describe(self, encoder: Encoder) -> dict[str, Any]:
         """Everything but an encoder's weights and the texts that decides the embeddings."""
         lengths = {"query_max_len": self.query_max_len, "passage_max_len": self.passage_max_len}
-        return dataclasses.asdict(encoder.settings) | lengths | {"dtype": str(encoder.dtype).removeprefix("torch.")}
+        settings = dataclasses.asdict(encoder.settings)
+        if settings["truncate_dim"] is None:  # results of before do not have it
+            del settings["truncate_dim"]
+        return settings | lengths | {"dtype": str(encoder.dtype).removeprefix("torch.")}
 
 
 def open_encoder(name: str, arguments: EncodingArguments, revision: str | None = None) -> Encoder:
@@ -76,6 +86,8 @@ def open_encoder(name: str, arguments: EncodingArguments, revision: str | None =
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     # Similarity is the cosine, as in training, also where the folder leaves the normalisation to its user.
     encoder.settings = dataclasses.replace(encoder.settings, **given, normalize=True)
+    if arguments.truncate_dim is not None:
+        encoder.truncate_to(arguments.truncate_dim)
     if arguments.expert is not None:
         try:
             choose_expert(encoder, arguments.expert)

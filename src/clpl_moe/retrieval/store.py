@@ -180,7 +180,7 @@ def _open(encoder: Encoder, texts: Sequence[str], length: int, cache: Path) -> E
         "max_length": length,
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "texts": len(texts),
-        "dimensions": encoder.model.config.hidden_size,
+        "dimensions": encoder.dimensions,
         "texts_per_shard": SHARD_TEXTS,
     }
     name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -102,7 +102,11 @@ class CLPLTrainingArguments(
         if not self.output_dir:
             raise ValueError("output_dir is missing: name the folder of the run")
         if self.use_mrl:
-            raise ValueError("use_mrl: FlagEmbedding's M3 models do not support it, remove it")
+            raise ValueError("use_mrl: FlagEmbedding's M3 models do not support it, set matryoshka_dims instead")
+        if self.matryoshka_dims and not self.normalize_embeddings:
+            raise ValueError(
+                "matryoshka_dims need normalize_embeddings: truncated embeddings are compared by their cosine"
+            )
         checks.check_options(self)
         self.fp16_asked = self.fp16
         checks.choose_device(self)

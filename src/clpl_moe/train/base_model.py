@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from clpl_moe.common.errors import UserError, at, one_line
+from clpl_moe.common.errors import OptionError, UserError, at, one_line
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
 from clpl_moe.encoder.weights import HEAD_FILES, find_heads, read_head
 from clpl_moe.moe.config import MoEConfig
@@ -26,6 +26,12 @@ def resolve_settings(
     """Pooling and prompts: as configured, and otherwise as the base model's folder says, whose prompts then stand in
     ``data_args``."""
     base = read_settings(model_args.model_name_or_path, **model_args.hub)
+    if base.truncate_dim is not None:
+        logger.warning(
+            "the base model's folder truncates embeddings to %s dimensions; the folders of this run do not, and what is"
+            " trained is the whole embeddings, or matryoshka_dims",
+            base.truncate_dim,
+        )
     prompts = {"query": "", "passage": ""}
     for kind, default in (("query", base.query_prompt), ("passage", base.passage_prompt)):
         name = f"{kind}_instruction_for_retrieval"
@@ -79,6 +85,14 @@ def make_heads(
                 f"{at(path)}: {name} does not fit a head of {hidden_size} to {widths[name]}: {one_line(error)}"
             ) from None
     return heads
+
+
+def check_dimensions(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> None:
+    """Raise :class:`OptionError` where ``matryoshka_dims`` are more than a base model's embeddings have."""
+    try:
+        args.check_dimensions(encoder.config.hidden_size)
+    except ValueError as error:
+        raise OptionError("matryoshka_dims", str(error).removeprefix("matryoshka_dims: ")) from None
 
 
 def add_experts(encoder: PreTrainedModel, config: MoEConfig | None, path: str) -> None:

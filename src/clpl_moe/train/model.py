@@ -15,7 +15,7 @@ from clpl_moe.data.flag_embedding import EmbedderOutput, EncoderOnlyEmbedderM3Mo
 from clpl_moe.encoder.packing import PackedTexts, embed_packed, send
 from clpl_moe.encoder.settings import EmbeddingSettings, pool
 from clpl_moe.loss import CLPLLoss
-from clpl_moe.loss.clpl import find_no_negatives
+from clpl_moe.loss.clpl import find_no_negatives, truncated
 from clpl_moe.loss.distributed import gather_rows
 from clpl_moe.moe.balance import pop_router_terms, put_router_records, take_router_records, track_routers
 from clpl_moe.moe.inject import has_experts
@@ -244,7 +244,10 @@ class CLPLModel(UnifiedModel):
         loss, terms = dense.loss, dense.terms()
         targets = teacher_targets(teacher_scores, query_dense)
         if targets is not None:
-            distillation = self.distillation_loss(query_dense, passage_dense, targets, own_only)
+            weights = dense_loss.weights_of_dimensions(query_dense.shape[1])
+            parts = {d: (truncated(query_dense, d), truncated(passage_dense, d)) for d in weights}
+            of_parts = [w * self.distillation_loss(*parts[d], targets, own_only) for d, w in weights.items()]
+            distillation = torch.stack(of_parts).sum()
             # In place of the contrastive term; the others stay. FlagEmbedding gives its mean over queries only, so that
             # it cannot be weighted for each query, as the contrastive term is.
             loss = sum(dense.added, start=distillation)

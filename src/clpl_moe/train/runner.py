@@ -30,7 +30,14 @@ from clpl_moe.retrieval.options import EncodingArguments
 from clpl_moe.train import TrainResult, resume
 from clpl_moe.train.ance import NEGATIVES_FILE, NegativeRefresher
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
-from clpl_moe.train.base_model import add_experts, choose_trainable, make_heads, read_heads, resolve_settings
+from clpl_moe.train.base_model import (
+    add_experts,
+    check_dimensions,
+    choose_trainable,
+    make_heads,
+    read_heads,
+    resolve_settings,
+)
 from clpl_moe.train.card import write_model_card
 from clpl_moe.train.checks import check_optimizer
 from clpl_moe.train.lengths import Lengths, choose_lengths, longest_counted
@@ -97,6 +104,7 @@ class CLPLRunner:
         args.revision = resolved_revision(args.model_name_or_path, **args.hub) or args.revision
         data_args, model = self.data_args, encoder.model
         check_lengths(model, data_args.query_max_len, data_args.passage_max_len, args.model_name_or_path)
+        check_dimensions(model, self.training_args)
         if has_experts(model):
             logger.warning("the base model has experts of its own, which are kept: %s", model.config.moe)
         add_experts(model, args.moe_config(), args.model_name_or_path)
