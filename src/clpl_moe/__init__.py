@@ -28,6 +28,7 @@ if _command_starts() and signal.getsignal(signal.SIGINT) == signal.default_int_h
 _PUBLIC = {
     "CLPLLoss": "clpl_moe.loss",
     "CLPLOutput": "clpl_moe.loss",
+    "CachedSentenceTransformerCLPLLoss": "clpl_moe.loss.sentence_transformers",
     "SentenceTransformerCLPLLoss": "clpl_moe.loss.sentence_transformers",
     "MoEConfig": "clpl_moe.moe.config",
     "inject_moe": "clpl_moe.moe.inject",
@@ -41,6 +42,7 @@ _PUBLIC = {
 __all__ = [
     "CLPLLoss",
     "CLPLOutput",
+    "CachedSentenceTransformerCLPLLoss",
     "Encoder",
     "MoEConfig",
     "SentenceTransformerCLPLLoss",
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
     from clpl_moe.common.errors import UserError
     from clpl_moe.encoder import Encoder, load_encoder, save_encoder
     from clpl_moe.loss import CLPLLoss, CLPLOutput
-    from clpl_moe.loss.sentence_transformers import SentenceTransformerCLPLLoss
+    from clpl_moe.loss.sentence_transformers import CachedSentenceTransformerCLPLLoss, SentenceTransformerCLPLLoss
     from clpl_moe.moe.config import MoEConfig
     from clpl_moe.moe.inject import inject_moe, merge_experts
 

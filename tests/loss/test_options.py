@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from clpl_moe.loss import CLPLLoss, CLPLOptions, SentenceTransformerCLPLLoss
+from clpl_moe.loss import CachedSentenceTransformerCLPLLoss, CLPLLoss, CLPLOptions, SentenceTransformerCLPLLoss
 
 NAMES = [field.name for field in dataclasses.fields(CLPLOptions)]
 
@@ -54,10 +54,11 @@ def test_the_constructors_take_each_option_two_by_place():
     assert list(parameters) == NAMES
     by_place = [name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     assert by_place == ["temperature", "penalty_weight"]
-    in_trainer = inspect.signature(SentenceTransformerCLPLLoss).parameters
-    assert list(in_trainer)[:3] == ["model", *by_place]
-    assert set(in_trainer) == {"model", "num_negatives", "query_prompt", *NAMES}
-    assert {in_trainer[name].default == parameters[name].default for name in NAMES} == {True}
+    for kind, more in ((SentenceTransformerCLPLLoss, set()), (CachedSentenceTransformerCLPLLoss, {"mini_batch_size"})):
+        in_trainer = inspect.signature(kind).parameters
+        assert list(in_trainer)[:3] == ["model", *by_place]
+        assert set(in_trainer) == {"model", "num_negatives", "query_prompt", *more, *NAMES}
+        assert {in_trainer[name].default == parameters[name].default for name in NAMES} == {True}
 
 
 def test_options_are_the_losss_attributes():

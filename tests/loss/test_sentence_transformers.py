@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from datasets import Dataset
@@ -6,6 +8,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.training_args import SentenceTransformerTrainingArguments
 
 from clpl_moe import (
+    CachedSentenceTransformerCLPLLoss,
     CLPLLoss,
     MoEConfig,
     SentenceTransformerCLPLLoss,
@@ -13,7 +16,10 @@ from clpl_moe import (
     load_encoder,
     save_encoder,
 )
+from clpl_moe.loss import sentence_transformers as loss_module
 from clpl_moe.moe.install import layer_states
+from helpers.grad_cache import assert_close, forward_with_graph, gradients
+from helpers.processes import run_in_processes
 
 COLUMNS = {
     "anchor": ["누가 썼나", "کی ساخته شد", "कब बना", "who reads it"],
@@ -200,11 +206,109 @@ def test_trains_experts_of_the_encoder_inside(model):
     assert all(router.weight.grad.any() for _, _, router in layer_states(encoder))
 
 
-def train(folder, output, penalty_weight):
+# Of the four texts of a column, a mini-batch of three leaves one over.
+CACHED = {
+    "mini_batch_size": 3,
+    "penalty": "contrastive",
+    "same_tower_negatives": True,
+    "matryoshka_dims": [32, 8],
+}
+
+
+@pytest.mark.parametrize("options", [{"mini_batch_size": 1}, {"mini_batch_size": 4}, CACHED])
+@pytest.mark.parametrize("columns", [4, 8])
+def test_cached_gradients_are_those_of_the_whole_batch(model, columns, options):
+    whole = {name: value for name, value in options.items() if name != "mini_batch_size"} | {"num_negatives": 2}
+    inputs = features(model, list(COLUMNS)[:columns])
+    expected = SentenceTransformerCLPLLoss(model, 0.1, 0.3, **whole)([dict(column) for column in inputs])
+    found = CachedSentenceTransformerCLPLLoss(model, 0.1, 0.3, **options, num_negatives=2)(inputs)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    cached = gradients(model)
+    model.zero_grad()
+    expected.backward()
+    assert_close(cached, gradients(model))
+    with torch.no_grad():
+        without = CachedSentenceTransformerCLPLLoss(model, 0.1, 0.3, **options, num_negatives=2)(inputs)
+    torch.testing.assert_close(without, expected.detach())
+
+
+def test_cached_gradients_with_dropout(model, monkeypatch):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    model.train()
+    inputs = features(model, list(COLUMNS))
+    loss = CachedSentenceTransformerCLPLLoss(model, 0.1, 0.3, num_negatives=2, mini_batch_size=3)
+    found = []
+    for forward in (loss_module.cached_forward, forward_with_graph):  # both draw for the same mini-batches
+        monkeypatch.setattr(loss_module, "cached_forward", forward)
+        model.zero_grad()
+        torch.manual_seed(1)
+        value = loss(inputs)
+        torch.rand(3)  # in between others draw, too
+        value.backward()
+        found.append((value.detach(), gradients(model), torch.rand(3)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][2], found[1][2])
+    assert_close(found[0][1], found[1][1])
+    assert loss(inputs) != loss(inputs)  # there is dropout
+
+
+def test_a_mini_batch_is_as_wide_as_its_longest_text(model):
+    short = CachedSentenceTransformerCLPLLoss(model, num_negatives=0, mini_batch_size=1)
+    columns = [model.preprocess(texts) for texts in (["a", "a longer one", "b"], ["c", "dd", "e"])]
+    widths = []
+    model[0].register_forward_pre_hook(lambda _, args: widths.append(args[0]["input_ids"].shape[1]))
+    short(columns)
+    assert widths == [3, 12, 3, 3, 4, 3]
+
+
+def test_cached_loss_refuses(model):
+    inputs = features(model, list(COLUMNS)[:4])
+    loss = CachedSentenceTransformerCLPLLoss(model, num_negatives=2)
+    with pytest.raises(ValueError, match="set its matryoshka_dims instead"):
+        MatryoshkaLoss(model, loss, [32, 8])(inputs, None)
+    for size in (0, 1.5):
+        with pytest.raises(ValueError, match="mini_batch_size is .*: give a number of texts"):
+            CachedSentenceTransformerCLPLLoss(model, num_negatives=2, mini_batch_size=size)
+
+
+def gradients_of_one_process(rank):
+    """Of a half of the rows, under DistributedDataParallel, which averages them."""
+    model = SentenceTransformer(os.environ["CLPL_TEST_MODEL"], device="cpu")
+    loss = CachedSentenceTransformerCLPLLoss(
+        model, 0.1, 0.3, num_negatives=2, mini_batch_size=1, gather_across_devices=True
+    )
+    loss.model = torch.nn.parallel.DistributedDataParallel(model)  # as the trainer does
+    half = slice(2 * rank, 2 * rank + 2)
+    inputs = [model.preprocess(texts[half]) for texts in list(COLUMNS.values())[:6]]
+    for _ in range(2):  # the second pass needs that the first one was whole
+        model.zero_grad()
+        value = loss([dict(column) for column in inputs])
+        value.backward()
+    return value.detach(), gradients(model)
+
+
+@pytest.mark.slow
+def test_cached_gradients_of_two_processes_are_those_of_the_joint_batch(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLPL_TEST_MODEL", str(tmp_path / "model"))
+    results = run_in_processes(gradients_of_one_process, tmp_path)
+    expected = SentenceTransformerCLPLLoss(model, 0.1, 0.3, num_negatives=2)(features(model, list(COLUMNS)[:6]))
+    expected.backward()
+    joint = gradients(model)
+    for _, found in results:
+        unused = {name: found.pop(name) for name in found.keys() - joint.keys()}
+        assert all("pooler" in name and not gradient.any() for name, gradient in unused.items())
+        assert_close(found, joint)
+    torch.testing.assert_close((results[0][0] + results[1][0]) / 2, expected.detach())
+
+
+def train(folder, output, penalty_weight, kind=SentenceTransformerCLPLLoss, **options):
     """Train a fresh model with the real trainer; returns it, the model and the terms of each forward pass."""
     model = SentenceTransformer(str(folder), device="cpu")
     dataset = Dataset.from_dict({name: texts * 2 for name, texts in COLUMNS.items()})
-    loss = SentenceTransformerCLPLLoss(model, 0.1, penalty_weight, num_negatives=2, query_prompt="query: ")
+    loss = kind(model, 0.1, penalty_weight, num_negatives=2, query_prompt="query: ", **options)
     terms = []
     loss.loss.register_forward_hook(lambda _, __, output: terms.append(output))
     arguments = SentenceTransformerTrainingArguments(
@@ -236,6 +340,15 @@ def test_trains_in_the_real_trainer(model, tmp_path):
     assert trainer.evaluate()["eval_loss"] < losses[0]
     _, _, plain = train(tmp_path / "model", tmp_path / "plain", 0.0)
     assert terms[11].penalty < plain[11].penalty * 0.8  # what the penalty is for
+    # The cached loss takes the same steps, with the card's settings and paper.
+    options = {"kind": CachedSentenceTransformerCLPLLoss, "mini_batch_size": 3}
+    _, cached, same = train(tmp_path / "model", tmp_path / "cached", 0.5, **options)
+    for one, other in zip(same, terms[:12], strict=True):
+        torch.testing.assert_close(one.loss, other.loss, rtol=1e-2, atol=1e-2)
+    cached.save_pretrained(str(tmp_path / "cached_model"))
+    card = (tmp_path / "cached_model" / "README.md").read_text()
+    assert '"mini_batch_size": 3' in card
+    assert "2101.06983" in card
     trained.save_pretrained(str(tmp_path / "trained"))
     card = (tmp_path / "trained" / "README.md").read_text()
     assert "SentenceTransformerCLPLLoss" in card

@@ -9,12 +9,23 @@ from clpl_moe.loss.options import CLPLOptions
 
 if TYPE_CHECKING:
     from clpl_moe.loss.clpl import CLPLLoss, CLPLOutput
-    from clpl_moe.loss.sentence_transformers import SentenceTransformerCLPLLoss
+    from clpl_moe.loss.sentence_transformers import CachedSentenceTransformerCLPLLoss, SentenceTransformerCLPLLoss
 
-__all__ = ["CLPLLoss", "CLPLOptions", "CLPLOutput", "SentenceTransformerCLPLLoss"]
+__all__ = [
+    "CLPLLoss",
+    "CLPLOptions",
+    "CLPLOutput",
+    "CachedSentenceTransformerCLPLLoss",
+    "SentenceTransformerCLPLLoss",
+]
 
 # These need torch, which the options do without.
-_MODULES = {"CLPLLoss": "clpl", "CLPLOutput": "clpl", "SentenceTransformerCLPLLoss": "sentence_transformers"}
+_MODULES = {
+    "CLPLLoss": "clpl",
+    "CLPLOutput": "clpl",
+    "CachedSentenceTransformerCLPLLoss": "sentence_transformers",
+    "SentenceTransformerCLPLLoss": "sentence_transformers",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clpl_moe.loss.clpl import CLPLLoss
+from clpl_moe.loss.grad_cache import cached_forward
 from clpl_moe.loss.options import CLPLOptions
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ class SentenceTransformerCLPLLoss(nn.Module):
         query_ids, *passage_ids = [_token_ids(features) for features in columns[: 1 + group]]  # G lists of B
         negative_query_ids = [_token_ids(features) for features in query_columns]
         given = [[ids != self._empty for ids in column] for column in negative_query_ids]
-        query, *rest = (self.model(features)["sentence_embedding"] for features in columns)  # (B, D) each
+        query, *rest = self._embed(columns)
         batch, device = query.shape[0], query.device
         passages = torch.stack(rest[:group], dim=1).flatten(0, 1)  # (B·G, D)
         # Texts of the same tokens are the same to the model; hashes of integers are equal in all processes.
@@ -127,6 +129,10 @@ class SentenceTransformerCLPLLoss(nn.Module):
         negative_queries = torch.stack(rest[group:], dim=1)[mask]  # (M, D)
         rows = torch.cat([torch.arange(batch, device=device) * group, index[mask]])
         return self.loss(query, passages, negative_queries, index[mask], **_with_answers(ids, of_queries, rows)).loss
+
+    def _embed(self, columns: list[dict[str, Tensor]]) -> list[Tensor]:
+        """The embeddings of each column, (B, D) each."""
+        return [self.model(features)["sentence_embedding"] for features in columns]
 
     # What signature() shows in place of ``**options``.
     __signature__ = _with_options(inspect.signature(__init__))
@@ -149,6 +155,120 @@ class SentenceTransformerCLPLLoss(nn.Module):
     url={https://arxiv.org/abs/2412.17364},
 }
 """
+
+
+class CachedSentenceTransformerCLPLLoss(SentenceTransformerCLPLLoss):
+    """:class:`SentenceTransformerCLPLLoss` in the memory of ``mini_batch_size`` texts, by gradient caching.
+
+    Loss and gradients are those of the whole batch, dropout included: each mini-batch is embedded twice, the second time
+    with the random numbers of the first (:mod:`clpl_moe.loss.grad_cache`). So a step takes about a forward pass longer, and
+    the batch may be as large as its embeddings and similarities allow.
+
+    Args:
+        model, temperature, penalty_weight, num_negatives, query_prompt, options: as in
+            :class:`SentenceTransformerCLPLLoss`. For embeddings that can be truncated set ``matryoshka_dims``;
+            a ``MatryoshkaLoss`` around this loss is refused.
+        mini_batch_size: texts of a column that are embedded at once.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        temperature: float = CLPLOptions.temperature,
+        penalty_weight: float = CLPLOptions.penalty_weight,
+        *,
+        num_negatives: int,
+        query_prompt: str = "",
+        mini_batch_size: int = 32,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model, temperature, penalty_weight, num_negatives=num_negatives, query_prompt=query_prompt, **options
+        )
+        if not isinstance(mini_batch_size, int) or mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size is {mini_batch_size!r}: give a number of texts, 1 or more")
+        self.mini_batch_size = mini_batch_size
+
+    __signature__ = _with_options(inspect.signature(__init__))
+
+    def _embed(self, columns: list[dict[str, Tensor]]) -> list[Tensor]:
+        model: nn.Module = self.model
+        if type(vars(model).get("forward")).__name__ == "ForwardDecorator":
+            raise ValueError(
+                "MatryoshkaLoss cannot be around a loss that embeds twice: set its matryoshka_dims instead"
+            )
+        chunks = [chunk for features in columns for chunk in _mini_batches(features, self.mini_batch_size)]
+        sizes = [len(features["input_ids"]) for features in columns]
+
+        def cached(module: nn.Module) -> Tensor:
+            # A copy of the features: modules put their outputs into them.
+            return cached_forward(module, lambda chunk: (module(dict(chunk))["sentence_embedding"],), chunks)[0]
+
+        if not isinstance(model, nn.parallel.DistributedDataParallel):
+            return list(cached(model).split(sizes))
+        # For DistributedDataParallel all of it is one forward, whose backward gives each gradient once.
+        module = model.module
+        with _replaced_forward(module, lambda: cached(module)):
+            return list(model().split(sizes))
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The settings, for the model card."""
+        return super().get_config_dict() | {"mini_batch_size": self.mini_batch_size}
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of both papers, for the model card."""
+        return f"""{super().citation}
+@inproceedings{{gao2021scaling,
+    title={{Scaling deep contrastive learning batch size under memory limited setup}},
+    author={{Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan}},
+    year={{2021}},
+    eprint={{2101.06983}},
+    archivePrefix={{arXiv}},
+    url={{https://arxiv.org/abs/2101.06983}},
+}}
+"""
+
+
+@contextlib.contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[[], Tensor]) -> Iterator[None]:
+    """A block in which the next call of ``module`` is ``forward``; calls within that one are the module's own again."""
+    before = vars(module).get("forward")
+
+    def restore() -> None:
+        if before is None:
+            vars(module).pop("forward", None)
+        else:
+            module.forward = before
+
+    def once() -> Tensor:
+        restore()
+        return forward()
+
+    module.forward = once
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _mini_batches(features: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    """The features of a column (B texts) in parts of ``size`` texts, each only as wide as its longest text."""
+    number, width = features["attention_mask"].shape
+    for start in range(0, number, size):
+        rows = slice(start, start + size)
+        used = features["attention_mask"][rows].any(dim=0).nonzero()
+        end = (
+            int(used.max()) + 1 if len(used) else width
+        )  # what stands before the first token stays: positions count it
+        yield {name: _part(value, rows, end, (number, width)) for name, value in features.items()}
+
+
+def _part(value: Any, rows: slice, end: int, shape: tuple[int, int]) -> Any:
+    """Some rows of a feature, cut at ``end`` where it has a value for each token; whole where it is not one for each text."""
+    if not isinstance(value, Tensor) or value.shape[:1] != shape[:1]:
+        return value
+    return value[rows, :end] if value.shape[:2] == shape else value[rows]
 
 
 def _with_answers(ids: Tensor, query_ids: Tensor, rows: Tensor) -> dict[str, Tensor]:

@@ -17,9 +17,9 @@ from clpl_moe.encoder.settings import EmbeddingSettings, pool
 from clpl_moe.loss import CLPLLoss
 from clpl_moe.loss.clpl import find_no_negatives, truncated
 from clpl_moe.loss.distributed import gather_rows
+from clpl_moe.loss.grad_cache import cached_forward, chunks_by_tokens
 from clpl_moe.moe.balance import pop_router_terms, put_router_records, take_router_records, track_routers
 from clpl_moe.moe.inject import has_experts
-from clpl_moe.train.grad_cache import cached_forward, chunks_by_tokens
 
 # The score of a passage that is no negative, in FlagEmbedding's losses: finite, also in float16, since a teacher's probability
 # of 0 is multiplied with it.
