@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import shlex
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ import torch
 
 from clpl_moe.common.files import write_json
 from clpl_moe.common.machine import machine, versions, without_folders
+from clpl_moe.common.machine import peak_memory as peak_memory
 from clpl_moe.encoder.precision import fast_bfloat16
 
 RESULTS = Path(__file__).parent / "results"
@@ -168,18 +168,6 @@ def reset_peak_memory(device: str) -> None:
         clear = Path("/proc/self/clear_refs")
         if clear.exists():
             clear.write_text("5")
-
-
-def peak_memory(device: str) -> int:
-    """Highest number of bytes since :func:`reset_peak_memory`: allocated on a GPU; on CPUs resident in this process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def in_fresh_process(script: str | Path, job: dict[str, Any]) -> Any:

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--small", type=int, default=16, help="queries a step, the batch to compare with")
     parser.add_argument("--large", type=int, default=256, help="queries a step, the large batch")
     parser.add_argument("--grad_cache_tokens", type=int, default=2048, help="tokens a chunk")
-    parser.add_argument("--trainable", default="moe", choices=["moe", "ffn", "full"])
+    parser.add_argument("--trainable", default="moe", choices=["moe", "ffn", "full", "lora"])
     parser.add_argument("--no_uncached", action="store_true", help="leave out the large batch without caching")
     args = parser.parse_args()
     if args.job:

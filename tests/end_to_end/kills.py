@@ -38,7 +38,7 @@ from clpl_moe.train.checksums import STATE_FILE
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # What a killed run may end with, besides the signal itself.
 CODES = {0, 130, 143}
-TIMES = re.compile(r"seconds|runtime|per_second")
+TIMES = re.compile(r"seconds|runtime|per_second|peak_memory")
 
 
 @dataclass

@@ -39,4 +39,5 @@ def assert_same(found, expected, **tolerances):
 def train_only(encoder, trainable, **options):
     """Choose trained parameters by options, which otherwise have their defaults."""
     stock = {"frozen_layers": 0, "fix_encoder": False, "fix_position_embedding": False, "unified_finetuning": False}
+    stock |= {"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_targets": ["attention", "ffn"]}
     choose_trainable(encoder, SimpleNamespace(**stock | {"trainable": trainable} | options))

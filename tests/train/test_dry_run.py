@@ -34,6 +34,8 @@ def data(tmp_path_factory):
         {"max_steps": -1, "num_train_epochs": 3, "dataloader_drop_last": True},
         {"num_experts": 3, "top_k": 2, "moe_target": "ffn", "trainable": "ffn"},
         {"num_experts": 0, "trainable": "full"},
+        {"num_experts": 0, "trainable": "lora", "lora_rank": 3},
+        {"trainable": "lora", "lora_targets": "experts"},
         {"frozen_layers": 1},
         {
             "max_steps": -1,

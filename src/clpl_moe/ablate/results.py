@@ -25,7 +25,8 @@ def summarize(plan: Plan, metric: str) -> list[dict[str, Any]]:
     languages' average, and how the error, 1 - metric, differs from the first row's (-0.1: a tenth less).
 
     ``average`` is over languages, seed by seed, and is None until all are there. ``error_change`` of the average compares
-    average errors; ``error_change_mean`` is the mean of the languages' changes.
+    average errors; ``error_change_mean`` is the mean of the languages' changes. ``peak_bytes`` is the most memory that a
+    training of the row took, None where that is not known.
     """
     languages = [collection.language for collection in plan.collections]
     rows: list[dict[str, Any]] = []
@@ -37,7 +38,10 @@ def summarize(plan: Plan, metric: str) -> list[dict[str, Any]]:
         of_all = [seed for seed in values[languages[0]] if all(seed in found for found in values.values())]
         averages = [statistics.fmean(found[seed] for found in values.values()) for seed in of_all]
         cells = {language: _mean_and_spread(list(found.values())) for language, found in values.items()}
-        rows.append({"row": name, "label": label, "languages": cells, "average": _mean_and_spread(averages)})
+        trainings = [(run.result() or {}).get("training") for run in plan.runs if run.row == name]
+        peaks = [peak for training in trainings if (peak := (training or {}).get("peak_bytes")) is not None]
+        of_row = {"row": name, "label": label, "languages": cells, "average": _mean_and_spread(averages)}
+        rows.append({**of_row, "peak_bytes": max(peaks, default=None)})
     for row in rows:
         changes = [_set_change(row["languages"][name], rows[0]["languages"][name]) for name in languages]
         _set_change(row["average"], rows[0]["average"])
@@ -65,6 +69,8 @@ def table_rows(summary: list[dict[str, Any]]) -> list[dict[str, str]]:
             return "–"
         return f"{value['mean']:.4f}" + ("" if value["spread"] is None else f" ± {value['spread']:.4f}")
 
+    measured = any(row.get("peak_bytes") for row in summary)
+
     def line(row: dict[str, Any]) -> dict[str, str]:
         runs = [len(value["values"]) for value in row["languages"].values()]
         changes = [percent(value["error_change"]) for value in row["languages"].values()]
@@ -75,10 +81,15 @@ def table_rows(summary: list[dict[str, Any]]) -> list[dict[str, str]]:
             "average": cell(row["average"]),
             "error": percent(row["average"]["error_change"]),
             "error by language": ", ".join(changes),
+            **({"memory": _gib(row.get("peak_bytes"))} if measured else {}),
         }
 
     first, *others = map(line, summary)
     return [first | {"error": "", "error by language": ""}, *others]
+
+
+def _gib(count: int | None) -> str:
+    return "–" if count is None else f"{count / 2**30:.2f} GiB"
 
 
 def markdown(rows: list[dict[str, str]]) -> str:

@@ -199,9 +199,10 @@ def _fill(value: Any, places: dict[str, str]) -> Any:
 
 
 def _training(run: Run, model: Path) -> dict[str, Any] | None:
-    """Steps, duration and precision of a run that was trained."""
+    """Steps, duration, peak memory in bytes and precision of a run that was trained."""
     if run.train is None or (end := RunCourse.read(model, run.row).end) is None:
         return None
     options = run.decisive.values
     precision = "bfloat16" if options["train.bf16"] else "float16" if options["train.fp16"] else "float32"
-    return {"steps": end["step"], "seconds": round(end["train_runtime"], 1), "precision": precision}
+    duration = {"steps": end["step"], "seconds": round(end["train_runtime"], 1)}
+    return {**duration, "peak_bytes": end.get("train_peak_memory"), "precision": precision}

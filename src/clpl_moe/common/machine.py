@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 _PACKAGES = ("torch", "transformers", "FlagEmbedding", "sentence-transformers", "accelerate")
@@ -42,6 +43,21 @@ def versions() -> dict[str, str]:
     """Versions of the packages that the figures depend on, as far as they are installed."""
     installed = {distribution.name for distribution in importlib.metadata.distributions()}
     return {name: importlib.metadata.version(name) for name in _PACKAGES if name in installed}
+
+
+def peak_memory(device: str) -> int:
+    """Highest number of bytes so far: allocated on a GPU; on a CPU resident, of this process."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    import resource  # there is none on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def without_folders(words: list[str]) -> list[str]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import share
+from clpl_moe.encoder.adapter import has_adapter, save_adapter
 from clpl_moe.encoder.encode import Kind, encode, tokenize
 from clpl_moe.encoder.load import load_encoder
 from clpl_moe.encoder.packing import PackedTexts, embed_packed
@@ -233,7 +234,8 @@ class Encoder:
         """Write a self-contained model folder: weights, configuration, tokenizer and sentence-transformers' files.
 
         With experts it also holds their code, so that ``AutoModel``, ``BGEM3FlagModel`` and ``SentenceTransformer`` load
-        it with ``trust_remote_code=True``, without this package.
+        it with ``trust_remote_code=True``, without this package. Of a model with an adapter of peft, the folder holds the adapter
+        and no other weights; :meth:`load` adds it to the base model's.
 
         Files of the same names are replaced. ``heads`` are state dicts by file name, ``sparse_linear.pt`` and
         ``colbert_linear.pt``; those not named are copied from the folder that the encoder was loaded from. ``state_dict``
@@ -252,8 +254,11 @@ class Encoder:
             named = f"sparse and multi-vector heads ({', '.join(HEAD_FILES)})"
             logger.warning("the hub did not say whether the model has %s: %s gets none", named, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with no_bar_of_weights():
-            model.save_pretrained(folder, state_dict=state_dict)
+        if has_adapter(model):
+            save_adapter(model, folder)
+        else:
+            with no_bar_of_weights():
+                model.save_pretrained(folder, state_dict=state_dict)
         for file in folder.glob("*.safetensors"):
             share(file)
         save_tokenizer(self.tokenizer, folder)

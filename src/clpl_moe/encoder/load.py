@@ -1,4 +1,4 @@
-"""Load an encoder: a stock model, a folder with experts, or a checkpoint in the format of 2024."""
+"""Load an encoder: a stock model, a folder with experts, an adapter with its base model, or a checkpoint of 2024."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from clpl_moe.common.errors import OptionError, UserError, at, one_line
 from clpl_moe.common.files import read_json
+from clpl_moe.encoder.adapter import AdapterFolder, find_adapter, merge_adapter
 from clpl_moe.encoder.folder import TRUST, check_config
 from clpl_moe.encoder.settings import remember_stated
 from clpl_moe.encoder.weights import find_file, no_bar_of_weights, read_weights, weight_names
 from clpl_moe.moe.config import MoEConfig
-from clpl_moe.moe.inject import stack_2024_experts
+from clpl_moe.moe.inject import has_experts, inject_moe, stack_2024_experts
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 
 
@@ -34,7 +35,8 @@ def load_encoder(
     ``revision`` (commit, branch or tag; None: the newest).
 
     Folders with experts load without remote code, also those of 2024 (``config.json`` with ``moe``, ``num_experts`` and
-    ``num_experts_per_tok``), whose router becomes ``topk_softmax``. A pooling layer is kept only where the weights hold
+    ``num_experts_per_tok``), whose router becomes ``topk_softmax``. Of an adapter (LoRA) the base model is loaded, and the
+    adapter added to its weights. A pooling layer is kept only where the weights hold
     one. The model is in evaluation mode, in ``dtype``, on the CPU. It remembers the settings and the length that its folder
     states, for ``save_encoder`` and :class:`~clpl_moe.encoder.encoder.Encoder`. A ``path`` where nothing is found, or nothing
     that can be loaded, raises :class:`UserError`.
@@ -44,8 +46,11 @@ def load_encoder(
     config = read_config(path, **hub)
     model_type = config.get("model_type", "")
     moe_class = {_model_type(c): c for c in MOE_CLASSES.values()}.get(model_type)
-    keys = weight_names(path, hub)
-    if is_2024_checkpoint(config) and any(".dense.experts." in key for key in keys):
+    adapter = find_adapter(path, **hub)
+    keys = weight_names(path, hub) if adapter is None else []
+    if adapter is not None:
+        model = _load_with_adapter(path, adapter, trust_remote_code, hub)
+    elif is_2024_checkpoint(config) and any(".dense.experts." in key for key in keys):
         model = _load_2024(path, config, hub)
     else:
         kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **hub}
@@ -81,12 +86,15 @@ def try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
-    """The ``config.json`` of a folder or of a model on the hub; raises :class:`UserError` where there is none."""
+    """The ``config.json`` of a folder or of a model on the hub, of an adapter the base model's with the experts that were put
+    into it; raises :class:`UserError` where there is none."""
     if hub.get("revision") is not None and Path(path).is_dir():
         raise OptionError(
             "revision", f"{path} is a folder here, which has none; name a model of the hub, or leave it out"
         )
     file = find_file(str(path), "config.json", hub)
+    if file is None and (adapter := find_adapter(path, **hub)) is not None:
+        return _config_with_adapter(path, adapter, hub)
     if file is None:
         if Path(path).exists():
             raise UserError(f"{at(path)}: no config.json, expected a model folder")
@@ -95,6 +103,42 @@ def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
             " the network and, for gated models, HF_TOKEN"
         )
     return check_config(read_json(file, dict), at(file))
+
+
+def _config_with_adapter(path: str | Path, adapter: AdapterFolder, hub: dict[str, Any]) -> dict[str, Any]:
+    with _of_adapter(path, adapter):
+        config = read_config(adapter.base, **hub | {"revision": adapter.revision})
+    if adapter.moe is None or isinstance(config.get("moe"), dict):
+        return config
+    types = {_model_type(dense): _model_type(moe) for dense, moe in MOE_CLASSES.items()}
+    if config.get("model_type") not in types:
+        raise UserError(f"{at(path)}: its base model is a {config.get('model_type')!r}, which can have no experts")
+    return config | {"model_type": types[config["model_type"]], "moe": adapter.moe}
+
+
+def _load_with_adapter(path: str, adapter: AdapterFolder, trusted: bool, hub: dict[str, Any]) -> PreTrainedModel:
+    with _of_adapter(path, adapter):
+        base = hub | {"revision": adapter.revision}
+        model, _ = load_encoder(adapter.base, trust_remote_code=trusted, **base)
+    if adapter.moe is not None and not has_experts(model):
+        try:
+            with torch.random.fork_rng(devices=[]):  # of the routers' first weights, which are replaced
+                inject_moe(model, MoEConfig(**adapter.moe))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{at(path)}: experts of the adapter cannot be put into the base model: {error}") from None
+    with refuse_unloadable(path, "adapter", trusted):
+        merge_adapter(model, adapter)
+    model.name_or_path = path  # its weights are no longer the base model's
+    return model
+
+
+@contextlib.contextmanager
+def _of_adapter(path: str | Path, adapter: AdapterFolder) -> Iterator[None]:
+    """Say of what the model is the base that is not found or cannot be loaded."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{at(path)}: an adapter, whose base model cannot be loaded: {error}") from None
 
 
 def _of(hub: dict[str, Any]) -> str:
@@ -151,6 +195,8 @@ def refuse_unloadable(path: str, what: str, trusted: bool) -> Iterator[None]:
     """Turn every error of loading ``what`` into a :class:`UserError`."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # the tokenizers library raises plain ones
         if not trusted and "trust_remote_code" in str(error):
             raise UserError(f"{at(path)}: the model needs code from its own folder; {TRUST}") from error

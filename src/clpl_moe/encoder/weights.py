@@ -49,17 +49,17 @@ def _weight_file(path: str, hub: dict[str, Any]) -> str:
 def weight_names(path: str, hub: dict[str, Any]) -> list[str]:
     """The names of a model's weights, which are not read."""
     file = _weight_file(path, hub)
-    return list(_weight_map(file)) if file.endswith(".json") else list(_read_file(file, names_only=True))
+    return list(_weight_map(file)) if file.endswith(".json") else list(read_tensors(file, names_only=True))
 
 
 def read_weights(path: str, hub: dict[str, Any]) -> dict[str, Tensor]:
     """A model's weights by name, on the CPU; :class:`UserError` where there are none, or they cannot be read."""
     file = _weight_file(path, hub)
     if not file.endswith(".json"):
-        return _read_file(file)
+        return read_tensors(file)
     state: dict[str, Tensor] = {}
     for shard in sorted(set(_weight_map(file).values())):
-        state.update(_read_file(find_file(path, shard, hub) or str(Path(path) / shard)))
+        state.update(read_tensors(find_file(path, shard, hub) or str(Path(path) / shard)))
     return state
 
 
@@ -71,7 +71,8 @@ def _weight_map(file: str) -> dict[str, str]:
     raise UserError(f"{at(file)}: no index of weights, expected an object 'weight_map' of file names")
 
 
-def _read_file(file: str, names_only: bool = False) -> dict[str, Any]:
+def read_tensors(file: str, names_only: bool = False) -> dict[str, Any]:
+    """The tensors of one file, or only their names; :class:`UserError` where it cannot be read."""
     try:
         if file.endswith(".safetensors"):
             with safe_open(file, framework="pt") as tensors:

@@ -40,7 +40,7 @@ class TrainResult:
         best_checkpoint: of ``metric_for_best_model``; None without evaluation.
         metrics_file: ``metrics.jsonl``, the course of the run.
         plan: what the run was.
-        merged: with ``merge_experts``, the folder of the model with its experts merged.
+        merged: with ``merge_experts`` or ``merge_adapter``, the folder of the merged model.
         after_merging: the metrics of that model; None where it was not evaluated.
         verdict: where training did not beat the base model on the dev collection: likely causes, and what to try.
     """
@@ -60,7 +60,8 @@ class TrainResult:
             f"saved to {self.folder}: the model, its card README.md, {self.metrics_file.name} and train_config.yaml"
         ]
         if self.merged is not None:
-            lines.append(f"saved to {self.merged}: the model with its experts merged")
+            what = "experts" if self.plan.training_args.merge_experts else "adapter"
+            lines.append(f"saved to {self.merged}: the model with its {what} merged")
         if self.after is not None:
             names = list(self.after)
             lines.append(f"{'':<10}" + "".join(f"{name:>10}" for name in names))

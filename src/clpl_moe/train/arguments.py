@@ -23,6 +23,7 @@ from clpl_moe.train.options import (
     INHERITED_BOUNDS,
     DataOptions,
     EvaluationOptions,
+    LoRAOptions,
     LossOptions,
     ModelOptions,
     RefreshOptions,
@@ -86,7 +87,7 @@ def _has_two_places(form: str) -> bool:
 
 @dataclass
 class CLPLTrainingArguments(
-    LossOptions, RunOptions, EvaluationOptions, RefreshOptions, EncoderOnlyEmbedderM3TrainingArguments
+    LossOptions, RunOptions, LoRAOptions, EvaluationOptions, RefreshOptions, EncoderOnlyEmbedderM3TrainingArguments
 ):
     """The loss, what is trained, evaluation in training, and everything that transformers' Trainer offers.
 
@@ -126,6 +127,11 @@ class CLPLTrainingArguments(
         return Path(self.output_dir or "")
 
     @property
+    def merged(self) -> bool:
+        """Whether the model is saved a second time, with experts or adapter merged."""
+        return self.merge_experts or self.merge_adapter
+
+    @property
     def stop_signals(self) -> list[signal.Signals]:
         """What ends training after the current step, with a checkpoint."""
         return [signal.SIGTERM, *([signal.SIGUSR1] if self.stop_on_sigusr1 else [])]
@@ -144,6 +150,11 @@ class CLPLTrainingArguments(
         return CLPLOptions(
             **terms, normalize=self.normalize_embeddings, gather_across_devices=self.negatives_cross_device
         )
+
+    def adapter_in_words(self) -> str:
+        """The adapters of ``trainable: lora``, for plan and card."""
+        dropout = f", dropout {self.lora_dropout:g}" if self.lora_dropout else ""
+        return f"LoRA of rank {self.lora_rank}, alpha {self.lora_alpha}{dropout}, on {' and '.join(self.lora_targets)}"
 
     def ance_selection(self) -> SelectionArguments:
         """What refreshes mine; raises OptionError where the options do not fit together."""

@@ -16,6 +16,7 @@ from clpl_moe.moe.config import MoEConfig
 from clpl_moe.moe.inject import expert_parameters, ffn_parameters, has_experts, inject_moe
 from clpl_moe.moe.install import find_layers
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
+from clpl_moe.train.lora import add_lora
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +107,17 @@ def add_experts(encoder: PreTrainedModel, config: MoEConfig | None, path: str) -
 
 
 def choose_trainable(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> None:
-    """Leave gradients only where ``trainable``, ``frozen_layers`` and FlagEmbedding's ``fix_*`` options want them; raises
-    :class:`UserError` where the encoder has no such experts or layers, or nothing would be trained."""
+    """Leave gradients only where ``trainable``, ``frozen_layers`` and FlagEmbedding's ``fix_*`` options want them, with
+    ``trainable`` lora in adapters; raises :class:`UserError` where the encoder has no such experts or layers, or nothing would
+    be trained."""
     if args.trainable == "moe" and not has_experts(encoder):
         raise UserError(
             "trainable is moe but the model has no experts: set num_experts to 2 or more, or trainable to full"
         )
     try:
-        if args.trainable != "full":
+        if args.trainable == "lora":
+            add_lora(encoder, args)
+        elif args.trainable != "full":
             chosen = expert_parameters(encoder) if args.trainable == "moe" else ffn_parameters(encoder)
             encoder.requires_grad_(False)
             for _, parameter in chosen:

@@ -96,6 +96,7 @@ def write_model_card(
         settings=settings,
         pooled=_POOLED,
         experts=json.dumps(plan.experts) if experts else None,
+        adapter=args.trainable == "lora",
         files=", ".join(as_code(entry_path(entry).name) for entry in plan.data_args.train_data),
         versions=", ".join(f"{package} {version}" for package, version in versions().items()),
     )

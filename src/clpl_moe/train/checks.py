@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.options import check_bounds
-from clpl_moe.train.options import DEV_METRICS, INHERITED_BOUNDS, REFUSED, WITHOUT_EFFECT
+from clpl_moe.train.options import DEV_METRICS, INHERITED_BOUNDS, REFUSED, WITHOUT_EFFECT, LoRAOptions
 
 if TYPE_CHECKING:
     from clpl_moe.train.arguments import CLPLTrainingArguments
@@ -73,9 +73,23 @@ def check_options(args: CLPLTrainingArguments) -> None:
     if args.guide_margin is not None and not args.mask_duplicates:
         raise ValueError("guide_margin leaves out negatives as mask_duplicates does: set that to true")
     args.loss_options()
+    _check_lora(args)
     _check_compiling(args)
     _check_evaluation(args)
     _check_refreshes(args)
+
+
+def _check_lora(args: CLPLTrainingArguments) -> None:
+    """Refuse adapters with what they do not work with, and their options without them."""
+    if args.trainable == "lora":
+        for name in ("fsdp", "deepspeed", "fix_encoder"):
+            if getattr(args, name):
+                raise ValueError(f"{name} does not work with trainable lora: leave out one of the two")
+        return
+    for field in fields(LoRAOptions):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if getattr(args, field.name) != default:
+            raise ValueError(f"{field.name} is for adapters: set trainable to lora, or leave it out")
 
 
 def _check_compiling(args: CLPLTrainingArguments) -> None:

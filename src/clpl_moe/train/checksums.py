@@ -21,6 +21,7 @@ CHECKSUMS_FILE = "checksums.json"
 # What a resumed run reads, but for the files of DeepSpeed and FSDP.
 _READ = (
     *(STATE_FILE, NEGATIVES_FILE, *HEAD_FILES, "model*.safetensors", "*.safetensors.index.json"),
+    *("adapter_model.safetensors", "adapter_config.json", "moe_config.json"),
     *("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
 )
 _BLOCK = 2**20  # bytes

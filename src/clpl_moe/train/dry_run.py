@@ -16,6 +16,7 @@ from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPL
 from clpl_moe.train.base_model import add_experts, check_dimensions, choose_trainable, resolve_settings
 from clpl_moe.train.checks import check_optimizer
 from clpl_moe.train.lengths import Lengths, choose_lengths, longest_counted
+from clpl_moe.train.lora import adapted_experts
 from clpl_moe.train.plan import Estimate, Plan, describe, open_data
 
 # The shape of the base model of the published recipe, so that its configs can be checked where the hub is out of reach
@@ -56,7 +57,7 @@ def plan_run(
         tokens_exact=tokenizer is not None,
         # Weights in float32, gradients and AdamW's two moments of what is trained.
         state_bytes=4 * plan.parameters + 12 * plan.trained_parameters,
-        activation_bytes=_activations(encoder.config, held_tokens, training_args),
+        activation_bytes=_activations(encoder, held_tokens, training_args),
     )
     return plan
 
@@ -121,15 +122,17 @@ def _lengths(dataset: CLPLTrainDataset, lengths: Lengths, count: Count) -> tuple
     return sum(totals) / len(totals), max(totals), answered / max(1, negatives)
 
 
-def _activations(config, tokens: int, args: CLPLTrainingArguments) -> int:
+def _activations(encoder: PreTrainedModel, tokens: int, args: CLPLTrainingArguments) -> int:
     """Bytes kept for the backward pass of ``tokens`` on one device, a rough figure.
 
     Per token and layer about 16 hidden-sized and 3 FFN-sized values (attention without its score matrix); gradient
-    checkpointing keeps one hidden-sized value a layer and one whole layer.
+    checkpointing keeps one hidden-sized value a layer and one whole layer. Experts with adapters are kept as sums of both.
     """
+    config = encoder.config
     width = 2 if args.bf16 or args.fp16_asked else 4
     inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
     layer = (16 * config.hidden_size + 3 * inner) * width
     layers = config.num_hidden_layers
-    per_token = layers * config.hidden_size * width + layer if args.gradient_checkpointing else layers * layer
-    return tokens * per_token
+    checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
+    per_token = layers * config.hidden_size * width + layer if checkpointing else layers * layer
+    return tokens * per_token + adapted_experts(encoder) * width // (layers if checkpointing else 1)

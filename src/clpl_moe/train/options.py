@@ -126,9 +126,9 @@ class RunOptions:
         "true continues the newest checkpoint in output_dir; or a checkpoint's folder.", None
     )
     trainable: str = option(
-        "What is trained: experts and routers, all FFN layers, or the whole encoder.",
+        "What is trained: experts and routers, all FFN layers, the whole encoder, or adapters (lora) beside weights that stay.",
         "moe",
-        choices=["moe", "ffn", "full"],
+        choices=["moe", "ffn", "full", "lora"],
     )
     frozen_layers: int = option(
         "How many of the lowest layers are frozen, and the embeddings with them: faster, less memory; 0: none.",
@@ -182,6 +182,23 @@ class RunOptions:
         False,
     )
     do_train: bool = option("Kept for FlagEmbedding's configs; training always runs.", True)
+
+
+@dataclass
+class LoRAOptions:
+    """The adapters of ``trainable: lora``."""
+
+    lora_rank: int = option("Rank of the adapters, of each expert's, too.", 16, least=1, most=4_096)
+    lora_alpha: int = option("Adapters are multiplied by this over their rank.", 32, least=1, most=1_000_000)
+    lora_dropout: float = option("Dropout before the adapters; 0 with experts.", 0.0, least=0, most=0.99)
+    lora_targets: list[str] = option(
+        "Linear layers with adapters: attention, ffn (dense or experts), or of the FFN only experts. Routers are trained whole.",
+        ["attention", "ffn"],
+        choices=["attention", "ffn", "experts"],
+    )
+    merge_adapter: bool = option(
+        "Also save the model with the adapter added to its weights, in the folder 'merged' of the run.", False
+    )
 
 
 @dataclass
@@ -249,6 +266,7 @@ OPTIONS: dict[str, type[Any]] = {
     "data": DataOptions,
     "loss": LossOptions,
     "training": RunOptions,
+    "LoRA": LoRAOptions,
     "evaluation in training": EvaluationOptions,
     "negatives mined in training": RefreshOptions,
 }

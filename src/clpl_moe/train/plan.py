@@ -160,6 +160,7 @@ class Plan:
             f"experts         {', '.join(f'{name} {value}' for name, value in (self.experts or {}).items()) or 'none'}",
             f"parameters      {self.parameters:,}, trained {self.trained_parameters:,} ({share:.1%},"
             f" trainable: {args.trainable}{frozen})",
+            *([f"adapter         {args.adapter_in_words()}"] if args.trainable == "lora" else []),
             f"examples        {self.examples:,} in {self.files} file(s)"
             f"{f', {self.pairs:,} of them pairs without negatives' if self.pairs else ''}",
             *self._negatives(),

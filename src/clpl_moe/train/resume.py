@@ -30,6 +30,7 @@ DATA_FILE = "train_data.json"
 # Weights and optimizer state of a checkpoint do not fit a run that changes one of these.
 _FIXED_IN_A_RUN = (
     "num_experts", "top_k", "moe_target", "moe_layers", "router", "trainable", "frozen_layers", "unified_finetuning",
+    "lora_rank", "lora_alpha", "lora_targets",
     "colbert_dim", "fix_encoder", "fix_position_embedding",
     # Part of the optimizer's and the schedule's state, which come back with their old values.
     "optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",

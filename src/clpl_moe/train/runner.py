@@ -41,6 +41,7 @@ from clpl_moe.train.base_model import (
 from clpl_moe.train.card import write_model_card
 from clpl_moe.train.checks import check_optimizer
 from clpl_moe.train.lengths import Lengths, choose_lengths, longest_counted
+from clpl_moe.train.lora import name_base
 from clpl_moe.train.metrics_file import METRICS_FILE, read_metrics
 from clpl_moe.train.model import CLPLModel
 from clpl_moe.train.options import DEV_METRICS
@@ -82,6 +83,7 @@ class CLPLRunner:
         )
         self.model = self._make_model()
         choose_trainable(self.encoder.model, training_args)
+        name_base(self.encoder.model, model_args.model_name_or_path, model_args.revision)
         self.data = open_data(data_args, training_args, resume.batches_of_whole_steps(training_args))
         self.lengths = self._choose_lengths()
         self.trainer = self._make_trainer()
@@ -295,7 +297,7 @@ class CLPLRunner:
             write_model_card(
                 self.plan, self.settings, self.model, state.global_step, saved, before if changed else None
             )
-        if args.merge_experts:
+        if args.merged:
             merged = self._save_merged()
         return TrainResult(
             output_dir,
@@ -304,19 +306,20 @@ class CLPLRunner:
             best_checkpoint=None if best is None else output_dir / Path(best).name,
             metrics_file=output_dir / METRICS_FILE,
             plan=self.plan,
-            merged=output_dir / MERGED_FOLDER if args.merge_experts else None,
+            merged=output_dir / MERGED_FOLDER if args.merged else None,
             after_merging=merged,
             verdict=verdict_of(self.plan, records, output_dir),
         )
 
     def _save_merged(self) -> dict[str, float] | None:
-        """Save the saved model again with its experts merged; its metrics on the dev collection, where there is one, in the
+        """Save the saved model again with its adapter or experts merged; its metrics on the dev collection, where there is one, in the
         first process. All processes have to call this, as they share the evaluation."""
         args, evaluator = self.training_args, self.trainer.evaluator
         folder = args.folder / MERGED_FOLDER
         if self.trainer.is_world_process_zero():
             # Not the one in memory: of that, FSDP has no whole weights.
-            merge_experts(Encoder.load(args.folder, device="cpu")).save(folder)
+            saved = Encoder.load(args.folder, device="cpu")  # with its adapter merged
+            (merge_experts(saved) if args.merge_experts else saved).save(folder)
         self.trainer.wait()
         if evaluator is None:
             return None

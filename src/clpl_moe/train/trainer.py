@@ -23,9 +23,11 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from clpl_moe.common.errors import UserError, at, one_line
+from clpl_moe.common.machine import peak_memory
 from clpl_moe.data.flag_embedding import EncoderOnlyEmbedderM3Trainer
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.encoder import Encoder
+from clpl_moe.encoder.adapter import has_adapter, load_adapter_weights
 from clpl_moe.encoder.packing import PackedTexts, send
 from clpl_moe.encoder.weights import HEAD_FILES, load_weights
 from clpl_moe.moe.install import layer_states
@@ -158,6 +160,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             logs = {**logs, **self._pop_terms()}
         if "train_loss" in logs:  # the stock one is of the steps since the resume
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step - self._first_step)
+            logs["train_peak_memory"] = peak_memory(self.args.device.type)
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0)) and self.accelerator.scaler is None:
             raise self._diverged(f"the loss is {logs['loss']}")
@@ -274,7 +277,8 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         trained: CLPLModel = self.accelerator.unwrap_model(self.model if model is None else model)
-        load_weights(trained.model, resume_from_checkpoint)
+        load = load_adapter_weights if has_adapter(trained.model) else load_weights
+        load(trained.model, resume_from_checkpoint)
         if trained.unified_finetuning:
             for name in HEAD_FILES:
                 path = Path(resume_from_checkpoint) / name
