@@ -53,11 +53,19 @@ def test_what_editors_add(tmp_path, text):
     assert [record["a"] for _, record in read_jsonl(path)] == [1, 2]
 
 
-@pytest.mark.parametrize("content", ['{"a": "ᄒ"}'.encode("utf-16"), b"\x1f\x8b\x08\x00"], ids=["utf-16", "gzip"])
-def test_other_encodings(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": "ᄒ"}'.encode("utf-16"), r"a.jsonl: not UTF-8 text, but UTF-16, .* iconv -f UTF-16 -t UTF-8"),
+        ('{"a": "한"}'.encode("cp949"), r"a.jsonl:1: not UTF-8 text"),
+        (b"\x1f\x8b\x08\x00", r"a.jsonl:1: not UTF-8 text"),
+    ],
+    ids=["utf-16", "cp949", "gzip"],
+)
+def test_other_encodings(tmp_path, content, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"a.jsonl:1: not UTF-8 text"):
+    with pytest.raises(UserError, match=message):
         list(read_jsonl(path))
 
 

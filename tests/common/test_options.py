@@ -4,7 +4,7 @@ import pytest
 
 from clpl_moe.common.cli import make_parser
 from clpl_moe.common.errors import OptionError
-from clpl_moe.common.options import Bounds, check_bounds, option
+from clpl_moe.common.options import Bounds, check_bounds, check_needs, given, option, refuse_given
 
 
 @dataclass
@@ -52,6 +52,33 @@ def test_bounds_stand_in_the_help_and_reach_the_parser():
     parser = make_parser([Options], "clpl_moe.x", "")
     assert "their numbers (1 to 4,096)" in " ".join(parser.format_help().split())
     assert parser.parse_args(["--name", "x", "--parts", "3", "4"]).parts == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"parts": [2], "weight": None}, "^parts: goes with weight, which is not set$"),
+        ({"limit": 2.0}, "^limit: goes with name y, not with x$"),
+        ({"limit": 3.0, "parts": [2]}, None),  # the default
+        ({"limit": 2.0, "name": "y"}, None),
+    ],
+)
+def test_options_that_go_with_another_one(values, message):
+    options = Options(**{"name": "x"} | values)
+    needs = {"parts": "weight", "limit": "name y"}
+    if message is None:
+        check_needs(options, needs)
+    else:
+        with pytest.raises(OptionError, match=message):
+            check_needs(options, needs)
+
+
+def test_options_that_were_given():
+    options = Options("x", parts=[2], limit=2)
+    assert list(given(options)) == ["parts", "limit"]
+    with pytest.raises(OptionError, match="^limit: goes with other, which is not set$"):
+        refuse_given(options, "other", but=["parts"])
+    refuse_given(Options("x"), "other")
 
 
 def test_bounds_of_options_that_are_declared_elsewhere():

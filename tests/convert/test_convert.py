@@ -194,7 +194,7 @@ def test_a_query_without_a_relevant_passage_is_no_training_line(tmp_path):
         ),
         (
             ["--to", "jsonl", "--output", "x.jsonl", "--train_data", "own.jsonl", "--negatives", "9"],
-            "--negatives: goes with",
+            "--negatives: goes with to sentence_transformers, not with jsonl",
         ),
         (["--to", "beir", "--output", "x", "--train_data", "bad.jsonl"], "bad.jsonl:1: field 'pos'"),
     ],

@@ -1,5 +1,6 @@
 """Every format is read from a file that its own tool has written."""
 
+import codecs
 import gzip
 import json
 import re
@@ -181,6 +182,48 @@ def test_a_folder_of_several_splits(tmp_path):
         read(f"{tmp_path / 'all'},split=test")
 
 
+def test_a_split_of_a_folder_without_splits(tmp_path):
+    rows = datasets.Dataset.from_dict(ROWS)
+    rows.save_to_disk(tmp_path / "plain")
+    with pytest.raises(
+        UserError, match="plain,split=train: found split=train, .*; this folder is one data set, leave it out"
+    ):
+        read(f"{tmp_path / 'plain'},split=train")
+    datasets.DatasetDict({"dev": rows}).save_to_disk(tmp_path / "all")
+    with pytest.warns(UserWarning, match="left out of the training data"):
+        assert texts(read(f"{tmp_path / 'all'},split=dev")) == expected()
+    with pytest.raises(UserError, match=r"all: no split 'train'; it has dev: set .*all,split=NAME"):
+        read(tmp_path / "all")
+    rows = datasets.Dataset.from_dict(ROWS, split="train")
+    rows.save_to_disk(tmp_path / "train")
+    with pytest.warns(UserWarning, match="left out of the training data"):
+        assert texts(read(f"{tmp_path / 'train'},split=train")) == expected()
+    with pytest.raises(UserError, match=r"this folder is one data set \(of train\), leave it out"):
+        read(f"{tmp_path / 'train'},split=dev")
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.jsonl.gz"])
+def test_a_folder_in_beirs_layout_is_no_training_data(tmp_path, name):
+    for path in ("queries.jsonl", "qrels/train.tsv", name):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("x")
+    with pytest.raises(
+        UserError, match=f"a folder in BEIR's layout, .* prepare --beir {re.escape(str(tmp_path))} makes"
+    ):
+        read(tmp_path)
+
+
+def test_a_collection_is_no_training_data(tmp_path):
+    for path in ("corpus.jsonl", "train_queries.jsonl", "train_qrels.jsonl"):
+        (tmp_path / "ko" / path).parent.mkdir(exist_ok=True)
+        (tmp_path / "ko" / path).write_text("x")
+    for folder in (tmp_path, tmp_path / "ko"):
+        with pytest.raises(
+            UserError, match=f"{folder}: a collection, .*mine --collection {tmp_path} --language ko makes"
+        ):
+            read(folder)
+
+
 def test_every_file_of_a_folder_is_read_or_named(tmp_path):
     folder = tmp_path / "data"
     triplets = write_triplets(tmp_path / "a.jsonl", 3)
@@ -229,6 +272,59 @@ def test_triples_without_a_line_of_names(tmp_path):
     assert texts(read(f"{path},header=false")) == wanted
     with pytest.raises(UserError, match=r"found the columns .*; expected query and pos.*triples.tsv,header=false"):
         read(path)
+
+
+TEVATRON = [
+    {
+        "query_id": "7",
+        "query": "다리는 언제 열렸나요?",
+        "answers": ["1932년"],
+        "positive_passages": [{"docid": "p1", "title": "다리", "text": "1932년에 열렸다."}],
+        "negative_passages": [
+            {"docid": "p2", "title": "", "text": "탑은 높다."},
+            {"docid": "p3", "title": "탑", "text": "탑은 낡았다."},
+        ],
+    },
+    {
+        "query_id": "8",
+        "query": "탑은요?",
+        "answers": [],
+        "positive_passages": [{"docid": "p2", "title": "", "text": "탑은 높다."}],
+        "negative_passages": [],
+    },
+]
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz", "t.json", "t.parquet"])
+def test_lists_of_tevatron(tmp_path, name):
+    path, rows = tmp_path / name, datasets.Dataset.from_list(TEVATRON)
+    if name == "t.json":
+        path.write_text(json.dumps(TEVATRON))
+    else:
+        rows.to_parquet(path) if name == "t.parquet" else rows.to_json(path, force_ascii=False)
+    assert texts(read(path)) == [
+        ("다리는 언제 열렸나요?", ["다리 1932년에 열렸다."], ["탑은 높다.", "탑 탑은 낡았다."]),
+        ("탑은요?", ["탑은 높다."], []),
+    ]
+    (first, _) = (line.record for file in data_files([str(path)]) for line in checked_lines(file))
+    assert (first["query_id"], first["pos_ids"], first["neg_ids"]) == ("7", ["p1"], ["p2", "p3"])
+
+
+def test_lists_of_dpr(tmp_path):
+    """``answers`` are short ones, and no passages."""
+    record = {
+        "question": "q",
+        "answers": ["a"],
+        "positive_ctxs": [{"title": "T", "text": "p", "passage_id": 5}],
+        "negative_ctxs": [{"title": "", "text": "easy"}],
+        "hard_negative_ctxs": [{"title": "", "text": "hard", "passage_id": 6}, {"title": "", "text": "more"}],
+    }
+    (tmp_path / "t.json").write_text(json.dumps([record], indent=1))
+    assert texts(read(tmp_path / "t.json")) == [("q", ["T p"], ["hard", "more"])]
+    record["positive_ctxs"][0]["text"] = None
+    (tmp_path / "t.json").write_text(json.dumps([record]))
+    (fault,) = faults(tmp_path / "t.json")
+    assert fault.endswith("t.json: row 1: field 'positive_ctxs': found an object, expected a string")
 
 
 def test_hard_negatives_of_sentence_transformers(tiny_encoder, tmp_path):
@@ -293,6 +389,9 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
         ("t.csv,query=", "the setting 'query' has no value"),
         ("hub:", "found no name of a data set after hub:"),
         ("t.csv,header=no", "found header=no, expected true or false"),
+        ("t.csv,queries=t.csv", "found no corpus=FILE, expected a table of texts for queries and for corpus"),
+        ("t.csv,queries=t.csv,corpus=no.tsv", r"no.tsv: no such file, .* \(corpus=\)"),
+        ("t.csv,queries=t.csv,corpus=t.csv,query=a", "'query' has no effect where lines have ids"),
         ("owner/name", r"owner/name: no such file or folder, .*; a data set of the hub is hub:owner/name"),
         ("a,b.jsonl", "a,b.jsonl: no such file or folder"),
     ],
@@ -352,7 +451,12 @@ def test_faults_name_row_and_column(tmp_path, monkeypatch, name, content, messag
         ("t.csv", b"query,pos\n", "t.csv: the file is empty, expected at least one row"),
         ("t.csv", b'query,pos\na,"b\n', "t.csv:2: broken table .*a quote that opens a cell has to be closed"),
         ("t.csv", b"query,pos,pos\na,b,c\n", "t.csv:1: the column 'pos' stands twice"),
-        ("t.csv", "query,pos\na,b".encode("utf-16"), "t.csv: not UTF-8 text"),
+        ("t.csv", "query,pos\na,b".encode("utf-16"), "t.csv: not UTF-8 text, but UTF-16"),
+        ("t.tsv.gz", gzip.compress("query\tpos\na\tb".encode("utf-16")), "t.tsv.gz: not UTF-8 text, but UTF-16"),
+        ("t.jsonl", '{"query": "a", "pos": ["b"]}\n'.encode("utf-16"), "t.jsonl: not UTF-8 text, but UTF-16"),
+        ("t.jsonl", '{"query": "a", "pos": ["b"]}\n'.encode("utf-32"), "t.jsonl: not UTF-8 text, but UTF-32"),
+        ("t.json", codecs.BOM_UTF16_BE + "[]".encode("utf-16-be"), "t.json: not UTF-8 text, but UTF-16"),
+        ("t.csv", "질문,답변\n가,나".encode("cp949"), "t.csv: not UTF-8 text .* iconv -f CP949 -t UTF-8"),
         ("t.csv", b"question,answer,label\na,b,0\n", "t.csv: field 'label': says which rows are pairs"),
         ("t.parquet", b"PAR1PAR1", "t.parquet: not parquet, or damaged"),
         ("t.arrow", b"x" * 100, "t.arrow: not arrow, or damaged"),

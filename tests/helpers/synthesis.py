@@ -58,7 +58,8 @@ def train_file(folder, count, first=0, each=4, ids=True):
 
 def arguments(server, files, folder, **options):
     url = {"base_url": server.url} if server else {}
-    options = {"language": "ko", "model": "writer", "max_retries": 4, "timeout": 2} | url | options
+    waits = {} if options.get("backend") == "transformers" else {"max_retries": 4, "timeout": 2}
+    options = {"language": "ko", "model": "writer"} | waits | url | options
     files = files if isinstance(files, list) else [files]
     argv = ["--train_data", *map(str, files), "--output", str(folder / "out.jsonl")]
     return argv + [f"--{name}={value}" for name, value in options.items()]

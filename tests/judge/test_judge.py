@@ -264,20 +264,38 @@ def test_a_finished_job_writes_the_same_again_without_a_request(llm, tmp_path, c
         ({"passages_per_question": 0}, "--passages_per_question: found 0"),
         ({"ask": "some"}, "--ask: "),
         ({"answering": "keep"}, "--answering: "),
-        ({"score_revision": "x"}, "--score_revision: needs score_model"),
-        ({"score_model": ".", "ask": "all"}, "--score_model: ask 'all' needs no scores"),
+        ({"score_revision": "x"}, "--score_revision: goes with score_model, which is not set"),
+        ({"score_model": ".", "ask": "all"}, "--score_model: goes with ask doubtful, not with all"),
         ({"score_model": "no/where"}, "no/where: neither a folder here nor a model"),
         ({"request_options": '{"api_key": "x"}'}, "the key belongs in the environment"),
         ({"timeout": 0}, "--timeout"),
         ({"language": "../x"}, "language"),
         ({"output": "/"}, "--output: found '/'"),
-        ({"backend": "transformers"}, "--base_url: is for backend server"),
+        ({"backend": "transformers"}, "--base_url: goes with backend server, not with transformers"),
+        ({"ask": "all", "margin": 0.3}, "--margin: goes with ask doubtful, not with all"),
+        ({"max_query_chars": 100}, "--max_query_chars: goes with write_queries, which is not set"),
+        ({"pooling": "mean"}, "--pooling: goes with score_model, which is not set"),
+        ({"trust_remote_code": True}, "--trust_remote_code: goes with score_model, which is not set"),
     ],
 )
 def test_mistakes_end_in_a_message(tmp_path, capfd, options, words):
     options = {"base_url": "http://127.0.0.1:9/v1"} | options
     assert words in refused(capfd, arguments(None, train_file(tmp_path, [line(1, "no")]), tmp_path, **options), main)
     assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
+
+
+@pytest.mark.parametrize("dry_run", ["true", "false"])
+@pytest.mark.parametrize("ask", ["all", "doubtful"])
+def test_pairs_have_nothing_to_judge_but_positives(llm, tmp_path, capfd, ask, dry_run):
+    pairs = [{name: line(n)[name] for name in ("query", "pos")} for n in (1, 2)]
+    path = train_file(tmp_path, pairs)
+    options = {"ask": ask, "dry_run": dry_run}
+    message = refused(capfd, arguments(None, path, tmp_path, base_url="http://127.0.0.1:9/v1", **options), main)
+    assert "--train_data: found no negatives in its lines, so nothing can be judged" in message
+    assert [found.name for found in tmp_path.iterdir()] == ["train.jsonl"]
+    server = llm()
+    main(arguments(server, path, tmp_path, positives="true", **options))
+    assert len(server.log()) == (0 if dry_run == "true" else 2)
 
 
 def test_lines_without_scores_are_told_of(tmp_path, capfd):

@@ -222,7 +222,7 @@ def test_negatives_nearly_as_similar_as_the_positive_are_left_out(tiny_encoder, 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_which_of_several_positives_sets_the_limits(tiny_encoder, tmp_path, capsys):
     """With counts of what each number of positives costs."""
-    qrels = {"q0": {"p0": 1}, "q1": {"p1": 1, "p5": 1}, "q2": {f"p{i}": 1 for i in range(2, 9)}}
+    qrels = {"q2": {f"p{i}": 1 for i in range(2, 9)}, "q0": {"p0": 1}, "q1": {"p1": 1, "p5": 1}}
     folder = make_collection(tmp_path, qrels=qrels)
     everything = run(tiny_encoder, folder, rank_to=15, negatives=15)
     rules = {"lowest": min, "mean": lambda scores: sum(scores) / len(scores), "highest": max}
@@ -232,6 +232,8 @@ def test_which_of_several_positives_sets_the_limits(tiny_encoder, tmp_path, caps
         options = {"rank_to": 15, "negatives": 15, "max_positive_ratio": 1, "overwrite": "true"}
         found[rule] = run(tiny_encoder, folder, positive_score=rule, **options)
         output = capsys.readouterr().out
+        kinds = re.findall(r"queries of (\d positives?(?: or more)?) +\d+\n", output)
+        assert kinds == ["1 positive", "2 positives", "3 positives or more"]
         for (query_id, record), kind in zip(everything.items(), ("1 positive", "2 positives", "3 positives or more")):
             positive = joined(record["pos_scores"])
             scores = dict(zip(record["neg_ids"], record["neg_scores"]))
@@ -280,6 +282,11 @@ def test_prompts_are_used_but_not_written(tiny_encoder, tmp_path):
         ({"max_overlap": 2}, "--max_overlap: found 2"),
         ({"reranker_batch_size": 0}, "--reranker_batch_size: found 0"),
         ({"reranker": "x", "sampling": "corpus"}, "--reranker: sampling 'corpus' ranks nothing"),
+        ({"guide_margin": 0.1}, "--guide_margin: goes with guide, which is not set"),
+        ({"guide_query_prompt": "q: "}, "--guide_query_prompt: goes with guide, which is not set"),
+        ({"reranker_max_len": 64}, "--reranker_max_len: goes with reranker, which is not set"),
+        ({"sampling_temperature": 1}, "--sampling_temperature: goes with sampling score, not with top"),
+        ({"margin": 0.1, "sampling": "corpus"}, "--margin: goes with a sampling that ranks passages, not with corpus"),
         ({"reranker": "/nowhere/reranker"}, "--reranker: /nowhere/reranker cannot be loaded"),
     ],
 )

@@ -186,9 +186,12 @@ def test_files_that_a_killed_job_began_are_replaced_and_others_are_not(llm, tmp_
         ({"language": "../x"}, "language"),
         ({"output": ""}, "--output: found '', expected the name of a file"),
         ({"output": "/"}, "--output: found '/', expected the name of a file"),
-        ({"backend": "transformers"}, "--base_url: is for backend server"),
+        ({"backend": "transformers"}, "--base_url: goes with backend server, not with transformers"),
         ({"prompt": "x"}, "did you mean 'prompts'?"),
-        ({"round_trip_collection": "x"}, "--round_trip_collection: needs round_trip_model"),
+        ({"round_trip_collection": "x"}, "--round_trip_collection: goes with round_trip_model, which is not set"),
+        ({"round_trip_top": 5}, "--round_trip_top: goes with round_trip_model, which is not set"),
+        ({"passage_max_len": 64}, "--passage_max_len: goes with round_trip_model, which is not set"),
+        ({"revision": "main"}, "--revision: goes with backend transformers, not with server"),
     ],
 )
 def test_mistakes_end_in_a_message(tmp_path, capfd, options, words):

@@ -65,6 +65,10 @@ def training(**options):
             "torch_compile_mode is 'fast': choose one of default, ",
         ),
         ({"torch_compile_backend": "none"}, "torch_compile_backend is 'none': choose one of "),
+        ({"ance_margin": 0.1}, "ance_margin: goes with ance_refresh, which is not set"),
+        ({"ance_language": "ko"}, "ance_language: goes with ance_refresh, which is not set"),
+        ({"dev_split": "test"}, "dev_split: goes with dev_collection, which is not set"),
+        ({"use_self_distill": True}, "use_self_distill: goes with unified_finetuning, which is not set"),
     ],
 )
 def test_training_options_that_do_not_fit(options, message):
@@ -92,6 +96,7 @@ def test_training_options_that_do_not_fit(options, message):
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of: found 0, expected"),
         ({"max_example_num_per_dataset": 0}, "max_example_num_per_dataset: found 0, expected"),
         ({"shuffle_ratio": -1}, "shuffle_ratio: found -1, expected"),
+        ({"small_threshold": 5}, "small_threshold: goes with same_dataset_within_batch, which is not set"),
     ],
 )
 def test_data_options_that_do_not_fit(options, message):

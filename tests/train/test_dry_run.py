@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -185,6 +187,75 @@ def test_nothing_to_contrast_is_refused(tiny_encoder, data, pairs, tmp_path, cap
     path = data if name == "triplets" else pairs.with_name(f"{name}.jsonl")
     assert message in refused(arguments(tiny_encoder, path, tmp_path / "run", dry_run=dry_run, **options), capsys)
     assert not (tmp_path / "run").exists()
+
+
+ONE_QUERY = [{"query": ("one?", "One ?")[i % 2], "pos": [f"answer {i}"]} for i in range(6)]
+ONE_POSITIVE = [{"query": f"q{i}", "pos": [("the answer", "The  answer!")[i % 2]]} for i in range(6)]
+ALL_KNOWN = [{"query": "one?", "pos": [f"answer {i}"], "neg": [f"answer {5 - i}"]} for i in range(6)]
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize(
+    ("lines", "options", "message"),
+    [
+        (ONE_QUERY, {}, "in all 6 lines there are 1 query and 6 positives, each of which answers each query"),
+        (ONE_POSITIVE, {}, "in all 6 lines there are 6 queries and 1 positive, each of which answers each query"),
+        (ONE_POSITIVE, {"mask_duplicates": False}, "6 queries and 1 positive"),
+        (ONE_QUERY[:2] * 2 + [{"query": "one?", "pos": ["answer 0"], "neg": []}], {}, "1 query and 2 positives"),
+        (ALL_KNOWN, {}, "each 'neg' of train_data is known to answer its query, and in all 6 lines there are 1 query"),
+        (
+            ALL_KNOWN,
+            {"in_batch_negatives": False},
+            "each 'neg' of train_data is known to answer its query, and in-batch",
+        ),
+        (ALL_KNOWN, {"train_group_size": 1}, "train_group_size is 1, and in all 6 lines there are 1 query"),
+    ],
+)
+def test_lines_that_answer_each_other_are_nothing_to_contrast(
+    tiny_encoder, tmp_path, capsys, dry_run, lines, options, message
+):
+    write_jsonl(tmp_path / "t.jsonl", lines)
+    argv = arguments(tiny_encoder, tmp_path / "t.jsonl", tmp_path / "run", dry_run=dry_run, **options)
+    assert message in refused(argv, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "options"),
+    [
+        ([*ONE_QUERY, {"query": "other", "pos": ["another"]}], {}),
+        ([*ONE_POSITIVE, {"query": "q0", "pos": ["another"]}], {}),
+        ([*ONE_QUERY, {"query": "one?", "pos": ["x"], "neg": ["no answer"]}], {}),
+        (ONE_QUERY, {"mask_duplicates": False}),  # as the files say
+    ],
+)
+def test_one_negative_is_something_to_contrast(tiny_encoder, tmp_path, lines, options):
+    write_jsonl(tmp_path / "t.jsonl", lines)
+    assert plan(arguments(tiny_encoder, tmp_path / "t.jsonl", tmp_path / "run", **options)).examples == len(lines)
+
+
+def test_of_data_that_stay_apart_each_needs_something_to_contrast(tiny_encoder, data, tmp_path, capsys):
+    write_jsonl(tmp_path / "t.jsonl", ONE_QUERY)
+    argv = arguments(tiny_encoder, [data, tmp_path / "t.jsonl"], tmp_path / "run", dry_run=True)
+    main(argv)
+    assert "1 query and 6 positives" in refused([*argv, "--same_dataset_within_batch", "true"], capsys)
+
+
+def test_the_plan_says_where_batches_cannot_be_distinct(tiny_encoder, tmp_path, capsys):
+    lines = make_triplets(12)
+    for line in lines[:9]:
+        line["pos"] = lines[0]["pos"]
+    write_jsonl(tmp_path / "t.jsonl", lines)
+    argv = arguments(tiny_encoder, tmp_path / "t.jsonl", tmp_path / "run", dry_run=True, per_device_train_batch_size=3)
+    main(argv)
+    assert "distinct " not in capsys.readouterr().out
+    main([*argv, "--distinct_batches", "true"])
+    (found,) = re.findall("distinct +(.*)\n", capsys.readouterr().out)
+    expected = "batches have examples near each other: 9 examples have one text or near copies of it, more than there are batches"
+    assert found in {f"{count} of 4 {expected}" for count in (3, 4)}
+    write_triplets(tmp_path / "t.jsonl", 12)
+    main([*argv, "--distinct_batches", "true"])
+    assert "distinct        no batch of 4 has two examples near each other\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("instruction", "warned"), [(None, True), ("find: ", False)])

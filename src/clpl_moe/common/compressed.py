@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import functools
 import gzip
@@ -15,6 +16,11 @@ from clpl_moe.common.errors import UserError, at
 
 SUFFIXES = (".gz", ".zst")
 _GIT_LFS = b"version https://git-lfs"  # what stands in place of a large file that was not fetched
+_MARKS = {  # longest first: one of UTF-32 begins with one of UTF-16
+    **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32"),
+    **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16"),
+}
+AS_UTF8 = "save it as UTF-8 (a spreadsheet: 'CSV UTF-8'), or"  # what to do with text in another encoding
 
 
 def plain_name(path: str | Path) -> str:
@@ -42,36 +48,58 @@ def open_bytes(path: str | Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     except OSError as error:
         raise UserError(f"{at(path)}: cannot be read ({error.strerror})") from None
     with raw:
-        if raw.read(len(_GIT_LFS)) == _GIT_LFS:
+        if (start := raw.read(len(_GIT_LFS))) == _GIT_LFS:
             raise UserError(f"{at(path)}: found Git LFS's pointer to the file, not the file; run `git lfs pull` there")
         raw.seek(0)
-        ending = path.suffix.lower()
-        if ending == ".gz":
-            content: Any = gzip.GzipFile(fileobj=raw)
-        elif ending == ".zst":
-            if (library := _zstandard()) is None:
-                fault = "reading .zst needs a library: pip install zstandard; or decompress the file"
-                raise UserError(f"{at(path)}: {fault}")
-            content = library[0](raw)
-        else:
-            content = raw
+        content = _decompressed(raw, path)
+        if content is not raw:
+            with (
+                contextlib.suppress(EOFError, *_errors()),
+                path.open("rb") as again,
+            ):  # the reader finds damage, and says where
+                start = _decompressed(again, path).read(4)
+        refuse_utf16(path, start)
         with naming_damage(path):
             yield content, raw
+
+
+def _decompressed(raw: IO[bytes], path: Path) -> Any:
+    ending = path.suffix.lower()
+    if ending == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if ending == ".zst":
+        if (library := _zstandard()) is None:
+            fault = "reading .zst needs a library: pip install zstandard; or decompress the file"
+            raise UserError(f"{at(path)}: {fault}")
+        return library[0](raw)
+    return raw
+
+
+def refuse_utf16(path: str | Path, start: bytes) -> None:
+    """Raise :class:`UserError` where a text file begins as UTF-16 or UTF-32, which spreadsheets and shells of Windows write."""
+    kind = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
+    if kind is not None:
+        fault = f"not UTF-8 text, but {kind}, as its byte-order mark says; {AS_UTF8} iconv -f {kind} -t UTF-8"
+        raise UserError(f"{at(path)}: {fault}")
 
 
 @contextlib.contextmanager
 def naming_damage(path: str | Path, line: Callable[[], int] | None = None) -> Iterator[None]:
     """Turn what a decompressor raises into a :class:`UserError` with the file, and with the ``line`` that it got to."""
-    library = _zstandard()
-    errors = (gzip.BadGzipFile, zlib.error, *(() if library is None else library[1:]))
     try:
         yield
     except EOFError:
         place = at(path, None if line is None else line())
         raise UserError(f"{place}: the file ends too early, it was cut short; fetch this file again") from None
-    except errors as error:
+    except _errors() as error:
         place, kind = at(path, None if line is None else line()), "zst" if str(path).endswith(".zst") else "gzip"
         raise UserError(f"{place}: broken {kind} ({error}); fetch this file again") from None
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What decompressors raise where the data are damaged."""
+    library = _zstandard()
+    return (gzip.BadGzipFile, zlib.error, *(() if library is None else library[1:]))
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
 from typing import Any
 
@@ -78,3 +78,35 @@ def check_bounds(options: Any, inherited: Mapping[str, Bounds] | None = None) ->
             for one in value if isinstance(value, list | tuple) else [value]:
                 if (fault := bounds.fault(one)) is not None:
                     raise OptionError(option.name, fault)
+
+
+def check_needs(options: Any, needs: Mapping[str, str]) -> None:
+    """Raise :class:`OptionError` for the first option that was given, though it has no effect without another one.
+
+    ``needs`` has the other by the option's name: ``guide``, which has to be set, or ``sampling score``, which has to have this value.
+    An option counts as given where its value is not its default.
+    """
+    for name in given(options):
+        if name not in needs:
+            continue
+        other, _, expected = needs[name].partition(" ")
+        value = getattr(options, other)
+        if expected and value != expected:
+            raise OptionError(name, f"goes with {other} {expected}, not with {value}")
+        if not expected and value in (None, False, "", []):
+            raise OptionError(name, f"goes with {other}, which is not set")
+
+
+def refuse_given(options: Any, other: str, but: Collection[str] = ()) -> None:
+    """Raise :class:`OptionError` for the first option that was given, ``but`` for some: all go with another one, which is not."""
+    for name in given(options):
+        if name not in but:
+            raise OptionError(name, f"goes with {other}, which is not set")
+
+
+def given(options: Any) -> Iterator[str]:
+    """The names of options whose value is not their default."""
+    for option in fields(options):
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        if default is not MISSING and getattr(options, option.name) != default:
+            yield option.name

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from clpl_moe.common.errors import OptionError, UserError
-from clpl_moe.common.options import check_bounds, option
+from clpl_moe.common.options import check_bounds, check_needs, option
 from clpl_moe.retrieval.collection import check_language
 
 Target = Literal["jsonl", "flag_embedding", "sentence_transformers", "beir", "mteb"]
@@ -43,15 +43,12 @@ class ConvertArguments:
             kind = "a collection" if self.collection is not None else "training data"
             raise OptionError("to", f"found {self.to}, expected one of {', '.join(allowed)} for {kind}")
         if self.collection is None:
-            for name in ("language", "splits"):
-                if getattr(self, name) is not None:
-                    raise OptionError(name, "goes with collection")
+            check_needs(self, dict.fromkeys(("language", "splits"), "collection"))
         else:
             if self.language is None:
                 raise OptionError("language", "missing, expected the folder inside collection, such as ko")
             check_language(self.language)
-        if self.negatives is not None and self.to != "sentence_transformers":
-            raise OptionError("negatives", "goes with sentence_transformers")
+        check_needs(self, {"negatives": "to sentence_transformers"})
         ending = Path(self.output).suffix.lower()
         known = {"sentence_transformers": TABLES, "jsonl": TABLES[:1], "flag_embedding": TABLES[:1]}.get(self.to)
         if known is not None and ending not in known:

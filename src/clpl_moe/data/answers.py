@@ -36,6 +36,9 @@ class KnownAnswers:
         start, end = np.searchsorted(self._queries, query, "left"), np.searchsorted(self._queries, query, "right")
         return self._answers[start:end]
 
+    def __len__(self) -> int:
+        return len(self._queries)
+
     def hold(self, pairs: Pairs) -> np.ndarray:
         """Which of the pairs are known; (K,) bool."""
         wanted = _joined(pairs)
@@ -69,6 +72,25 @@ def known_pairs(examples: datasets.Dataset) -> Iterator[Pairs]:
         negatives, queries = (table[name].combine_chunks().flatten() for name in ("neg_ids", "negative_query_ids"))
         passages, queries = _beside(negatives, queries)
         yield queries, passages
+
+
+def all_answer_all(examples: datasets.Dataset, known: KnownAnswers | None) -> tuple[int, int] | None:
+    """How many queries and positives the examples have, where each positive answers each query, so that none is a negative
+    of another's; None otherwise. With ``known`` None a query is answered by what its own example says."""
+    queries, positives = (np.unique(part) for part in _queries_and_positives(examples))
+    if known is None:
+        return (len(queries), 1) if len(positives) == 1 else None
+    if len(queries) * len(positives) > len(known) + len(queries):  # too many to be known, and to be looked up
+        return None
+    pairs = np.repeat(queries, len(positives)), np.tile(positives, len(queries))
+    answered = known.hold(pairs) | (pairs[0] == pairs[1])
+    return (len(queries), len(positives)) if answered.all() else None
+
+
+def _queries_and_positives(examples: datasets.Dataset) -> Pairs:
+    tables = examples.select_columns(["query_id", "pos_ids"]).with_format("arrow").iter(_ROWS_AT_ONCE)
+    parts = [_beside(table["query_id"], table["pos_ids"]) for table in tables]
+    return np.concatenate([q for q, _ in parts]), np.concatenate([p for _, p in parts])
 
 
 def count_negatives(examples: datasets.Dataset, known: KnownAnswers) -> tuple[np.ndarray, np.ndarray, int]:

@@ -19,6 +19,12 @@ _KNOWN = {
     "pos": re.compile(r"(pos|positives?|answers?)(_\d+)?"),
     "neg": re.compile(r"(neg|negatives?)(_\d+)?"),
 }
+# Of Tevatron and DPR: objects with a title and a text. Beside them 'answers' are short ones.
+_OBJECTS = {
+    "pos": ("positive_passages", "positive_ctxs"),
+    "neg": ("negative_passages", "hard_negative_ctxs", "negative_ctxs"),
+}
+_IDS = ("docid", "id", "_id", "passage_id")  # of such an object, whichever it has
 EXPECTED = "query and pos, anchor and positive, question and answer, each perhaps with neg, negative or negative_1, ..."
 _LIST_AS_TEXT = re.compile(r"""\[\s*(['"]).*\1\s*\]""", re.DOTALL)
 
@@ -47,8 +53,11 @@ class Columns:
         for field in FIELDS:
             if field in self._given:
                 continue
+            objects = [name for name in _OBJECTS.get(field, ()) if name in names and name not in taken]
             if field in names and field not in taken:
                 found[field] = [field]
+            elif objects:
+                found[field] = objects[:1]
             elif field in _KNOWN:
                 same = [name for name in names if name not in taken and _KNOWN[field].fullmatch(name.lower())]
                 found[field] = same[:1] if field == "query" else sorted(same, key=_number)
@@ -93,14 +102,19 @@ class Columns:
             if names == [field] and not table:
                 fields[field] = record[field]
             elif field in ("pos", "neg"):
-                texts = fields[field] = []
+                texts: list[Any] = []
+                ids: list[Any] = []
+                fields[field] = texts
                 for name in names:
                     value = record[name]
                     if value is None or (text_cells and not value):
                         continue
                     for text in value if isinstance(value, list) else [value]:
                         origin[f"{field}[{len(texts)}]"] = name
-                        texts.append(text)
+                        texts.append(_text_of(text))
+                        ids += _id_of(text)
+                if ids and len(ids) == len(texts):
+                    fields.setdefault(f"{field}_ids", ids)
             else:
                 value = record[names[0]]
                 if text_cells and not value and field != "query":
@@ -122,6 +136,20 @@ def rename(fault: str, origin: Mapping[str, str]) -> str:
     if match is None or match[1] not in origin:
         return fault
     return f"field '{origin[match[1]]}'{fault[match.end() :]}"
+
+
+def _text_of(passage: Any) -> Any:
+    """The text of a passage that is an object, after its title, as collections join them; others stay as they are."""
+    if not isinstance(passage, dict) or not isinstance(passage.get("text"), str):
+        return passage
+    title = passage.get("title")
+    return f"{title if isinstance(title, str) else ''} {passage['text']}".strip()
+
+
+def _id_of(passage: Any) -> list[str]:
+    """The id of a passage that is an object, if it has one."""
+    found = [passage[name] for name in _IDS if passage.get(name) is not None] if isinstance(passage, dict) else []
+    return [str(one) for one in found[:1] if type(one) in (str, int)]
 
 
 def _number(name: str) -> int:

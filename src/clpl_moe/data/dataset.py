@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from clpl_moe.common.compressed import plain_name
 from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.files import refuse_unwritable
 from clpl_moe.common.text_key import text_id
-from clpl_moe.data.answers import KnownAnswers, Pairs, count_negatives, known_pairs
+from clpl_moe.data.answers import KnownAnswers, Pairs, all_answer_all, count_negatives, known_pairs
 from clpl_moe.data.flag_embedding import AbsEmbedderTrainDataset
 from clpl_moe.data.formats import DataFile, data_files, entry_path
 from clpl_moe.data.guide import count_rejected, rejected
@@ -119,6 +119,9 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         left_out: number of the files' negatives that are left out.
         left_out_by_guide: number of the files' negatives that the guide leaves out, whichever positive is drawn.
         small_groups: number of examples, pairs aside, with too few negatives for their group.
+        own_negatives: for each part, whether any example has a negative that is not left out.
+        without_contrast: for each set of examples that may meet in a batch (each part, or all together), how many queries and
+            positives it has, if each positive answers each query; None otherwise.
 
     Raises:
         UserError: a file is missing, empty or has a faulty line.
@@ -156,12 +159,17 @@ class CLPLTrainDataset(AbsEmbedderTrainDataset):
         self._part_of = [part for part, size in enumerate(self.part_sizes) for _ in range(size)]
         self.left_out = self.small_groups = self.left_out_by_guide = 0
         self._known: KnownAnswers | None = None
+        self.own_negatives = [pairs < size for pairs, size in zip(self.pairs, self.part_sizes)]
         if leave_out_answers:
             self._known_pairs = None
             self._known = KnownAnswers(pairs)
             counts, pairs_only, self.left_out = count_negatives(self.dataset, self._known)
             wanted = np.repeat([self.group_size(part) - 1 for part in range(len(parts))], self.part_sizes)
             self.small_groups = int(((counts < wanted) & ~pairs_only).sum())
+            self.own_negatives = [bool(counts[start:end].any()) for start, end in pairwise(self._starts)]
+        together = parts if args.same_dataset_within_batch else [self.dataset]
+        self.without_contrast = [all_answer_all(examples, self._known) for examples in together]
+        if self._known is not None:
             self._known.forget_single()
         if guide_margin is not None:
             scored, self.left_out_by_guide = count_rejected(self.dataset, guide_margin)

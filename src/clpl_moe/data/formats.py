@@ -9,11 +9,13 @@ An entry of ``train_data`` is
 
 Settings may follow, as in ``hub:owner/name,split=train,query=question,pos=answer``: ``split``; of the hub also ``config``
 and ``revision``; the columns of the fields; ``header=false`` for a table without a line of names (query, positive, then
-negatives, as MS MARCO's triples).
+negatives, as MS MARCO's triples); ``queries`` and ``corpus``, the tables of the texts where lines have ids
+(:mod:`clpl_moe.data.by_ids`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -37,6 +39,7 @@ from clpl_moe.common.files import (
     read_lines,
 )
 from clpl_moe.common.hub_data import load_rows
+from clpl_moe.data.by_ids import TextsById, lines_by_ids
 from clpl_moe.data.columns import FIELDS, Columns, is_list_as_text
 from clpl_moe.data.tables import TEXT_TABLES, arrow_rows, parquet_rows, text_rows
 
@@ -45,7 +48,8 @@ _LINES = (".jsonl", ".json", ".ndjson")
 _ROWS = {".parquet": parquet_rows, ".arrow": arrow_rows}
 _ENDINGS = (*_LINES, *_ROWS, *TEXT_TABLES)
 _NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # `datasets` writes them
-_SETTINGS = ("split", "config", "revision", "header", *FIELDS)
+_TABLES = ("queries", "corpus")  # of texts, where lines have their ids
+_SETTINGS = ("split", "config", "revision", "header", *_TABLES, *FIELDS)
 _LLAMA_INDEX = ("queries", "corpus", "relevant_docs")
 
 
@@ -89,13 +93,19 @@ class DataFile:
 
     def resolved(self) -> DataFile:
         """The same file, however it may be reached."""
-        path = self.path if self.is_hub else str(Path(self.path).resolve())
-        return DataFile(self.name, path, dict(self.settings))
+        if self.is_hub:
+            return DataFile(self.name, self.path, dict(self.settings))
+        tables = {name: str(Path(path).resolve()) for name, path in self._tables.items()}
+        return DataFile(self.name, str(Path(self.path).resolve()), {**self.settings, **tables})
+
+    @property
+    def _tables(self) -> dict[str, str]:
+        return {name: self.settings[name] for name in _TABLES if name in self.settings}
 
     def digest(self) -> str:
         """A hash of the content and of the settings that decide what is read of it."""
         if not self.is_hub:
-            content = hash_file(self.path)
+            content = "".join(map(hash_file, (self.path, *self._tables.values())))
             return content if not self.settings else hashlib.sha256(f"{content}{self._settings}".encode()).hexdigest()
         digest = hashlib.sha256(self._settings.encode())
         for row in self._of_the_hub:
@@ -123,6 +133,8 @@ class DataFile:
     def _lines(self, columns: Columns) -> Iterator[Line]:
         if self.is_hub:
             yield from self._table(columns, self._of_the_hub.column_names, iter(self._of_the_hub))
+        elif self._tables:
+            yield from self._by_ids()
         elif self.ending in _ROWS:
             yield from self._table(columns, *_ROWS[self.ending](self.path, self.name))
         elif self.ending in TEXT_TABLES:
@@ -156,6 +168,12 @@ class DataFile:
                         )
                         line.faults.append(fault)
             yield line
+
+    def _by_ids(self) -> Iterator[Line]:
+        with contextlib.ExitStack() as stack:
+            tables = [stack.enter_context(contextlib.closing(TextsById(self.settings[name]))) for name in _TABLES]
+            for number, record, faults in lines_by_ids(self.path, *tables):
+                yield Line(at(self.name, number), number, record, faults)
 
     def _json(self, columns: Columns, content: Any) -> Iterator[Line]:
         if isinstance(content, list):
@@ -248,6 +266,20 @@ def _parse(entry: str) -> tuple[str, dict[str, str]]:
             raise UserError(f"{entry}: the setting '{name}' has no value")
     if settings.get("header", "true") not in ("true", "false"):
         raise UserError(f"{entry}: found header={settings['header']}, expected true or false")
+    if any(name in settings for name in _TABLES):
+        if others := [name for name in settings if name not in _TABLES]:
+            raise UserError(
+                f"{entry}: '{others[0]}' has no effect where lines have ids (queries=, corpus=); leave it out"
+            )
+        if missing := [name for name in _TABLES if name not in settings]:
+            raise UserError(
+                f"{entry}: found no {missing[0]}=FILE, expected a table of texts for queries and for corpus"
+            )
+        for name in _TABLES:
+            if not Path(settings[name]).is_file():
+                raise UserError(
+                    f"{at(settings[name])}: no such file, expected lines of an id, a tab and a text ({name}=)"
+                )
     return path, settings
 
 
@@ -265,10 +297,14 @@ def _files_of(entry: str) -> list[DataFile]:
     split = settings.pop("split", None)
     if path.is_dir() and (path / "dataset_dict.json").is_file():
         path = _split_of(path, split)
-    elif split is not None:
-        raise UserError(f"{entry}: found split={split}, which is for {HUB}NAME, and folders of several splits")
+    elif split is not None and (not path.is_dir() or split != _saved_split(path)):
+        fault = f"found split={split}, which is for {HUB}NAME, and folders of several splits"
+        if path.is_dir():
+            fault += f"; this folder is one data set{f' (of {known})' if (known := _saved_split(path)) else ''}, leave it out"
+        raise UserError(f"{entry}: {fault}")
     if not path.is_dir():
         return [DataFile(str(path), str(path), settings)]
+    _refuse_collections(path)
     found, left_out = _data_of_folder(path)
     if left_out:
         shown = ", ".join(left_out[:10]) + (f" and {len(left_out) - 10:,} more" if len(left_out) > 10 else "")
@@ -277,6 +313,26 @@ def _files_of(entry: str) -> list[DataFile]:
         known = ", ".join(_ENDINGS)
         raise UserError(f"{at(path)}: the folder holds no .jsonl or .json file, expected training data ({known})")
     return [DataFile(str(file), str(file), settings) for file in found]
+
+
+def _refuse_collections(folder: Path) -> None:
+    """Say what reads a folder that holds a collection, or one in BEIR's layout: its files are no training data."""
+    names = {plain_name(path) for path in folder.iterdir()}
+    if "corpus.jsonl" in names and "queries.jsonl" in names:
+        read_by = f"prepare --beir {folder} makes a collection of it, of which mine makes training data"
+        raise UserError(f"{at(folder)}: a folder in BEIR's layout, expected training data; {read_by}")
+    inside = next((path for path in sorted(folder.glob("*/corpus.jsonl"))), None)
+    root, language = (folder, inside.parent.name) if inside is not None else (folder.parent, folder.name)
+    if inside is not None or ("corpus.jsonl" in names and any(name.endswith("_queries.jsonl") for name in names)):
+        named = f"--collection {root} --language {language}"
+        read_by = f"mine {named} makes training data of it, or convert --to jsonl {named} from its judgements alone"
+        raise UserError(f"{at(folder)}: a collection, expected training data; {read_by}")
+
+
+def _saved_split(folder: Path) -> str | None:
+    """Which split a folder of ``datasets`` holds, if it says so."""
+    state = folder / "state.json"
+    return read_json(state, dict).get("_split") if state.is_file() else None
 
 
 def _split_of(folder: Path, split: str | None) -> Path:

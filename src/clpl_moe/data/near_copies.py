@@ -7,6 +7,9 @@ five values, and a text four bands: texts with J = 0.9 have a common band with p
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,8 +33,38 @@ class Marks:
         self._ends = np.cumsum([0, *map(len, marks)])
         self._marks = np.concatenate(marks) if marks else np.zeros(0, dtype=np.uint64)
 
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
     def __getitem__(self, example: int) -> set[int]:
         return set(self._marks[self._ends[example] : self._ends[example + 1]].tolist())
+
+
+@dataclass(frozen=True)
+class Together:
+    """How far batches are from being distinct."""
+
+    batches: int  # of one epoch
+    not_distinct: int  # of these, batches in which two examples are near each other
+    most: int  # examples of one set that are all near each other, at most
+
+    def __str__(self) -> str:
+        if not self.not_distinct:
+            return f"no batch of {self.batches:,} has two examples near each other"
+        of_these = f"{self.most:,} examples have one text or near copies of it"
+        why = ", more than there are batches" if self.most > self.batches else ""
+        return f"{self.not_distinct:,} of {self.batches:,} batches have examples near each other: {of_these}{why}"
+
+
+def count_together(batches: Sequence[Sequence[int]], marks: Marks) -> Together:
+    """What of the batches of an epoch holds examples that are near each other."""
+    not_distinct = 0
+    for batch in batches:
+        of_batch = [marks[example] for example in batch]
+        not_distinct += sum(map(len, of_batch)) > len(set[int]().union(*of_batch))
+    # Counted only where needed: this takes longer than the batches.
+    counts = Counter(mark for example in range(len(marks) if not_distinct else 0) for mark in marks[example])
+    return Together(len(batches), not_distinct, max(counts.values(), default=1))
 
 
 def mark_examples(examples: datasets.Dataset) -> Marks:

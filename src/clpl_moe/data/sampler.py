@@ -18,7 +18,7 @@ from itertools import accumulate, chain
 from torch.utils.data import Sampler
 
 from clpl_moe.data.dataset import Draw
-from clpl_moe.data.near_copies import Marks
+from clpl_moe.data.near_copies import Marks, Together, count_together
 
 _LOOKED_AT = 1000  # places, for an example that fits nowhere
 
@@ -163,6 +163,10 @@ class EpochBatchSampler(Sampler[list[Draw]]):
             for rank in range(self.num_processes)
         ]
         return of_all[self.process_index], sum(map(sum, of_all))
+
+    def together(self) -> Together | None:
+        """How distinct the batches of this epoch are; None without marks."""
+        return None if self.marks is None else count_together(self._plan(), self.marks)
 
     def _plan(self) -> list[list[int]]:
         if self._planned is None or self._planned[0] != self.epoch:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from clpl_moe.common.compressed import open_bytes, plain_name
+from clpl_moe.common.compressed import AS_UTF8, open_bytes, plain_name
 from clpl_moe.common.errors import UserError, at, one_line
 
 TEXT_TABLES = (".csv", ".tsv")
@@ -107,7 +107,8 @@ def _cells(path: str, name: str, quoted: bool) -> Iterator[list[str]]:
                 if any(row):
                     yield row
         except UnicodeDecodeError as error:
-            raise UserError(f"{at(name)}: not UTF-8 text ({error.reason})") from None
+            hint = f"{AS_UTF8} iconv -f CP949 -t UTF-8, or from whatever it is in"
+            raise UserError(f"{at(name)}: not UTF-8 text ({error.reason}); {hint}") from None
         except csv.Error as error:
             hint = "a quote that opens a cell has to be closed"
             raise UserError(f"{at(name, reader.line_num)}: broken table ({error}); {hint}") from None

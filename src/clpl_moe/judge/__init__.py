@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clpl_moe.common.api import takes_options
-from clpl_moe.common.errors import UserError
+from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import refuse_existing, refuse_input, refuse_unwritable
+from clpl_moe.common.options import refuse_given
 from clpl_moe.common.output import Output, writing
 from clpl_moe.judge.options import JudgeArguments
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
@@ -56,6 +57,9 @@ def judge(
     Raises:
         UserError: a mistake in options or data, or a server that gives no answers. Answers stay in the journal.
     """
+    if arguments.score_model is None:
+        of_local = ("trust_remote_code",) if arguments.backend == "transformers" else ()
+        refuse_given(encoding, "score_model", but=of_local)
     journal = arguments.beside("journal")
     with contextlib.nullcontext(Output(journal)) if arguments.dry_run else writing(journal) as output:
         return _judge(arguments, encoding, planned, output)
@@ -83,6 +87,9 @@ def _judge(
     refuse_existing(verdicts, arguments.overwrite)
     with contextlib.ExitStack() as stack:
         _read(job, encoding, output, stack)  # embeddings stay until the files are written
+        if not job.found["negatives"] and not arguments.positives:
+            fault = "found no negatives in its lines, so nothing can be judged; mine finds some, positives true judges positives"
+            raise OptionError("train_data", fault)
         plan = job.plan(before)
         if planned is not None:
             planned(plan)

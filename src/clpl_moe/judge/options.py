@@ -6,8 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from clpl_moe.common.errors import OptionError
-from clpl_moe.common.options import option
+from clpl_moe.common.options import check_needs, option
 from clpl_moe.llm.options import AskingArguments
 
 
@@ -51,7 +50,5 @@ class JudgeArguments(AskingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.score_revision and not self.score_model:
-            raise OptionError("score_revision", "needs score_model, the encoder that it is of")
-        if self.score_model and self.ask == "all":
-            raise OptionError("score_model", "ask 'all' needs no scores; leave out one of the two")
+        needs = {"score_model": "ask doubtful", "score_revision": "score_model", "max_query_chars": "write_queries"}
+        check_needs(self, {"margin": "ask doubtful", **needs})

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from clpl_moe.common.errors import OptionError
 from clpl_moe.common.files import parse_json
-from clpl_moe.common.options import check_bounds, option
+from clpl_moe.common.options import check_bounds, check_needs, option
 from clpl_moe.retrieval.collection import check_language
 
 _LEAST_TEMPERATURE = 1e-3  # what is divided by less overflows
@@ -59,12 +59,8 @@ class AskingArguments:
         check_language(self.language)
         if Path(self.output).name in ("", ".."):
             raise OptionError("output", f"found {self.output!r}, expected the name of a file")
-        if self.backend == "server" and self.revision is not None:
-            raise OptionError("revision", "is for backend transformers")
-        if self.backend == "transformers":
-            for name in ("base_url", "api_key_env", "request_options"):
-                if getattr(self, name) is not None:
-                    raise OptionError(name, "is for backend server")
+        of_server = ("base_url", "api_key_env", "request_options", "timeout", "max_retries")
+        check_needs(self, {"revision": "backend transformers", **dict.fromkeys(of_server, "backend server")})
         self.request_fields()
 
     def request_fields(self) -> dict[str, Any]:

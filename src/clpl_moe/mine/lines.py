@@ -45,9 +45,10 @@ def training_lines(miner: NegativeMiner, collection: Collection, most: int) -> I
     if not queries:
         return
     several = any(len(query.positives) > 1 for query in queries)
+    by_positives = {number: Counter[str]() for number in sorted({len(query.positives) for query in queries})}
     for query, negatives in zip(queries, miner.mine(queries), strict=True):
         if several:
-            _count_by_positives(query, negatives, counts)
+            _count_by_positives(query, negatives, by_positives[len(query.positives)])
         if not negatives.places:
             counts["queries dropped: no passage was left"] += 1
             continue
@@ -76,6 +77,8 @@ def training_lines(miner: NegativeMiner, collection: Collection, most: int) -> I
             "pos_ids": [index.passage_id(place) for place in query.positives],
             "neg_ids": [index.passage_id(place) for place in negatives.places],
         }
+    for found in by_positives.values():  # so that those of fewer come first
+        counts.update(found)
 
 
 def _count_by_positives(query: MiningQuery, negatives: Negatives, counts: Counter[str]) -> None:

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clpl_moe.common.errors import OptionError
-from clpl_moe.common.options import check_bounds, option
+from clpl_moe.common.options import check_bounds, check_needs, given, option
 
 Sampling = Literal["top", "random", "score", "corpus"]
 PositiveScore = Literal["lowest", "mean", "highest"]
+_NEEDS = {
+    **dict.fromkeys(("reranker_revision", "reranker_max_len", "reranker_batch_size"), "reranker"),
+    **dict.fromkeys(("guide_revision", "guide_margin", "guide_query_prompt", "guide_passage_prompt"), "guide"),
+}
 
 
 @dataclass
@@ -50,6 +54,7 @@ class MineArguments:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        check_needs(self, _NEEDS)
 
 
 @dataclass
@@ -101,3 +106,8 @@ class SelectionArguments:
             raise OptionError("max_overlap", f"found {self.max_overlap}, expected a share above 0, 1 for no limit")
         if not 0 < self.sampling_temperature < math.inf:
             raise OptionError("sampling_temperature", f"found {self.sampling_temperature}, expected a number above 0")
+        check_needs(self, {"sampling_temperature": "sampling score"})
+        if self.sampling == "corpus":
+            for name in ("margin", "positive_score", "max_positive_ratio"):
+                if name in given(self) and getattr(self, name):  # 0 is no limit
+                    raise OptionError(name, "goes with a sampling that ranks passages, not with corpus")

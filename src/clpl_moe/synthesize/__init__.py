@@ -22,6 +22,7 @@ from pathlib import Path
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import refuse_existing, refuse_input, refuse_unwritable
+from clpl_moe.common.options import refuse_given
 from clpl_moe.common.output import Output, writing
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
 from clpl_moe.synthesize.options import SynthesizeArguments
@@ -52,6 +53,9 @@ def synthesize(
     Raises:
         UserError: a mistake in options or data, or a server that gives no answers. Answers stay in the journal.
     """
+    if arguments.round_trip_model is None:
+        of_local = ("trust_remote_code",) if arguments.backend == "transformers" else ()
+        refuse_given(encoding, "round_trip_model", but=of_local)
     journal = arguments.beside("journal")
     with contextlib.nullcontext(Output(journal)) if arguments.dry_run else writing(journal) as output:
         return _synthesize(arguments, encoding, planned, output)

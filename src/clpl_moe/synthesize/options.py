@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clpl_moe.common.errors import OptionError
-from clpl_moe.common.options import option
+from clpl_moe.common.options import check_needs, option
 from clpl_moe.llm.options import AskingArguments
 
 
@@ -30,7 +29,5 @@ class SynthesizeArguments(AskingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.round_trip_collection and not self.round_trip_model:
-            raise OptionError("round_trip_collection", "needs round_trip_model, the encoder that searches it")
-        if self.round_trip_revision and not self.round_trip_model:
-            raise OptionError("round_trip_revision", "needs round_trip_model, the encoder that it is of")
+        names = ("round_trip_revision", "round_trip_top", "round_trip_collection")
+        check_needs(self, dict.fromkeys(names, "round_trip_model"))

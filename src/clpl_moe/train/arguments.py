@@ -10,7 +10,7 @@ from string import Formatter
 from typing import TYPE_CHECKING
 
 from clpl_moe.common.errors import OptionError
-from clpl_moe.common.options import check_bounds
+from clpl_moe.common.options import check_bounds, check_needs
 from clpl_moe.data.flag_embedding import (
     AbsEmbedderDataArguments,
     EncoderOnlyEmbedderM3ModelArguments,
@@ -66,6 +66,7 @@ class CLPLDataArguments(DataOptions, AbsEmbedderDataArguments):
         self.query_max_len, self.passage_max_len = self.query_max_len or None, self.passage_max_len or None
         # Two tokens only begin and end a text. Without a query of its own, a negative has no penalty.
         check_bounds(self, INHERITED_BOUNDS)
+        check_needs(self, dict.fromkeys(("small_threshold", "drop_threshold"), "same_dataset_within_batch"))
         if self.experts_of_data is not None and len(self.experts_of_data) != len(self.train_data):
             found, expected = len(self.experts_of_data), len(self.train_data)
             raise OptionError("experts_of_data", f"found {found}, expected one for each of train_data's {expected}")

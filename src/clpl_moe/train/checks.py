@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, cast
 
 from clpl_moe.common.errors import UserError
-from clpl_moe.common.options import check_bounds
+from clpl_moe.common.options import check_bounds, check_needs
 from clpl_moe.train.options import DEV_METRICS, INHERITED_BOUNDS, REFUSED, WITHOUT_EFFECT, LoRAOptions
 
 if TYPE_CHECKING:
@@ -48,6 +48,14 @@ _EXCLUDING = (
 )
 
 
+# Options that have no effect without another one.
+_NEEDS = {
+    **dict.fromkeys(("dev_split", "metric_for_best_model"), "dev_collection"),
+    "use_self_distill": "unified_finetuning",
+    "self_distill_start_step": "use_self_distill",
+}
+
+
 def check_options(args: CLPLTrainingArguments) -> None:
     """What transformers and torch would stop at in the middle, take for something else, or not look at."""
     for name, instead in REFUSED:
@@ -72,6 +80,7 @@ def check_options(args: CLPLTrainingArguments) -> None:
             raise ValueError(f"{first} and {second}: {why}; leave out one of the two")
     if args.guide_margin is not None and not args.mask_duplicates:
         raise ValueError("guide_margin leaves out negatives as mask_duplicates does: set that to true")
+    check_needs(args, _NEEDS | {f.name: "ance_refresh" for f in fields(args) if f.name.startswith("ance_")})
     args.loss_options()
     _check_lora(args)
     _check_compiling(args)
@@ -137,8 +146,6 @@ def _check_evaluation(args: CLPLTrainingArguments) -> None:
 def _check_refreshes(args: CLPLTrainingArguments) -> None:
     """Check that options of refreshes fit together."""
     if args.ance_refresh is None:
-        if args.ance_collection is not None:
-            raise ValueError("ance_collection is for mining in training: set ance_refresh, such as epoch")
         return
     if args.ance_refresh != "epoch" and not (args.ance_refresh.isdecimal() and int(args.ance_refresh) > 0):
         raise ValueError(f"ance_refresh is {args.ance_refresh!r}: choose epoch, or a number of steps of at least 1")

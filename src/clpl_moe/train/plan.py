@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.data.dataset import CLPLTrainDataset
-from clpl_moe.data.near_copies import mark_examples
+from clpl_moe.data.near_copies import Together, mark_examples
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.moe.inject import has_experts
@@ -82,7 +82,7 @@ def open_data(data_args: CLPLDataArguments, args: CLPLTrainingArguments, whole_s
 
 
 def check_contrast(dataset: CLPLTrainDataset, data_args: CLPLDataArguments, args: CLPLTrainingArguments) -> None:
-    """Refuse batches whose queries have no negative, neither one of their own nor another query's passage: the loss would
+    """Refuse data whose queries have no negative, neither one of their own nor another query's passage: the loss would
     be 0, whatever the model does."""
     separate = data_args.same_dataset_within_batch
     parts = range(len(dataset.part_sizes)) if separate else [0]
@@ -92,15 +92,26 @@ def check_contrast(dataset: CLPLTrainDataset, data_args: CLPLDataArguments, args
         examples = dataset.part_sizes[part] if separate else len(dataset)
         devices = args.world_size if args.negatives_cross_device else 1
         batch = 1 if own_only else min(examples, args.per_device_train_batch_size * devices)
-        if dataset.group_size(part) == batch == 1:
-            own = (
-                "train_group_size is 1" if data_args.train_group_size == 1 else "the lines of train_data have no 'neg'"
-            )
+        group, pairs = dataset.group_size(part), dataset.pairs[part] if separate else sum(dataset.pairs)
+        if group > 1 and (dataset.own_negatives[part] if separate else any(dataset.own_negatives)):
+            continue
+        own = "train_group_size is 1" if data_args.train_group_size == 1 else "the lines of train_data have no 'neg'"
+        if group > 1 and pairs < examples:
+            own = "each 'neg' of train_data is known to answer its query"
+        # A pair among lines with negatives gets other queries' positives.
+        if batch == 1 and (group == 1 or not pairs):
             other = "in-batch negatives are off" if own_only else f"a batch has 1 of {examples:,} queries"
             raise UserError(
                 f"{own}, and {other}: a query has no negative to be contrasted with; "
                 + ("allow in-batch negatives" if own_only else "set per_device_train_batch_size to at least 2")
                 + ", or give the lines negatives (mine finds some)"
+            )
+        if (all_of_them := dataset.without_contrast[part]) is not None:
+            queries, positives = all_of_them
+            they = f"{queries:,} {'query' if queries == 1 else 'queries'} and {positives:,} positive{'s' * (positives > 1)}"
+            raise UserError(
+                f"{own}, and in all {examples:,} lines there are {they}, each of which answers each query: nothing is"
+                " left to be contrasted with; give the lines negatives (mine finds some), or add other queries"
             )
 
 
@@ -147,6 +158,7 @@ class Plan:
     left_out: int = 0  # negatives of the files
     left_out_by_guide: int = 0
     small_groups: int = 0  # examples with too few negatives for their group
+    together: Together | None = None  # how distinct the batches are; None where they need not be
     estimate: Estimate | None = None  # None where the run begins anyway
 
     def __str__(self) -> str:
@@ -167,6 +179,7 @@ class Plan:
             f"lengths         {self.lengths}",
             f"batch           {args.per_device_train_batch_size} per device × {args.world_size} device(s) ×"
             f" {args.gradient_accumulation_steps} accumulated, {self.group_size} passages a query",
+            *([] if self.together is None else [f"distinct        {self.together}"]),
             f"steps           {self.steps:,} ({self.steps_per_epoch:,} an epoch)",
             f"loss            {args.in_words()}",
             f"device          {torch.cuda.get_device_name() if gpu else args.device.type},"
@@ -242,4 +255,5 @@ def describe(
         left_out=data.dataset.left_out,
         left_out_by_guide=data.dataset.left_out_by_guide,
         small_groups=data.dataset.small_groups,
+        together=data.batches.together(),
     )

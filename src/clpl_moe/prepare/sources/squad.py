@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from clpl_moe.common.compressed import refuse_utf16
 from clpl_moe.common.errors import OptionError, UserError, at, type_name
 from clpl_moe.common.files import LONE_SURROGATE, has_lone_surrogates, json_fault, parse_json
 from clpl_moe.common.options import option
@@ -53,6 +54,7 @@ def read_squad(path: str | Path) -> list[Article]:
     if not path.is_file():
         raise UserError(f"{at(path)}: no such file")
     raw = path.read_bytes()
+    refuse_utf16(path, raw)
     try:
         content = parse_json(raw)
     except UnicodeDecodeError as error:
