@@ -55,6 +55,10 @@ def options(world, **more):
     } | more
 
 
+def without_refreshes(world):
+    return {name: None for name in options(world) if name.startswith("ance_")}
+
+
 def argv(world, model, output, **more):
     return arguments(model, world / "train.jsonl", output, **options(world, **more))
 
@@ -142,7 +146,7 @@ def test_training_goes_on_with_the_new_negatives(world, tiny_encoder, tmp_path, 
         lines[number] |= {"neg": [corpus[p] for p in ids], "neg_q": [queries.get(p) for p in ids]}
     assert {q is None for line in lines for q in line["neg_q"]} == {True, False}
     write_jsonl(tmp_path / "by_hand.jsonl", lines)
-    off = {"ance_refresh": None, "ance_collection": None, "ance_language": None}
+    off = without_refreshes(world)
     by_hand = arguments(tiny_encoder, tmp_path / "by_hand.jsonl", tmp_path / "by_hand", **options(world, **more) | off)
     (tmp_path / "run" / "train_data.json").unlink()  # by which other data are refused
     main([*by_hand, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-4")])
@@ -160,9 +164,7 @@ def test_examples_without_a_passage_left_keep_their_negatives(world, tiny_encode
     main(argv(world, tiny_encoder, tmp_path / "kept", ance_margin=3, **more))
     (record,) = [record for record in read_metrics(tmp_path / "kept") if "ance_refresh" in record]
     assert (record["ance_kept_examples"], record["ance_negatives"], record["ance_changed"]) == (EXAMPLES, 0, 0)
-    main(
-        argv(world, tiny_encoder, tmp_path / "off", ance_refresh=None, ance_collection=None, ance_language=None, **more)
-    )
+    main(argv(world, tiny_encoder, tmp_path / "off", **without_refreshes(world), **more))
     assert_same_weights(tmp_path / "kept", tmp_path / "off")
 
 
@@ -320,7 +322,7 @@ def test_negatives_of_another_collection_are_refused(world, tiny_encoder, whole,
     [
         ({"ance_refresh": "often"}, "ance_refresh is 'often': choose epoch, or a number of steps"),
         ({"ance_refresh": 0}, "ance_refresh is '0'"),
-        ({"ance_refresh": None}, "set ance_refresh, such as epoch"),
+        ({"ance_refresh": None}, "ance_collection: goes with ance_refresh, which is not set"),
         ({"ance_collection": None}, "ance_refresh needs ance_collection"),
         ({"ance_language": None}, "ance_refresh needs ance_language"),
         ({"ance_language": "fa"}, "holds ko"),

@@ -98,8 +98,10 @@ def lines_by_ids(
         missing = [one for one, text in zip(ids[1:], passages) if text is None]
         if missing:
             faults.append(f"field 'pos' or 'neg': no text of id {', '.join(map(repr, missing))} in the file corpus=")
-        record = {"query_id": ids[0], "query": query, "pos": passages[:1], "neg": passages[1:]}
-        record |= {"pos_ids": ids[1:2], "neg_ids": ids[2:]}
+        record = {
+            **{"query_id": ids[0], "query": query, "pos": passages[:1], "neg": passages[1:]},
+            **{"pos_ids": ids[1:2], "neg_ids": ids[2:]},
+        }
         yield number, None if faults else record, faults
 
 
