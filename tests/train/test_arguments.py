@@ -62,8 +62,9 @@ def training(**options):
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is 5.0, and has no effect"),
         (
             {"torch_compile": True, "torch_compile_mode": "fast"},
-            "torch_compile_mode is 'fast': choose one of default, ",
+            "torch_compile_mode is 'fast': choose one of default, (?!default)",
         ),
+        ({"torch_compile_mode": ""}, "torch_compile_mode is '': choose one of default, "),
         ({"torch_compile_backend": "none"}, "torch_compile_backend is 'none': choose one of "),
         ({"ance_margin": 0.1}, "ance_margin: goes with ance_refresh, which is not set"),
         ({"ance_language": "ko"}, "ance_language: goes with ance_refresh, which is not set"),

@@ -93,6 +93,50 @@ def test_what_is_due_is_evaluated_first(tiny_encoder, data, tmp_path, monkeypatc
     assert [r["step"] for r in read_metrics(tmp_path / "run") if "train_loss" in r] == [4]
 
 
+@pytest.mark.parametrize(
+    ("options", "stopped_in", "kept"),
+    [
+        ({"save_strategy": "no"}, 3, []),
+        # nDCG is best after steps 2 and 4; with more than two, a checkpoint would go.
+        ({"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2}, 5, [2, 4]),
+        # It is best after step 5, which has no checkpoint.
+        ({"save_strategy": "steps", "save_steps": 2, "eval_steps": 1}, 5, [4, 6]),
+    ],
+)
+def test_a_checkpoint_that_is_not_due_goes_when_it_is_no_longer_needed(
+    tiny_encoder, data, tmp_path, monkeypatch, options, stopped_in, kept
+):
+    def of_first(self, value):
+        return value | {"ndcg@10": [0, 1, 2, 1, 3, 4, 1][self.state.global_step]} if isinstance(value, dict) else value
+
+    monkeypatch.setattr(CLPLTrainer, "of_first", of_first)
+    if options["save_strategy"] != "no":
+        options = options | {"dev_collection": make_collection(tmp_path / "dev"), "dev_language": "ko"}
+    argv = arguments(tiny_encoder, data, tmp_path / "run", max_steps=6, **options)
+    with monkeypatch.context() as patch:
+        signalled(patch, [signal.SIGTERM], call=stopped_in)
+        assert stop(argv) == 143
+    found = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert f"checkpoint-{stopped_in}" in found
+    main([*argv, "--resume_from_checkpoint", "true"])
+    main(arguments(tiny_encoder, data, tmp_path / "whole", max_steps=6, **options))
+    for run in ("run", "whole"):
+        assert sorted(path.name for path in (tmp_path / run).glob("checkpoint-*")) == [f"checkpoint-{n}" for n in kept]
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_the_end_of_an_epoch_is_not_left_out(tiny_encoder, data, tmp_path, monkeypatch):
+    """A signal in its last step: the run that goes on would begin with the next epoch."""
+    more = {"dev_collection": make_collection(tmp_path / "dev"), "dev_language": "ko", "save_strategy": "epoch"}
+    argv = arguments(tiny_encoder, data, tmp_path / "run", max_steps=6, **more)
+    with monkeypatch.context() as patch:
+        signalled(patch, [signal.SIGTERM], call=5)
+        assert stop(argv) == 143
+    main([*argv, "--resume_from_checkpoint", "true"])
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if "eval_ndcg@10" in r] == [5, 6]
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+
+
 def test_sigusr1_ends_it_too_where_that_is_asked_for(tiny_encoder, data, tmp_path, monkeypatch):
     options = dict(zip(*[iter(arguments(tiny_encoder, data, tmp_path / "run", stop_on_sigusr1=True))] * 2))
     signalled(monkeypatch, [signal.SIGUSR1])
@@ -134,7 +178,7 @@ def test_processes_stop_after_the_same_step(tiny_encoder, data, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = in_process([__file__], tmp_path, launcher=launcher)
     assert done.returncode != 0
-    assert "stopped by SIGTERM after step 3" in done.stderr
+    assert done.stderr.count("stopped by SIGTERM after step 3") == 1
     assert sorted(path.name for path in tmp_path.glob("code-*")) == ["code-0-143", "code-1-143"]
     written = json.loads((tmp_path / "run" / "checkpoint-3" / "checksums.json").read_text())
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= written.keys()  # the first waited for the second
@@ -174,5 +218,11 @@ from torch.utils.data import DataLoader
 from clpl_moe.train.stopping import ignore_in_workers
 left = iter(DataLoader(range(9), num_workers=1, worker_init_fn=ignore_in_workers))
 next(left)
+print("made", flush=True)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "made\n"  # loading its modules may take minutes on a busy machine
+            assert process.wait(timeout=60) == 0
+        finally:
+            process.kill()

@@ -35,7 +35,7 @@ class Stopped(Exception):
     """A signal ended a job, which left things in order.
 
     Args:
-        message: what was done, and how the job goes on.
+        message: what was done, and how the job goes on; empty where another process says it.
         number: of the signal.
     """
 
@@ -110,7 +110,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             print(f"error: {printable(place)}{error.strerror}", file=sys.stderr)
             sys.exit(2)
         except Stopped as stopped:
-            print(stopped, file=sys.stderr)
+            if str(stopped):
+                print(stopped, file=sys.stderr)
             sys.exit(stopped.exit_code)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

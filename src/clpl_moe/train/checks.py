@@ -109,7 +109,7 @@ def _check_compiling(args: CLPLTrainingArguments) -> None:
 
     known = {
         "torch_compile_backend": torch._dynamo.list_backends(exclude_tags=()),
-        "torch_compile_mode": ["default", *torch._inductor.list_mode_options()],
+        "torch_compile_mode": list(dict.fromkeys(["default", *torch._inductor.list_mode_options()])),
     }
     for name, choices in known.items():
         if (value := getattr(args, name)) is not None and value not in choices:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ _BLOCK = 2**20  # bytes
 
 
 @contextlib.contextmanager
-def with_checksums(state: TrainerState) -> Iterator[None]:
-    """Within the block, ``state`` writes itself into checkpoints after the checksums of all files, and whole or not at all."""
+def with_checksums(state: TrainerState, then: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Within the block, ``state`` writes itself into checkpoints after the checksums of all files, and whole or not at all;
+    ``then`` is called when a checkpoint is whole."""
 
     def save_to_json(path: str) -> None:
         file = Path(path)
@@ -37,6 +38,7 @@ def with_checksums(state: TrainerState) -> Iterator[None]:
         TrainerState.save_to_json(state, str(unfinished))
         write_json(file.with_name(CHECKSUMS_FILE), _checksums(file.parent) | {file.name: _checksum(unfinished)})
         unfinished.replace(file)
+        then()
 
     vars(state)["save_to_json"] = save_to_json
     try:

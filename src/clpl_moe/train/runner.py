@@ -285,6 +285,7 @@ class CLPLRunner:
             self.trainer.train(resume_from_checkpoint=checkpoint)
         self.trainer.save_model()
         self.trainer.save_state()
+        self.trainer.remove_extra()
         state = self.trainer.state
         best = state.best_model_checkpoint
         saved_step = state.global_step

@@ -4,6 +4,7 @@
 2. At the end of each step the processes agree on whether one of them was signalled. torchrun signals all of them, but they
    may be in different steps.
 3. The trainer evaluates where that is due, and saves a checkpoint; then :class:`Stopped` ends the run.
+4. The run that goes on removes that checkpoint again, unless it was due by ``save_strategy`` anyway.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from clpl_moe.common.errors import Stopped, UserError
+from clpl_moe.common.output import is_first_process
 
 
 class StopOnSignal(TrainerCallback):
@@ -41,6 +43,8 @@ class StopOnSignal(TrainerCallback):
         self._received = 0
         self._agreed = 0  # the signal that all processes stop for
         self._group: Any = None
+        self._saved = 0  # the last step with a checkpoint
+        self._not_due = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -53,8 +57,10 @@ class StopOnSignal(TrainerCallback):
         def note(number: int, frame: FrameType | None) -> None:
             for known in self.signals:
                 signal.signal(known, signal.SIG_DFL)
-            if os.getpid() == process:  # not one that was just forked to make batches
-                self._received = number
+            if os.getpid() != process:  # one that was just forked to make batches
+                return
+            self._received = number
+            if is_first_process():
                 name = signal.Signals(number).name
                 os.write(2, f"\n{name}: saving a checkpoint after this step; a second signal ends at once\n".encode())
 
@@ -69,7 +75,7 @@ class StopOnSignal(TrainerCallback):
         if args.world_size > 1 and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo")  # does not wait for the device
 
-    def _agree(self, args: TrainingArguments, control: TrainerControl) -> None:
+    def _agree(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         if args.world_size > 1:
             number = torch.tensor([self._received])
             dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
@@ -77,25 +83,34 @@ class StopOnSignal(TrainerCallback):
         else:
             self._agreed = self._received
         if self._agreed:
+            self._not_due |= not control.should_save and state.global_step != self._saved
             control.should_save = True
             args.save_only_model = False  # of which no run could go on
 
+    def only_for_this(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether a checkpoint that is about to be saved would not be without the signal."""
+        is_best = args.save_strategy == "best" and state.best_global_step == state.global_step
+        return self._not_due and not is_best
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._agree(args, control)
+        if (state.epoch or 0) % 1:  # else what is due at the end of the epoch comes first
+            self._agree(args, state, control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._agree(args, state, control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step:  # of an evaluation before the first step nothing is saved
-            self._agree(args, control)
+            self._agree(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._saved = state.global_step
         if not self._agreed:
             return
         name, step = signal.Signals(self._agreed).name, state.global_step
         checkpoint = Path(args.output_dir or "", f"{PREFIX_CHECKPOINT_DIR}-{step}")
-        raise Stopped(
-            f"stopped by {name} after step {step}, saved to {checkpoint}; resume_from_checkpoint true goes on from there",
-            self._agreed,
-        )
+        told = f"stopped by {name} after step {step}, saved to {checkpoint}; resume_from_checkpoint true goes on from there"
+        raise Stopped(told if state.is_world_process_zero else "", self._agreed)
 
 
 @contextlib.contextmanager

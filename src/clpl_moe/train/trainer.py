@@ -71,6 +71,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
         self._tokenizer_state = lengths_of(encoder.tokenizer)
         self._first_step = 0  # that this process knows the loss of
         self._saved_step: int | None = None
+        self._extra: Path | None = None  # a checkpoint that goes when there is another one, or the result
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # in a notebook another one than on a console
         self.remove_callback(PrinterCallback)
         self.add_callback(callbacks.EpochCallback(batch_sampler))
@@ -217,8 +218,12 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._remove_unfinished()
-        callbacks.keep_progress(self.state, self._progress())
-        with _full_disk_as_such(self.args.output_dir), with_checksums(self.state):
+        progress = self._progress()
+        if self._stop.only_for_this(self.args, self.state):
+            progress["extra"] = {"best": self.state.best_model_checkpoint}
+            self.args.save_total_limit = None  # no other one goes for it
+        callbacks.keep_progress(self.state, progress)
+        with _full_disk_as_such(self.args.output_dir), with_checksums(self.state, self.remove_extra):
             super()._save_checkpoint(*args, **kwargs)
 
     def _remove_unfinished(self) -> None:
@@ -245,12 +250,29 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
     def _go_on(self) -> None:
         """At the beginning of training, take over :meth:`_progress` of the checkpoint."""
         found = callbacks.progress(self.state)
+        self._know_extra()
         self._first_step = found.get("first_step", self.state.global_step)
         if "terms" in found:
             self._total_loss_scalar = found["total_loss"]
             self._tr_loss.fill_(found["loss"])
             self._globalstep_last_logged = found["last_logged"]
             self._terms.restore(found["terms"] if self.is_world_process_zero() else {})
+
+    def _know_extra(self) -> None:
+        """If the run goes on from a checkpoint that only a signal brought about: the run is as if there had been none."""
+        extra, step = callbacks.progress(self.state).get("extra"), self.state.global_step
+        if isinstance(extra, dict):
+            self._extra = self.args.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            best = extra.get("best")
+            self.state.best_model_checkpoint = best if isinstance(best, str) else None
+            if self.state.best_global_step == step:  # transformers would take the folder for the best checkpoint
+                self.state.best_global_step = None
+
+    def remove_extra(self) -> None:
+        """Remove the checkpoint that only a signal brought about, now that it is no longer needed."""
+        if self._extra is not None and self.is_world_process_zero():
+            shutil.rmtree(self._extra, ignore_errors=True)
+        self._extra = None
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         with _full_disk_as_such(self.args.output_dir):
@@ -326,6 +348,7 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
     def load_result(self, checkpoint: str | Path) -> None:
         """What training would end with after the last checkpoint of a run that :meth:`is_over`."""
         self.state = read_state(checkpoint)
+        self._know_extra()
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         # Where the run's folder is now.
         self._load_from_checkpoint(str(checkpoint if best is None else Path(checkpoint).parent / Path(best).name))
