@@ -81,6 +81,44 @@ def test_truncated_embeddings(tiny_encoder, collections, tmp_path, capsys):
     assert "truncate_dim: found 33, expected 1 to 32, the model's dimensions" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["int8", "binary"])
+def test_quantized_search(tiny_encoder, collections, tmp_path, capsys, kind):
+    options = {"languages": ("ko", "fa"), "top_k": 3, "metrics": "nDCG@5"}
+    run(tiny_encoder, collections, tmp_path / "exact", **options)
+    assert "quantized -" not in capsys.readouterr().out
+    run(tiny_encoder, collections, tmp_path / "out", **options, quantize=kind, oversampling=1)
+    printed = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(printed) if line.startswith("quantized - exact"))
+    for language, line in zip(("ko", "fa"), printed[start + 1 :]):
+        exact, found = (
+            json.loads((tmp_path / name / language / "metrics.json").read_text()) for name in ("exact", "out")
+        )
+        assert found["exact_metrics"] == exact["metrics"]
+        assert found["settings"]["quantize"] == kind
+        passages = found["passages"]
+        assert found["bytes"] == {kind: passages * (32 if kind == "int8" else 4), "float32": passages * 128}
+        loss = found["metrics"]["nDCG@5"] - exact["metrics"]["nDCG@5"]
+        assert line.split() == [tiny_encoder.name, language, kind, f"{loss:+.4f}", "0.00", "0.00"]
+    # The same results are found again, and those of another search are refused.
+    run(tiny_encoder, collections, tmp_path / "out", **options, quantize=kind, oversampling=1)
+    assert "quantized - exact" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(tiny_encoder, collections, tmp_path / "out", **options, quantize=kind)
+    assert "holds results of something else (other settings)" in capsys.readouterr().err
+    # Where all is scored again, nothing is lost.
+    evaluation = evaluate(
+        model=[tiny_encoder],
+        collection=collections,
+        languages=["ko"],
+        output=tmp_path / "all",
+        quantize=kind,
+        passage_max_len=100,
+        dtype="float32",
+    )
+    about = evaluation.results[0].about
+    assert about["exact_metrics"] == evaluation.results[0].metrics == about["metrics"]
+
+
 def test_several_models(tiny_encoder, collections, tmp_path, capsys):
     output = tmp_path / "out"
     first = shutil.copytree(tiny_encoder, tmp_path / "a" / "checkpoint-1")

@@ -34,6 +34,16 @@ def test_called_from_python(tiny_encoder, tmp_path, capsys):
         mine(**options, rank_from=9, rank_to=8)
 
 
+@pytest.mark.parametrize("kind", ["int8", "binary"])
+def test_quantized_search_finds_the_same_where_all_is_scored_again(tiny_encoder, tmp_path, kind):
+    folder = make_collection(tmp_path)
+    exact = run(tiny_encoder, folder)
+    found = run(tiny_encoder, folder, quantize=kind, oversampling=100, overwrite=True)
+    for key, line in exact.items():
+        assert found[key]["neg_scores"] == pytest.approx(line["neg_scores"], abs=2e-6)
+        assert {**found[key], "neg_scores": None} == {**line, "neg_scores": None}
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_no_line_at_all_is_refused_with_the_reasons(tiny_encoder, tmp_path, capsys):
     folder = make_collection(tmp_path, qrels={"q0": {"p0": 0}})

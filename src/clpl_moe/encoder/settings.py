@@ -151,7 +151,7 @@ def write_settings(folder: str | Path, settings: EmbeddingSettings, max_length: 
     write_json(folder / "1_Pooling" / "config.json", pooling)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
     prompts = {"query": settings.query_prompt, "document": settings.passage_prompt}
-    described = {"model_type": "SentenceTransformer", "prompts": prompts, "default_prompt_name": None}
+    described: dict[str, Any] = {"model_type": "SentenceTransformer", "prompts": prompts, "default_prompt_name": None}
     if settings.truncate_dim is not None:
         described["truncate_dim"] = settings.truncate_dim
     write_json(folder / "config_sentence_transformers.json", {**described, "similarity_fn_name": "cosine"})

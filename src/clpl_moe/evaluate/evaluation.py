@@ -20,10 +20,13 @@ from clpl_moe.evaluate import m3
 from clpl_moe.evaluate import metrics as scoring
 from clpl_moe.evaluate.tasks import QRELS_FILE, Task
 from clpl_moe.retrieval.collection import Collection
+from clpl_moe.retrieval.quantize import QuantizedPassages
 from clpl_moe.retrieval.search import search
 from clpl_moe.retrieval.store import EmbeddingShards, cache_folder, encode_passages, encode_queries, process
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from clpl_moe.encoder import Encoder
     from clpl_moe.evaluate.options import EvaluateArguments
     from clpl_moe.retrieval.options import EncodingArguments
@@ -38,6 +41,8 @@ class RetrievalResult:
     run: dict[str, dict[str, float]] = field(repr=False)  # of each query: passage id -> score, best first
     seconds: dict[str, float] = field(repr=False)  # encode_passages, encode_queries, search, score
     encoded: int  # passages encoded by this process; others were found on disk or are another's
+    exact_metrics: dict[str, float] | None = None  # of an exact search, where the search was on quantized embeddings
+    searched_bytes: int | None = None  # of the quantized embeddings
 
 
 def evaluate_retrieval(
@@ -50,10 +55,10 @@ def evaluate_retrieval(
     cache: Path | None = None,
     progress: bool = True,
 ) -> RetrievalResult:
-    """Rank a collection's passages for each of its queries by similarity, exactly, and score the ranking.
+    """Rank a collection's passages for each of its queries by similarity, and score the ranking.
 
-    As in BEIR, a query does not find itself (:meth:`~clpl_moe.retrieval.collection.Collection.own_passages`). Of
-    ``encoding``, lengths and batch size count; precision and settings are the encoder's. ``top_k`` passages are kept for
+    The search is exact unless ``encoding`` has ``quantize``: then an exact one is made and scored, too. As in BEIR, a query does not find itself (:meth:`~clpl_moe.retrieval.collection.Collection.own_passages`). Of
+    ``encoding``, lengths, batch size and search count; precision and settings are the encoder's. ``top_k`` passages are kept for
     each query. ``metrics`` are named as in ``ir_measures``. ``cache`` is a folder for the passages' embeddings, as
     :func:`clpl_moe.retrieval.store.encode_passages` takes it.
 
@@ -66,20 +71,36 @@ def evaluate_retrieval(
     times.append(time.perf_counter())
     passages = encode_passages(encoder, collection.passages, encoding, cache=cache, progress=progress)
     times.append(time.perf_counter())
-    own = collection.own_passages()
-    scores, indices = search(queries.to(encoder.device), passages, top_k + bool(own))
-    ids = collection.passage_ids
-    run = {}
-    for query_id, row_indices, row_scores in zip(collection.query_ids, indices.tolist(), scores.tolist()):
-        found = ((ids[i], score) for i, score in zip(row_indices, row_scores) if i != own.get(query_id))
-        run[query_id] = dict(itertools.islice(found, top_k))
+    own, queries, quantized = collection.own_passages(), queries.to(encoder.device), None
+    depth = top_k + bool(own)
+    if encoding.quantize is None:
+        run = _run(collection, own, top_k, *search(queries, passages, depth))
+    else:
+        quantized = QuantizedPassages(passages, encoding.quantize)
+        run = _run(collection, own, top_k, *quantized.search(queries, depth, encoding.oversampling))
     times.append(time.perf_counter())
     means, per_query = scoring.evaluate_run(collection.qrels, run, metrics)
     times.append(time.perf_counter())
     steps = ("encode_queries", "encode_passages", "search", "score")
     seconds = {step: end - start for step, start, end in zip(steps, times, times[1:])}
     encoded = passages.encoded if isinstance(passages, EmbeddingShards) else len(passages)
-    return RetrievalResult(means, per_query, run, seconds, encoded)
+    result = RetrievalResult(means, per_query, run, seconds, encoded)
+    if quantized is not None:
+        exact = _run(collection, own, top_k, *search(queries, passages, depth))
+        result.exact_metrics = scoring.evaluate_run(collection.qrels, exact, metrics)[0]
+        result.searched_bytes = quantized.codes.nbytes
+    return result
+
+
+def _run(
+    collection: Collection, own: dict[str, int], top_k: int, scores: Tensor, indices: Tensor
+) -> dict[str, dict[str, float]]:
+    """Query id -> passage id -> score of the first ``top_k`` that are not the query itself (``own``)."""
+    ids, run = collection.passage_ids, {}
+    for query_id, row_indices, row_scores in zip(collection.query_ids, indices.tolist(), scores.tolist()):
+        found = ((ids[i], score) for i, score in zip(row_indices, row_scores) if i != own.get(query_id))
+        run[query_id] = dict(itertools.islice(found, top_k))
+    return run
 
 
 def rank_by_embeddings(
@@ -105,6 +126,12 @@ def rank_by_embeddings(
             **_describe(task, encoder, arguments, result.seconds),
             "passages_per_second": round(result.encoded / result.seconds["encode_passages"], 1),
         }
+        if result.exact_metrics is not None:
+            whole = 4 * len(collection.passages) * encoder.dimensions
+            content |= {
+                "exact_metrics": result.exact_metrics,
+                "bytes": {encoding.quantize: result.searched_bytes, "float32": whole},
+            }
         with task.writing(output):
             scoring.write_trec_qrels(folder / QRELS_FILE, collection.qrels)
             scoring.write_trec_run(folder / scoring.run_file(scoring.DENSE), result.run, tag=Path(task.model).name)

@@ -56,6 +56,8 @@ class Evaluation:
 
     def __str__(self) -> str:
         parts = [_format_results(self.results)] if self.results else []
+        if quantized := [r for r in self.results if "exact_metrics" in r.about]:
+            parts.append(_format_losses(quantized))
         if self.comparisons:
             parts.append(f"{_format_comparisons(self.comparisons)}\n{TEST}")
         return "\n\n".join(parts)
@@ -73,6 +75,17 @@ def _format_results(results: Sequence[Result]) -> str:
         if len(own) > 1:
             means = [f"{sum(r.metrics[name] for r in own) / len(own):.4f}" for name in names]
             rows.append([own[0].label, score, "average", "", *means])
+    return _align(rows, left=3)
+
+
+def _format_losses(results: Sequence[Result]) -> str:
+    """A row for each search on quantized embeddings: how its metrics differ from an exact search's, and the memory."""
+    names = list(results[0].metrics)
+    rows = [["quantized - exact", "language", "search", *names, "MB", "MB in float32"]]
+    for r in results:
+        losses = [f"{r.metrics[name] - r.about['exact_metrics'][name]:+.4f}" for name in names]
+        memory = [f"{size / 2**20:.2f}" for size in r.about["bytes"].values()]
+        rows.append([r.label, r.language, r.about["settings"]["quantize"], *losses, *memory])
     return _align(rows, left=3)
 
 

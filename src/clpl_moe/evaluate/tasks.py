@@ -130,7 +130,8 @@ def plan_tasks(
         heads_hash = _hash_heads(model, encoder, current.revisions[model]) if arguments.m3_scores else None
         for language, collection in collections.items():
             folder = Path(arguments.output, label if len(models) > 1 else "", language)
-            settings = encoding.describe(encoder) | {"top_k": arguments.top_k, "metrics": list(arguments.metrics)}
+            settings = encoding.describe(encoder) | encoding.describe_search()
+            settings |= {"top_k": arguments.top_k, "metrics": list(arguments.metrics)}
             key = {"model_hash": model_hash, "collection_hash": collection.fingerprint(), "settings": settings}
             tasks.append(Task(model, label, collection, folder, key))
             if heads_hash is not None:

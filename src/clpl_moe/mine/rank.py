@@ -12,7 +12,7 @@ import torch
 from clpl_moe.encoder import Encoder
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.retrieval.options import EncodingArguments
-from clpl_moe.retrieval.search import search
+from clpl_moe.retrieval.quantize import nearest
 from clpl_moe.retrieval.store import encode_passages, encode_queries
 
 Candidate = tuple[int, float]  # place in the index, score
@@ -65,7 +65,7 @@ def rank_passages(
     passages = encode_passages(encoder, index.texts, encoding, cache=cache, progress=progress)
     # Deep enough that the window is full when all that must not be in it has been taken out.
     depth = rank_to + min(_MOST_EXCLUDED, max(len(query.excluded) for query in queries))
-    scores, places = search(query_embeddings.to(encoder.model.device), passages, depth)
+    scores, places = nearest(query_embeddings.to(encoder.model.device), passages, depth, encoding)
     pairs = [(row, place) for row, query in enumerate(queries) for place in query.positives]
     positive_scores: list[list[float]] = [[] for _ in queries]
     for start in range(0, len(pairs), _ROWS_AT_ONCE):

@@ -1,4 +1,4 @@
-"""The options that commands share which encode text, and the encoder that they ask for."""
+"""The options that commands share which encode text and search, and the encoder that they ask for."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from clpl_moe.common.options import check_bounds, option
 if TYPE_CHECKING:
     from clpl_moe.encoder import Encoder
 
+Quantization = Literal["int8", "binary"]
+
 
 @dataclass
 class EncodingArguments:
-    """How texts become embeddings."""
+    """How texts become embeddings, and how these are searched."""
 
     query_max_len: int = option("longest query in tokens; the rest is cut off", 128, least=3, most=1_000_000)
     passage_max_len: int = option("longest passage in tokens; the rest is cut off", 512, least=3, most=1_000_000)
@@ -54,6 +56,17 @@ class EncodingArguments:
         least=1,
         most=1_048_576,
     )
+    quantize: Quantization | None = option(
+        "search on embeddings of 8 bits or 1 bit a value, in memory, and score what is found again by the whole embeddings;"
+        " not given: exact search",
+        None,
+    )
+    oversampling: int = option(
+        "with quantize: how many times as many passages as asked for are found by it and scored again",
+        4,
+        least=1,
+        most=1_000,
+    )
     trust_remote_code: bool = option("run code that the model's own folder holds; look at it first", False)
 
     def __post_init__(self) -> None:
@@ -69,6 +82,10 @@ class EncodingArguments:
         if settings["truncate_dim"] is None:  # results of before do not have it
             del settings["truncate_dim"]
         return settings | lengths | {"dtype": str(encoder.dtype).removeprefix("torch.")}
+
+    def describe_search(self) -> dict[str, Any]:
+        """Everything that decides what a search finds, besides the embeddings; nothing for an exact one."""
+        return {} if self.quantize is None else {"quantize": self.quantize, "oversampling": self.oversampling}
 
 
 def open_encoder(name: str, arguments: EncodingArguments, revision: str | None = None) -> Encoder:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from clpl_moe.retrieval.quantize import QuantizedPassages
     from clpl_moe.retrieval.store import EmbeddingShards
 
 _QUERY_BLOCK = 1024
@@ -15,11 +16,11 @@ _QUERY_BLOCK = 1024
 
 @torch.no_grad()
 def search(
-    queries: Tensor, passages: Tensor | EmbeddingShards, k: int, *, chunk_size: int = 16384
+    queries: Tensor, passages: Tensor | EmbeddingShards | QuantizedPassages, k: int, *, chunk_size: int = 16384
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` passages (N, D) of the greatest dot product with each query (Q, D), best first.
 
-    The queries' device computes; passages of any floating dtype, on any device or disk, are moved there and to float32 a
+    The queries' device computes; passages of any dtype, on any device or disk, are moved there and to float32 a
     chunk at a time. Of equal scores the lower index goes first, also at the cut after ``k``: the result does not depend on
     how ``topk`` breaks ties. Memory beyond the inputs: ``1024 * chunk_size`` scores and the result.
 

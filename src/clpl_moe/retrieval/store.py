@@ -184,7 +184,7 @@ def _open(encoder: Encoder, texts: Sequence[str], length: int, cache: Path) -> E
         "texts_per_shard": SHARD_TEXTS,
     }
     name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-    shards = EmbeddingShards(cache / name, len(texts), content["dimensions"])
+    shards = EmbeddingShards(cache / name, len(texts), encoder.dimensions)
     if process()[0] == 0:
         manifest = shards.folder / "manifest.json"
         refuse_unwritable(manifest)

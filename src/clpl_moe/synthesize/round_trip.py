@@ -6,7 +6,7 @@ from pathlib import Path
 
 from clpl_moe.encoder import Encoder
 from clpl_moe.retrieval.options import EncodingArguments
-from clpl_moe.retrieval.search import search
+from clpl_moe.retrieval.quantize import nearest
 from clpl_moe.retrieval.store import encode_passages, encode_queries
 from clpl_moe.synthesize.job import Job
 from clpl_moe.synthesize.passages import SearchedPassages
@@ -20,7 +20,7 @@ def drop_lost_queries(job: Job, encoder: Encoder, encoding: EncodingArguments, c
     queries = encode_queries(encoder, [query for _, query in asked], encoding)
     embeddings = encode_passages(encoder, SearchedPassages(job.passages, job.corpus), encoding, cache=cache)
     top = job.arguments.round_trip_top
-    _, ranked = search(queries.to(encoder.model.device), embeddings, top)
+    _, ranked = nearest(queries.to(encoder.model.device), embeddings, top, encoding)
     places = {key: place for place, key in enumerate(job.passages)}
     kept: dict[str, list[str]] = {}
     for (key, query), row in zip(asked, ranked.tolist()):
