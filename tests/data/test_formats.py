@@ -1,6 +1,7 @@
 """Every format is read from a file that its own tool has written."""
 
 import codecs
+import gc
 import gzip
 import json
 import re
@@ -84,10 +85,15 @@ def as_pretty_list(path):
     pandas.DataFrame(ROWS).to_json(path, orient="records", indent=2)
 
 
+def as_csv_with_its_index(path):
+    pandas.DataFrame(ROWS).to_csv(path)
+
+
 @pytest.mark.parametrize(
     ("name", "write"),
     [
         ("t.csv", as_csv),
+        ("t.csv", as_csv_with_its_index),
         ("t.CSV", as_semicolons),
         ("t.csv.gz", as_csv),
         ("t.tsv", as_tsv),
@@ -242,6 +248,26 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path):
     args = CLPLDataArguments(train_data=[str(folder)], cache_path=str(tmp_path / "cache"))
     with pytest.warns(UserWarning, match="left out"):
         assert CLPLTrainDataset(args).part_sizes == [3] * 5
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_folder_whose_data_lie_in_another_names_that(tmp_path):
+    (tmp_path / "repo" / "data").mkdir(parents=True)
+    as_parquet(tmp_path / "repo" / "data" / "train-00000.parquet")
+    with pytest.raises(UserError, match=f"folders within it are not read, name {tmp_path}/repo/data$"):
+        read(tmp_path / "repo")
+
+
+def test_reading_that_ends_early_leaves_nothing_behind(tmp_path, monkeypatch):
+    """Not even an error in a generator that Python can only print."""
+    found = []
+    monkeypatch.setattr("sys.unraisablehook", found.append)
+    as_csv(tmp_path / "t.csv")
+    lines = data_files([str(tmp_path / "t.csv")])[0].lines()
+    next(lines)
+    lines.close()
+    gc.collect()
+    assert found == []
 
 
 def test_llama_index(tmp_path):
@@ -433,6 +459,16 @@ def test_a_file_whose_name_has_commas(tmp_path):
             '{"question": "a", "answer": "b", "label": 0}\n',
             ["t.jsonl:1: field 'label': says which rows are pairs"],
         ),
+        ("t.csv", ",query,pos\n0,a,b\n1,c\n", ["t.csv: row 2: found 2 cells, expected 3"]),
+        (
+            "t.json",
+            json.dumps({"anchor": {"0": "a"}, "positive": {"0": "b"}}),
+            [
+                "t.json:1: found a column as an object, expected one row a line; pandas",
+                "t.json:1: field 'anchor': found an object",
+                "t.json:1: field 'positive': found an object",
+            ],
+        ),
         ("t.json", '[{"query": "a", "pos": ["b"]}, 3]', ["t.json: row 2: found int, expected a JSON object"]),
     ],
 )
@@ -463,13 +499,16 @@ def test_faults_name_row_and_column(tmp_path, monkeypatch, name, content, messag
         ("t.arrow", b"", "t.arrow: not arrow, or damaged"),
         ("t.json", b'{"queries": {}, "corpus": {}, "relevant_docs": {}}', "t.json: the file is empty"),
         ("t.json", b"[]", "t.json: the file is empty"),
+        ("t.tsv", b"1\t20\t30\n", "t.tsv:1: found numbers alone, .* t.tsv,queries=FILE,corpus=FILE"),
+        ("t.tsv,header=false", b"1\t20\t30\n", "t.tsv:1: found numbers alone, .* t.tsv,queries=FILE,corpus=FILE"),
+        ("t.xlsx", b"PK", "t.xlsx: a spreadsheet, expected a table as text"),
         ("t.json", b'[{"query": "\\ud800", "pos": ["b"]}]', "t.json: holds half of a surrogate pair"),
         ("t.json", b"version https://git-lfs.github.com/spec/v1\n", "t.json: found Git LFS's pointer"),
     ],
 )
 def test_tables_that_cannot_be_read(tmp_path, monkeypatch, name, content, message):
     monkeypatch.chdir(tmp_path)
-    Path(name).write_bytes(content)
+    Path(name.partition(",")[0]).write_bytes(content)
     with pytest.raises(UserError, match=f"^{message}"):
         faults(name)
 

@@ -41,12 +41,13 @@ from clpl_moe.common.files import (
 from clpl_moe.common.hub_data import load_rows
 from clpl_moe.data.by_ids import TextsById, lines_by_ids
 from clpl_moe.data.columns import FIELDS, Columns, is_list_as_text
-from clpl_moe.data.tables import TEXT_TABLES, arrow_rows, parquet_rows, text_rows
+from clpl_moe.data.tables import CELLS, TEXT_TABLES, arrow_rows, parquet_rows, text_rows
 
 HUB = "hub:"
 _LINES = (".jsonl", ".json", ".ndjson")
 _ROWS = {".parquet": parquet_rows, ".arrow": arrow_rows}
 _ENDINGS = (*_LINES, *_ROWS, *TEXT_TABLES)
+_SPREADSHEETS = (".xlsx", ".xls", ".ods")
 _NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # `datasets` writes them
 _TABLES = ("queries", "corpus")  # of texts, where lines have their ids
 _SETTINGS = ("split", "config", "revision", "header", *_TABLES, *FIELDS)
@@ -156,7 +157,7 @@ class DataFile:
         columns.refuse(at(self.name), names, hint)
         for number, row in enumerate(rows, 1):
             line = Line(f"{self.name}: row {number}", number, None)
-            if (cells := row.pop("", None)) is not None:  # more or fewer than the line of names has
+            if (cells := row.pop(CELLS, None)) is not None:
                 line.faults.append(f"found {cells} cells, expected {len(names)}")
             else:
                 line.record, line.origin = columns.fields(row, table=True, text_cells=text_cells)
@@ -233,6 +234,9 @@ def _object(columns: Columns, line: Line) -> Line:
     if line.record is not None:
         names = line.record
         line.record, line.origin = columns.fields(names)
+        if any(isinstance(line.record.get(name), dict) for name in ("query", "pos")):
+            hint = "pandas writes one row a line with orient='records', lines=True"
+            line.faults.append(f"found a column as an object, expected one row a line; {hint}")
         if line.origin and (fault := columns.label_fault(names)) is not None:
             line.faults.append(fault)
     return line
@@ -302,6 +306,8 @@ def _files_of(entry: str) -> list[DataFile]:
         if path.is_dir():
             fault += f"; this folder is one data set{f' (of {known})' if (known := _saved_split(path)) else ''}, leave it out"
         raise UserError(f"{entry}: {fault}")
+    if path.suffix.lower() in _SPREADSHEETS:
+        raise UserError(f"{at(path)}: a spreadsheet, expected a table as text; save it as 'CSV UTF-8'")
     if not path.is_dir():
         return [DataFile(str(path), str(path), settings)]
     _refuse_collections(path)
@@ -311,7 +317,11 @@ def _files_of(entry: str) -> list[DataFile]:
         warnings.warn(f"{path}: left out of the training data: {shown}", stacklevel=2)
     if not found:
         known = ", ".join(_ENDINGS)
-        raise UserError(f"{at(path)}: the folder holds no .jsonl or .json file, expected training data ({known})")
+        inside = next(
+            (f for f in sorted(path.glob("*/*")) if Path(plain_name(f)).suffix in _ENDINGS and f.is_file()), None
+        )
+        hint = "" if inside is None else f"; folders within it are not read, name {inside.parent}"
+        raise UserError(f"{at(path)}: the folder holds no .jsonl or .json file, expected training data ({known}){hint}")
     return [DataFile(str(file), str(file), settings) for file in found]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from clpl_moe.common.errors import UserError, at, one_line
 TEXT_TABLES = (".csv", ".tsv")
 _ROWS_AT_ONCE = 1000
 _LONGEST_CELL = 2**31 - 1
+CELLS = "\0"  # stands in a row for the number of its cells, where it has others than the line of names; pandas writes a column ""
 
 Rows = tuple[list[str], Iterator[dict[str, Any]]]
 
@@ -60,7 +62,7 @@ def _unreadable(name: str, kind: str, error: Exception) -> UserError:
 
 
 def text_rows(path: str, name: str, *, header: bool = True) -> Rows:
-    """A CSV or TSV file's, cells as texts. A row with other cells than the line of names is ``{"": their number}``.
+    """A CSV or TSV file's, cells as texts. A row with other cells than the line of names is ``{CELLS: their number}``.
 
     Without ``header`` columns are query, positive, and negatives, and quotes mean nothing.
     """
@@ -68,6 +70,9 @@ def text_rows(path: str, name: str, *, header: bool = True) -> Rows:
     first = next(rows, None)
     if first is None:
         raise UserError(f"{at(name)}: the file is empty, expected a line with the names of its columns")
+    if len(first) > 1 and all(cell.strip().isdecimal() for cell in first):
+        hint = f"ids without their texts? name the tables with these: {name.partition(',')[0]},queries=FILE,corpus=FILE"
+        raise UserError(f"{at(name, 1)}: found numbers alone, {hint}")
     if header:
         names = [cell.strip() for cell in first]
         if twice := [column for column in names if names.count(column) > 1]:
@@ -77,9 +82,9 @@ def text_rows(path: str, name: str, *, header: bool = True) -> Rows:
 
     def as_dicts() -> Iterator[dict[str, Any]]:
         if not header:
-            yield dict(zip(names, first)) if len(first) == len(names) else {"": len(first)}
+            yield dict(zip(names, first)) if len(first) == len(names) else {CELLS: len(first)}
         for row in rows:
-            yield dict(zip(names, row)) if len(row) == len(names) else {"": len(row)}
+            yield dict(zip(names, row)) if len(row) == len(names) else {CELLS: len(row)}
 
     return names, as_dicts()
 
@@ -96,18 +101,14 @@ def _cells(path: str, name: str, quoted: bool) -> Iterator[list[str]]:
             if not quoted:
                 how = {"delimiter": separator, "quoting": csv.QUOTE_NONE}
 
-            def lines() -> Iterator[str]:
-                yield line
-                yield from text
-
-            reader = csv.reader(lines(), **how)
+            reader = csv.reader(itertools.chain([line], text), **how)
             for row in reader:
                 if row and row[0].startswith("\ufeff"):  # files that were joined
                     row[0] = row[0][1:]
                 if any(row):
                     yield row
         except UnicodeDecodeError as error:
-            hint = f"{AS_UTF8} iconv -f CP949 -t UTF-8, or from whatever it is in"
+            hint = f"{AS_UTF8} iconv -f CP949 -t UTF-8, if a Korean Windows wrote it"
             raise UserError(f"{at(name)}: not UTF-8 text ({error.reason}); {hint}") from None
         except csv.Error as error:
             hint = "a quote that opens a cell has to be closed"
