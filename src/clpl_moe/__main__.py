@@ -23,7 +23,7 @@ VERBS = {
     "train": "fine-tune an encoder with CLPL and mixture-of-experts layers",
     "evaluate": "retrieve with one or more models and compare them",
     "merge": "merge experts into dense layers, and a tuned model with its base model",
-    "export": "write a model with a smaller vocabulary, or in another precision",
+    "export": "write a model with a smaller vocabulary, as an ONNX graph, and upload it",
     "ablate": "train and evaluate rows of options on several languages and seeds",
     "report": "make a page of runs: their course, and each query before and after",
     "card": "put results into the model card of a run",

@@ -6,7 +6,7 @@ from clpl_moe.export import Exported, export
 
 @command_of(
     export,
-    "Write a model with a smaller vocabulary, or in another precision; the folder loads everywhere.",
+    "Write a model with a smaller vocabulary, as an ONNX graph or under the names of 2024, and upload it.",
     positional=("input", "output"),
 )
 def main(exported: Exported) -> None:

@@ -50,6 +50,19 @@ def _section(arguments: ExportArguments, exported: Exported) -> str:
         lines.append(
             f"- The vocabulary has {after:,} of {before:,} pieces: the ones that {texts} use, and all single characters."
         )
-    name = exported.folder.resolve().name
-    lines += ["- With clpl_moe: " + as_code(f"Encoder.load({as_python(name)})")]
+    for graph, made in exported.graphs.items():
+        lines.append(f"- {as_code(graph)}: embeddings have a cosine of at least {made.cosine:.6f} with torch's.")
+    if arguments.to == "2024":
+        lines.append(
+            "- The weights have the names of the checkpoints of 2024, which sentence-transformers does not load."
+        )
+    name = arguments.push_to_hub or exported.folder.resolve().name
+    if arguments.to == "folder":
+        lines.append("- Use: " + as_code(f"SentenceTransformer({as_python(name)})"))
+    elif arguments.to == "onnx":
+        lines.append(
+            "- Use: " + as_code(f'SentenceTransformer({as_python(name)}, backend="onnx")') + ", which needs optimum."
+        )
+    else:
+        lines.append("- Use: " + as_code(f"clpl_moe.Encoder.load({as_python(name)})"))
     return "\n".join(lines) + "\n"

@@ -188,7 +188,7 @@ def _reloaded(
 def _keep_rows(model: Any, table: nn.Embedding, kept: list[int], numbers: dict[int, int]) -> None:
     rows = nn.Parameter(table.weight.detach()[torch.tensor(kept, device=table.weight.device)].clone())
     # Numbers up to the padding token's are what they were.
-    model.set_input_embeddings(nn.Embedding(*rows.shape, padding_idx=table.padding_idx, _weight=rows.data))
+    model.set_input_embeddings(nn.Embedding(len(kept), rows.shape[1], padding_idx=table.padding_idx, _weight=rows.data))
     model.config.vocab_size = len(kept)
     for name in _NUMBERS:
         if (old := getattr(model.config, name, None)) in numbers:
