@@ -16,6 +16,8 @@ from helpers.tiny_training import arguments, make_collection, make_runner, read_
 # FlagEmbedding's gradients under negatives_cross_device are 1 / processes of one process's; and on a machine without
 # accelerators its processes do not find each other, each trains alone.
 
+WAIT = 900  # seconds: on a busy machine processes take minutes to load their modules
+
 CASES = {
     "joint": {"negatives_cross_device": True, "balance_loss_weight": 0.1, "z_loss_weight": 0.1},
     "own": {"in_batch_negatives": False},
@@ -96,7 +98,7 @@ def test_only_the_first_process_prints(tiny_encoder, tmp_path):
     argv = arguments(tiny_encoder, data, tmp_path / "run", max_steps=1, use_cpu=True, use_fast_tokenizer=False)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *launcher, "-m", "clpl_moe.train", *argv]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT)
     assert done.returncode == 0, done.stderr[-4000:]
     for line in ("base model  ", "saved to ", "Next: "):
         assert done.stdout.count(line) == 1
@@ -110,7 +112,7 @@ def test_processes_share_the_evaluation_of_the_merged_model(tiny_encoder, tmp_pa
     argv = arguments(tiny_encoder, data, tmp_path / "run", **more, use_cpu=True, merge_experts=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *launcher, "-m", "clpl_moe.train", *argv]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT)
     assert done.returncode == 0, done.stderr[-4000:]
     assert sum(line.startswith("merged ") for line in done.stdout.splitlines()) == 1
     assert (tmp_path / "run" / "merged" / "model.safetensors").is_file()
@@ -148,7 +150,7 @@ def test_more_processes_than_examples(tiny_encoder, tmp_path):
     data = write_triplets(tmp_path / "train.jsonl", 3)
     options = {"in_batch_negatives": False, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "use_cpu": True}
     running = start(4, arguments(tiny_encoder, data, tmp_path / "four", **options))
-    _, err = running.communicate(timeout=300)
+    _, err = running.communicate(timeout=WAIT)
     assert running.returncode == 0, err[-4000:]
     options["per_device_train_batch_size"] = 8
     train_keeping_gradients(arguments(tiny_encoder, data, tmp_path / "one", **options))
@@ -165,7 +167,7 @@ def test_a_fault_that_one_process_sees_ends_all_and_nothing_is_written(tiny_enco
         file.write('{"query": 3}\n')
     argv = arguments(tiny_encoder, tmp_path / "RANK.jsonl", tmp_path / "run", use_cpu=True)
     running = start(2, argv, 'exec "$0" -m clpl_moe.train "${@//RANK/$RANK}"')
-    _, err = running.communicate(timeout=120)
+    _, err = running.communicate(timeout=WAIT)
     assert running.returncode == 1
     assert f"error: {tmp_path / '1.jsonl'}:7: field 'query': found a number" in err
     assert not (tmp_path / "run" / "train_config.yaml").exists()
@@ -181,7 +183,7 @@ def test_a_run_resumes_with_another_number_of_processes(tiny_encoder, tmp_path):
     train_keeping_gradients(arguments(tiny_encoder, data, tmp_path / "whole", **one))
     train_keeping_gradients(arguments(tiny_encoder, data, tmp_path / "run", **one | {"max_steps": 2}))
     running = start(2, arguments(tiny_encoder, data, tmp_path / "run", **options, resume_from_checkpoint=True))
-    _, err = running.communicate(timeout=300)
+    _, err = running.communicate(timeout=WAIT)
     assert running.returncode == 0, err[-4000:]
     assert "2 processes, but the run to resume had 1: the batches are the same" in err
     whole, run = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))

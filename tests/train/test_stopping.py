@@ -160,7 +160,8 @@ main(sys.argv[1:])
 def in_process(code, *argv, launcher=()):
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, *launcher, *code, *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, timeout=300)
+    # On a busy machine processes take minutes to load their modules.
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, timeout=900)
 
 
 @pytest.mark.slow
