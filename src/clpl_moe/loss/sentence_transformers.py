@@ -164,11 +164,9 @@ class CachedSentenceTransformerCLPLLoss(SentenceTransformerCLPLLoss):
     with the random numbers of the first (:mod:`clpl_moe.loss.grad_cache`). So a step takes about a forward pass longer, and
     the batch may be as large as its embeddings and similarities allow.
 
-    Args:
-        model, temperature, penalty_weight, num_negatives, query_prompt, options: as in
-            :class:`SentenceTransformerCLPLLoss`. For embeddings that can be truncated set ``matryoshka_dims``;
-            a ``MatryoshkaLoss`` around this loss is refused.
-        mini_batch_size: texts of a column that are embedded at once.
+    The arguments are those of :class:`SentenceTransformerCLPLLoss`, and ``mini_batch_size``, the texts of a column that are
+    embedded at once. For embeddings that can be truncated set ``matryoshka_dims``: a ``MatryoshkaLoss`` around this loss is
+    refused.
     """
 
     def __init__(
