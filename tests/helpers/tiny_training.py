@@ -49,6 +49,20 @@ def make_collection(folder: Path, count: int = 12) -> Path:
     return folder
 
 
+def write_dev_lines(path: Path, count: int = 12) -> Path:
+    """Training lines of the queries that :func:`make_collection` judges: a run on them beats its base model."""
+    passages = [line["pos"][0] for line in make_triplets(count, seed=7)]
+    negatives = [passages[place:] + passages[:place] for place in (1, 5)]
+    write_jsonl(
+        path,
+        (
+            {"query": text[:12], "pos": [text], "neg": others, "neg_q": [other[:12] for other in others]}
+            for text, *others in zip(passages, *negatives)
+        ),
+    )
+    return path
+
+
 def arguments(model: Path, data: Path | list[Path], output: Path, **options) -> list[str]:
     """The command line of a short run; options given as None are left out."""
     values = {

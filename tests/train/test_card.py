@@ -16,7 +16,7 @@ from clpl_moe.common.machine import versions
 from clpl_moe.encoder.settings import EmbeddingSettings, write_settings
 from clpl_moe.train.__main__ import main
 from clpl_moe.train.card import Evaluated, add_results
-from helpers.tiny_training import arguments, make_collection, read_metrics, write_triplets
+from helpers.tiny_training import arguments, make_collection, read_metrics, write_dev_lines, write_triplets
 
 
 def split_card(folder):
@@ -30,15 +30,15 @@ def results_of(header):
     return {m["name"]: (m["value"], r["dataset"]) for r in model["results"] for m in r["metrics"]}
 
 
-def test_card_tells_what_was_trained_on_what_and_how_it_went(tiny_encoder, tmp_path):
-    data = write_triplets(tmp_path / "my data.jsonl", 6)
+@pytest.mark.parametrize("helps", [True, False])
+def test_card_tells_what_was_trained_on_what_and_how_it_went(tiny_encoder, tmp_path, helps):
+    data = (write_dev_lines if helps else write_triplets)(tmp_path / "my data.jsonl", 6)
     options = {
         "max_steps": 2,
         "save_strategy": "steps",
         "save_steps": 1,
         "dev_collection": make_collection(tmp_path / "dev"),
         "dev_language": "ko",
-        "eval_on_start": True,
         "query_instruction_for_retrieval": "query: ",
     }
     main(arguments(tiny_encoder, data, tmp_path / "run", **options))
@@ -49,9 +49,8 @@ def test_card_tells_what_was_trained_on_what_and_how_it_went(tiny_encoder, tmp_p
     assert "moe" in header["tags"]
     evaluations = [record for record in read_metrics(tmp_path / "run") if "eval_ndcg@10" in record]
     assert [record["step"] for record in evaluations] == [0, 1, 2]
-    # The saved model is the best that was trained, also where training made it worse.
-    best = max(evaluations[1:], key=lambda record: record["eval_ndcg@10"])
-    assert best["eval_ndcg@10"] < evaluations[0]["eval_ndcg@10"]
+    best = max(evaluations, key=lambda record: record["eval_ndcg@10"])
+    assert (best["step"] > 0) == helps
     dataset = {"type": "dev", "name": "dev (ko)", "config": "ko", "split": "dev"}
     assert results_of(header) == {
         "nDCG@5": (round(best["eval_ndcg@5"], 6), dataset),
@@ -63,8 +62,8 @@ def test_card_tells_what_was_trained_on_what_and_how_it_went(tiny_encoder, tmp_p
         "# run\n",
         "6 from `my data.jsonl`",
         "temperature 0.1, penalty weight 0.1 (cosine), in-batch negatives on",
-        f"| before training | {evaluations[0]['eval_ndcg@5']:.4f} |",
-        f"| after training | {best['eval_ndcg@5']:.4f} |",
+        f"| {'before training' if helps else 'the base model, kept'} | {evaluations[0]['eval_ndcg@5']:.4f} |",
+        f"| after training | {best['eval_ndcg@5']:.4f} |" if helps else "as it was: fine-tuning with",
         "`'query: '`",
         "trust_remote_code=True",
         "2412.17364",

@@ -70,16 +70,22 @@ def test_processes_share_the_evaluation_and_the_first_one_decides(tiny_encoder, 
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    # The first process's metrics are 0.9, 0.5, 0.5, the second one would go on.
+    # The first process's metrics are 0.9 of the base model, 0.5, 0.4, 0.4, the second one would go on.
     assert [f["steps"] for f in found] == [3, 3]
     assert [Path(f["best"]).name for f in found] == ["checkpoint-1", "checkpoint-1"]
-    assert [f["encoded"] for f in found] == [[6, 6, 6], [6, 6, 6]]  # of 12 passages
-    assert [r["eval_ndcg@10"] for r in read_metrics(tmp_path / "run") if "eval_ndcg@10" in r] == [0.9, 0.5, 0.5]
+    assert [f["encoded"] for f in found] == [[6, 6, 6, 6], [6, 6, 6, 6]]  # of 12 passages
+    assert [r["eval_ndcg@10"] for r in read_metrics(tmp_path / "run") if "eval_ndcg@10" in r] == [0.9, 0.5, 0.4, 0.4]
+    # The base model is better for the first process, and worse for the second one.
+    assert [f["alpha"] for f in found] == [0, 0]
+    assert [f["holds"] for f in found] == [True, True]
     assert not (tmp_path / "run" / "_clpl_moe" / "embeddings").exists()
 
 
 if __name__ == "__main__":
     # One of two processes: what it decided, and how many passages it encoded at each evaluation.
+    import torch
+
+    from clpl_moe.encoder import Encoder
     from clpl_moe.evaluate import evaluation
     from clpl_moe.retrieval import store
 
@@ -97,10 +103,14 @@ if __name__ == "__main__":
 
     def evaluator(encoder):
         evaluate(encoder)
-        value = 0.1 * len(encoded) if rank == "1" else 0.9 if len(encoded) == 1 else 0.5
+        value = 0.1 * len(encoded) if rank == "1" else (0.9, 0.5, 0.4, 0.4)[len(encoded) - 1]
         return dict.fromkeys(("ndcg@5", "ndcg@10", "recall@100"), value)
 
     runner.trainer.evaluator = evaluator
     result = runner.run()
-    state = {"steps": runner.trainer.state.global_step, "best": str(result.best_checkpoint), "encoded": encoded}
+    base = runner.model_args.model_name_or_path
+    texts = ["abc", "def ghi"]
+    kept, expected = (Encoder.load(f, device="cpu").encode_queries(texts) for f in (result.folder, base))
+    state = {"alpha": result.alpha, "holds": torch.equal(kept, expected)}
+    state |= {"steps": runner.trainer.state.global_step, "best": str(result.best_checkpoint), "encoded": encoded}
     (folder / f"{rank}.json").write_text(json.dumps(state))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from clpl_moe.train import train
+from clpl_moe.train import TrainResult, train
 from clpl_moe.train.__main__ import main
 from clpl_moe.train.verdict import verdict_of
 from helpers.processes import run_in_processes
@@ -14,7 +14,7 @@ from helpers.tiny_training import arguments, make_collection, make_runner, read_
 
 def make_argv(model, folder, output="run", **more):
     data = write_triplets(folder / "train.jsonl", 8)
-    options = {"dev_collection": make_collection(folder / "dev"), "dev_language": "ko", "eval_on_start": True}
+    options = {"dev_collection": make_collection(folder / "dev"), "dev_language": "ko"}
     options |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     return arguments(model, data, folder / output, **options | more)
 
@@ -24,8 +24,18 @@ def plan(tiny_encoder, tmp_path_factory):
     return make_runner(make_argv(tiny_encoder, tmp_path_factory.mktemp("plan"))).plan
 
 
-def evaluated(*values):
-    return [{"step": 2 * number, "eval_ndcg@10": value, "eval_ndcg@5": 0.9} for number, value in enumerate(values)]
+def metrics(value):
+    return {"nDCG@5": 0.9, "nDCG@10": value, "R@100": 1.0}
+
+
+def verdict(plan, folder, values, records=(), step=2):
+    """On a run whose candidates have these values of nDCG@10, by share of the trained weights."""
+    found = {alpha: metrics(value) for alpha, value in values.items() if value is not None}
+    alpha = max(found, key=lambda alpha: found[alpha]["nDCG@10"])
+    result = TrainResult(
+        folder, found.get(0), found[alpha], None, folder / "metrics.jsonl", plan, alpha=alpha, candidates=found
+    )
+    return verdict_of(result, records, step, folder / "checkpoint-2")
 
 
 def course(**terms):
@@ -44,64 +54,82 @@ HEALTHY = {
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ((0.5, 0.4, 0.6), None),
-        ((0.5, 0.5), "at its best (step 2, nDCG@10 0.5000) the model does not differ from its base model (0.5000)"),
-        ((0.5, 0.3, 0.4, 0.2), "at its best (step 4, nDCG@10 0.4000) the model is worse than its base model (0.5000)"),
-        ((0.5,), None),  # stopped before an evaluation
+        ({0: 0.5, 1: 0.6}, None),
+        ({0: 0.5, 1: 0.4, 0.5: 0.6}, None),  # the mixture is better
+        ({1: 0.4}, None),  # the base model was not evaluated
+        ({0: 0.5}, None),  # stopped before an evaluation
+        ({0: 0.5, 1: 0.5}, "nDCG@10 0.5000 before and after (step 2, 12 dev questions)."),
+        ({0: 0.5, 1: 0.3}, "nDCG@10 0.5000 before, 0.3000 after (step 2, 12 dev questions)."),
+        ({0: 0.5, 1: 0.3, 0.5: 0.4}, "nDCG@10 0.5000 before, 0.4000 after"),
+        ({0: 0.5, 1: 0.45}, "questions).\nOne question can make this difference.\n"),
+        ({0: 1.0, 1: 0.95}, "These questions are too easy to show a gain: take more of them, or more passages."),
     ],
 )
-def test_the_best_evaluation_is_compared_with_the_first(plan, tmp_path, values, said):
-    verdict = verdict_of(plan, evaluated(*values), tmp_path)
-    assert (verdict is None) if said is None else (said in str(verdict))
-
-
-def test_a_run_that_began_without_an_evaluation(plan, tmp_path):
-    assert verdict_of(plan, evaluated(0.5, 0.3)[1:], tmp_path) is None
+def test_the_models_are_compared_in_few_words(plan, tmp_path, values, said):
+    found = verdict(plan, tmp_path, values)
+    assert (found is None) if said is None else (said in str(found))
+    if found is not None:
+        assert f"\n{tmp_path} holds the base model, {tmp_path / 'checkpoint-2'} the trained one." in str(found)
+        assert str(found).count("Try: ") == (0 if found.before == 1 else 1)
+        assert "One question" not in str(found) or "too easy" not in str(found)
 
 
 @pytest.mark.parametrize(
     ("terms", "said"),
     [
-        ({}, "its records do not show why"),
-        (
-            {"positive_similarity": (0.8, 0.8), "negative_similarity": (0.79, 0.79)},
-            "as similar to the query as its positive",
-        ),
-        ({"negative_similarity": (0.5, 0.66)}, "more similar to the query (0.520 to 0.640): mine again"),
+        ({}, None),
+        ({"positive_similarity": (0.8, 0.8), "negative_similarity": (0.79, 0.79)}, "negatives are as similar as positives"),
+        ({"negative_similarity": (0.5, 0.66)}, "negatives became more similar (0.520 to 0.640): mine from a higher"),
         ({"loss": (1.0, 2.0)}, "the loss rose (1.1250 to 1.8750): lower learning_rate"),
-        ({"grad_norm": (1.0, 3.0)}, "the gradient's norm rose (1.25 to 2.75): lower learning_rate"),
-        (
-            {"loss": (1.0, 2.0), "grad_norm": (1.0, 3.0)},
-            "the loss rose (1.1250 to 1.8750) and the gradient's norm rose",
-        ),
+        ({"grad_norm": (1.0, 3.0)}, "the gradient grew (1.25 to 2.75): lower learning_rate"),
+        ({"loss": (1.0, 2.0), "grad_norm": (1.0, 3.0)}, "the loss rose (1.1250 to 1.8750) and the gradient grew"),
     ],
-)
+)  # fmt: skip
 def test_only_causes_that_the_records_show_are_named(plan, tmp_path, terms, said):
-    """The last evaluation is not the best here, so that a falling loss says nothing."""
-    text = str(verdict_of(plan, [*course(**HEALTHY | terms), *evaluated(0.5, 0.4, 0.3)], tmp_path))
-    assert said in text
-    assert text.count("\n- ") == 1
-    assert ("--learning_rate 0.0005" in text) == ("lower learning_rate" in said or "norm rose" in said)
+    """The best checkpoint is not the last one here, so that a falling loss says nothing."""
+    text = str(verdict(plan, tmp_path, {0: 0.5, 1: 0.3}, course(**HEALTHY | terms), step=1))
+    assert said is None or said in text
+    assert text.count("\n- ") == (0 if said is None else 1)
+    halved = "--output_dir" in text and "-2 --learning_rate 0.0005 --merge_base_alpha 0.5 0.75" in text
+    assert halved == ((said is not None and "learning_rate" in said) or "gradient" in str(said))
+
+
+def test_three_causes_are_enough(plan, tmp_path):
+    cut = replace(plan, lengths=replace(plan.lengths, cut={"query_max_len": (5, 10), "passage_max_len": (77, 100)}))
+    worst = {"loss": (1.0, 2.0), "grad_norm": (1.0, 3.0), "negative_similarity": (0.79, 0.9)}
+    found = verdict(cut, tmp_path, {0: 0.5, 1: 0.3}, course(**HEALTHY | worst))
+    assert [cause.split(":")[0] for cause in found.causes] == [
+        "77.0% of the passages are cut at 40 tokens",
+        "50.0% of the queries are cut at 24 tokens",
+        "the loss rose (1.1250 to 1.8750) and the gradient grew (1.25 to 2.75)",
+    ]
+    (command,) = found.commands
+    assert "--passage_max_len 0 --query_max_len 0 --learning_rate 0.0005" in command
 
 
 def test_too_few_steps(plan, tmp_path):
-    records = [*course(**HEALTHY), *evaluated(0.5, 0.3, 0.4)]
-    assert "the loss was still falling (1.8750 to 1.1250) and the last evaluation is the best" in str(
-        verdict_of(plan, records, tmp_path)
-    )
-    few = [*course(**HEALTHY)[:5], *evaluated(0.5, 0.3, 0.4)]  # which show no course
-    assert verdict_of(plan, few, tmp_path).causes == []
+    found = verdict(plan, tmp_path, {0: 0.5, 1: 0.3}, course(**HEALTHY))
+    assert found.causes == ["the loss still fell (1.8750 to 1.1250): train more than 2 steps"]
+    few = course(**HEALTHY)[:5]  # which show no course
+    assert verdict(plan, tmp_path, {0: 0.5, 1: 0.3}, few).causes == []
 
 
-def test_lengths_that_cut(plan, tmp_path):
-    cut = replace(plan, lengths=replace(plan.lengths, cut={"query_max_len": (1, 10), "passage_max_len": (77, 100)}))
-    verdict = verdict_of(cut, evaluated(0.5, 0.4), tmp_path)
-    assert verdict.commands[1].endswith("-2 --passage_max_len 0")
-    (cause,) = verdict.causes
-    assert cause == "77.0% of the passages were cut at 40 tokens: raise passage_max_len, or set it to 0"
+def test_where_mixing_was_tried_the_data_are_looked_at(plan, tmp_path):
+    mixed = replace(plan, training_args=replace_args(plan.training_args, merge_base_alpha=[0.5]))
+    (command,) = verdict(mixed, tmp_path, {0: 0.5, 1: 0.3, 0.5: 0.4}).commands
+    assert command == f"python -m clpl_moe.validate --config {tmp_path / 'train_config.yaml'}"
 
 
-def test_the_first_command_mixes_with_the_base_model(tiny_encoder, tmp_path):
+def replace_args(args, **changes):
+    import copy
+
+    args = copy.copy(args)
+    for name, value in changes.items():
+        setattr(args, name, value)
+    return args
+
+
+def test_the_command_mixes_with_the_base_model(tiny_encoder, tmp_path):
     argv = make_argv(tiny_encoder, tmp_path, learning_rate=1e-1, max_grad_norm=0)
     options = dict(zip((name.removeprefix("--") for name in argv[::2]), argv[1::2]))
     result = train(**options)
@@ -111,8 +139,9 @@ def test_the_first_command_mixes_with_the_base_model(tiny_encoder, tmp_path):
     assert str(result).endswith(str(result.verdict))
     from clpl_moe.merge.__main__ import main as merge
 
-    words = shlex.split(result.verdict.commands[0])
-    merge(words[words.index(str(tmp_path / "run")) :])
+    (command,) = result.verdict.commands
+    words = shlex.split(command)
+    merge(words[words.index(str(tmp_path / "run/checkpoint-2")) :])
     assert (tmp_path / "run-merged" / "model.safetensors").is_file()
 
 
@@ -128,18 +157,20 @@ def test_a_resumed_run_says_the_same(tiny_encoder, tmp_path, capsys):
     assert said.partition("Training did not help")[2] == whole.partition("Training did not help")[2]
 
 
-def _records(rank):
+def _evaluated(rank):
     import torch.distributed as dist
 
+    from clpl_moe.train.runner import _evaluations
     from clpl_moe.train.trainer import CLPLTrainer
 
     trainer = CLPLTrainer.__new__(CLPLTrainer)
     trainer.args = type("Args", (), {"world_size": dist.get_world_size()})
-    return trainer.of_first(evaluated(0.5, 0.4 + rank))
+    values = {"eval_ndcg@5": 0.9, "eval_recall@100": 1.0}
+    records = [{"step": step, "eval_ndcg@10": value + rank * step} | values for step, value in ((0, 0.5), (2, 0.4))]
+    return trainer.of_first(_evaluations(records))
 
 
 def test_of_several_processes_the_first_one_decides(plan, tmp_path):
     """On disks of their own, or that show a file late, others see another course."""
-    found = run_in_processes(_records, tmp_path)
-    verdicts = [verdict_of(plan, records, tmp_path) for records in found]
-    assert [verdict.after for verdict in verdicts] == [0.4, 0.4]
+    found = run_in_processes(_evaluated, tmp_path)
+    assert [evaluated[2]["nDCG@10"] for evaluated in found] == [0.4, 0.4]

@@ -72,6 +72,20 @@ class Output:
         finally:
             self.recover()
 
+    @contextlib.contextmanager
+    def additions(self, folder: Path) -> Iterator[Path]:
+        """A folder whose files move into one of the output when the block ends well, each in place of one of its name."""
+        new = self.work / _NEW
+        new.mkdir()
+        try:
+            yield new
+            for path in [path for path in new.rglob("*") if path.is_file()]:
+                target = folder / path.relative_to(new)
+                target.parent.mkdir(exist_ok=True)
+                path.replace(target)
+        finally:
+            _remove(new)
+
     def recover(self) -> None:
         """Put a folder back that was being replaced; remove what was to come, or has gone, in its place, and what is
         unfinished."""

@@ -17,7 +17,7 @@ from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.files import refuse_existing, write_json
 from clpl_moe.common.output import Output, writing
-from clpl_moe.merge.options import MergeArguments
+from clpl_moe.merge.options import RECORD_FILE, MergeArguments
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
 
@@ -30,9 +30,18 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["MergeArguments", "Merged", "merge"]
 
-_RECORD = "merge.json"
 # Of the output; first the record, which no other model folder has.
-_FILES = (_RECORD, "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*_linear.pt", "1_Pooling", "2_Normalize")
+_FILES = (
+    RECORD_FILE,
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*_linear.pt",
+    "1_Pooling",
+    "2_Normalize",
+)
 _PASSAGES = 1000  # of each language, for the load of the experts
 
 
@@ -88,7 +97,7 @@ def merge(arguments: MergeArguments, encoding: EncodingArguments) -> Merged:
 def _merge(arguments: MergeArguments, encoding: EncodingArguments, place: Output) -> Merged:
     from clpl_moe.encoder.settings import check_lengths
     from clpl_moe.evaluate.evaluation import evaluate_retrieval
-    from clpl_moe.merge.mix import Mixer
+    from clpl_moe.merge.mix import Mixer, best_alpha
     from clpl_moe.moe.inject import has_experts, merge_experts
 
     source = str(arguments.input)
@@ -126,15 +135,15 @@ def _merge(arguments: MergeArguments, encoding: EncodingArguments, place: Output
         if mixer is not None:
             mixer.mix(alpha)
         merged.candidates[alpha] = evaluate()
-    if len(merged.candidates) > 1:  # of equal ones the nearest to the base
-        merged.alpha = max(merged.candidates, key=lambda alpha: _mean(merged.candidates[alpha]))
+    if len(merged.candidates) > 1:
+        merged.alpha = best_alpha({alpha: _mean(values) for alpha, values in merged.candidates.items()})
     if mixer is not None:
         mixer.mix(merged.alpha)
     with place.replacement() as folder:
         # With the settings of its folder: for the evaluation, options may have changed them.
         saved = type(encoder)(encoder.model, encoder.tokenizer, head_files=encoder.head_files)
         saved.save(folder, heads=None if mixer is None else mixer.heads(merged.alpha))
-        write_json(folder / _RECORD, dataclasses.asdict(arguments) | _as_json(merged))
+        write_json(folder / RECORD_FILE, dataclasses.asdict(arguments) | _as_json(merged))
     return merged
 
 

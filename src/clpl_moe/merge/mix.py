@@ -6,6 +6,8 @@ arXiv:2109.01903; LM-Cocktail, arXiv:2311.13534).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,11 @@ from clpl_moe.encoder import Encoder
 from clpl_moe.encoder.weights import HEAD_FILES, read_head
 
 State = dict[str, Tensor]
+
+
+def best_alpha(values: Mapping[float, float]) -> float:
+    """The share of the tuned weights with the highest value; of equal ones the nearest to the base model."""
+    return max(sorted(values), key=lambda alpha: values[alpha])
 
 
 class Mixer:
@@ -29,7 +36,8 @@ class Mixer:
 
     def __init__(self, tuned: Encoder, base: Encoder) -> None:
         self.encoder = tuned
-        self.tuned = {name: tensor.clone() for name, tensor in tuned.model.state_dict().items()}
+        # On the CPU: beside a trainer, a GPU may have no room for weights once more.
+        self.tuned = {name: tensor.to("cpu", copy=True) for name, tensor in tuned.model.state_dict().items()}
         self.base = base.model.state_dict()
         _refuse_other_shapes(self.tuned, self.base)
         self._heads = [_read_heads(encoder) for encoder in (base, tuned)]

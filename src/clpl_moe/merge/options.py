@@ -9,6 +9,7 @@ from clpl_moe.common.errors import OptionError
 from clpl_moe.common.files import resolved
 from clpl_moe.common.options import check_bounds, option
 
+RECORD_FILE = "merge.json"  # of a merged model's folder: what it was made from, and how good each candidate was
 _SPREAD = [0.25, 0.5, 0.75, 1.0]
 
 

@@ -111,6 +111,8 @@ class CLPLTrainingArguments(
             )
         checks.check_options(self)
         self.fp16_asked = self.fp16
+        # A run that resumes does not evaluate it again.
+        self.base_counts = bool(self.eval_on_start and self.load_best_model_at_end)
         checks.choose_device(self)
         if self.resume_from_checkpoint in ("false", "False", ""):
             self.resume_from_checkpoint = None

@@ -22,6 +22,7 @@ from clpl_moe.data.formats import entry_path
 
 if TYPE_CHECKING:
     from clpl_moe.encoder.settings import EmbeddingSettings
+    from clpl_moe.train import TrainResult
     from clpl_moe.train.model import CLPLModel
     from clpl_moe.train.plan import Plan
 
@@ -41,6 +42,7 @@ class Evaluated:
     split: str
     metrics: dict[str, float]
     before: dict[str, float] | None = None  # of the base model
+    label: str = "after training"
 
 
 def write_model_card(
@@ -48,20 +50,23 @@ def write_model_card(
     settings: EmbeddingSettings,
     model: CLPLModel,
     steps: int,
-    metrics: dict[str, float] | None,
-    before: dict[str, float] | None,
+    result: TrainResult,
 ) -> None:
-    """Write ``README.md`` of a finished run of ``steps`` optimizer steps into its folder; ``metrics`` are those of the saved
-    model on the dev collection, and ``before`` those of the base model, where there was an evaluation."""
+    """Write ``README.md`` of a finished run of ``steps`` optimizer steps into its folder."""
     import jinja2
     from huggingface_hub import ModelCardData
 
     args, base, experts = plan.training_args, plan.model_args.model_name_or_path, plan.experts is not None
     name = args.folder.resolve().name
     results = []
+    metrics, before, label = result.after, result.before, "after training"
+    if result.alpha == 0:
+        before, label = None, "the base model, kept"
+    elif result.alpha < 1:
+        label += ", mixed with the base model"
     if metrics is not None and args.dev_collection is not None and args.dev_language is not None:
         collection = Path(args.dev_collection).resolve().name
-        results.append(Evaluated(collection, args.dev_language, args.dev_split, metrics, before))
+        results.append(Evaluated(collection, args.dev_language, args.dev_split, metrics, before, label))
     header = ModelCardData(
         language=list(dict.fromkeys(x for x in (args.dev_language, args.ance_language) if x is not None)) or None,
         library_name="sentence-transformers",
@@ -88,6 +93,7 @@ def write_model_card(
         revision=plan.model_args.revision,
         results=_results_section(results),
         plan=plan,
+        alpha=result.alpha,
         steps=steps,
         parameters=sum(p.numel() for p in model.model.parameters()),
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -133,7 +139,7 @@ def _results_section(results: Sequence[Evaluated]) -> str:
             f"| | {' | '.join(map(in_markdown, names))} |",
             "|---|" + "--:|" * len(names),
         ]
-        for label, values in (("before training", result.before), ("after training", result.metrics)):
+        for label, values in (("before training", result.before), (result.label, result.metrics)):
             if values is not None:
                 cells = [f"{values[name]:.4f}" if name in values else "–" for name in names]
                 lines.append(f"| {label} | {' | '.join(cells)} |")

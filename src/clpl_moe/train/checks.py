@@ -11,7 +11,7 @@ import os
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, cast
 
-from clpl_moe.common.errors import UserError
+from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.options import check_bounds, check_needs
 from clpl_moe.train.options import DEV_METRICS, INHERITED_BOUNDS, REFUSED, WITHOUT_EFFECT, LoRAOptions
 
@@ -119,6 +119,9 @@ def _check_compiling(args: CLPLTrainingArguments) -> None:
 def _check_evaluation(args: CLPLTrainingArguments) -> None:
     """Check that options of evaluation fit together, and derive those that follow from others."""
     if args.dev_collection is None:
+        args.eval_on_start = args.eval_on_start or False
+        if args.merge_base_alpha is not None and len(args.merge_base_alpha) > 1:
+            raise OptionError("merge_base_alpha", "found several, expected one, or dev_collection, which decides")
         for name in ("early_stopping_patience", "dev_language"):
             if getattr(args, name) is not None:
                 raise ValueError(f"{name} needs a collection to evaluate on: set dev_collection")
@@ -136,6 +139,8 @@ def _check_evaluation(args: CLPLTrainingArguments) -> None:
         args.eval_strategy, args.eval_steps = args.save_strategy, args.eval_steps or args.save_steps
     if args.save_strategy != "no":
         args.load_best_model_at_end = True
+    if args.eval_on_start is None:
+        args.eval_on_start = args.eval_strategy != "no"
     if args.greater_is_better is None:
         args.greater_is_better = True
     if (args.metric_for_best_model or "").removeprefix("eval_") not in DEV_METRICS:

@@ -181,6 +181,13 @@ class RunOptions:
         " on dev_collection.",
         False,
     )
+    merge_base_alpha: list[float] | None = option(
+        "Mix the trained weights with the base model's: shares of the trained ones, such as 0.5 0.75. With a dev_collection the"
+        " best of them, of the trained model and of the base model is kept; without one, give one share.",
+        None,
+        least=0,
+        most=1,
+    )
     do_train: bool = option("Kept for FlagEmbedding's configs; training always runs.", True)
 
 
@@ -218,6 +225,11 @@ class EvaluationOptions:
         None,
         least=1,
         most=1_000_000_000,
+    )
+    eval_on_start: bool | None = option(
+        "Evaluate the base model, too, before the first step. Where no checkpoint is better, output_dir gets the base model."
+        " Not given: where there is a dev_collection.",
+        None,
     )
     metric_for_best_model: str | None = option(
         "Metric of dev_collection that decides which checkpoint is best.", "ndcg@10"

@@ -198,7 +198,12 @@ class Plan:
             lines.append(
                 f"evaluation      {len(self.dev.queries):,} queries, {len(self.dev.passages):,} passages of"
                 f" {args.dev_collection}, language {args.dev_language}"
+                f"{'; the best checkpoint is kept, or the base model where none beats it' if args.base_counts else ''}"
             )
+        if args.merge_base_alpha is not None:
+            shares = " or ".join(f"{alpha:g}" for alpha in args.merge_base_alpha)
+            chosen = "" if self.dev is None else ", or not at all: as is best on the dev questions"
+            lines.append(f"mixing          trained weights with the base model's, alpha {shares}{chosen}")
         if self.mined_passages is not None:
             every = "epoch" if args.ance_refresh == "epoch" else f"{args.ance_refresh} steps"
             lines.append(

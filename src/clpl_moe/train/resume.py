@@ -40,6 +40,9 @@ _FIXED_IN_A_RUN = (
 )  # fmt: skip
 
 
+# What changes nothing in a run that resumes.
+_OF_THE_START = ("output_dir", "dry_run", "stop_on_sigusr1", "eval_on_start")
+
 # How a step's batch is divided. It may change, except in checkpoints of before, whose order depends on it.
 _DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -123,7 +126,7 @@ def check_same_run(config: dict[str, object], checkpoint: str | Path, whole_step
     if not path.is_file():
         return
     before = {"distinct_batches": False} | load_yaml(path)  # runs of before did not know it
-    names = sorted((before.keys() | config.keys()) - {"output_dir", "dry_run", "stop_on_sigusr1", *WITHOUT_EFFECT})
+    names = sorted((before.keys() | config.keys()) - {*_OF_THE_START, *WITHOUT_EFFECT})
     changed = {name: (before.get(name), config.get(name)) for name in names if before.get(name) != config.get(name)}
     for name in (*_FIXED_IN_A_RUN, *(() if whole_steps else _DIVISION)):
         if name in changed and name in before:

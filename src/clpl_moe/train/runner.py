@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import nn
 from transformers import set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from clpl_moe.common.allocator import keep_freed_memory
 from clpl_moe.common.errors import OptionError, UserError
@@ -38,8 +39,9 @@ from clpl_moe.train.base_model import (
     read_heads,
     resolve_settings,
 )
-from clpl_moe.train.card import write_model_card
+from clpl_moe.train.card import CARD, write_model_card
 from clpl_moe.train.checks import check_optimizer
+from clpl_moe.train.keep import Keeper, Kept
 from clpl_moe.train.lengths import Lengths, choose_lengths, longest_counted
 from clpl_moe.train.lora import name_base
 from clpl_moe.train.metrics_file import METRICS_FILE, read_metrics
@@ -77,7 +79,7 @@ class CLPLRunner:
         if training_args.use_cpu:
             keep_freed_memory()
         set_seed(training_args.seed)
-        self.encoder = self._load_encoder()
+        self.encoder = self._load_encoder(tell=True)
         self.base_heads = read_heads(
             model_args.model_name_or_path, required=training_args.unified_finetuning, **model_args.hub
         )
@@ -89,7 +91,7 @@ class CLPLRunner:
         self.trainer = self._make_trainer()
         self.plan = describe(model_args, data_args, training_args, self.encoder.model, self.data, self.lengths)
 
-    def _load_encoder(self) -> Encoder:
+    def _load_encoder(self, tell: bool = False) -> Encoder:
         args = self.model_args
         encoder = Encoder.load(
             args.model_name_or_path,
@@ -107,7 +109,7 @@ class CLPLRunner:
         data_args, model = self.data_args, encoder.model
         check_lengths(model, data_args.query_max_len, data_args.passage_max_len, args.model_name_or_path)
         check_dimensions(model, self.training_args)
-        if has_experts(model):
+        if tell and has_experts(model):
             logger.warning("the base model has experts of its own, which are kept: %s", model.config.moe)
         add_experts(model, args.moe_config(), args.model_name_or_path)
         if self.training_args.merge_experts and not has_experts(model):
@@ -283,49 +285,59 @@ class CLPLRunner:
         else:
             self.trainer.begin.functions.append(write)  # by then the checkpoint has turned out to fit
             self.trainer.train(resume_from_checkpoint=checkpoint)
+        if first:
+            (output_dir / CARD).unlink(missing_ok=True)  # it is written last: what has one is whole
         self.trainer.save_model()
         self.trainer.save_state()
         self.trainer.remove_extra()
-        state = self.trainer.state
+        result = self._result()
+        if result.alpha != 1 and args.push_to_hub:
+            self.trainer.push_to_hub(commit_message="Model save", revision=args.hub_revision)
+        if first:
+            write_model_card(self.plan, self.settings, self.model, self.trainer.state.global_step, result)
+        return result
+
+    def _result(self) -> TrainResult:
+        """Choose what the folders keep, where the run folder holds the trained model now."""
+        args, output_dir, state = self.training_args, self.training_args.folder, self.trainer.state
         best = state.best_model_checkpoint
-        saved_step = state.global_step
-        if best is not None and args.load_best_model_at_end:
-            saved_step = int(best.rpartition("-")[2])
-        merged, records = None, self._records()
-        evaluated = _evaluations(records)
-        before, saved, changed = evaluated.get(0), evaluated.get(saved_step), saved_step > 0
-        if self.trainer.is_world_process_zero():
-            write_model_card(
-                self.plan, self.settings, self.model, state.global_step, saved, before if changed else None
-            )
+        by_metric = best is not None and args.load_best_model_at_end
+        checkpoint = output_dir / Path(best if by_metric else f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}").name
+        step = int(checkpoint.name.rpartition("-")[2])
+        evaluated = self.trainer.of_first(_evaluations(state.log_history))
+        merged = None
         if args.merged:
-            merged = self._save_merged()
-        return TrainResult(
+            merged = output_dir / MERGED_FOLDER
+            if self.trainer.is_world_process_zero():
+                # Not the one in memory: of that, FSDP has no whole weights.
+                saved = Encoder.load(output_dir, device="cpu")  # with its adapter merged
+                (merge_experts(saved) if args.merge_experts else saved).save(merged)
+            self.trainer.wait()
+        # Trained weights that lie nowhere else stay.
+        counts = args.base_counts and self.trainer.of_first(checkpoint.is_dir())
+        keeper = Keeper(self.trainer, self.model_args, self._load_base, evaluated.get(0) if counts else None)
+        kept = keeper.keep(output_dir, evaluated.get(step))
+        of_merged = Kept() if merged is None else keeper.keep(merged, None, evaluate=True)
+        result = TrainResult(
             output_dir,
-            before=before,
-            after=saved if changed else None,
+            before=evaluated.get(0),
+            after=kept.metrics,
             best_checkpoint=None if best is None else output_dir / Path(best).name,
             metrics_file=output_dir / METRICS_FILE,
             plan=self.plan,
-            merged=output_dir / MERGED_FOLDER if args.merged else None,
-            after_merging=merged,
-            verdict=verdict_of(self.plan, records, output_dir),
+            merged=merged,
+            after_merging=of_merged.metrics,
+            alpha=kept.alpha,
+            candidates=kept.candidates,
+            alpha_of_merged=of_merged.alpha,
         )
+        result.verdict = verdict_of(result, self._records(), step, checkpoint)
+        return result
 
-    def _save_merged(self) -> dict[str, float] | None:
-        """Save the saved model again with its adapter or experts merged; its metrics on the dev collection, where there is one, in the
-        first process. All processes have to call this, as they share the evaluation."""
-        args, evaluator = self.training_args, self.trainer.evaluator
-        folder = args.folder / MERGED_FOLDER
-        if self.trainer.is_world_process_zero():
-            # Not the one in memory: of that, FSDP has no whole weights.
-            saved = Encoder.load(args.folder, device="cpu")  # with its adapter merged
-            (merge_experts(saved) if args.merge_experts else saved).save(folder)
-        self.trainer.wait()
-        if evaluator is None:
-            return None
-        found = evaluator(Encoder.load(folder, device=args.device, compute_dtype=args.encode_dtype))
-        return {known: found[name] for name, known in DEV_METRICS.items()} if found else None
+    def _load_base(self) -> Encoder:
+        """The base model as the run began with it."""
+        set_seed(self.training_args.seed)  # which decides the first weights of routers
+        return self._load_encoder()
 
     def _records(self) -> list[dict[str, Any]]:
         """The course of the run as the first process has it, so that all say the same of it."""

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clpl_moe.common.cli import command_name
 from clpl_moe.data.lengths import percent
@@ -14,11 +14,16 @@ from clpl_moe.train.lengths import MOST_CUT
 from clpl_moe.train.options import DEV_METRICS
 from clpl_moe.train.plan import Plan
 
-_AS_SIMILAR = 0.98  # a negative's similarity, as a share of the positive's
+if TYPE_CHECKING:
+    from clpl_moe.train import TrainResult
+
+_MOST_CAUSES = 3
+_NEARLY = 0.98  # a negative's similarity, as a share of the positive's
 _FEW = 6  # records: fewer show no course
 _GROWN = 1.5  # times that the gradient's norm was
 _RISEN = 0.02  # of a mean cosine
 _FALLS = 0.97  # last losses, as a share of those before
+_SHARES = ("0.5", "0.75")  # of the trained weights, to try
 
 
 @dataclass
@@ -28,85 +33,99 @@ class Verdict:
     Attributes:
         metric: of the dev collection, by which both are compared.
         before: its value of the base model.
-        after: of the best evaluation in training.
-        step: of that evaluation.
-        causes: likely ones, each with the figures of the run that show it, and an option to change.
-        commands: to try next.
+        after: of the trained model, or of the best mixture of both.
+        step: of the trained model.
+        queries: that decide.
+        holds: what the run folder holds, where it is not the trained model.
+        causes: likely ones, three at most, each with the figures of the run that show it.
+        commands: to try next; one at most.
     """
 
     metric: str
     before: float
     after: float
     step: int
+    queries: int
+    holds: str | None
     causes: list[str]
     commands: list[str]
 
     def __str__(self) -> str:
-        same = "does not differ from" if self.after == self.before else "is worse than"
+        figures = f"{self.before:.4f} before and after" if self.after == self.before else None
+        figures = figures or f"{self.before:.4f} before, {self.after:.4f} after"
         lines = [
-            f"Training did not help: at its best (step {self.step:,}, {self.metric} {self.after:.4f}) the model {same} its"
-            f" base model ({self.before:.4f})."
+            f"Training did not help: {self.metric} {figures} (step {self.step:,}, {self.queries:,} dev questions)."
         ]
-        lines += [f"- {cause}" for cause in self.causes] or ["- its records do not show why"]
-        return "\n".join([*lines, "Try:", *(f"  {command}" for command in self.commands)])
+        if self.nothing_to_gain:
+            lines.append("These questions are too easy to show a gain: take more of them, or more passages.")
+        elif 0 < abs(self.before - self.after) * self.queries <= 1:
+            lines.append("One question can make this difference.")
+        lines += [f"- {cause}" for cause in self.causes]
+        lines += [] if self.holds is None else [self.holds]
+        return "\n".join([*lines, *(f"Try: {command}" for command in self.commands)])
+
+    @property
+    def nothing_to_gain(self) -> bool:
+        """Whether the base model finds all that is to be found."""
+        return self.before >= 1
 
 
-def verdict_of(plan: Plan, records: Sequence[dict[str, Any]], folder: Path) -> Verdict | None:
-    """Compare the evaluations of a run with the one before its first step; None where one is better, or one is missing.
+def verdict_of(result: TrainResult, records: Sequence[dict[str, Any]], step: int, checkpoint: Path) -> Verdict | None:
+    """Compare the model of a run, trained for ``step`` steps, and its mixtures with the base model; None where one is better,
+    or nothing can be compared.
 
-    ``records`` are those of ``metrics.jsonl``; ``folder`` has the trained model.
+    ``records`` are those of ``metrics.jsonl``; ``checkpoint`` has the trained model where the run folder has not.
     """
-    args = plan.training_args
-    name = (args.metric_for_best_model or "ndcg@10").removeprefix("eval_")
-    found = [(record["step"], record[f"eval_{name}"]) for record in records if f"eval_{name}" in record]
-    found = [(step, value) for step, value in found if isinstance(value, float)]
-    before, trained = dict(found).get(0), [one for one in found if one[0] > 0]
-    if before is None or not trained:
-        return None
+    plan, args = result.plan, result.plan.training_args
+    metric = DEV_METRICS[(args.metric_for_best_model or "ndcg@10").removeprefix("eval_")]
     sign = 1 if args.greater_is_better in (None, True) else -1
-    step, after = max(trained, key=lambda one: sign * one[1])
+    values = [metrics[metric] for alpha, metrics in result.candidates.items() if alpha > 0]
+    if result.before is None or not values or plan.dev is None or result.model != result.folder:
+        return None
+    before, after = result.before[metric], max(values, key=lambda value: sign * value)
     if sign * after > sign * before:
         return None
-    steps = [record for record in records if "loss" in record]
-    causes, changes = _causes(plan, steps, last_is_best=step == trained[-1][0])
-    return Verdict(DEV_METRICS[name], before, after, step, causes, _commands(plan, folder, changes))
+    holds = None
+    if result.alpha == 0:
+        holds = f"{result.folder} holds the base model, {checkpoint} the trained one."
+    verdict = Verdict(metric, before, after, step, len(plan.dev.qrels), holds, [], [])
+    if not verdict.nothing_to_gain:
+        causes = _causes(plan, [record for record in records if "loss" in record], still=step == plan.steps)
+        verdict.causes = [cause for cause, _ in causes[:_MOST_CAUSES]]
+        changes = [word for _, words in causes[:_MOST_CAUSES] for word in words]
+        verdict.commands = [_command(result, checkpoint if result.alpha == 0 else result.folder, changes)]
+    return verdict
 
 
-def _causes(plan: Plan, records: list[dict[str, Any]], last_is_best: bool) -> tuple[list[str], list[str]]:
-    """What the lengths, and the course of losses and similarities, show; options that another run may have."""
-    args, causes, changes = plan.training_args, [], []
-    for option, texts in (("query_max_len", "queries"), ("passage_max_len", "passages")):
+def _causes(plan: Plan, records: list[dict[str, Any]], still: bool) -> list[tuple[str, list[str]]]:
+    """What the lengths, and the course of losses and similarities, show, each with options that another run may have; ``still``:
+    the best model is the last one."""
+    causes: list[tuple[str, list[str]]] = []
+    for option, texts in (("passage_max_len", "passages"), ("query_max_len", "queries")):
         if plan.lengths.share(option) > MOST_CUT:
-            limit, share = plan.lengths.limits[option], percent(*plan.lengths.cut[option])
-            causes.append(f"{share} of the {texts} were cut at {limit} tokens: raise {option}, or set it to 0")
-            if option not in plan.lengths.from_data:
-                changes += [f"--{option}", "0"]
-    positive, negative = _course(records, "positive_similarity"), _course(records, "negative_similarity")
-    if positive and negative and negative[0] >= _AS_SIMILAR * positive[0] > 0:
-        causes.append(
-            f"negatives were as similar to the query as its positive ({negative[0]:.3f} and {positive[0]:.3f}), and may"
-            " answer it: mine again with a lower max_positive_ratio, or a guide"
-        )
-    if negative and negative[1] - negative[0] > _RISEN:
-        causes.append(
-            f"negatives became more similar to the query ({negative[0]:.3f} to {negative[1]:.3f}): mine again, from a higher"
-            " rank_from, or lower penalty_weight"
-        )
+            words = [] if option in plan.lengths.from_data else [f"--{option}", "0"]
+            share, limit = percent(*plan.lengths.cut[option]), plan.lengths.limits[option]
+            causes.append((f"{share} of the {texts} are cut at {limit} tokens: raise {option}", words))
     loss, norm = _course(records, "loss"), _course(records, "grad_norm")
     higher = []
     if loss and loss[1] > loss[0]:
         higher.append(f"the loss rose ({loss[0]:.4f} to {loss[1]:.4f})")
     if norm and norm[1] > _GROWN * norm[0]:
-        higher.append(f"the gradient's norm rose ({norm[0]:.2f} to {norm[1]:.2f})")
+        higher.append(f"the gradient grew ({norm[0]:.2f} to {norm[1]:.2f})")
     if higher:
-        causes.append(f"{' and '.join(higher)}: lower learning_rate")
-        changes += ["--learning_rate", f"{args.learning_rate / 2:g}"]
-    elif last_is_best and loss and loss[1] < _FALLS * loss[0]:
-        causes.append(
-            f"the loss was still falling ({loss[0]:.4f} to {loss[1]:.4f}) and the last evaluation is the best: train longer"
-            f" than {plan.steps:,} steps"
-        )
-    return causes, changes
+        halved = f"{plan.training_args.learning_rate / 2:g}"
+        causes.append((f"{' and '.join(higher)}: lower learning_rate", ["--learning_rate", halved]))
+    positive, negative = _course(records, "positive_similarity"), _course(records, "negative_similarity")
+    if positive and negative and negative[0] >= _NEARLY * positive[0] > 0:
+        figures = f"negatives are as similar as positives ({negative[0]:.3f}, {positive[0]:.3f})"
+        causes.append((f"{figures}: mine with a lower max_positive_ratio, or a guide", []))
+    if negative and negative[1] - negative[0] > _RISEN:
+        figures = f"negatives became more similar ({negative[0]:.3f} to {negative[1]:.3f})"
+        causes.append((f"{figures}: mine from a higher rank_from", []))
+    if still and not higher and loss and loss[1] < _FALLS * loss[0]:
+        figures = f"the loss still fell ({loss[0]:.4f} to {loss[1]:.4f})"
+        causes.append((f"{figures}: train more than {plan.steps:,} steps", []))
+    return causes
 
 
 def _course(records: list[dict[str, Any]], name: str) -> tuple[float, float] | None:
@@ -118,17 +137,22 @@ def _course(records: list[dict[str, Any]], name: str) -> tuple[float, float] | N
     return sum(values[:third]) / third, sum(values[-third:]) / third
 
 
-def _commands(plan: Plan, folder: Path, changes: list[str]) -> list[str]:
+def _command(result: TrainResult, trained: Path, changes: list[str]) -> str:
+    """Another run, where its records show what to change; else a mixture with the base model; where that has been tried, a
+    look at the data."""
+    plan, folder = result.plan, result.folder
     args, model = plan.training_args, plan.model_args
+    if changes:
+        again = ["--config", str(folder / "train_config.yaml"), "--output_dir", f"{folder}-2", *changes]
+        again += ["--merge_base_alpha", *_SHARES]
+        return f"{command_name('clpl_moe.train')} {shlex.join(again)}"
+    if args.merge_base_alpha is not None:
+        return f"{command_name('clpl_moe.validate')} {shlex.join(['--config', str(folder / 'train_config.yaml')])}"
     words = [
-        *(str(folder), f"{folder}-merged", "--with", model.model_name_or_path),
+        *(str(trained), f"{folder}-merged", "--with", model.model_name_or_path),
         *(() if model.revision is None else ("--base_revision", model.revision)),
         *("--collection", str(args.dev_collection), "--languages", str(args.dev_language)),
         *(() if args.dev_split == "dev" else ("--split", args.dev_split)),
         *(word for option, tokens in plan.lengths.limits.items() for word in (f"--{option}", str(tokens))),
     ]
-    commands = [f"{command_name('clpl_moe.merge')} {shlex.join(words)}"]
-    if changes:
-        again = ["--config", str(folder / "train_config.yaml"), "--output_dir", f"{folder}-2", *changes]
-        commands.append(f"{command_name('clpl_moe.train')} {shlex.join(again)}")
-    return commands
+    return f"{command_name('clpl_moe.merge')} {shlex.join(words)}"
