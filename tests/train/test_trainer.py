@@ -162,7 +162,7 @@ def test_nothing_is_pickled_but_tensors(run):
 
 def test_config_of_the_run_trains_it_again(run, tmp_path):
     config = yaml.safe_load((run / "train_config.yaml").read_text(encoding="utf-8"))
-    assert config["learning_rate"] == 1e-3
+    assert config["learning_rate"] == 1e-2
     assert config["num_experts"] == 2
     assert "hf_secret" not in (run / "train_config.yaml").read_text()
     assert not {"token", "hub_token"} & config.keys()

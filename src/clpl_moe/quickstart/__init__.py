@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.cli import read_config
@@ -18,6 +18,9 @@ from clpl_moe.evaluate import Evaluation, evaluate
 from clpl_moe.quickstart.options import QuickstartArguments
 from clpl_moe.small_encoder import small_encoder
 from clpl_moe.train import train
+
+if TYPE_CHECKING:
+    from clpl_moe.train.verdict import Verdict
 
 __all__ = ["Quickstart", "QuickstartArguments", "quickstart"]
 
@@ -33,16 +36,19 @@ class Quickstart:
         before: metric -> mean over the dev questions, with the small encoder.
         after: likewise, with the trained model.
         evaluation: all of the results, and the comparison of the two models.
+        verdict: where training did not beat the small encoder, which the folder then holds.
     """
 
     model: Path
     before: dict[str, float]
     after: dict[str, float]
     evaluation: Evaluation
+    verdict: Verdict | None = None
 
     def __str__(self) -> str:
         changes = [f"{name:<8} {self.before[name]:.4f} -> {self.after[name]:.4f}" for name in ("nDCG@5", "nDCG@10")]
-        return "\n".join([str(self.evaluation), "", *changes])
+        verdict = [] if self.verdict is None else ["", str(self.verdict)]
+        return "\n".join([str(self.evaluation), "", *changes, *verdict])
 
 
 @takes_options(QuickstartArguments)
@@ -73,7 +79,7 @@ def _quickstart(arguments: QuickstartArguments) -> Quickstart:
         options["resume_from_checkpoint"] = "true"
     else:
         _tell(f"2 of 3: training, to {run}")
-    train(config=_CONFIG, **options)
+    trained = train(config=_CONFIG, **options)
     _tell("3 of 3: evaluating before and after")
     evaluation = evaluate(
         model=[str(model), str(run)],
@@ -85,7 +91,7 @@ def _quickstart(arguments: QuickstartArguments) -> Quickstart:
         overwrite=True,
     )
     before, after = (result.metrics for result in evaluation.results)
-    return Quickstart(run, before, after, evaluation)
+    return Quickstart(run, before, after, evaluation, trained.verdict)
 
 
 def _tell(step: str) -> None:

@@ -92,13 +92,17 @@ class TrainResult:
         """The command that compares the trained model with its base model."""
         args, data = self.plan.training_args, self.plan.data_args
         if args.dev_collection is not None:
-            collection, language, split = args.dev_collection, args.dev_language, args.dev_split
+            collection, languages, split = args.dev_collection, args.dev_languages, args.dev_split
         else:  # the corpus that was mined from, or none that is known
-            collection, language, split = args.ance_collection or "COLLECTIONS", args.ance_language or "LANGUAGE", "dev"
+            collection, languages, split = (
+                args.ance_collection or "COLLECTIONS",
+                [args.ance_language or "LANGUAGE"],
+                "dev",
+            )
         words = [
             *("--model", self.plan.model_args.model_name_or_path, str(self.model)),
             *(() if self.plan.model_args.revision is None else ("--revision", self.plan.model_args.revision)),
-            *("--collection", collection, "--languages", str(language)),
+            *("--collection", collection, "--languages", *languages),
             *(() if split == "dev" else ("--split", split)),
             *("--query_max_len", str(data.query_max_len), "--passage_max_len", str(data.passage_max_len)),
             *("--output", str(Path("results", self.folder.name))),

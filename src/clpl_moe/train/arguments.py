@@ -135,6 +135,12 @@ class CLPLTrainingArguments(
         return self.merge_experts or self.merge_adapter
 
     @property
+    def dev_languages(self) -> list[str]:
+        """The languages of evaluation in training."""
+        given = self.dev_language
+        return [] if given is None else [given] if isinstance(given, str) else list(dict.fromkeys(given))
+
+    @property
     def stop_signals(self) -> list[signal.Signals]:
         """What ends training after the current step, with a checkpoint."""
         return [signal.SIGTERM, *([signal.SIGUSR1] if self.stop_on_sigusr1 else [])]

@@ -64,11 +64,11 @@ def write_model_card(
         before, label = None, "the base model, kept"
     elif result.alpha < 1:
         label += ", mixed with the base model"
-    if metrics is not None and args.dev_collection is not None and args.dev_language is not None:
+    if metrics is not None and args.dev_collection is not None:
         collection = Path(args.dev_collection).resolve().name
-        results.append(Evaluated(collection, args.dev_language, args.dev_split, metrics, before, label))
+        results.append(Evaluated(collection, ", ".join(args.dev_languages), args.dev_split, metrics, before, label))
     header = ModelCardData(
-        language=list(dict.fromkeys(x for x in (args.dev_language, args.ance_language) if x is not None)) or None,
+        language=list(dict.fromkeys(x for x in (*args.dev_languages, args.ance_language) if x is not None)) or None,
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         tags=["sentence-transformers", "feature-extraction", "clpl", *(["moe"] if experts else [])],

@@ -129,6 +129,8 @@ def _check_evaluation(args: CLPLTrainingArguments) -> None:
         if wanted or args.save_strategy == "best":
             raise ValueError("evaluation in training needs a collection to evaluate on: set dev_collection")
         return
+    if len(args.dev_languages) == 1:
+        args.dev_language = args.dev_languages[0]  # as configs have always had it
     if args.dev_language is None:
         raise ValueError("dev_collection needs dev_language, the folder within it, such as ko")
     if args.eval_strategy == "no" and args.save_strategy == "best":

@@ -215,7 +215,9 @@ class EvaluationOptions:
     dev_collection: str | None = option(
         "Collection folder for evaluation in training (see docs/data-formats.md).", None
     )
-    dev_language: str | None = option("Language folder within dev_collection.", None)
+    dev_language: str | None = option(
+        "Language folder within dev_collection; of several, the means decide.", None, nargs="+"
+    )
     dev_expert: int | None = option(
         "With router given: the expert that texts of evaluation go to.", None, least=0, most=1_023
     )

@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RunData:
-    """The data of a run; ``dev`` and ``index`` are None without evaluation and without refreshes."""
+    """The data of a run: ``dev`` is empty without evaluation, ``index`` None without refreshes."""
 
     dataset: CLPLTrainDataset
     batches: EpochBatchSampler
-    dev: Collection | None
+    dev: list[Collection]
     index: PassageIndex | None
 
 
@@ -68,9 +68,9 @@ def open_data(data_args: CLPLDataArguments, args: CLPLTrainingArguments, whole_s
         )
     if args.negatives_cross_device:
         check_gathering(dataset.in_batch_negatives, data_args, args.world_size)
-    dev = index = None
-    if args.dev_collection is not None and args.dev_language is not None:
-        dev = Collection.load(args.dev_collection, args.dev_language, args.dev_split)
+    dev, index = [], None
+    if args.dev_collection is not None:
+        dev = [Collection.load(args.dev_collection, language, args.dev_split) for language in args.dev_languages]
     if args.ance_refresh is not None and args.ance_collection is not None and args.ance_language is not None:
         if data_args.knowledge_distillation:
             raise UserError(
@@ -153,7 +153,7 @@ class Plan:
     group_size: int  # passages of a query, its positive among them; the most that a file's have
     steps_per_epoch: int
     steps: int
-    dev: Collection | None
+    dev: list[Collection]  # empty without evaluation
     mined_passages: int | None  # how many passages negatives are mined from in training
     left_out: int = 0  # negatives of the files
     left_out_by_guide: int = 0
@@ -194,15 +194,16 @@ class Plan:
                 f"memory          about {state + activations:.1f} GiB a device: weights, gradients and optimizer {state:.1f},"
                 f" activations {activations:.1f}",
             ]
-        if self.dev is not None:
+        if self.dev:
+            queries, passages = (sum(len(getattr(one, of)) for one in self.dev) for of in ("queries", "passages"))
+            languages = f"{'languages' if len(self.dev) > 1 else 'language'} {', '.join(args.dev_languages)}"
             lines.append(
-                f"evaluation      {len(self.dev.queries):,} queries, {len(self.dev.passages):,} passages of"
-                f" {args.dev_collection}, language {args.dev_language}"
+                f"evaluation      {queries:,} queries, {passages:,} passages of {args.dev_collection}, {languages}"
                 f"{'; the best checkpoint is kept, or the base model where none beats it' if args.base_counts else ''}"
             )
         if args.merge_base_alpha is not None:
             shares = " or ".join(f"{alpha:g}" for alpha in args.merge_base_alpha)
-            chosen = "" if self.dev is None else ", or not at all: as is best on the dev questions"
+            chosen = ", or not at all: as is best on the dev questions" if self.dev else ""
             lines.append(f"mixing          trained weights with the base model's, alpha {shares}{chosen}")
         if self.mined_passages is not None:
             every = "epoch" if args.ance_refresh == "epoch" else f"{args.ance_refresh} steps"

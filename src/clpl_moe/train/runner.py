@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -215,8 +216,8 @@ class CLPLRunner:
             ) from None
 
     def _make_evaluator(self, encoding: EncodingArguments) -> Callable[[Encoder], dict[str, float]] | None:
-        collection = self.data.dev
-        if collection is None:
+        collections = self.data.dev
+        if not collections:
             return None
         from clpl_moe.evaluate.evaluation import evaluate_retrieval
         from clpl_moe.retrieval.store import encode_passages
@@ -228,15 +229,19 @@ class CLPLRunner:
 
         def evaluator(encoder: Encoder) -> dict[str, float]:
             if shared and args.process_index > 0:
-                encode_passages(encoder, collection.passages, encoding, cache=cache, progress=False)
+                for collection in collections:
+                    encode_passages(encoder, collection.passages, encoding, cache=cache, progress=False)
                 return {}
             known = list(DEV_METRICS.values())
-            result = evaluate_retrieval(
-                encoder, collection, encoding, top_k=100, metrics=known, cache=cache, progress=False
-            )
+            found = [
+                evaluate_retrieval(
+                    encoder, one, encoding, top_k=100, metrics=known, cache=cache, progress=False
+                ).metrics
+                for one in collections
+            ]
             if cache is not None:
                 shutil.rmtree(cache, ignore_errors=True)
-            return {name: result.metrics[metric] for name, metric in DEV_METRICS.items()}
+            return {name: fmean(metrics[metric] for metrics in found) for name, metric in DEV_METRICS.items()}
 
         return evaluator
 

@@ -36,6 +36,7 @@ class Verdict:
         after: of the trained model, or of the best mixture of both.
         step: of the trained model.
         queries: that decide.
+        one_query: the most that one of them can change.
         holds: what the run folder holds, where it is not the trained model.
         causes: likely ones, three at most, each with the figures of the run that show it.
         commands: to try next; one at most.
@@ -46,6 +47,7 @@ class Verdict:
     after: float
     step: int
     queries: int
+    one_query: float
     holds: str | None
     causes: list[str]
     commands: list[str]
@@ -58,7 +60,7 @@ class Verdict:
         ]
         if self.nothing_to_gain:
             lines.append("These questions are too easy to show a gain: take more of them, or more passages.")
-        elif 0 < abs(self.before - self.after) * self.queries <= 1:
+        elif 0 < abs(self.before - self.after) <= self.one_query:
             lines.append("One question can make this difference.")
         lines += [f"- {cause}" for cause in self.causes]
         lines += [] if self.holds is None else [self.holds]
@@ -80,7 +82,7 @@ def verdict_of(result: TrainResult, records: Sequence[dict[str, Any]], step: int
     metric = DEV_METRICS[(args.metric_for_best_model or "ndcg@10").removeprefix("eval_")]
     sign = 1 if args.greater_is_better in (None, True) else -1
     values = [metrics[metric] for alpha, metrics in result.candidates.items() if alpha > 0]
-    if result.before is None or not values or plan.dev is None or result.model != result.folder:
+    if result.before is None or not values or result.model != result.folder:
         return None
     before, after = result.before[metric], max(values, key=lambda value: sign * value)
     if sign * after > sign * before:
@@ -88,7 +90,9 @@ def verdict_of(result: TrainResult, records: Sequence[dict[str, Any]], step: int
     holds = None
     if result.alpha == 0:
         holds = f"{result.folder} holds the base model, {checkpoint} the trained one."
-    verdict = Verdict(metric, before, after, step, len(plan.dev.qrels), holds, [], [])
+    counts = [len(collection.qrels) for collection in plan.dev]
+    one_query = 1 / (len(counts) * min(counts))
+    verdict = Verdict(metric, before, after, step, sum(counts), one_query, holds, [], [])
     if not verdict.nothing_to_gain:
         causes = _causes(plan, [record for record in records if "loss" in record], still=step == plan.steps)
         verdict.causes = [cause for cause, _ in causes[:_MOST_CAUSES]]
@@ -151,7 +155,7 @@ def _command(result: TrainResult, trained: Path, changes: list[str]) -> str:
     words = [
         *(str(trained), f"{folder}-merged", "--with", model.model_name_or_path),
         *(() if model.revision is None else ("--base_revision", model.revision)),
-        *("--collection", str(args.dev_collection), "--languages", str(args.dev_language)),
+        *("--collection", str(args.dev_collection), "--languages", *args.dev_languages),
         *(() if args.dev_split == "dev" else ("--split", args.dev_split)),
         *(word for option, tokens in plan.lengths.limits.items() for word in (f"--{option}", str(tokens))),
     ]
