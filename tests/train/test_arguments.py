@@ -2,8 +2,10 @@ import dataclasses
 import importlib.util
 
 import pytest
+import yaml
 
 from clpl_moe.common.errors import OptionError
+from clpl_moe.common.packaged_files import ROOT
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from helpers.tiny_training import arguments, refused, write_triplets
 
@@ -168,3 +170,12 @@ def test_the_loss_has_the_options_of_training():
     assert dataclasses.asdict(options) == given | {"normalize": False, "gather_across_devices": True}
     given |= {"matryoshka_dims": [32, 8], "matryoshka_weights": [1.0, 0.5]}
     assert dataclasses.asdict(training(**given, use_cpu=True).loss_options()).items() >= given.items()
+
+
+def test_the_config_for_three_languages_is_the_one_for_each():
+    """But for what names the languages, and batches of one of them."""
+    three, one = (yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in ("ko-fa-hi", "ko"))
+    other = {name for name in three.keys() | one.keys() if three.get(name) != one.get(name)}
+    assert other == {"train_data", "dev_language", "output_dir", "same_dataset_within_batch"}
+    assert three["dev_language"] == ["ko", "fa", "hi"]
+    assert three["train_data"] == [f"data/samples/{language}/train.jsonl" for language in three["dev_language"]]

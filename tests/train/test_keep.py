@@ -147,3 +147,28 @@ def test_the_base_model_can_be_left_out(argv):
     assert (result.alpha, result.before, result.verdict) == (1, None, None)
     assert [record["step"] for record in read_metrics(result.folder) if "eval_ndcg@10" in record] == [1]
     assert "base model where none beats it" not in str(result.plan)
+
+
+def test_an_adapter_is_mixed_as_an_adapter(argv, tiny_encoder):
+    result = run(argv(trainable="lora", merge_base_alpha=[0.25]), 0.5, 0.6, 0.7)
+    folder, base = result.folder, weights(tiny_encoder)
+    assert (result.alpha, (folder / "config.json").exists()) == (0.25, False)
+    trained = dense(folder / "checkpoint-1")
+    assert any((trained[name] - value).abs().max() > 1e-3 for name, value in base.items() if name in trained)
+    for name, value in dense(folder).items():
+        torch.testing.assert_close(value, 0.75 * base[name] + 0.25 * trained[name])
+
+
+def test_of_several_languages_the_means_decide(argv, tmp_path):
+    (make_collection(tmp_path / "other", 5) / "ko").rename(tmp_path / "fa")
+    languages = {"ko": "ko", "fa": "fa", "both": ["ko", "fa"]}
+    words = {name: argv(dev_language=language) for name, language in languages.items()}
+    (tmp_path / "fa").rename(tmp_path / "dev" / "fa")
+    runners = {name: make_runner(given) for name, given in words.items()}
+    found = {name: runner.trainer.evaluator(runner.encoder) for name, runner in runners.items()}
+    for name, value in found["both"].items():
+        assert value == pytest.approx((found["ko"][name] + found["fa"][name]) / 2)
+    assert found["ko"]["ndcg@10"] != found["fa"]["ndcg@10"]
+    assert "17 queries, 17 passages" in str(runners["both"].plan)
+    assert "languages ko, fa; the best" in str(runners["both"].plan)
+    assert runners["ko"].training_args.dev_language == "ko"  # as in configs of before

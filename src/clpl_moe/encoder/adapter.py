@@ -110,6 +110,19 @@ def load_adapter_weights(model: nn.Module, folder: str | Path) -> None:
             tensor.copy_(found[name])
 
 
+def mixed_adapter(state: Mapping[str, Tensor], base: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """The weights of an adapter, by their names in its file, that make ``(1 - alpha) · base + alpha · tuned`` of a model, where the
+    whole adapter makes the tuned one of ``base``: what it adds is scaled, and what is trained whole is mixed."""
+
+    def mixed(name: str, tensor: Tensor) -> Tensor:
+        if "lora_B" in name:
+            return alpha * tensor
+        whole = base.get(name.removeprefix(_PREFIX))
+        return tensor if whole is None else torch.lerp(whole.to(tensor), tensor, alpha)
+
+    return {name: mixed(name, tensor) for name, tensor in state.items()}
+
+
 def merge_adapter(model: PreTrainedModel, adapter: AdapterFolder) -> None:
     """Add an adapter to the weights of its base model; in place. Raises :class:`UserError` where it does not fit, and what peft
     raises."""

@@ -10,15 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clpl_moe.common.files import write_json
+from safetensors.torch import save_file
+
+from clpl_moe.common.files import share, write_json
 from clpl_moe.common.output import writing
 from clpl_moe.encoder import Encoder
+from clpl_moe.encoder.adapter import WEIGHTS_FILE, mixed_adapter
+from clpl_moe.encoder.weights import read_tensors
 from clpl_moe.merge.mix import Mixer, best_alpha
 from clpl_moe.merge.options import RECORD_FILE
 from clpl_moe.moe.inject import has_experts, merge_experts
 from clpl_moe.train.arguments import CLPLModelArguments
 from clpl_moe.train.options import DEV_METRICS
-from clpl_moe.train.trainer import CLPLTrainer, lengths_of, set_lengths
+from clpl_moe.train.trainer import CLPLTrainer
 
 Metrics = dict[str, float]
 
@@ -114,7 +118,6 @@ class _Mixture:
                 compute_dtype=args.encode_dtype,
                 trust_remote_code=self.keeper.model_args.trust_remote_code,
             )
-            self._lengths = lengths_of(self._encoder.tokenizer)
         if alpha != 1 and self._mixer is None:
             base = self.keeper.load_base()
             if has_experts(base.model) and not has_experts(self._encoder.model):
@@ -127,7 +130,12 @@ class _Mixture:
     def save(self, alpha: float) -> None:
         """Put the mixture into the folder."""
         encoder, mixer = self.at(alpha), self._mixer
-        set_lengths(encoder.tokenizer, *self._lengths)  # of the last batch
+        assert mixer is not None
         # The weights that are replaced may be mapped from their file.
         with writing(self.keeper.args.folder, inside=True) as place, place.additions(self.folder) as new:
-            encoder.save(new, heads=None if mixer is None else mixer.heads(alpha))
+            if (self.folder / WEIGHTS_FILE).is_file():
+                state = mixed_adapter(read_tensors(str(self.folder / WEIGHTS_FILE)), mixer.base, alpha)
+                save_file(state, new / WEIGHTS_FILE, {"format": "pt"})
+                share(new / WEIGHTS_FILE)
+            else:
+                encoder.save(new, heads=mixer.heads(alpha))
