@@ -40,7 +40,7 @@ def test_card_tells_what_was_trained_on_what_and_how_it_went(tiny_encoder, tmp_p
         "dev_collection": make_collection(tmp_path / "dev"),
         "dev_language": "ko",
         "query_instruction_for_retrieval": "query: ",
-        "learning_rate": 1e-2 if helps else 1e-3,
+        **({"learning_rate": 1e-2, "per_device_train_batch_size": 6} if helps else {}),
     }
     main(arguments(tiny_encoder, data, tmp_path / "run", **options))
     header, text = split_card(tmp_path / "run")
