@@ -89,7 +89,7 @@ def test_what_is_due_is_evaluated_first(tiny_encoder, data, tmp_path, monkeypatc
         signalled(patch, [signal.SIGTERM])
         assert stop(argv) == 143
     main([*argv, "--resume_from_checkpoint", "true"])
-    assert [r["step"] for r in read_metrics(tmp_path / "run") if "eval_ndcg@10" in r] == [1, 2, 3, 4]
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if "eval_ndcg@10" in r] == [0, 1, 2, 3, 4]
     assert [r["step"] for r in read_metrics(tmp_path / "run") if "train_loss" in r] == [4]
 
 
@@ -133,7 +133,7 @@ def test_the_end_of_an_epoch_is_not_left_out(tiny_encoder, data, tmp_path, monke
         signalled(patch, [signal.SIGTERM], call=5)
         assert stop(argv) == 143
     main([*argv, "--resume_from_checkpoint", "true"])
-    assert [r["step"] for r in read_metrics(tmp_path / "run") if "eval_ndcg@10" in r] == [5, 6]
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if "eval_ndcg@10" in r] == [0, 5, 6]
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
 
 
