@@ -1,4 +1,5 @@
 import re
+import shutil
 
 import pytest
 import torch
@@ -69,10 +70,22 @@ def test_tokens(tiny_encoder, tiny_tokenizer, data, tmp_path):
     assert plan(argv).estimate.tokens_per_step == pytest.approx(tokens / 11 * 6, abs=1)
 
 
+def test_tokens_are_those_of_the_tokenizer_that_is_named(tiny_encoder, data, tmp_path):
+    """Its base model has another one: of words, where the named one is of characters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<pad>": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model = shutil.copytree(tiny_encoder, tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<pad>").save_pretrained(model)
+    named = plan(arguments(model, data, tmp_path / "run", tokenizer_name=tiny_encoder))
+    assert named.estimate == plan(arguments(tiny_encoder, data, tmp_path / "run")).estimate
+    assert named.estimate != plan(arguments(model, data, tmp_path / "run")).estimate
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(tiny_encoder, data, tmp_path, capsys, monkeypatch):
     """And loads no weights: the folder's may as well not be there."""
-    import shutil
-
     model = shutil.copytree(tiny_encoder, tmp_path / "model")
     (model / "model.safetensors").unlink()
     dev = make_collection(tmp_path / "dev")

@@ -95,10 +95,10 @@ def _meta_encoder(args: CLPLModelArguments) -> tuple[PreTrainedModel, str, bool]
 
 
 def _tokenizer(args: CLPLModelArguments) -> PreTrainedTokenizerBase | None:
+    hub = args.hub | ({"revision": None} if args.tokenizer_name else {})  # it is the model's
     try:
-        return AutoTokenizer.from_pretrained(
-            args.model_name_or_path, trust_remote_code=args.trust_remote_code, **args.hub
-        )
+        name = args.tokenizer_name or args.model_name_or_path
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code, **hub)
     except Exception:  # the real run says what is wrong with it; lengths can be guessed
         return None
 
