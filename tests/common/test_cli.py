@@ -49,6 +49,7 @@ def test_paths_that_begin_at_the_users_home(tmp_path, monkeypatch, config):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert parse("--name=~/x", "--files", "a", "~/b") == Options(f"{tmp_path}/x", files=["a", f"{tmp_path}/b"])
     assert parse("--config", config("name: ~/y\n")).name == f"{tmp_path}/y"
+    assert parse("--name=~").name == str(tmp_path)  # no folder of this name, which a careless rm takes for the home
     assert parse("--name=~ about x").name == "~ about x"
 
 

@@ -278,7 +278,8 @@ def _from_home(value: Any) -> Any:
     """An option whose path begins at the user's home: a shell leaves ``--output=~/x`` as it is, and YAML does, too."""
     if isinstance(value, list):
         return [_from_home(one) for one in value]
-    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+    at_home = isinstance(value, str) and (value == "~" or value.startswith("~/"))
+    return str(Path(value).expanduser()) if at_home else value
 
 
 def parse_values(

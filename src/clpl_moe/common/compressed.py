@@ -33,6 +33,13 @@ def plain_name(path: str | Path) -> str:
     return next((name.removesuffix(end) for end in SUFFIXES if name.endswith(end)), name)
 
 
+def refuse_no_file(path: str | Path) -> None:
+    """Raise :class:`UserError` for what is there and is no file: opening a pipe waits, for ever where nobody writes."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{at(path)}: not a file")
+
+
 @contextlib.contextmanager
 def open_bytes(path: str | Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The content of a file, and the file itself, whose position tells how much of it has been read.
@@ -41,8 +48,9 @@ def open_bytes(path: str | Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         UserError: there is no such file, it cannot be read, is damaged or cut short.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{at(path)}: no such file" if not path.exists() else f"{at(path)}: not a file")
+    refuse_no_file(path)
+    if not path.exists():
+        raise UserError(f"{at(path)}: no such file")
     try:
         raw = path.open("rb")
     except OSError as error:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from clpl_moe.common.compressed import naming_damage, open_bytes
+from clpl_moe.common.compressed import naming_damage, open_bytes, refuse_no_file
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.lock import try_lock
 
@@ -283,7 +283,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path, kind: type) -> Any:
-    """The value of a JSON file; :class:`UserError` where it is not JSON, no ``kind``, or text that no file can hold."""
+    """The value of a JSON file; :class:`UserError` where it is no file, not JSON, no ``kind``, or text that no file can hold."""
+    refuse_no_file(path)
     raw = Path(path).read_bytes()
     try:
         value = parse_json(raw)
@@ -317,6 +318,7 @@ def is_text(value: Any) -> bool:
 def hash_file(path: str | Path) -> str:
     """SHA-256 of a file's content, in hexadecimal digits; raises :class:`UserError` where it cannot be read."""
     digest = hashlib.sha256()
+    refuse_no_file(path)
     try:
         with Path(path).open("rb") as file:
             while block := file.read(1 << 20):

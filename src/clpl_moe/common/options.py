@@ -68,6 +68,13 @@ def with_bounds(text: str, bounds: Bounds | None) -> str:
     return f"{text[:-1]} ({bounds})." if text.endswith(".") else f"{text} ({bounds})"
 
 
+def check_outputs(options: Any, *names: str) -> None:
+    """Raise :class:`OptionError` for an output without a name: as a path it would be the current folder."""
+    for name in names:
+        if not getattr(options, name):
+            raise OptionError(name, "found nothing, expected the name of an output")
+
+
 def check_bounds(options: Any, inherited: Mapping[str, Bounds] | None = None) -> None:
     """Raise :class:`OptionError` for the first number out of its bounds, which its field has, or ``inherited`` by name."""
     assert is_dataclass(options)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from clpl_moe.common.errors import OptionError, UserError
-from clpl_moe.common.options import check_bounds, check_needs, option
+from clpl_moe.common.options import check_bounds, check_needs, check_outputs, option
 from clpl_moe.retrieval.collection import check_language
 
 Target = Literal["jsonl", "flag_embedding", "sentence_transformers", "beir", "mteb"]
@@ -36,6 +36,7 @@ class ConvertArguments:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        check_outputs(self, "output")
         if bool(self.train_data) == (self.collection is not None):
             raise UserError("expected either train_data or a collection to convert")
         allowed = OF_COLLECTIONS if self.collection is not None else OF_TRAINING

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from clpl_moe.common.compressed import AS_UTF8, open_bytes, plain_name
+from clpl_moe.common.compressed import AS_UTF8, open_bytes, plain_name, refuse_no_file
 from clpl_moe.common.errors import UserError, at, one_line
 
 TEXT_TABLES = (".csv", ".tsv")
@@ -23,6 +23,7 @@ def parquet_rows(path: str, name: str) -> Rows:
     """A parquet file's."""
     import pyarrow.parquet
 
+    refuse_no_file(path)
     try:
         file = pyarrow.parquet.ParquetFile(path, memory_map=True)
     except (pyarrow.ArrowException, OSError) as error:
@@ -34,6 +35,7 @@ def arrow_rows(path: str, name: str) -> Rows:
     """An arrow file's, of either format: of a stream, as ``datasets`` writes it, or of a file."""
     import pyarrow
 
+    refuse_no_file(path)
     try:
         source = pyarrow.memory_map(path)
         try:

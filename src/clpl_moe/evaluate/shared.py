@@ -142,6 +142,8 @@ def _read_table(path: Path) -> Iterator[dict[str, str]]:
         return
     other = UserError(f"{at(path)}: found another file, expected none or an earlier table; name another output")
     csv.field_size_limit(_LONGEST_CELL)
+    if not path.is_file():
+        raise other
     try:
         with path.open(encoding="utf-8", newline="") as file:
             if not file.readline().startswith(f"{','.join(_COLUMNS)},"):

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from clpl_moe.common.compressed import refuse_no_file
 from clpl_moe.common.errors import UserError, at, shorten
 from clpl_moe.common.files import parse_line
 from clpl_moe.llm.backends import Answer
@@ -32,6 +33,7 @@ def read_journal(
     is no journal yet."""
     if not path.exists():
         return {}, 0
+    refuse_no_file(path)
     found: dict[str, Any] = {}
     answers: dict[str, list[Answer]] = {}
     end, begin = 0, json.dumps({"journal": form.name})[:-1].encode()

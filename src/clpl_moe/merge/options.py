@@ -7,7 +7,7 @@ from typing import Literal
 
 from clpl_moe.common.errors import OptionError
 from clpl_moe.common.files import resolved
-from clpl_moe.common.options import check_bounds, option
+from clpl_moe.common.options import check_bounds, check_outputs, option
 
 RECORD_FILE = "merge.json"  # of a merged model's folder: what it was made from, and how good each candidate was
 _SPREAD = [0.25, 0.5, 0.75, 1.0]
@@ -44,9 +44,9 @@ class MergeArguments:
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        for name in ("input", "output"):
-            if not getattr(self, name):
-                raise OptionError(name, "found nothing, expected a folder")
+        if not self.input:
+            raise OptionError("input", "found nothing, expected a folder")
+        check_outputs(self, "output")
         if resolved(str(self.input)) == resolved(str(self.output)):
             raise OptionError("output", "found the folder of input, expected another one")
         if self.alpha is not None and self.base is None:

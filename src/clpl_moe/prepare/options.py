@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from clpl_moe.common.errors import OptionError, UserError
-from clpl_moe.common.options import option
+from clpl_moe.common.options import check_outputs, option
 from clpl_moe.prepare.source import Source, registered_sources
 from clpl_moe.retrieval.collection import check_language
 
@@ -31,6 +31,7 @@ class PrepareArguments:
         def __getattr__(self, name: str) -> Any: ...
 
     def __post_init__(self) -> None:
+        check_outputs(self, "output")
         self.reader = self._choose()
         if (default := self.reader.default_language()) is not None:
             self.language = self.language or (default if self.titles else f"{default}{_NO_TITLES}")

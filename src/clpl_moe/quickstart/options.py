@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clpl_moe.common.options import check_bounds, option
+from clpl_moe.common.options import check_bounds, check_outputs, option
 
 
 @dataclass
@@ -25,3 +25,4 @@ class QuickstartArguments:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        check_outputs(self, "model", "output_dir", "results")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clpl_moe.common.compressed import refuse_no_file
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open
 from clpl_moe.common.machine import versions
@@ -154,6 +155,7 @@ def add_results(folder: str | Path, results: Sequence[Evaluated]) -> None:
     from huggingface_hub import ModelCard
 
     path = Path(folder) / CARD
+    refuse_no_file(path)
     try:
         card = ModelCard.load(path, ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError):
