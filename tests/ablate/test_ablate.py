@@ -162,6 +162,12 @@ def test_the_configs_of_the_repository_are_valid(monkeypatch, tmp_path):
     ance = yaml.safe_load((ROOT / "configs" / "ance.yaml").read_text(encoding="utf-8"))
     again = {run.row: run for run in plan(ance | shared, seeds=[1]).runs}
     assert again["once"].decisive.key == rows["ours"].decisive.key != again["refreshed"].decisive.key
+    lora = yaml.safe_load((ROOT / "configs" / "lora.yaml").read_text(encoding="utf-8"))
+    rows = {run.row: run.train for run in plan(lora | shared, seeds=[1]).runs if run.train}
+    of_layers = {"trainable", "frozen_layers", "num_experts", "moe_layers", "moe_target"}
+    full, adapters = ({n: v for n, v in rows[row].items() if n in of_layers} for row in ("full", "lora_16"))
+    assert full | {"trainable": "lora"} == adapters  # of the same layers
+    assert {train["trainable"] for train in rows.values()} == {"full", "moe", "lora"}
 
 
 @pytest.mark.parametrize("language", ["ko", "fa", "hi"])

@@ -1,6 +1,9 @@
+import json
+
 import pytest
 
 from clpl_moe.ablate.results import markdown, summarize, table_rows
+from clpl_moe.common.files import write_json
 from helpers.ablation import finish, make_collection, plan
 
 
@@ -33,6 +36,18 @@ def test_table_has_mean_spread_and_error_relative_to_the_first_row(configuration
     assert lines[2] == "| Base model | 1 | 0.8000 | 0.6000 | 0.7000 |  |  |"
     assert lines[3] == "| dense | 2 | 0.8500 ± 0.0141 | 0.7300 ± 0.0424 | 0.7900 ± 0.0283 | −30.0% | −25.0%, −32.5% |"
     assert lines[4] == "| experts | 0–1 | 0.9000 | – | – | – | −50.0%, – |"
+
+
+def test_memory_stands_beside_the_metric_where_it_was_measured(configuration):
+    found = plan(configuration)
+    for run, gib in zip(found.runs, (None, 1, 3, None), strict=True):
+        finish(run, 0.5)
+        if gib is not None:
+            content = json.loads((run.folder / "run.json").read_text())
+            write_json(run.folder / "run.json", content | {"training": {"peak_bytes": gib * 2**30}})
+    summary = summarize(found, "nDCG@5")
+    assert [row["peak_bytes"] for row in summary] == [None, 3 * 2**30, None]
+    assert [row["memory"] for row in table_rows(summary)] == ["–", "3.00 GiB", "–"]
 
 
 def test_names_of_rows_are_no_markup():

@@ -27,6 +27,7 @@ CASES = {
         "trainable": "full",
         "knowledge_distillation": True,
     },
+    "lora": {"negatives_cross_device": True, "trainable": "lora", "lora_rank": 4},
 }
 
 
@@ -81,7 +82,8 @@ def test_two_processes_do_what_one_does_with_their_joint_batch(tiny_encoder, tmp
                     msg=lambda m: f"{name} {parameter}: {m}",
                 )
         # All steps together: 22 examples in global batches of 4, the last one short, and into the next epoch.
-        one, two = (load_file(tmp_path / f"{count}-{name}" / "model.safetensors") for count in ("one", "two"))
+        file = "adapter_model.safetensors" if name == "lora" else "model.safetensors"
+        one, two = (load_file(tmp_path / f"{count}-{name}" / file) for count in ("one", "two"))
         for parameter in one:
             torch.testing.assert_close(two[parameter], one[parameter], rtol=1e-4, atol=1e-4)
         one, two = (read_metrics(tmp_path / f"{count}-{name}") for count in ("one", "two"))
