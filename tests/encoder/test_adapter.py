@@ -7,7 +7,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
 from clpl_moe import Encoder, MoEConfig, UserError, inject_moe
-from clpl_moe.encoder.adapter import adapter_weights, has_adapter
+from clpl_moe.encoder.adapter import adapter_weights, find_adapter, has_adapter, merge_adapter
 from clpl_moe.encoder.load import read_config
 from helpers.tiny import make_encoder, perturb_experts
 
@@ -47,6 +47,24 @@ def test_loading_draws_no_random_numbers(adapter):
     before = torch.get_rng_state()
     Encoder.load(adapter[0])
     assert torch.get_rng_state().equal(before)
+
+
+def test_adapter_of_the_hub(adapter, tiny_encoder, tmp_path, monkeypatch):
+    (tmp_path / "snapshot").mkdir()
+
+    def download(path, name, revision=None, **kwargs):
+        assert (path, revision) == ("someone/lora", "v1")
+        if not (adapter[0] / name).exists():
+            return None
+        return str(shutil.copy(adapter[0] / name, tmp_path / "snapshot"))
+
+    monkeypatch.setattr("clpl_moe.encoder.weights.cached_file", download)
+    found = find_adapter("someone/lora", revision="v1")
+    assert (found.base, found.revision, found.moe) == (str(tiny_encoder), None, None)
+    encoder = Encoder.load(tiny_encoder, compute_dtype=torch.float32)
+    merge_adapter(encoder.model, found)
+    torch.testing.assert_close(encoder.encode_queries(TEXTS, progress=False), adapter[1], rtol=1e-4, atol=1e-5)
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
 
 
 def damaged(adapter, tmp_path, change):

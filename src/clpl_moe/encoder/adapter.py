@@ -51,6 +51,7 @@ def find_adapter(path: str | Path, **hub: Any) -> AdapterFolder | None:
         )
     if not isinstance(revision, str | None):
         raise UserError(f"{at(file, field='revision')}: found {type_name(revision)}, expected a string or null")
+    find_file(path, WEIGHTS_FILE, hub)  # from the hub it comes into the same folder
     experts = find_file(path, MOE_FILE, hub)
     moe = None if experts is None else read_json(Path(experts), dict)
     return AdapterFolder(Path(file).parent, base, revision or None, moe)
