@@ -68,6 +68,13 @@ def test_triples_of_ids(marco, name, content):
     assert (first["query_id"], first["pos_ids"], first["neg_ids"]) == ("1185869", ["0"], ["3"])
 
 
+def test_the_tables_are_not_replaced_even_if_asked(marco):
+    (marco / "t.tsv").write_text("1185869\t0\t3\n")
+    options = {"to": "sentence_transformers", "output": "collection.tsv", "overwrite": True}
+    with pytest.raises(UserError, match=r"collection\.tsv: this command reads the file"):
+        convert(train_data=[entry("t.tsv")], **options)
+
+
 def test_judgements_are_pairs(marco):
     (marco / "qrels.train.tsv").write_text("1185869\t0\t0\t1\n1185868\t0\t2\t1\n1185868\t0\t3\t0\n")
     assert read("qrels.train.tsv") == [(query, pos, []) for query, pos, _ in EXPECTED]

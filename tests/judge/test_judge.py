@@ -52,6 +52,23 @@ def test_only_the_doubtful_are_asked_about(llm, tmp_path):
     assert asked(server).total() == 5
 
 
+def test_a_share_takes_the_highest_scores_whatever_the_positives(llm, tmp_path):
+    server = llm()
+    lines = [line(1, "no", "yes", scores=[0.75, 0.6]), line(2, "no", "no", scores=[0.7, 0.5]) | {"pos_scores": [9]}]
+    pair = {name: line(3)[name] for name in ("query", "pos")}
+    path = train_file(tmp_path, [*lines, pair])
+    main(arguments(server, path, tmp_path, share=0.5))
+    assert asked(server).keys() == {("q1", "101"), ("q2", "201")}
+    main(arguments(server, path, tmp_path, share=0, overwrite="true"))
+    assert asked(server).total() == 2
+    main(arguments(server, path, tmp_path, share=1, overwrite="true"))
+    assert asked(server).total() == 4
+    # Of positives the lowest scores, and those of lines without negatives.
+    main(arguments(server, path, tmp_path, share=0.5, positives="true", overwrite="true"))
+    assert asked(server).keys() >= {("q1", "100"), ("q3", "300")}
+    assert ("q2", "200") not in asked(server)
+
+
 def test_of_several_positives_the_lowest_score_counts(llm, tmp_path):
     server = llm()
     record = line(1, "no", "no", scores=[0.75, 0.35])
@@ -273,6 +290,9 @@ def test_a_finished_job_writes_the_same_again_without_a_request(llm, tmp_path, c
         ({"output": "/"}, "--output: found '/'"),
         ({"backend": "transformers"}, "--base_url: goes with backend server, not with transformers"),
         ({"ask": "all", "margin": 0.3}, "--margin: goes with ask doubtful, not with all"),
+        ({"ask": "all", "share": 0.3}, "--share: goes with ask doubtful, not with all"),
+        ({"margin": 0.2, "share": 0.3}, "--share: takes the place of margin"),
+        ({"share": 2}, "--share: found 2.0, expected at most 1"),
         ({"max_query_chars": 100}, "--max_query_chars: goes with write_queries, which is not set"),
         ({"pooling": "mean"}, "--pooling: goes with score_model, which is not set"),
         ({"trust_remote_code": True}, "--trust_remote_code: goes with score_model, which is not set"),

@@ -53,5 +53,5 @@ def convert(arguments: ConvertArguments) -> Converted:
                 raise UserError(f"{output}: this command reads the folder; name another output")
             return Converted(output, write_collection(arguments, output))
         files = data_files(arguments.train_data)
-        refuse_input(output, files)
+        refuse_input(output, (read for file in files for read in file.paths))
         return Converted(output, write_lines(arguments, files, output))

@@ -78,6 +78,11 @@ class DataFile:
         return self.path
 
     @property
+    def paths(self) -> list[str]:
+        """The files that are read: its own, and the tables that its ids are of."""
+        return [self.path, *self._tables.values()]
+
+    @property
     def is_hub(self) -> bool:
         return self.path.startswith(HUB)
 
@@ -106,7 +111,7 @@ class DataFile:
     def digest(self) -> str:
         """A hash of the content and of the settings that decide what is read of it."""
         if not self.is_hub:
-            content = "".join(map(hash_file, (self.path, *self._tables.values())))
+            content = "".join(map(hash_file, self.paths))
             return content if not self.settings else hashlib.sha256(f"{content}{self._settings}".encode()).hexdigest()
         digest = hashlib.sha256(self._settings.encode())
         for row in self._of_the_hub:

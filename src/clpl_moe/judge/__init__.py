@@ -1,7 +1,7 @@
 """Have a language model judge the negatives of training data: what answers its query is no negative.
 
-1. Of each line the doubtful negatives are found: those that score nearly as high as a positive (``margin``), by the scores in the
-   file or an encoder's. A negative that is a known positive of the same query needs no judge.
+1. Of each line the doubtful negatives are found: those that score nearly as high as a positive (``margin``), or highest of all
+   (``share``), by the scores in the file or an encoder's. A negative that is a known positive of the same query needs no judge.
 2. The model sees a query with several of its passages, in a shuffled order, and says of each whether it answers, answers in
    part, or does not. Each answer goes to the journal first, so that a stopped job goes on without asking again.
 3. Passages without a verdict are asked about once more, and then kept where they were.
@@ -82,7 +82,7 @@ def _judge(
     refuse_existing(main, arguments.overwrite)
     job = Job(arguments)
     for path in (main, verdicts):
-        refuse_input(path, job.files)
+        refuse_input(path, (read for file in job.files for read in file.paths))
     before, _ = read_journal(journal_path, JOURNAL, job.settings, arguments.overwrite)
     refuse_existing(verdicts, arguments.overwrite)
     with contextlib.ExitStack() as stack:

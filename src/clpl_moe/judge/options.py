@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from clpl_moe.common.options import check_needs, option
+from clpl_moe.common.errors import OptionError
+from clpl_moe.common.options import check_needs, given, option
 from clpl_moe.llm.options import AskingArguments
 
 
@@ -30,11 +31,17 @@ class JudgeArguments(AskingArguments):
         least=0,
         most=1_000_000,
     )
+    share: float | None = option(
+        "in place of margin: this share of all negatives is doubtful, the ones with the highest scores; not given: by margin",
+        None,
+        least=0,
+        most=1,
+    )
     score_model: str | None = option("encoder that computes the scores; not given: those in the files", None)
     score_revision: str | None = option("as revision, of that encoder", None)
     positives: bool = option(
-        "judge positives, too: with ask doubtful those that score at most margin above the line's highest negative."
-        " What does not answer is dropped",
+        "judge positives, too: with ask doubtful those that score at most margin above the line's highest negative, or the share"
+        " with the lowest scores. What does not answer is dropped",
         False,
     )
     answering: Literal["positive", "drop"] = option(
@@ -51,4 +58,6 @@ class JudgeArguments(AskingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         needs = {"score_model": "ask doubtful", "score_revision": "score_model", "max_query_chars": "write_queries"}
-        check_needs(self, {"margin": "ask doubtful", **needs})
+        check_needs(self, {"margin": "ask doubtful", "share": "ask doubtful", **needs})
+        if self.share is not None and "margin" in given(self):
+            raise OptionError("share", "takes the place of margin; leave out one of the two")

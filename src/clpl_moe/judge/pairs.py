@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +57,7 @@ def read_queries(
     """
     queries: dict[str, Query] = {}
     counts: Counter[str] = Counter()
+    limits = None if scores is None or arguments.share is None else _limits_of_share(files, arguments.share, scores)
     for place, record in training_lines(files):
         query = queries.setdefault(key_of(record["query"]), Query(record["query"]))
         query.positives.update(map(key_of, record["pos"]))
@@ -64,7 +67,7 @@ def read_queries(
         doubtful: dict[str, Sequence[int]] = {name: range(len(texts)) for name, texts in lists.items()}
         if scores is not None and lists["neg"]:
             of_positives, of_negatives = scores(place, record)
-            least, most = min(of_positives) - arguments.margin, max(of_negatives) + arguments.margin
+            least, most = limits or (min(of_positives) - arguments.margin, max(of_negatives) + arguments.margin)
             doubtful["neg"] = [i for i, score in enumerate(of_negatives) if score >= least]
             doubtful["pos"] = [i for i, score in enumerate(of_positives) if score <= most]
         counts["lines"] += 1
@@ -83,6 +86,21 @@ def read_queries(
             if query.passages[key].was == {"neg"}:
                 del query.passages[key]
     return queries, counts
+
+
+def _limits_of_share(files: Sequence[DataFile], share: float, scores: Scores) -> tuple[float, float]:
+    """The lowest score of the ``share`` of all negatives that score highest, and the highest of the positives that score lowest."""
+    of_positives, of_negatives = array("d"), array("d")
+    for place, record in training_lines(files):
+        if record.get("neg"):
+            for found, values in zip((of_positives, of_negatives), scores(place, record)):
+                found.extend(values)
+    negatives, positives = sorted(of_negatives, reverse=True), sorted(of_positives)
+    number = [round(share * len(values)) for values in (negatives, positives)]
+    return (
+        negatives[number[0] - 1] if number[0] else math.inf,
+        positives[number[1] - 1] if number[1] else -math.inf,
+    )
 
 
 def relabel(

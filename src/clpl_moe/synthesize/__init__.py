@@ -81,7 +81,7 @@ def _synthesize(
     refuse_existing(main, arguments.overwrite)
     job = Job(arguments)
     for path in (main, *beside):
-        refuse_input(path, job.files)
+        refuse_input(path, (read for file in job.files for read in file.paths))
     before, _ = read_journal(journal_path, JOURNAL, job.settings, arguments.overwrite)
     for path in beside:  # after the journal, whose message says more
         refuse_existing(path, arguments.overwrite)
