@@ -62,6 +62,7 @@ def run(folder, encoder, texts, file=onnx_graph.FLOAT):
     ids=["dense", "ffn", "bert"],
 )
 def test_a_graph_computes_what_torch_does(kind, experts, tmp_path, monkeypatch):
+    onnx = pytest.importorskip("onnx")
     encoder = make(kind, tmp_path / "model", experts)
     if experts is not None:  # as with a model of more than 2 GB
         monkeypatch.setattr(onnx_graph, "_LARGEST", 20_000)
@@ -70,6 +71,10 @@ def test_a_graph_computes_what_torch_does(kind, experts, tmp_path, monkeypatch):
     assert exported.graphs["onnx/model.onnx"].cosine > 0.9999
     assert exported.graphs["onnx/model_quantized.onnx"].cosine > 0.99
     assert (folder / "onnx/model.onnx_data").exists() == (experts is not None)
+    small = onnx.load(folder / onnx_graph.INT8, load_external_data=False).graph.initializer
+    floats = [tuple(tensor.dims) for tensor in small if tensor.data_type == onnx.TensorProto.FLOAT]
+    assert (64, 32) in floats  # a layer's output Linear
+    assert not {(32, 64), (32, 32)} & set(floats)
     for texts in (COVERED + OTHER, OTHER[:1], ["a"]):
         found, batch, states = run(folder, encoder, texts)
         mask = batch["attention_mask"]

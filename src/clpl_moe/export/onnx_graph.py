@@ -32,6 +32,7 @@ from clpl_moe.encoder.encoder import save_tokenizer
 from clpl_moe.encoder.settings import pool, write_settings
 from clpl_moe.encoder.weights import HEAD_FILES, read_head
 from clpl_moe.export.experts import compute_all_experts
+from clpl_moe.moe.router import Router
 
 FLOAT, INT8 = "onnx/model.onnx", "onnx/model_quantized.onnx"
 # The least cosine with torch that an embedding may have.
@@ -76,7 +77,7 @@ def write_onnx(encoder: Encoder, folder: Path, texts: Sequence[str] = (), int8: 
     _write_rest(encoder, folder)
     found = {FLOAT: _least_cosine(folder / FLOAT, encoder, texts, expected)}
     if int8:
-        _write_int8(folder, _is_large(graph, 1))
+        _write_int8(folder, graph)
         found[INT8] = _least_cosine(folder / INT8, encoder, texts, expected)
     for name, cosine in found.items():
         if not cosine > LEAST[name]:
@@ -171,16 +172,26 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _write_int8(folder: Path, large: bool) -> None:
+def _write_int8(folder: Path, module: _Graph) -> None:
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    graph = onnx.load(folder / FLOAT, load_external_data=False).graph
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    # What enters a layer's output Linear has a few values far above the others, for which 8 bits leave none. Routers choose
+    # between scores that are close.
+    config = module.model.config
+    exact = {(config.intermediate_size, config.hidden_size)}
+    exact |= {tuple(part.weight.shape[::-1]) for part in module.modules() if isinstance(part, Router)}
+    kept = [node.name for node in graph.node if node.op_type == "MatMul" and shapes.get(node.input[1]) in exact]
     with _quiet():
         quantize_dynamic(
             folder / FLOAT,
             folder / INT8,
+            nodes_to_exclude=kept,
             weight_type=QuantType.QInt8,
             per_channel=True,
-            use_external_data_format=large,
+            use_external_data_format=_is_large(module, 1),
         )
 
 
