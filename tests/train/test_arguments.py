@@ -4,7 +4,7 @@ import importlib.util
 import pytest
 import yaml
 
-from clpl_moe.common.errors import OptionError
+from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.packaged_files import ROOT
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from helpers.tiny_training import arguments, refused, write_triplets
@@ -105,6 +105,13 @@ def test_training_options_that_do_not_fit(options, message):
 def test_data_options_that_do_not_fit(options, message):
     with pytest.raises((ValueError, OptionError), match=message):
         CLPLDataArguments(**{"train_data": ["t"]} | options)
+
+
+@pytest.mark.parametrize("name", ["accelerator_config", "fsdp_config", "deepspeed"])
+def test_what_is_no_file_of_options_is_told(tmp_path, name):
+    """Of a named pipe transformers would wait for the content."""
+    with pytest.raises(UserError, match=f"{tmp_path}: not a file"):
+        training(**{name: str(tmp_path)})
 
 
 def test_a_run_that_resumes_skips_what_its_epoch_had():

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,8 +36,7 @@ def plain_name(path: str | Path) -> str:
 
 def refuse_no_file(path: str | Path) -> None:
     """Raise :class:`UserError` for what is there and is no file: opening a pipe waits, for ever where nobody writes."""
-    path = Path(path)
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113 - names may be too long for Path's
         raise UserError(f"{at(path)}: not a file")
 
 

@@ -11,6 +11,7 @@ import os
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, cast
 
+from clpl_moe.common.compressed import refuse_no_file
 from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.options import check_bounds, check_needs
 from clpl_moe.train.options import DEV_METRICS, INHERITED_BOUNDS, REFUSED, WITHOUT_EFFECT, LoRAOptions
@@ -34,6 +35,9 @@ def drop_without_effect(options: Any) -> list[str]:
                 dropped.append(field.name)
     return dropped
 
+
+# Options of transformers that are a JSON text, or a JSON file that it opens.
+_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 
 # Options that cannot be set together, and why.
 _EXCLUDING = (
@@ -61,6 +65,9 @@ def check_options(args: CLPLTrainingArguments) -> None:
     for name, instead in REFUSED:
         if getattr(args, name) != type(args).__dataclass_fields__[name].default:
             raise ValueError(f"{name} is {getattr(args, name)}, and has no effect in this training: {instead}")
+    for name in _FILES:
+        if isinstance(value := getattr(args, name), str):
+            refuse_no_file(value)
     check_bounds(args, INHERITED_BOUNDS)
     for name in ("logging_steps", "save_steps", "eval_steps"):
         value = getattr(args, name)
