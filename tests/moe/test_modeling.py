@@ -1,4 +1,6 @@
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +83,69 @@ def test_the_code_that_travels_needs_only_torch_and_transformers(tmp_path):
             if line.startswith(("import ", "from ")) and not line.startswith("from ."):
                 module = line.split()[1].split(".")[0]
                 assert module in {"torch", "transformers"} | sys.stdlib_module_names, f"{path.name}: {line}"
+
+
+def test_the_modelling_file_imports_itself_all_that_travels(tmp_path):
+    """Up to 5.3, transformers copies from a folder what this file imports, and not what those files import."""
+    make_moe().save_pretrained(tmp_path)
+    text = (tmp_path / "modeling_clpl_moe.py").read_text()
+    direct = set(re.findall(r"^from \.(\w+) import", text, re.MULTILINE))
+    assert direct == {path.stem for path in tmp_path.glob("*.py")} - {"modeling_clpl_moe"}
+
+
+def test_transformers_before_5_gets_one_message_that_names_merge(tmp_path):
+    make_moe().save_pretrained(tmp_path / "model")
+    for name, text in (("transformers", '__version__ = "4.57.0"\n'), ("torch", "nn = None\n")):
+        (tmp_path / f"{name}.py").write_text(text)
+    code = "import model.modeling_clpl_moe"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    message = run.stderr.strip().splitlines()[-1]
+    assert message.startswith(
+        "ImportError: this model has experts, whose code needs transformers 5.0 or later, found 4.57.0"
+    )
+    assert "clpl-moe merge" in message
+    assert "During handling" not in run.stderr
+
+
+# Forks eight processes that load a folder's code at the same moment: all that takes long is imported before.
+AT_ONCE = """
+import contextlib, multiprocessing, shutil, sys
+import transformers
+from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_class_from_dynamic_module
+
+def load(barrier, failed):
+    barrier.wait()
+    try:
+        for name in ("Config", "Model"):
+            get_class_from_dynamic_module(f"modeling_clpl_moe.MoEXLMRoberta{name}", sys.argv[1])
+    except BaseException as error:
+        failed.put(repr(error))
+        raise
+
+with contextlib.suppress(ImportError):
+    import clpl_moe.moe.kernels
+context = multiprocessing.get_context("fork")
+transformers.XLMRobertaModel, transformers.RobertaModel, transformers.BertModel
+for _ in range(3):
+    shutil.rmtree(HF_MODULES_CACHE, ignore_errors=True)
+    barrier, failed = context.Barrier(8), context.SimpleQueue()
+    processes = [context.Process(target=load, args=(barrier, failed)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    while not failed.empty():
+        print(failed.get())
+"""
+
+
+@pytest.mark.slow
+def test_eight_processes_load_the_code_at_once_from_an_empty_cache(tmp_path):
+    make_moe().save_pretrained(tmp_path / "model")
+    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    argv = [sys.executable, "-c", AT_ONCE, str(tmp_path / "model")]
+    run = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, ""), run.stderr[-2000:]
 
 
 def test_weights_can_be_loaded_in_bf16(tmp_path):

@@ -12,11 +12,23 @@ import copy
 
 import transformers
 from torch import nn
-from transformers import initialization as init
 
+try:
+    from transformers import initialization as init
+except ImportError:
+    raise ImportError(
+        f"this model has experts, whose code needs transformers 5.0 or later, found {transformers.__version__}; the dense"
+        " model that `clpl-moe merge FOLDER OUTPUT` makes of it loads with any version"
+    ) from None
+
+# Up to 5.3, transformers copies from a folder only what this file imports itself: so it imports all of them, used or not.
 from .config import MoEConfig
+from .dispatch import Assignment  # noqa: F401
 from .experts import Experts
 from .install import install_experts
+from .kernel_choice import choose_kernel  # noqa: F401
+from .layer import RoutedTokens  # noqa: F401
+from .layer_state import LayerState  # noqa: F401
 from .router import Router
 
 
