@@ -1,15 +1,18 @@
 import ast
+import importlib.util
 import json
 import re
 import shlex
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
 
 from clpl_moe.card import main as card
+from clpl_moe.check.calls import TOOLS
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import write_json
 from clpl_moe.common.machine import versions
@@ -92,17 +95,19 @@ def test_the_code_in_the_card_runs_and_its_ways_agree(tiny_encoder, tmp_path, mo
     main(arguments(tiny_encoder, data, tmp_path / "run", max_steps=1, sentence_pooling_method="mean"))
     _, text = split_card(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    values = []
-    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-        space = {}
-        exec(code.replace("…", "abc def"), space)
-        values.append(space)
-    assert len(values) == 3
-    queries = [torch.as_tensor(space["queries"]) for space in values[:2]]
-    torch.testing.assert_close(*queries)
-    ours = torch.as_tensor(values[2]["queries"])
-    assert torch.cosine_similarity(ours, queries[0]).min() > 0.999  # in bfloat16 where that is fast
-    assert values[2]["encoder"].model.config.moe
+    values = {}
+    for name, code in re.findall(r"^With ([\w-]+).*?:\n+```python\n(.*?)```", text, flags=re.DOTALL | re.MULTILINE):
+        space = values[name] = {}
+        if all(importlib.util.find_spec(module) for module in re.findall(r"^from (\w+)", code, re.MULTILINE)):
+            exec(code.replace("…", "abc def"), space)
+    assert {*values} == {tool.name for tool in TOOLS} | {"clpl_moe"}
+    found = {name: torch.as_tensor(np.array(space["queries"])) for name, space in values.items() if space}
+    assert {"sentence-transformers", "transformers", "FlagModel", "BGEM3FlagModel"} <= found.keys()
+    expected = found["transformers"].double()
+    for name, queries in found.items():
+        least = 0.999 if name == "clpl_moe" else 0.99999  # in bfloat16 where that is fast
+        assert torch.cosine_similarity(queries.double(), expected).min() > least, name
+    assert values["clpl_moe"]["encoder"].model.config.moe
 
 
 _HOSTILE_PROMPT = 'a"]);__import__("os").system("id")#\n```\n| query: \\'
@@ -117,10 +122,10 @@ def test_strings_of_models_data_and_options_are_no_code_and_no_markup_in_the_car
     header, text = split_card(folder)
     assert header["tags"][0] == "sentence-transformers"
     blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
+    assert len(blocks) == len(TOOLS) + 1
     strings = [node.value for code in blocks for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
-    assert strings.count(folder.name) == 4
-    assert f"{_HOSTILE_PROMPT}…" in strings
+    assert strings.count(folder.name) >= len(blocks)
+    assert strings.count(_HOSTILE_PROMPT) == 6  # of the tools that do not read it from the folder
     (shell,) = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     assert shlex.split(shell)[4] == folder.name
     assert '# r"un \\<b\\>\\`\\$(id)\\`\\|\\[x\\](y)\n' in text
@@ -136,7 +141,7 @@ def test_card_of_a_dense_run_without_evaluation(tiny_encoder, tmp_path):
     assert "language" not in header
     assert "model-index" not in header
     assert "## Results" not in text
-    assert "trust_remote_code=False" in text
+    assert "trust_remote_code" not in text
 
 
 def write_results(folder, language, value, collection_hash="same"):

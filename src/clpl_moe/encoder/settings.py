@@ -109,11 +109,16 @@ class Stated:
     fault: str | None = None  # why the settings cannot be used
 
 
+def read_stated(folder: str | Path, **hub: str | None) -> Stated:
+    """What a folder or hub model states; raises as :func:`read_settings` does."""
+    modules = read_modules(folder, hub)
+    return Stated(_settings_of(folder, modules, hub), _max_length_of(folder, modules or [], hub))
+
+
 def remember_stated(model: nn.Module, folder: str | Path, **hub: str | None) -> None:
     """Keep with a model what its folder states; a fault is no error here: it concerns only those who use the settings."""
     try:
-        modules = read_modules(folder, hub)
-        stated = Stated(_settings_of(folder, modules, hub), _max_length_of(folder, modules or [], hub))
+        stated = read_stated(folder, **hub)
     except UserError as error:
         stated = Stated(fault=str(error))
     setattr(model, _STATED, stated)

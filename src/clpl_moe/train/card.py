@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clpl_moe.check.calls import TOOLS, describe, find_tools
 from clpl_moe.common.compressed import refuse_no_file
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import atomic_open
+from clpl_moe.common.files import atomic_open, read_json
 from clpl_moe.common.machine import versions
 from clpl_moe.common.markup import as_code, as_python, in_markdown
 from clpl_moe.data.formats import entry_path
@@ -31,7 +32,6 @@ CARD = "README.md"
 _FIRST = ["language", "library_name"]  # of the front matter
 # Between these the card's results can be replaced by later ones.
 _BEGIN, _END = "<!-- results -->", "<!-- end of results -->"
-_POOLED = {"cls": "states[:, 0]", "mean": "(states * mask).sum(1) / mask.sum(1)", "last_token": "states[:, -1]"}
 
 
 @dataclass
@@ -78,6 +78,12 @@ def write_model_card(
         model_name=name,
         eval_results=_eval_results(results) or None,
     )
+    shown = name if args.folder.is_absolute() else args.folder
+    max_length = read_json(args.folder / "sentence_bert_config.json", dict)["max_seq_length"]
+    described = describe(args.folder, settings, max_length, shown)
+    tools = TOOLS
+    if args.trainable == "lora":  # of adapters, none puts experts into the base model
+        tools = [] if experts else find_tools(["sentence-transformers", "transformers"])
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {
@@ -89,7 +95,7 @@ def write_model_card(
     card = environment.from_string(template).render(
         header=header.to_yaml(original_order=_FIRST),
         name=name,
-        folder=name if args.folder.is_absolute() else args.folder,
+        folder=shown,
         base=Path(base).name if Path(base).is_absolute() else base,
         revision=plan.model_args.revision,
         results=_results_section(results),
@@ -101,7 +107,8 @@ def write_model_card(
         args=args,
         data=plan.data_args,
         settings=settings,
-        pooled=_POOLED,
+        own_code=described.own_code,
+        calls=[(tool.name, tool.call(described)) for tool in tools if tool.fits(described) is None],
         experts=json.dumps(plan.experts) if experts else None,
         adapter=args.trainable == "lora",
         files=", ".join(as_code(entry_path(entry).name) for entry in plan.data_args.train_data),
