@@ -109,5 +109,6 @@ def test_every_tool_gives_our_embeddings(folder, name):
     if tool.version is None:
         pytest.skip(tool.fault)
     assert tool.is_right, tool
-    # With its defaults none has the queries' prompt.
-    assert tool.usual > 1e-3, tool
+    # With its defaults none has the queries' prompt; FlagEmbedding's loaders cut at 512 tokens, which this model cannot take.
+    assert tool.usual is None or tool.usual > 1e-3, tool
+    assert tool.usual is not None or name.endswith("FlagModel"), tool
