@@ -24,7 +24,6 @@ VERBS = {
     "evaluate": "retrieve with one or more models and compare them",
     "merge": "merge experts into dense layers, and a tuned model with its base model",
     "export": "write a model with a smaller vocabulary, as an ONNX graph, and upload it",
-    "export": "write a model with a smaller vocabulary, or in another precision",
     "check": "show whether other tools give a model folder's embeddings, and with which call",
     "ablate": "train and evaluate rows of options on several languages and seeds",
     "report": "make a page of runs: their course, and each query before and after",
