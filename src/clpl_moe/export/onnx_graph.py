@@ -181,7 +181,7 @@ def _write_int8(folder: Path, module: _Graph) -> None:
     # What enters a layer's output Linear has a few values far above the others, for which 8 bits leave none. Routers choose
     # between scores that are close.
     config = module.model.config
-    exact = {(config.intermediate_size, config.hidden_size)}
+    exact: set[tuple[int, ...]] = {(config.intermediate_size, config.hidden_size)}
     exact |= {tuple(part.weight.shape[::-1]) for part in module.modules() if isinstance(part, Router)}
     kept = [node.name for node in graph.node if node.op_type == "MatMul" and shapes.get(node.input[1]) in exact]
     with _quiet():
