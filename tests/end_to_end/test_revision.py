@@ -9,6 +9,8 @@ from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.encoder import Encoder
 from clpl_moe.evaluate import evaluate
 from clpl_moe.evaluate.options import EvaluateArguments
+from clpl_moe.judge import judge
+from clpl_moe.merge import merge
 from clpl_moe.mine import mine
 from clpl_moe.mine.options import MineArguments
 from clpl_moe.synthesize.options import SynthesizeArguments
@@ -101,6 +103,29 @@ def test_validate_counts_the_tokens_of_a_revision(hub, tmp_path):
         validate(train_data=[str(data)], tokenizer=NAME, revision="v9")
     with pytest.raises(UserError, match="revision: is for tokenizer"):
         validate(train_data=[str(data)], revision="v1")
+
+
+@pytest.mark.parametrize(("options", "alpha"), [({"revision": "v1"}, 1.0), ({"base_revision": "v1"}, 0.0)])
+def test_merge(hub, tmp_path, options, alpha):
+    """At these shares the result is one of the two, bit for bit."""
+    merge(input=NAME, base=NAME, output=tmp_path / "out", alpha=[alpha], **options)
+    assert Encoder.load(tmp_path / "out").fingerprint() == hub[OLD]
+
+
+def test_the_guide_of_mine_and_the_encoder_of_judge(hub, tiny_encoder, tmp_path):
+    folder, data = mining.make_collection(tmp_path), write_triplets(tmp_path / "t.jsonl", 4)
+    options = {"collection": folder, "language": "ko", "output": tmp_path / "out.jsonl", "model": str(tiny_encoder)}
+    with pytest.raises(UserError, match="at revision v9"):
+        mine(**options, guide=NAME, guide_revision="v9")
+    options = {
+        "train_data": [str(data)],
+        "language": "ko",
+        "output": tmp_path / "out.jsonl",
+        "model": "m",
+        "dry_run": True,
+    }
+    with pytest.raises(UserError, match="at revision v9"):
+        judge(**options, score_model=NAME, score_revision="v9")
 
 
 def test_every_command_that_loads_a_model_has_the_option(tmp_path):
