@@ -17,7 +17,7 @@ from clpl_moe.common.output import refuse_taken, writing
 from clpl_moe.evaluate import Evaluation, evaluate
 from clpl_moe.quickstart.options import QuickstartArguments
 from clpl_moe.small_encoder import small_encoder
-from clpl_moe.train import train
+from clpl_moe.train import TrainResult, train
 
 if TYPE_CHECKING:
     from clpl_moe.train.verdict import Verdict
@@ -80,6 +80,7 @@ def _quickstart(arguments: QuickstartArguments) -> Quickstart:
     else:
         _tell(f"2 of 3: training, to {run}")
     trained = train(config=_CONFIG, **options)
+    assert isinstance(trained, TrainResult)  # no dry run
     _tell("3 of 3: evaluating before and after")
     evaluation = evaluate(
         model=[str(model), str(run)],

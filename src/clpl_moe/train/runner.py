@@ -306,8 +306,9 @@ class CLPLRunner:
         """Choose what the folders keep, where the run folder holds the trained model now."""
         args, output_dir, state = self.training_args, self.training_args.folder, self.trainer.state
         best = state.best_model_checkpoint
-        by_metric = best is not None and args.load_best_model_at_end
-        checkpoint = output_dir / Path(best if by_metric else f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}").name
+        checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if best is not None and args.load_best_model_at_end:
+            checkpoint = output_dir / Path(best).name
         step = int(checkpoint.name.rpartition("-")[2])
         evaluated = self.trainer.of_first(_evaluations(state.log_history))
         merged = None
