@@ -3,13 +3,13 @@ import json
 import re
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 
 import pytest
 
 from clpl_moe.common import cli
 from clpl_moe.common.errors import UserError
+from helpers.timing import processor_time
 
 
 @dataclass
@@ -257,20 +257,10 @@ def test_options_are_read_without_the_rest_of_transformers(tmp_path, before, loa
 
 
 def test_start_times():
-    """Limits for an idle machine, the best of several tries on a busy one."""
-
-    def seconds(*command):
-        best = float("inf")
-        for _ in range(4):
-            start = time.perf_counter()
-            done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
-            best = min(best, time.perf_counter() - start)
-        return best, done.stdout
-
-    nothing, _ = seconds("-c", "pass")
-    imported, _ = seconds("-c", "import clpl_moe")
+    nothing, _ = processor_time(sys.executable, "-c", "pass")
+    imported, _ = processor_time(sys.executable, "-c", "import clpl_moe")
     assert imported - nothing < 0.3
-    helped, _ = seconds("-m", "clpl_moe.train", "--help")
+    helped, _ = processor_time(sys.executable, "-m", "clpl_moe.train", "--help")
     assert helped < 5
 
 
