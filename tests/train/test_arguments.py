@@ -42,6 +42,7 @@ def training(**options):
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: found 0, expected at least 1"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: found 0, expected"),
         ({"learning_rate": -1e-5}, "learning_rate: found -1e-05, expected"),
+        ({"weight_decay": 1e20}, "weight_decay: found 1e.20, expected at most 1,000"),
         ({"learning_rate": float("nan")}, "learning_rate: found nan, expected"),
         ({"z_loss_weight": float("nan")}, "z_loss_weight: found nan, expected"),
         ({"dev_batch_tokens": 0}, "dev_batch_tokens: found 0, expected"),

@@ -293,7 +293,8 @@ _NOT_NEGATIVE = Bounds(0)
 # Bounds of options that are FlagEmbedding's and transformers'.
 INHERITED_BOUNDS = {
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), Bounds(1, 1_000_000)),
-    **dict.fromkeys(("learning_rate", "max_grad_norm", "weight_decay"), _NOT_NEGATIVE),
+    **dict.fromkeys(("learning_rate", "max_grad_norm"), _NOT_NEGATIVE),
+    "weight_decay": Bounds(0, 1_000),
     **dict.fromkeys(("seed", "data_seed"), Bounds(0, 2**32 - 1)),
     "num_train_epochs": Bounds(-1, 1_000_000),
     "max_steps": Bounds(-1, 1_000_000_000),
