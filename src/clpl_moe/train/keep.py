@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from clpl_moe.common.files import share, write_json
@@ -137,5 +138,7 @@ class _Mixture:
                 state = mixed_adapter(read_tensors(str(self.folder / WEIGHTS_FILE)), mixer.base, alpha)
                 save_file(state, new / WEIGHTS_FILE, {"format": "pt"})
                 share(new / WEIGHTS_FILE)
+                for name, head in mixer.heads(alpha).items():
+                    torch.save({key: value.detach().cpu() for key, value in head.items()}, new / name)
             else:
                 encoder.save(new, heads=mixer.heads(alpha))
