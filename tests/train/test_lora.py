@@ -169,7 +169,7 @@ def run(request, model, tmp_path_factory):
     data = write_triplets(folder / "train.jsonl", 9)
     options = CASES[request.param] | {"trainable": "lora", "save_strategy": "steps", "save_steps": 2}
     if "dev_language" in options:  # the best checkpoint is loaded at the end
-        options |= {"dev_collection": make_collection(folder / "dev"), "learning_rate": 0.02}
+        options |= {"dev_collection": make_collection(folder / "dev"), "learning_rate": 0.02, "eval_on_start": False}
     argv = arguments(model, data, folder / "run", **options, max_steps=5, merge_adapter=True, lora_rank=4, lora_alpha=8)
     train_until(argv, 4)
     main([*argv, "--resume_from_checkpoint", "true"])
