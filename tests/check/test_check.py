@@ -1,6 +1,7 @@
 import importlib.metadata
 import json
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -108,6 +109,9 @@ def test_every_tool_gives_our_embeddings(folder, name):
     (tool,) = check(folder=folder, tools=[name]).tools
     if tool.version is None:
         pytest.skip(tool.fault)
+    if name.endswith("FlagModel") and find_spec("transformers.modeling_attn_mask_utils") is None:
+        assert "modeling_attn_mask_utils" in tool.fault
+        pytest.skip("FlagEmbedding 1.4.2 needs a module that transformers 5.24 removed")
     assert tool.is_right, tool
     # With its defaults none has the queries' prompt; FlagEmbedding's loaders cut at 512 tokens, which this model cannot take.
     assert tool.usual is None or tool.usual > 1e-3, tool

@@ -26,11 +26,12 @@ def test_a_module_that_newer_transformers_lacks_is_not_needed():
 import importlib.util
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == {REMOVED!r} else real(name, package)
-import clpl_moe.data.flag_embedding as parents, sys
+import clpl_moe.data.flag_embedding as parents, sys, torch
 print(parents.EncoderOnlyEmbedderM3Trainer.__name__, {REMOVED!r} in sys.modules)
+print(torch.fx.symbolic_trace(torch.nn.Identity())(torch.tensor(5)))  # what FlagEmbedding gave to torch.fx.wrap is found
 """
     done = run(code)
-    assert done.stdout.split() == ["EncoderOnlyEmbedderM3Trainer", "False"], done.stderr[-2000:]
+    assert done.stdout.split() == ["EncoderOnlyEmbedderM3Trainer", "False", "tensor(5)"], done.stderr[-2000:]
 
 
 @pytest.mark.slow

@@ -488,7 +488,11 @@ def test_faults_name_row_and_column(tmp_path, monkeypatch, name, content, messag
         ("t.csv", b'query,pos\na,"b\n', "t.csv:2: broken table .*a quote that opens a cell has to be closed"),
         ("t.csv", b"query,pos,pos\na,b,c\n", "t.csv:1: the column 'pos' stands twice"),
         ("t.csv", "query,pos\na,b".encode("utf-16"), "t.csv: not UTF-8 text, but UTF-16"),
-        ("t.tsv.gz", gzip.compress("query\tpos\na\tb".encode("utf-16")), "t.tsv.gz: not UTF-8 text, but UTF-16"),
+        (
+            "t.tsv.gz",
+            gzip.compress("query\tpos\na\tb".encode("utf-16"), mtime=0),
+            "t.tsv.gz: not UTF-8 text, but UTF-16",
+        ),
         ("t.jsonl", '{"query": "a", "pos": ["b"]}\n'.encode("utf-16"), "t.jsonl: not UTF-8 text, but UTF-16"),
         ("t.jsonl", '{"query": "a", "pos": ["b"]}\n'.encode("utf-32"), "t.jsonl: not UTF-8 text, but UTF-32"),
         ("t.json", codecs.BOM_UTF16_BE + "[]".encode("utf-16-be"), "t.json: not UTF-8 text, but UTF-16"),

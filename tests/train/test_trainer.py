@@ -7,6 +7,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from clpl_moe.common.files import write_jsonl
 from clpl_moe.encoder import Encoder, load_encoder
 from clpl_moe.evaluate import evaluation
 from clpl_moe.train.__main__ import main
@@ -15,6 +16,7 @@ from helpers.tiny_training import (
     arguments,
     make_collection,
     make_runner,
+    make_triplets,
     read_metrics,
     refused,
     write_dev_lines,
@@ -263,8 +265,9 @@ def test_a_short_pass_counts_as_many_queries_as_it_has(tiny_encoder, tmp_path, c
     ],
 )
 def test_variants_train_and_load(tiny_encoder, tmp_path, options):
-    data = write_triplets(tmp_path / "t.jsonl", 6, pos=["abc abd"], pos_scores=[1.0], neg_scores=[0.4, 0.3, 0.2, 0.1])
-    main(arguments(tiny_encoder, data, tmp_path / "run", **options))
+    lines = make_triplets(6, pos_scores=[1.0], neg_scores=[0.4, 0.3, 0.2, 0.1])
+    write_jsonl(tmp_path / "t.jsonl", [line | {"pos": line["pos"][:1]} for line in lines])
+    main(arguments(tiny_encoder, tmp_path / "t.jsonl", tmp_path / "run", **options))
     losses = [record["loss"] for record in read_metrics(tmp_path / "run") if "loss" in record]
     assert len(losses) == 4
     assert all(math.isfinite(loss) for loss in losses)

@@ -37,9 +37,11 @@ def _removed_module() -> Iterator[None]:
 
 
 def _unavailable(name: str) -> Callable[..., None]:
-    def unavailable(*args: object, **kwargs: object) -> None:  # a function: FlagEmbedding gives one to torch.fx.wrap
+    def unavailable(*args: object, **kwargs: object) -> None:
         raise ImportError(f"{_REMOVED}.{name}: this version of transformers does not have it")
 
+    # FlagEmbedding gives one to torch.fx.wrap, and every later trace or export looks for it by its name.
+    unavailable.__name__ = name
     return unavailable
 
 
