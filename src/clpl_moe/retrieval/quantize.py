@@ -48,7 +48,8 @@ class QuantizedPassages:
         else:
             self.codes = np.empty((number, (dimensions + 7) // 8), np.uint8)
         for start, rows in _blocks(passages):
-            codes = quantize_embeddings(rows, "int8" if kind == "int8" else "ubinary", ranges)
+            # In sentence-transformers before 6, bits of several rows share a byte where dimensions are no multiple of 8.
+            codes = np.packbits(rows > 0, axis=1) if ranges is None else quantize_embeddings(rows, "int8", ranges)
             self.codes[start : start + len(rows)] = codes
 
     def __len__(self) -> int:
