@@ -23,7 +23,7 @@ needs_onnx = pytest.mark.skipif(
 
 
 def make(kind, folder, experts=None):
-    torch.manual_seed(0)  # by chance, scores of experts are so close that 8 bits choose another one
+    torch.manual_seed(0)
     tokenizer = train_tokenizer(kind)
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 130, "pad_token_id": tokenizer.pad_token_id}
     settings = (
@@ -54,28 +54,31 @@ def run(folder, encoder, texts, file=onnx_graph.FLOAT):
 @needs_onnx
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "experts"),
+    ("kind", "experts", "int8"),
     [
-        ("xlm-roberta", None),
-        ("xlm-roberta", MoEConfig(3, 2, "ffn")),
-        ("bert", MoEConfig(2, 1, "output")),
+        ("xlm-roberta", None, True),
+        # Not in 8 bits: scores of random routers may be so close that they choose other experts.
+        ("xlm-roberta", MoEConfig(3, 2, "ffn"), False),
+        ("bert", MoEConfig(2, 1, "output"), False),
+        ("bert", None, True),
     ],
-    ids=["dense", "ffn", "bert"],
+    ids=["dense", "ffn", "output", "bert"],
 )
-def test_a_graph_computes_what_torch_does(kind, experts, tmp_path, monkeypatch):
+def test_a_graph_computes_what_torch_does(kind, experts, int8, tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx")
     encoder = make(kind, tmp_path / "model", experts)
     if experts is not None:  # as with a model of more than 2 GB
         monkeypatch.setattr(onnx_graph, "_LARGEST", 20_000)
-    exported = export(input=tmp_path / "model", output=tmp_path / "out", to="onnx", int8=True)
+    exported = export(input=tmp_path / "model", output=tmp_path / "out", to="onnx", int8=int8)
     folder = tmp_path / "out"
     assert exported.graphs["onnx/model.onnx"].cosine > 0.9999
-    assert exported.graphs["onnx/model_quantized.onnx"].cosine > 0.99
     assert (folder / "onnx/model.onnx_data").exists() == (experts is not None)
-    small = onnx.load(folder / onnx_graph.INT8, load_external_data=False).graph.initializer
-    floats = [tuple(tensor.dims) for tensor in small if tensor.data_type == onnx.TensorProto.FLOAT]
-    assert (64, 32) in floats  # a layer's output Linear
-    assert not {(32, 64), (32, 32)} & set(floats)
+    if int8:
+        assert exported.graphs["onnx/model_quantized.onnx"].cosine > 0.99
+        small = onnx.load(folder / onnx_graph.INT8, load_external_data=False).graph.initializer
+        floats = [tuple(tensor.dims) for tensor in small if tensor.data_type == onnx.TensorProto.FLOAT]
+        assert (64, 32) in floats  # a layer's output Linear
+        assert not {(32, 64), (32, 32)} & set(floats)
     for texts in (COVERED + OTHER, OTHER[:1], ["a"]):
         found, batch, states = run(folder, encoder, texts)
         mask = batch["attention_mask"]

@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import subprocess
 import sys
@@ -105,47 +104,6 @@ def test_transformers_before_5_gets_one_message_that_names_merge(tmp_path):
     )
     assert "clpl-moe merge" in message
     assert "During handling" not in run.stderr
-
-
-# Forks eight processes that load a folder's code at the same moment: all that takes long is imported before.
-AT_ONCE = """
-import contextlib, multiprocessing, shutil, sys
-import transformers
-from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_class_from_dynamic_module
-
-def load(barrier, failed):
-    barrier.wait()
-    try:
-        for name in ("Config", "Model"):
-            get_class_from_dynamic_module(f"modeling_clpl_moe.MoEXLMRoberta{name}", sys.argv[1])
-    except BaseException as error:
-        failed.put(repr(error))
-        raise
-
-with contextlib.suppress(ImportError):
-    import clpl_moe.moe.kernels
-context = multiprocessing.get_context("fork")
-transformers.XLMRobertaModel, transformers.RobertaModel, transformers.BertModel
-for _ in range(3):
-    shutil.rmtree(HF_MODULES_CACHE, ignore_errors=True)
-    barrier, failed = context.Barrier(8), context.SimpleQueue()
-    processes = [context.Process(target=load, args=(barrier, failed)) for _ in range(8)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    while not failed.empty():
-        print(failed.get())
-"""
-
-
-@pytest.mark.slow
-def test_eight_processes_load_the_code_at_once_from_an_empty_cache(tmp_path):
-    make_moe().save_pretrained(tmp_path / "model")
-    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    argv = [sys.executable, "-c", AT_ONCE, str(tmp_path / "model")]
-    run = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stdout) == (0, ""), run.stderr[-2000:]
 
 
 def test_weights_can_be_loaded_in_bf16(tmp_path):
