@@ -41,7 +41,7 @@ def find_adapter(path: str | Path, **hub: Any) -> AdapterFolder | None:
     """The adapter in a folder or a hub model; None where there is a whole model, or none. :class:`UserError` where it names no
     base model."""
     path = str(path)
-    if find_file(path, "config.json", hub) is not None or (file := find_file(path, CONFIG_FILE, hub)) is None:
+    if (file := find_file(path, CONFIG_FILE, hub)) is None or find_file(path, "config.json", hub) is not None:
         return None
     values = read_json(Path(file), dict)
     base, revision = values.get("base_model_name_or_path"), values.get("revision")

@@ -57,9 +57,10 @@ def evaluate_retrieval(
 ) -> RetrievalResult:
     """Rank a collection's passages for each of its queries by similarity, and score the ranking.
 
-    The search is exact unless ``encoding`` has ``quantize``: then an exact one is made and scored, too. As in BEIR, a query does not find itself (:meth:`~clpl_moe.retrieval.collection.Collection.own_passages`). Of
-    ``encoding``, lengths, batch size and search count; precision and settings are the encoder's. ``top_k`` passages are kept for
-    each query. ``metrics`` are named as in ``ir_measures``. ``cache`` is a folder for the passages' embeddings, as
+    The search is exact unless ``encoding`` has ``quantize``: then an exact one is made and scored, too. As in BEIR, a query does
+    not find itself (:meth:`~clpl_moe.retrieval.collection.Collection.own_passages`). Of ``encoding``, lengths, batch size and
+    search count; precision and settings are the encoder's. ``top_k`` passages are kept for each query. ``metrics`` are named as
+    in ``ir_measures``. ``cache`` is a folder for the passages' embeddings, as
     :func:`clpl_moe.retrieval.store.encode_passages` takes it.
 
     Raises:
