@@ -117,7 +117,7 @@ def test_processes_share_the_evaluation_of_the_merged_model(tiny_encoder, tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT)
     assert done.returncode == 0, done.stderr[-4000:]
     assert sum(line.startswith("merged ") for line in done.stdout.splitlines()) == 1
-    assert (tmp_path / "run" / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "experts" / "model.safetensors").is_file()
 
 
 def start(processes, argv, script=None):

@@ -8,10 +8,12 @@ from safetensors.torch import load_file
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.encoder import Encoder
-from clpl_moe.moe.inject import merge_experts
+from clpl_moe.moe.inject import has_experts, merge_experts
 from clpl_moe.train import train
 from clpl_moe.train.options import DEV_METRICS
 from helpers.tiny_training import arguments, make_collection, make_runner, read_metrics, write_triplets
+
+TEXTS = ["abc def", "ghi"]
 
 
 @pytest.fixture
@@ -49,27 +51,31 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_where_no_checkpoint_beats_the_base_model_the_folders_hold_it(argv, tiny_encoder, tmp_path):
+@pytest.mark.parametrize("merges", [False, True])
+def test_where_no_candidate_beats_the_base_model_the_folder_holds_it(argv, tiny_encoder, tmp_path, merges):
     # The base model, the checkpoint; the checkpoint with its experts merged.
-    result = run(argv(merge_experts=True), 0.9, 0.5, 0.8)
+    more = {"merge_experts": merges}
+    result = run(argv(**more), 0.9, 0.5, *([0.8] if merges else []))
     folder, base = result.folder, Encoder.load(tiny_encoder, device="cpu")
-    assert (result.alpha, result.alpha_of_merged) == (0, 0)
-    assert result.before == result.after == result.after_merging == dict.fromkeys(DEV_METRICS.values(), 0.9)
-    texts = ["abc def", "ghi"]
-    for kept in (folder, folder / "merged"):
-        found = Encoder.load(kept, device="cpu")
-        assert torch.equal(found.encode_queries(texts), base.encode_queries(texts))
-    assert all(torch.equal(value, weights(tiny_encoder)[name]) for name, value in weights(folder / "merged").items())
-    trained = load_file(folder / "checkpoint-1" / "model.safetensors")
-    assert not all(torch.equal(value, trained[name]) for name, value in weights(folder).items())
+    assert result.alpha == 0
+    assert result.before == result.after == dict.fromkeys(DEV_METRICS.values(), 0.9)
+    found = Encoder.load(folder, device="cpu")
+    assert has_experts(found.model) is not merges
+    assert torch.equal(found.encode_queries(TEXTS), base.encode_queries(TEXTS))
+    if merges:
+        assert all(torch.equal(value, weights(tiny_encoder)[name]) for name, value in weights(folder).items())
+    place = folder / ("experts" if merges else "checkpoint-1")
+    trained, checkpoint = (load_file(one / "model.safetensors") for one in (place, folder / "checkpoint-1"))
+    assert all(torch.equal(value, trained[name]) for name, value in checkpoint.items())
+    assert not all(torch.equal(value, load_file(folder / "model.safetensors").get(n)) for n, value in trained.items())
     assert result.best_checkpoint == folder / "checkpoint-1"
-    assert f"saved to {folder}: the base model, as no checkpoint is better" in str(result)
-    assert f"{folder} holds the base model, {folder / 'checkpoint-1'} the trained one." in str(result)
+    assert f"saved to {folder}: the base model, as no candidate is better" in str(result)
+    assert f"{folder} holds the base model, {place} the trained one." in str(result)
     assert "as it was: fine-tuning with" in (folder / "README.md").read_text()
     assert json.loads((folder / "merge.json").read_text())["alpha"] == 0
 
     before = contents(folder)
-    again = run([*argv(merge_experts=True), "--resume_from_checkpoint", "true"], 0.8)  # it is over
+    again = run([*argv(**more), "--resume_from_checkpoint", "true"], *([0.8] if merges else []))  # it is over
     assert str(again) == str(result)
     assert contents(folder) == before
 
@@ -79,47 +85,51 @@ def test_a_tie_is_no_gain(argv):
     assert (make_runner(argv(output_dir="other")).plan.training_args.base_counts) is True
 
 
-def test_where_merging_alone_helps_the_merged_model_is_the_next_one(argv):
-    result = run(argv(merge_experts=True), 0.5, 0.4, 0.6)
-    assert (result.alpha, result.alpha_of_merged, result.verdict) == (0, 1, None)
-    assert f" {result.folder / 'merged'} --collection" in result.next_command()
-
-
-def test_the_best_mixture_is_kept_also_of_merged_experts(argv, tiny_encoder, tmp_path):
-    # The base model, the checkpoint; its mixtures; the merged checkpoint's, and the merged checkpoint.
+def test_the_best_mixture_of_merged_experts_is_kept(argv, tiny_encoder, tmp_path):
+    # The base model, the checkpoint; the mixtures of its experts, merged; its experts, merged.
     options = argv(merge_experts=True, merge_base_alpha=[0.25, 0.75])
     plan = str(make_runner(options).plan)
     assert "mixing          trained weights with the base model's, alpha 0.25 or 0.75, or not at all" in plan
-    result = run(options, 0.5, 0.6, 0.5, 0.8, 0.7, 0.6, 0.5)
+    result = run(options, 0.5, 0.6, 0.7, 0.4, 0.55)
     folder = result.folder
-    assert (result.alpha, result.alpha_of_merged) == (0.75, 0.25)
     assert {alpha: found["nDCG@10"] for alpha, found in result.candidates.items()} == {
         0: 0.5,
-        0.25: 0.5,
-        0.75: 0.8,
-        1: 0.6,
+        0.25: 0.7,
+        0.75: 0.4,
+        1: 0.55,
     }
-    assert (result.before["nDCG@10"], result.after["nDCG@10"], result.after_merging["nDCG@10"]) == (0.5, 0.8, 0.7)
+    figures = (result.before, result.with_experts, result.after)
+    assert (result.alpha, *(found["nDCG@10"] for found in figures)) == (0.25, 0.5, 0.6, 0.7)
     base, trained = weights(tiny_encoder), dense(folder / "checkpoint-1")
-    for kept, alpha in ((folder, 0.75), (folder / "merged", 0.25)):
-        for name, value in dense(kept).items():
-            torch.testing.assert_close(value, (1 - alpha) * base[name] + alpha * trained[name])
-    assert [line.split()[0] for line in str(result).splitlines()[3:9]] == [
-        "before",
-        "alpha",
-        "alpha",
-        "trained",
-        "merged",
-        "Next:",
-    ]
-    assert f"saved to {folder}: the model, mixed with its base model (alpha 0.75), its card" in str(result)
-    assert "| after training, mixed with the base model | 0.8000 |" in (folder / "README.md").read_text()
-    assert json.loads((folder / "merged/merge.json").read_text())["alpha"] == 0.25
+    for name, value in weights(folder).items():
+        torch.testing.assert_close(value, 0.75 * base[name] + 0.25 * trained[name])
+    table = [line[:10].strip() for line in str(result).splitlines()[3:9]]
+    assert table == ["before", "experts", "alpha 0.25", "alpha 0.75", "merged", "Next: pyth"]
+    mixed = "the model with its experts merged, mixed with its base model (alpha 0.25), its card"
+    assert f"saved to {folder}: {mixed}" in str(result)
+    assert "| after training, mixed with the base model | 0.7000 |" in (folder / "README.md").read_text()
+    assert json.loads((folder / "merge.json").read_text())["alpha"] == 0.25
 
     before = contents(folder)
-    again = run([*options, "--resume_from_checkpoint", "true"], 0.5, 0.8, 0.7, 0.6, 0.5)
+    again = run([*options, "--resume_from_checkpoint", "true"], 0.7, 0.4, 0.55)
     assert str(again) == str(result)
     assert contents(folder) == before
+
+
+def test_the_best_mixture_is_kept(argv, tiny_encoder):
+    # The base model, the checkpoint; its mixtures.
+    result = run(argv(merge_base_alpha=[0.25, 0.75]), 0.5, 0.6, 0.5, 0.8)
+    assert (result.alpha, result.after["nDCG@10"]) == (0.75, 0.8)
+    base, trained = weights(tiny_encoder), dense(result.folder / "checkpoint-1")
+    for name, value in dense(result.folder).items():
+        torch.testing.assert_close(value, 0.25 * base[name] + 0.75 * trained[name])
+    assert [line[:10].strip() for line in str(result).splitlines()[2:6]] == [
+        "before",
+        "alpha 0.25",
+        "alpha 0.75",
+        "trained",
+    ]
+    assert f"saved to {result.folder}: the model, mixed with its base model (alpha 0.75), its card" in str(result)
 
 
 def test_without_a_collection_one_share_is_taken(argv, tiny_encoder, tmp_path):

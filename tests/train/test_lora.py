@@ -302,8 +302,10 @@ def test_training_goes_on_from_a_run_with_an_adapter(run, tmp_path):
 def test_experts_and_adapter_merged(model, tmp_path):
     data = write_triplets(tmp_path / "t.jsonl", 4)
     main(arguments(model, data, tmp_path / "run", trainable="lora", merge_experts=True, max_steps=2))
-    merged, trained = Encoder.load(tmp_path / "run" / "merged"), Encoder.load(tmp_path / "run")
+    merged, trained = Encoder.load(tmp_path / "run"), Encoder.load(tmp_path / "run" / "experts")
     assert not has_experts(merged.model)
+    assert not list((tmp_path / "run").glob("adapter*"))
+    assert "PeftModel" not in (tmp_path / "run" / "README.md").read_text()
     name = "encoder.layer.0.intermediate.dense.weight"
     expected = trained.model.state_dict()[name]
     assert (expected[0] - expected[1]).abs().max() > 0

@@ -1,7 +1,6 @@
 """Training from Python, and what the command prints."""
 
 import inspect
-import re
 import subprocess
 import sys
 
@@ -142,19 +141,21 @@ def test_what_the_command_prints(tiny_encoder, tmp_path):
     assert all("/2 [" in line for line in shown), shown
 
 
-def test_the_merged_model_is_saved_too(options, tmp_path):
+def test_merged_experts_are_the_run_s_model(options, tmp_path):
     dev = make_collection(tmp_path / "dev")
     more = {"num_experts": 3, "learning_rate": 0.1, "merge_experts": True, "save_strategy": "steps", "save_steps": 2}
     more |= {"eval_on_start": False}  # or the base model would be the best
     result = train(**options | more, dev_collection=dev, dev_language="ko")
-    assert result.merged == result.folder / "merged"
-    expected = merge_experts(load_encoder(result.folder)[0]).state_dict()
-    model = AutoModel.from_pretrained(result.merged)
+    folder = result.folder
+    assert result.experts == folder / "experts"
+    expected = merge_experts(load_encoder(result.experts)[0]).state_dict()
+    model = AutoModel.from_pretrained(folder)  # no code of the folder
     assert type(model) is XLMRobertaModel
+    assert not list(folder.glob("*.py"))
     found = model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     evaluation = evaluate(
-        model=[str(result.merged)],
+        model=[str(folder)],
         collection=str(dev),
         languages=["ko"],
         output=str(tmp_path / "results"),
@@ -162,9 +163,16 @@ def test_the_merged_model_is_saved_too(options, tmp_path):
         passage_max_len=40,
         dtype="float32",
     )
-    assert result.after_merging["nDCG@10"] == pytest.approx(evaluation.results[0].metrics["nDCG@10"])
-    assert re.search(r"^merged .*\d$", str(result), re.MULTILINE)
-    assert f"saved to {result.merged}: the model with its experts merged" in str(result)
+    assert result.after["nDCG@10"] == pytest.approx(evaluation.results[0].metrics["nDCG@10"])
+    in_training = [record["eval_ndcg@10"] for record in read_metrics(folder) if "eval_ndcg@10" in record]
+    assert result.with_experts["nDCG@10"] == in_training[-1]
+    assert [line.split()[0] for line in str(result).splitlines()[-3:-1]] == ["experts", "merged"]
+    assert f"saved to {folder}: the model with its experts merged, its card" in str(result)
+    assert f"saved to {result.experts}: the trained model with its experts" in str(result)
+    assert ", merged at the end" in str(result.plan)
+    card = (folder / "README.md").read_text()
+    assert "merged after training: this model is dense" in card
+    assert "trust_remote_code" not in card
 
 
 def test_without_experts_there_is_nothing_to_merge(options, tmp_path):

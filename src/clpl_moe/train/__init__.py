@@ -40,12 +40,12 @@ class TrainResult:
         best_checkpoint: of ``metric_for_best_model``, the base model left aside; None without evaluation.
         metrics_file: ``metrics.jsonl``, the course of the run.
         plan: what the run was.
-        merged: with ``merge_experts`` or ``merge_adapter``, the folder of the merged model.
-        after_merging: the metrics of that model; None where it was not evaluated.
+        experts: with ``merge_experts``, the folder of the trained model with its experts; the run folder has them merged.
+        with_experts: the metrics of that model; None where it was not evaluated.
+        merged: with ``merge_adapter``, the folder of the model with its adapter merged.
         alpha: share of the trained weights in the saved model. 1: it is the trained model; 0: the base model, which no other
             candidate beats on the dev collection; between: a mixture, of ``merge_base_alpha``.
         candidates: share of the trained weights -> metrics, of those that were compared.
-        alpha_of_merged: as ``alpha``, of the model with its experts merged.
         verdict: where training did not beat the base model on the dev collection: likely causes, and what to try.
     """
 
@@ -55,38 +55,37 @@ class TrainResult:
     best_checkpoint: Path | None
     metrics_file: Path
     plan: Plan
+    experts: Path | None = None
+    with_experts: dict[str, float] | None = None
     merged: Path | None = None
-    after_merging: dict[str, float] | None = None
     alpha: float = 1.0
     candidates: dict[float, dict[str, float]] = field(default_factory=dict)
-    alpha_of_merged: float = 1.0
     verdict: Verdict | None = None
 
     def __str__(self) -> str:
-        what = f"the model{_mixed(self.alpha)}" if self.alpha else "the base model, as no checkpoint is better"
+        mixed = "" if self.alpha == 1 else f", mixed with its base model (alpha {self.alpha:g})"
+        what = f"the model{'' if self.experts is None else ' with its experts merged'}{mixed}"
+        what = what if self.alpha else "the base model, as no candidate is better"
         lines = [f"saved to {self.folder}: {what}, its card README.md, {self.metrics_file.name} and train_config.yaml"]
+        if self.experts is not None:
+            lines.append(f"saved to {self.experts}: the trained model with its experts")
         if self.merged is not None:
-            kind = "experts" if self.plan.training_args.merge_experts else "adapter"
-            what = f"the model with its {kind} merged{_mixed(self.alpha_of_merged)}"
-            lines.append(f"saved to {self.merged}: {what if self.alpha_of_merged else 'the base model, too'}")
+            lines.append(f"saved to {self.merged}: the model with its adapter merged")
         if self.after is not None:
             names = list(self.after)
             rows = {"before": self.before} | {f"alpha {share:g}": found for share, found in self.candidates.items()}
             rows = {label: found for label, found in rows.items() if label != "alpha 0"}
             rows["after" if self.alpha == 1 else "trained"] = rows.pop("alpha 1", None)
+            if self.experts is not None:
+                rows = {"before": rows.pop("before"), "experts": self.with_experts} | rows
+                rows["merged"] = rows.pop("after" if self.alpha == 1 else "trained")
             lines.append(f"{'':<10}" + "".join(f"{name:>10}" for name in names))
-            for label, metrics in (rows | {"merged": self.after_merging}).items():
+            for label, metrics in rows.items():
                 if metrics is not None:
                     lines.append(f"{label:<10}" + "".join(f"{metrics[name]:>10.4f}" for name in names))
         if self.verdict is not None:
             return "\n".join([*lines, "", str(self.verdict)])
         return "\n".join([*lines, f"Next: {self.next_command()}"])
-
-    @property
-    def model(self) -> Path:
-        """The folder of the best model: where only the merged one beats the base model, that one's."""
-        only_merged = self.alpha == 0 and self.alpha_of_merged > 0
-        return self.merged if self.merged is not None and only_merged else self.folder
 
     def next_command(self) -> str:
         """The command that compares the trained model with its base model."""
@@ -100,7 +99,7 @@ class TrainResult:
                 "dev",
             )
         words = [
-            *("--model", self.plan.model_args.model_name_or_path, str(self.model)),
+            *("--model", self.plan.model_args.model_name_or_path, str(self.folder)),
             *(() if self.plan.model_args.revision is None else ("--revision", self.plan.model_args.revision)),
             *("--collection", collection, "--languages", *languages),
             *(() if split == "dev" else ("--split", split)),
@@ -108,10 +107,6 @@ class TrainResult:
             *("--output", str(Path("results", self.folder.name))),
         ]
         return f"{command_name('clpl_moe.evaluate')} {shlex.join(words)}"
-
-
-def _mixed(alpha: float) -> str:
-    return "" if alpha == 1 else f", mixed with its base model (alpha {alpha:g})"
 
 
 def all_options() -> list[type]:

@@ -130,11 +130,6 @@ class CLPLTrainingArguments(
         return Path(self.output_dir or "")
 
     @property
-    def merged(self) -> bool:
-        """Whether the model is saved a second time, with experts or adapter merged."""
-        return self.merge_experts or self.merge_adapter
-
-    @property
     def dev_languages(self) -> list[str]:
         """The languages of evaluation in training."""
         given = self.dev_language

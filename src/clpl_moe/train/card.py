@@ -58,6 +58,8 @@ def write_model_card(
     from huggingface_hub import ModelCardData
 
     args, base, experts = plan.training_args, plan.model_args.model_name_or_path, plan.experts is not None
+    dense = args.merge_experts or not experts
+    adapter = args.trainable == "lora" and not args.merge_experts
     name = args.folder.resolve().name
     results = []
     metrics, before, label = result.after, result.before, "after training"
@@ -72,7 +74,7 @@ def write_model_card(
         language=list(dict.fromkeys(x for x in (*args.dev_languages, args.ance_language) if x is not None)) or None,
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
-        tags=["sentence-transformers", "feature-extraction", "clpl", *(["moe"] if experts else [])],
+        tags=["sentence-transformers", "feature-extraction", "clpl", *([] if dense else ["moe"])],
         # The hub takes names of its own only.
         base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None,
         model_name=name,
@@ -82,7 +84,7 @@ def write_model_card(
     max_length = read_json(args.folder / "sentence_bert_config.json", dict)["max_seq_length"]
     described = describe(args.folder, settings, max_length, shown)
     tools = TOOLS
-    if args.trainable == "lora":  # of adapters, none puts experts into the base model
+    if adapter:  # of adapters, none puts experts into the base model
         tools = [] if experts else find_tools(["sentence-transformers", "transformers"])
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -110,7 +112,7 @@ def write_model_card(
         own_code=described.own_code,
         calls=[(tool.name, tool.call(described)) for tool in tools if tool.fits(described) is None],
         experts=json.dumps(plan.experts) if experts else None,
-        adapter=args.trainable == "lora",
+        adapter=adapter,
         files=", ".join(as_code(entry_path(entry).name) for entry in plan.data_args.train_data),
         versions=", ".join(f"{package} {version}" for package, version in versions().items()),
     )

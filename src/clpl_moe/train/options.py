@@ -177,8 +177,8 @@ class RunOptions:
         "Where to log besides metrics.jsonl: tensorboard, wandb, none, ...", "tensorboard", nargs="+"
     )
     merge_experts: bool = option(
-        "Also save the model with each layer's experts merged into one, in the folder 'merged' of the run; it is evaluated"
-        " on dev_collection.",
+        "Merge each layer's experts into one at the end: the run's folder holds a dense model, and its folder 'experts' the one"
+        " with experts. Both are evaluated on dev_collection.",
         False,
     )
     merge_base_alpha: list[float] | None = option(

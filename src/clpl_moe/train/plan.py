@@ -169,7 +169,8 @@ class Plan:
         lines = [
             f"base model      {self.model_args.model_name_or_path}{f' ({estimate.shape_source})' if estimate else ''}"
             f"{f', revision {self.model_args.revision}' if self.model_args.revision else ''}",
-            f"experts         {', '.join(f'{name} {value}' for name, value in (self.experts or {}).items()) or 'none'}",
+            f"experts         {', '.join(f'{name} {value}' for name, value in (self.experts or {}).items()) or 'none'}"
+            f"{', merged at the end' if args.merge_experts else ''}",
             f"parameters      {self.parameters:,}, trained {self.trained_parameters:,} ({share:.1%},"
             f" trainable: {args.trainable}{frozen})",
             *([f"adapter         {args.adapter_in_words()}"] if args.trainable == "lora" else []),

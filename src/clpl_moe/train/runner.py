@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from clpl_moe.common.allocator import keep_freed_memory
 from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import atomic_open, write_json
-from clpl_moe.common.output import Output
+from clpl_moe.common.output import Output, writing
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.lengths import token_counter
 from clpl_moe.encoder import Encoder
@@ -42,7 +42,7 @@ from clpl_moe.train.base_model import (
 )
 from clpl_moe.train.card import CARD, write_model_card
 from clpl_moe.train.checks import check_optimizer
-from clpl_moe.train.keep import Keeper, Kept
+from clpl_moe.train.keep import Keeper
 from clpl_moe.train.lengths import Lengths, choose_lengths, longest_counted
 from clpl_moe.train.lora import name_base
 from clpl_moe.train.metrics_file import METRICS_FILE, read_metrics
@@ -54,7 +54,8 @@ from clpl_moe.train.verdict import verdict_of
 
 logger = logging.getLogger(__name__)
 
-MERGED_FOLDER = "merged"
+EXPERTS_FOLDER, MERGED_FOLDER = "experts", "merged"
+_FILES_OF_A_MODEL = ("*.safetensors", "*.safetensors.index.json", "*.py", "adapter_config.json", "moe_config.json")
 _OPTIONS_OF_THE_MODEL = (
     *("mask_duplicates", "balance_loss_weight", "z_loss_weight", "grad_cache_tokens", "sub_batch_size", "kd_loss_type"),
     *("unified_finetuning", "use_self_distill", "self_distill_start_step"),
@@ -115,6 +116,8 @@ class CLPLRunner:
         add_experts(model, args.moe_config(), args.model_name_or_path)
         if self.training_args.merge_experts and not has_experts(model):
             raise OptionError("merge_experts", "found no experts to merge, expected num_experts above 0")
+        if self.training_args.merge_experts and self.training_args.merge_adapter:
+            raise OptionError("merge_adapter", "found true, expected false with merge_experts, which merges both")
         self._give_experts(encoder)
         return encoder
 
@@ -292,11 +295,11 @@ class CLPLRunner:
             self.trainer.train(resume_from_checkpoint=checkpoint)
         if first:
             (output_dir / CARD).unlink(missing_ok=True)  # it is written last: what has one is whole
-        self.trainer.save_model()
+        self.trainer.save_model(_internal_call=args.merge_experts)  # what is not the result is not pushed
         self.trainer.save_state()
         self.trainer.remove_extra()
         result = self._result()
-        if result.alpha != 1 and args.push_to_hub:
+        if args.push_to_hub and (args.merge_experts or result.alpha != 1):
             self.trainer.push_to_hub(commit_message="Model save", revision=args.hub_revision)
         if first:
             write_model_card(self.plan, self.settings, self.model, self.trainer.state.global_step, result)
@@ -311,19 +314,13 @@ class CLPLRunner:
             checkpoint = output_dir / Path(best).name
         step = int(checkpoint.name.rpartition("-")[2])
         evaluated = self.trainer.of_first(_evaluations(state.log_history))
-        merged = None
-        if args.merged:
-            merged = output_dir / MERGED_FOLDER
-            if self.trainer.is_world_process_zero():
-                # Not the one in memory: of that, FSDP has no whole weights.
-                saved = Encoder.load(output_dir, device="cpu")  # with its adapter merged
-                (merge_experts(saved) if args.merge_experts else saved).save(merged)
-            self.trainer.wait()
+        experts = self._merge_experts() if args.merge_experts else None
+        trained = evaluated.get(step)
         # Trained weights that lie nowhere else stay.
+        checkpoint = experts or checkpoint
         counts = args.base_counts and self.trainer.of_first(checkpoint.is_dir())
         keeper = Keeper(self.trainer, self.model_args, self._load_base, evaluated.get(0) if counts else None)
-        kept = keeper.keep(output_dir, evaluated.get(step))
-        of_merged = Kept() if merged is None else keeper.keep(merged, None, evaluate=True)
+        kept = keeper.keep(output_dir, trained) if experts is None else keeper.keep(output_dir, None, evaluate=True)
         result = TrainResult(
             output_dir,
             before=evaluated.get(0),
@@ -331,14 +328,42 @@ class CLPLRunner:
             best_checkpoint=None if best is None else output_dir / Path(best).name,
             metrics_file=output_dir / METRICS_FILE,
             plan=self.plan,
-            merged=merged,
-            after_merging=of_merged.metrics,
+            experts=experts,
+            with_experts=None if experts is None else trained,
+            merged=self._merge_adapter() if args.merge_adapter else None,
             alpha=kept.alpha,
             candidates=kept.candidates,
-            alpha_of_merged=of_merged.alpha,
         )
         result.verdict = verdict_of(result, self._records(), step, checkpoint)
         return result
+
+    def _merge_experts(self) -> Path:
+        """Make the model in the run folder dense; returns the folder that keeps it with its experts."""
+        output_dir = self.training_args.folder
+        experts = output_dir / EXPERTS_FOLDER
+        if self.trainer.is_world_process_zero():
+            # Not the one in memory: of that, FSDP has no whole weights.
+            encoder = Encoder.load(output_dir, device="cpu")  # with its adapter merged
+            encoder.save(experts)
+            merge_experts(encoder)
+            # Weights that are replaced may be mapped from their file.
+            with writing(output_dir, inside=True) as place, place.additions(output_dir) as new:
+                encoder.save(new)
+                written = {path.name for path in new.iterdir()}
+            for pattern in _FILES_OF_A_MODEL:  # what dense models have not, or have in fewer parts
+                for path in output_dir.glob(pattern):
+                    if path.name not in written:
+                        path.unlink()
+        self.trainer.wait()
+        return experts
+
+    def _merge_adapter(self) -> Path:
+        """Save the model of the run folder a second time, with its adapter merged; returns the folder."""
+        merged = self.training_args.folder / MERGED_FOLDER
+        if self.trainer.is_world_process_zero():
+            Encoder.load(self.training_args.folder, device="cpu").save(merged)
+        self.trainer.wait()
+        return merged
 
     def _load_base(self) -> Encoder:
         """The base model as the run began with it."""

@@ -82,7 +82,7 @@ def verdict_of(result: TrainResult, records: Sequence[dict[str, Any]], step: int
     metric = DEV_METRICS[(args.metric_for_best_model or "ndcg@10").removeprefix("eval_")]
     sign = 1 if args.greater_is_better in (None, True) else -1
     values = [metrics[metric] for alpha, metrics in result.candidates.items() if alpha > 0]
-    if result.before is None or not values or result.model != result.folder:
+    if result.before is None or not values:
         return None
     before, after = result.before[metric], max(values, key=lambda value: sign * value)
     if sign * after > sign * before:
