@@ -3,7 +3,7 @@
 1. The token ids of all texts stand in a row (T,), each text's positions count from its own start.
 2. Embeddings, projections and FFNs see the stream (1, T, D); only attention has to know where a text ends. On CUDA, in
    half precision, one variable-length flash attention does all texts; elsewhere texts of equal length, which lie side by
-   side, are one batch of scaled dot product attention, without a mask.
+   side, are one batch of attention without a mask (:mod:`.attention`).
 3. Frozen layers below the first trained one run without a graph, also under gradient checkpointing, where transformers
    makes the embeddings require gradients.
 4. Casts for autocast, the sum with the residual and layer norm are one pass on a GPU (:mod:`.add_norm`).
@@ -35,6 +35,7 @@ from transformers.models.bert import modeling_bert as bert
 from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.xlm_roberta import modeling_xlm_roberta as xlmr
 
+from clpl_moe.encoder.attention import attention
 from clpl_moe.encoder.settings import check_pooling, pool
 from clpl_moe.moe.dispatch import cast, linear_dtype
 from clpl_moe.moe.install import layer_states
@@ -296,8 +297,7 @@ def _grouped_attention(query: Tensor, key: Tensor, value: Tensor, stream: _Strea
     outputs = []
     for count, q, k, v in zip(counts, queries, key.split(tokens), value.split(tokens), strict=True):
         q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))  # (count, heads, length or 1, d)
-        output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
+        outputs.append(attention(q, k, v, dropout).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
 
 
