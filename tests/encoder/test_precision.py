@@ -92,7 +92,8 @@ def test_weights_that_are_made_on_the_way_are_not_kept(amd):
     assert calls.counts[LINEAR] == 0
 
 
-def test_other_precisions_and_empty_inputs_run_as_ever(amd):
+def test_other_precisions_and_empty_inputs_run_as_ever(amd, monkeypatch):
+    monkeypatch.setattr(precision, "fast_bfloat16", lambda device: False)
     half = nn.Linear(16, 16, dtype=torch.bfloat16)
     single = nn.Linear(16, 16)
     with torch.inference_mode(), Calls() as calls:
@@ -103,6 +104,41 @@ def test_other_precisions_and_empty_inputs_run_as_ever(amd):
         with onednn_linear(single, torch.float32):
             assert single(torch.zeros(0, 16)).shape == (0, 16)
     assert calls.counts[LINEAR] == 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_fast_bfloat16(weights, bias, onednn, monkeypatch):
+    """The weights are packed once, cast before where they are float32; what leaves autocast is computed as ever."""
+    monkeypatch.setattr(onednn, "fast_bfloat16", lambda device: True)
+    linear = nn.Linear(24, 40, bias=bias, dtype=weights)
+    cast = weights == torch.float32
+    with torch.inference_mode(), onednn_linear(linear, torch.bfloat16), Calls() as calls:
+        for _ in range(3):
+            inputs = torch.randn(2, 7, 24)
+            expected = inputs.bfloat16().float() @ linear.weight.bfloat16().float().T + (linear.bias if bias else 0)
+            with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                found = linear(inputs if cast else inputs.bfloat16())
+            assert found.dtype == torch.bfloat16
+            torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+        assert (calls.counts[LINEAR], calls.counts[PACK]) == (3, 1)
+        if cast:
+            assert linear(inputs).dtype == torch.float32
+            with torch.autocast("cpu", enabled=False):
+                torch.testing.assert_close(linear(inputs), F.linear(inputs, linear.weight * 1, linear.bias))
+    assert calls.counts[LINEAR] == 3
+
+
+def test_encode_in_bfloat16_packs(tiny_encoder, onednn, monkeypatch):
+    monkeypatch.setattr(onednn, "fast_bfloat16", lambda device: True)
+    encoder = Encoder.load(tiny_encoder, device="cpu")
+    texts = [f"word {i} " * (1 + i % 7) for i in range(40)]
+    how = {"max_length": 20, "batch_tokens": 64, "progress": False}
+    with Calls() as calls:
+        embeddings = encoder.encode_passages(texts, **how)
+    assert calls.counts[LINEAR] > calls.counts[PACK] > 0
+    monkeypatch.setattr("clpl_moe.encoder.encode.onednn_linear", lambda model, dtype: nullcontext())
+    torch.testing.assert_close(embeddings, encoder.encode_passages(texts, **how), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
