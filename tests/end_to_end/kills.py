@@ -173,6 +173,19 @@ def merge(folder: Path, number: int) -> Job:
     return _replacing(main, argv, output / "merge.json", number)
 
 
+def export(folder: Path, number: int) -> Job:
+    """A model in another precision."""
+    import clpl_moe.export.card
+    import clpl_moe.export.format_2024
+    import clpl_moe.export.onnx_graph
+    import clpl_moe.export.vocabulary  # noqa: F401
+    from clpl_moe.export.__main__ import main
+
+    output = folder / "output" / "exported"
+    argv = ["--input", _model_with_dropout(folder), "--dtype=bfloat16", "--output", output]
+    return _replacing(main, argv, output / "export.json", number)
+
+
 def _replacing(main: Callable[[list[str]], Any], argv: list[Any], file: Path, number: int) -> Job:
     """A command that writes the folder of ``file`` as a whole; with an odd number, one of its kind stands there before."""
     argv = [*map(str, argv), f"--overwrite={number % 2 == 1}"]
@@ -213,6 +226,7 @@ JOBS: dict[str, Callable[[Path, int], Job]] = {
     "judge": judge,
     "prepare": prepare,
     "merge": merge,
+    "export": export,
 }
 
 

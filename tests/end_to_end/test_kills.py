@@ -22,7 +22,7 @@ def run(*argv, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["mine", "evaluate", "synthesize", "judge", "prepare", "merge"])
+@pytest.mark.parametrize("command", ["mine", "evaluate", "synthesize", "judge", "prepare", "merge", "export"])
 def test_a_killed_job_that_is_run_again_leaves_what_an_undisturbed_one_leaves(tmp_path, command):
     text = run(command, "--times", "3", folder=tmp_path)
     assert "0 faulty" in text, text

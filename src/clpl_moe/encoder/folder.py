@@ -182,8 +182,10 @@ def read_file(folder: str | Path, name: str, kind: type, hub: Mapping[str, str |
 def _from_hub(repository: str, name: str, hub: Mapping[str, Any]) -> Path | None:
     from huggingface_hub import errors, hf_hub_download
 
+    from clpl_moe.encoder.hub import asked
+
     try:
-        return Path(hf_hub_download(repository, name, **hub))
+        return Path(hf_hub_download(repository, name, **asked(hub)))
     except errors.LocalEntryNotFoundError:
         logger.warning("%s of %s: the hub cannot be reached, taking the defaults", name, repository)
     # A name that is none is the business of whoever loads the weights.

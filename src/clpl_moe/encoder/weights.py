@@ -22,6 +22,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from clpl_moe.common.errors import UserError, at, one_line
 from clpl_moe.common.files import read_json
+from clpl_moe.encoder.hub import asked
 
 HEAD_FILES = ("sparse_linear.pt", "colbert_linear.pt")  # of BGE-M3, as FlagEmbedding names them
 
@@ -90,7 +91,7 @@ def find_file(path: str, name: str, hub: dict[str, Any] | None = None) -> str | 
         file = Path(path) / name
         return str(file) if file.is_file() else None
     try:
-        return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **(hub or {}))
+        return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **asked(hub or {}))
     except (OSError, ValueError):
         return None
 
@@ -111,7 +112,7 @@ def find_heads(path: str | Path, **hub: Any) -> dict[str, str]:
     found = {}
     for name in HEAD_FILES:
         try:
-            found[name] = hf_hub_download(str(path), name, **hub)
+            found[name] = hf_hub_download(str(path), name, **asked(hub))
         except (errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:  # HTTP errors are OSErrors
             if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
                 continue

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from clpl_moe.common.errors import UserError, one_line
 from clpl_moe.common.files import write_json
 from clpl_moe.encoder import Encoder
-from clpl_moe.encoder.encode import tokenize
+from clpl_moe.encoder.encode import Kind, tokenize
 from clpl_moe.encoder.encoder import save_tokenizer
 from clpl_moe.encoder.settings import pool, write_settings
 from clpl_moe.encoder.weights import HEAD_FILES, read_head
@@ -217,11 +217,11 @@ def open_session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _least_cosine(path: Path, encoder: Encoder, texts: Sequence[str], expected: Tensor) -> float:
-    """Of texts in pairs, so that there is padding and lengths differ."""
+def graph_embeddings(path: Path, encoder: Encoder, texts: Sequence[str], kind: Kind = "passage") -> Tensor:
+    """``sentence_embedding`` (B, D) of texts by onnxruntime; in pairs, so that there is padding and lengths differ."""
     session = open_session(path)
     names = {node.name for node in session.get_inputs()}
-    tokenized = tokenize(encoder, texts, kind="passage", max_length=encoder.max_length)
+    tokenized = tokenize(encoder, texts, kind=kind, max_length=encoder.max_length)
     sequences = [tokenized.sequences[place] for place in tokenized.places]
     found = []
     for start in range(0, len(texts), 2):
@@ -233,4 +233,8 @@ def _least_cosine(path: Path, encoder: Encoder, texts: Sequence[str], expected: 
         inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
         given = {name: array for name, array in inputs.items() if name in names}
         found.append(torch.from_numpy(session.run(["sentence_embedding"], given)[0]))
-    return float(F.cosine_similarity(torch.cat(found), expected).min())
+    return torch.cat(found)
+
+
+def _least_cosine(path: Path, encoder: Encoder, texts: Sequence[str], expected: Tensor) -> float:
+    return float(F.cosine_similarity(graph_embeddings(path, encoder, texts), expected).min())
