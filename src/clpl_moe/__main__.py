@@ -16,6 +16,7 @@ VERBS = {
     "quickstart": "train a small encoder on the Korean sample and show nDCG before and after",
     "prepare": "turn MIRACL, BEIR's layout or SQuAD-shaped files into a collection",
     "convert": "write training data or a collection in the format of another tool",
+    "encode": "encode corpora ahead of mine and evaluate, on several machines at once",
     "mine": "mine hard negatives and the queries that they answer: training data",
     "synthesize": "have a language model write queries for negatives that have none",
     "judge": "have a language model find the negatives that answer their query",

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from sentence_transformers import quantize_embeddings
 
 from clpl_moe.retrieval import store
+from clpl_moe.retrieval.nearest import nearest
 from clpl_moe.retrieval.options import EncodingArguments
-from clpl_moe.retrieval.quantize import QuantizedPassages, nearest
+from clpl_moe.retrieval.quantize import QuantizedPassages
 from clpl_moe.retrieval.search import search
 from clpl_moe.retrieval.store import EmbeddingShards
 

@@ -79,7 +79,7 @@ class FileLock:
                 continue
             locked = try_lock(descriptor)
             if locked is None:
-                locked = not _alive(self.holder())
+                locked = not is_alive(self.holder())
             if not locked:
                 os.close(descriptor)
                 return False
@@ -104,7 +104,7 @@ class FileLock:
 
     def taken(self) -> bool:
         """Whether another living process has the lock, as far as a look shows. Nothing is taken or written."""
-        if not _alive(self.holder()):  # so that nobody's lock is touched who takes it just now
+        if not is_alive(self.holder()):  # so that nobody's lock is touched who takes it just now
             return False
         try:
             descriptor = os.open(self.file, os.O_RDWR)
@@ -137,7 +137,8 @@ class FileLock:
                 self.file.unlink()
 
 
-def _alive(holder: dict[str, Any]) -> bool:
+def is_alive(holder: dict[str, Any]) -> bool:
+    """Whether a holder's process may be alive: it runs on this host, or is on another one."""
     if not holder or holder.get("host") != socket.gethostname():
         return bool(holder)
     pid = holder.get("pid")

@@ -19,7 +19,9 @@ from clpl_moe.encoder.weights import resolved_revision
 from clpl_moe.evaluate import m3
 from clpl_moe.evaluate import metrics as scoring
 from clpl_moe.evaluate.tasks import QRELS_FILE, Task
+from clpl_moe.retrieval.approximate import ApproximateIndex
 from clpl_moe.retrieval.collection import Collection
+from clpl_moe.retrieval.nearest import nearest, share_search
 from clpl_moe.retrieval.quantize import QuantizedPassages
 from clpl_moe.retrieval.search import search
 from clpl_moe.retrieval.store import EmbeddingShards, cache_folder, encode_passages, encode_queries, process
@@ -43,6 +45,7 @@ class RetrievalResult:
     encoded: int  # passages encoded by this process; others were found on disk or are another's
     exact_metrics: dict[str, float] | None = None  # of an exact search, where the search was on quantized embeddings
     searched_bytes: int | None = None  # of the quantized embeddings
+    approximate: dict[str, Any] | None = None  # figures of a search in an approximate index
 
 
 def evaluate_retrieval(
@@ -54,10 +57,12 @@ def evaluate_retrieval(
     metrics: Sequence[str] = scoring.DEFAULT_METRICS,
     cache: Path | None = None,
     progress: bool = True,
+    jointly: bool = False,
 ) -> RetrievalResult:
     """Rank a collection's passages for each of its queries by similarity, and score the ranking.
 
-    The search is exact unless ``encoding`` has ``quantize``: then an exact one is made and scored, too. As in BEIR, a query does
+    The search is exact unless ``encoding`` has ``quantize``, where an exact one is made and scored, too, or an approximate
+    ``index``. ``jointly``: the other processes call :func:`clpl_moe.retrieval.nearest.share_search` meanwhile. As in BEIR, a query does
     not find itself (:meth:`~clpl_moe.retrieval.collection.Collection.own_passages`). Of ``encoding``, lengths, batch size and
     search count; precision and settings are the encoder's. ``top_k`` passages are kept for each query. ``metrics`` are named as
     in ``ir_measures``. ``cache`` is a folder for the passages' embeddings, as
@@ -73,9 +78,14 @@ def evaluate_retrieval(
     passages = encode_passages(encoder, collection.passages, encoding, cache=cache, progress=progress)
     times.append(time.perf_counter())
     own, queries, quantized = collection.own_passages(), queries.to(encoder.device), None
+    approximate = None
     depth = top_k + bool(own)
-    if encoding.quantize is None:
-        run = _run(collection, own, top_k, *search(queries, passages, depth))
+    if encoding.index == "approximate":
+        index = ApproximateIndex(passages, encoding)
+        run = _run(collection, own, top_k, *index.search(queries, depth))
+        approximate = index.about
+    elif encoding.quantize is None:
+        run = _run(collection, own, top_k, *nearest(queries, passages, depth, encoding, jointly))
     else:
         quantized = QuantizedPassages(passages, encoding.quantize)
         run = _run(collection, own, top_k, *quantized.search(queries, depth, encoding.oversampling))
@@ -85,7 +95,7 @@ def evaluate_retrieval(
     steps = ("encode_queries", "encode_passages", "search", "score")
     seconds = {step: end - start for step, start, end in zip(steps, times, times[1:])}
     encoded = passages.encoded if isinstance(passages, EmbeddingShards) else len(passages)
-    result = RetrievalResult(means, per_query, run, seconds, encoded)
+    result = RetrievalResult(means, per_query, run, seconds, encoded, approximate=approximate)
     if quantized is not None:
         exact = _run(collection, own, top_k, *search(queries, passages, depth))
         result.exact_metrics = scoring.evaluate_run(collection.qrels, exact, metrics)[0]
@@ -111,7 +121,8 @@ def rank_by_embeddings(
     collection, folder = task.collection, task.folder
     with cache_folder(encoding, beside=output.embeddings) as cache:
         if process()[0] > 0:
-            encode_passages(encoder, collection.passages, encoding, cache=cache, progress=False)
+            passages = encode_passages(encoder, collection.passages, encoding, cache=cache, progress=False)
+            share_search(passages, encoding)
             return None
         print(
             f"{task.model} on {collection.language}: {len(collection.passages):,} passages"
@@ -120,7 +131,7 @@ def rank_by_embeddings(
             file=sys.stderr,
         )
         result = evaluate_retrieval(
-            encoder, collection, encoding, top_k=arguments.top_k, metrics=arguments.metrics, cache=cache
+            encoder, collection, encoding, top_k=arguments.top_k, metrics=arguments.metrics, cache=cache, jointly=True
         )
         content = {
             "metrics": result.metrics,
@@ -133,6 +144,8 @@ def rank_by_embeddings(
                 "exact_metrics": result.exact_metrics,
                 "bytes": {encoding.quantize: result.searched_bytes, "float32": whole},
             }
+        if result.approximate is not None:
+            content["approximate"] = result.approximate
         with task.writing(output):
             scoring.write_trec_qrels(folder / QRELS_FILE, collection.qrels)
             scoring.write_trec_run(folder / scoring.run_file(scoring.DENSE), result.run, tag=Path(task.model).name)

@@ -58,6 +58,8 @@ class Evaluation:
         parts = [_format_results(self.results)] if self.results else []
         if quantized := [r for r in self.results if "exact_metrics" in r.about]:
             parts.append(_format_losses(quantized))
+        if approximate := [r for r in self.results if r.score == DENSE and "approximate" in r.about]:
+            parts.append(_format_approximate(approximate))
         if self.comparisons:
             parts.append(f"{_format_comparisons(self.comparisons)}\n{TEST}")
         return "\n\n".join(parts)
@@ -87,6 +89,17 @@ def _format_losses(results: Sequence[Result]) -> str:
         memory = [f"{size / 2**20:.2f}" for size in r.about["bytes"].values()]
         rows.append([r.label, r.language, r.about["settings"]["quantize"], *losses, *memory])
     return _align(rows, left=3)
+
+
+def _format_approximate(results: Sequence[Result]) -> str:
+    """A row for each search in an approximate index: what it finds of an exact search's passages, and its time."""
+    rows = [["approximate", "language", "recall", "measured on", "lists", "index s", "search s", "exact s, about"]]
+    for r in results:
+        found = r.about["approximate"]
+        lists, seconds = f"{found['lists_searched']} of {found['lists']}", found["seconds"]
+        times = [f"{seconds.get(name, 0):.1f}" for name in ("index", "search", "exact")]
+        rows.append([r.label, r.language, f"{found['recall']:.4f}", f"{found['sample']} queries", lists, *times])
+    return _align(rows, left=2)
 
 
 def _format_comparisons(comparisons: Sequence[dict[str, Any]]) -> str:

@@ -55,10 +55,11 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
         from clpl_moe.mine.guide import Guide
         from clpl_moe.mine.index import PassageIndex
         from clpl_moe.mine.lines import training_lines
+        from clpl_moe.mine.rank import share_ranking
         from clpl_moe.mine.rerank import Reranker
         from clpl_moe.mine.select import NegativeMiner
         from clpl_moe.retrieval.collection import COLLECTION_FILES, Collection
-        from clpl_moe.retrieval.store import cache_folder, encode_passages, processes
+        from clpl_moe.retrieval.store import cache_folder, processes
 
         refuse_existing(arguments.output, arguments.overwrite)
         folder = Path(arguments.collection, arguments.language)
@@ -74,7 +75,7 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
         guide = None if arguments.guide is None else Guide.load(arguments, encoding, cache)
         if not first:  # it encodes its part, the first one does the rest
             if encoder is not None:
-                encode_passages(encoder, index.texts, encoding, cache=cache, progress=False)
+                share_ranking(index, encoder, encoding, cache)
             if guide is not None:
                 guide.share(index)
             return None
@@ -93,6 +94,7 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
             guide=guide,
             guide_margin=arguments.guide_margin,
             cache=cache,
+            jointly=True,
         )
         lines = training_lines(miner, collection, arguments.max_positive_queries)
         line = next(lines, None)  # before a file is opened, of which a kill while encoding would leave something

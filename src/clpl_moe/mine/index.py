@@ -22,6 +22,7 @@ class PassageIndex:
 
     Attributes:
         source: the collection's folder.
+        corpus: all passages of the collection.
         rows: for each distinct passage (its *place*), the first row of the corpus that holds it.
         ids: the id of the text at each place.
         texts: the text at each place, read when asked for.
@@ -32,6 +33,7 @@ class PassageIndex:
     def __init__(self, collection: Collection, positive_queries: Iterable[tuple[str, Sequence[str]]] = ()) -> None:
         self._collection = collection
         self.source = collection.directory / collection.language
+        self.corpus = collection.passages
         queries = dict(zip(collection.query_ids, collection.queries))
         stored = list(positive_queries)
         judged = [(p, q) for q, grades in collection.qrels.items() for p, grade in grades.items() if grade > 0]

@@ -11,9 +11,9 @@ import torch
 
 from clpl_moe.encoder import Encoder
 from clpl_moe.mine.index import PassageIndex
+from clpl_moe.retrieval.nearest import nearest, share_search
 from clpl_moe.retrieval.options import EncodingArguments
-from clpl_moe.retrieval.quantize import nearest
-from clpl_moe.retrieval.store import encode_passages, encode_queries
+from clpl_moe.retrieval.store import EmbeddingRows, Embeddings, EmbeddingShards, encode_passages, encode_queries
 
 Candidate = tuple[int, float]  # place in the index, score
 
@@ -47,6 +47,24 @@ class Ranking:
     positive_scores: list[list[float]]  # of each query's positives, then of its other positives
 
 
+def encode_index(
+    index: PassageIndex, encoder: Encoder, encoding: EncodingArguments, cache: Path | None, progress: bool = True
+) -> Embeddings:
+    """The embeddings of an index's texts, by place. In a folder that the user named they are rows of the whole corpus, whose
+    embeddings ``encode`` and ``evaluate`` write and read, too."""
+    encoder = dataclasses.replace(encoder, settings=dataclasses.replace(encoder.settings, normalize=True))
+    if cache is None or encoding.cache_dir is None:
+        return encode_passages(encoder, index.texts, encoding, cache=cache, progress=progress)
+    corpus = encode_passages(encoder, index.corpus, encoding, cache=cache, progress=progress)
+    assert isinstance(corpus, EmbeddingShards)
+    return EmbeddingRows(corpus, index.rows)
+
+
+def share_ranking(index: PassageIndex, encoder: Encoder, encoding: EncodingArguments, cache: Path) -> None:
+    """What the other processes of ``torchrun`` do while the first one ranks: encode and search their part."""
+    share_search(encode_index(index, encoder, encoding, cache, progress=False), encoding)
+
+
 def rank_passages(
     queries: Sequence[MiningQuery],
     index: PassageIndex,
@@ -55,17 +73,19 @@ def rank_passages(
     encoding: EncodingArguments,
     cache: Path | None = None,
     progress: bool = True,
+    jointly: bool = False,
 ) -> Ranking:
-    """The passages most similar to each query, ``rank_to`` of them besides those that have no rank."""
+    """The passages most similar to each query, ``rank_to`` of them besides those that have no rank. ``jointly``: the other
+    processes call :func:`share_ranking` meanwhile."""
 
     encoder = dataclasses.replace(encoder, settings=dataclasses.replace(encoder.settings, normalize=True))
     query_embeddings = encode_queries(encoder, [query.text for query in queries], encoding, progress=progress)
     others = [text for query in queries for text in query.other_positives]
     other_embeddings = encode_passages(encoder, others, encoding, progress=progress) if others else None
-    passages = encode_passages(encoder, index.texts, encoding, cache=cache, progress=progress)
+    passages = encode_index(index, encoder, encoding, cache, progress)
     # Deep enough that the window is full when all that must not be in it has been taken out.
     depth = rank_to + min(_MOST_EXCLUDED, max(len(query.excluded) for query in queries))
-    scores, places = nearest(query_embeddings.to(encoder.model.device), passages, depth, encoding)
+    scores, places = nearest(query_embeddings.to(encoder.model.device), passages, depth, encoding, jointly)
     pairs = [(row, place) for row, query in enumerate(queries) for place in query.positives]
     positive_scores: list[list[float]] = [[] for _ in queries]
     for start in range(0, len(pairs), _ROWS_AT_ONCE):

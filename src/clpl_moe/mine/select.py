@@ -67,6 +67,7 @@ class NegativeMiner:
     guide_margin: float = 0.0
     cache: Path | None = None
     progress: bool = True
+    jointly: bool = False  # the other processes of torchrun call share_ranking meanwhile
 
     def mine(self, queries: Sequence[MiningQuery]) -> Iterator[Negatives]:
         """The negatives of each query, in their order; each query has a positive at least.
@@ -77,7 +78,7 @@ class NegativeMiner:
         if self.selection.sampling != "corpus":
             if self.encoder is None:
                 raise ValueError(f"sampling '{self.selection.sampling}' ranks passages, expected an encoder")
-            how = (self.encoder, self.encoding, self.cache, self.progress)
+            how = (self.encoder, self.encoding, self.cache, self.progress, self.jointly)
             ranking = rank_passages(queries, self.index, self.selection.rank_to, *how)
         yield from self.select(queries, ranking)
 

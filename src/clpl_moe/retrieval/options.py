@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clpl_moe.common.errors import OptionError
 from clpl_moe.common.files import refuse_unwritable
-from clpl_moe.common.options import check_bounds, option
+from clpl_moe.common.options import check_bounds, check_needs, option
 
 if TYPE_CHECKING:
     from clpl_moe.encoder import Encoder
@@ -61,8 +62,19 @@ class EncodingArguments:
         " not given: exact search",
         None,
     )
+    index: Literal["exact", "approximate"] = option(
+        "approximate: search in an index of faiss (extra ann), for very many passages and queries, and score what is found"
+        " again by the whole embeddings; its recall is printed",
+        "exact",
+    )
+    index_recall: float = option(
+        "with index approximate: share of what an exact search finds that a sample of the queries has to find",
+        0.95,
+        least=0.01,
+        most=1,
+    )
     oversampling: int = option(
-        "with quantize: how many times as many passages as asked for are found by it and scored again",
+        "with quantize or index approximate: how many times as many passages as asked for are found and scored again",
         4,
         least=1,
         most=1_000,
@@ -72,6 +84,12 @@ class EncodingArguments:
     def __post_init__(self) -> None:
         # Two tokens only begin and end a text, and a tokenizer that is to cut off more cuts nothing.
         check_bounds(self)
+        check_needs(self, {"index_recall": "index approximate"})
+        if self.index == "approximate":
+            if self.quantize is not None:
+                raise OptionError("index", "approximate has codes of its own; leave out quantize")
+            if importlib.util.find_spec("faiss") is None:
+                raise OptionError("index", 'approximate needs faiss; install it with: pip install "clpl-moe[ann]"')
         if self.cache_dir is not None:
             refuse_unwritable(Path(self.cache_dir, "embeddings"))
 
@@ -85,6 +103,8 @@ class EncodingArguments:
 
     def describe_search(self) -> dict[str, Any]:
         """Everything that decides what a search finds, besides the embeddings; nothing for an exact one."""
+        if self.index == "approximate":
+            return {"index": self.index, "index_recall": self.index_recall, "oversampling": self.oversampling}
         return {} if self.quantize is None else {"quantize": self.quantize, "oversampling": self.oversampling}
 
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clpl_moe.retrieval.search import search
+from clpl_moe.retrieval.search import rescore, search
 
 if TYPE_CHECKING:
-    from clpl_moe.retrieval.options import EncodingArguments, Quantization
-    from clpl_moe.retrieval.store import EmbeddingShards
+    from clpl_moe.retrieval.options import Quantization
+    from clpl_moe.retrieval.store import Embeddings
 
 _ROWS_AT_ONCE = 4096
 
@@ -32,7 +32,7 @@ class QuantizedPassages:
     ``quantized[start:stop]`` are codes (stop - start, D), int8, or uint8 of 0 and 1; ``codes`` holds them, packed.
     """
 
-    def __init__(self, passages: Tensor | EmbeddingShards, kind: Quantization) -> None:
+    def __init__(self, passages: Embeddings, kind: Quantization) -> None:
         from sentence_transformers import quantize_embeddings
 
         self.passages, self.shape = passages, passages.shape
@@ -65,42 +65,19 @@ class QuantizedPassages:
         """As :func:`clpl_moe.retrieval.search.search` of the whole embeddings, but for passages that are not among the first
         ``k * oversampling`` by their codes."""
         steps = self.steps.to(queries.device)
-        candidates = search(queries.to(torch.float32) * steps, self, k * oversampling)[1].sort(dim=1).values  # (Q, C)
-        scores = _rescore(queries.to("cpu", torch.float32), self.passages, candidates)
-        # Of equal scores the lower index goes first.
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        return scores[:, :k], candidates.gather(1, order[:, :k])
+        candidates = search(queries.to(torch.float32) * steps, self, k * oversampling)[1]  # (Q, C)
+        return rescore(queries, self.passages, candidates, k)
 
 
-def nearest(
-    queries: Tensor, passages: Tensor | EmbeddingShards, k: int, encoding: EncodingArguments
-) -> tuple[Tensor, Tensor]:
-    """The ``k`` passages nearest to each query as a command's options say: exactly, or by quantized embeddings."""
-    if encoding.quantize is None:
-        return search(queries, passages, k)
-    return QuantizedPassages(passages, encoding.quantize).search(queries, k, encoding.oversampling)
-
-
-def _blocks(passages: Tensor | EmbeddingShards) -> Iterator[tuple[int, np.ndarray]]:
+def _blocks(passages: Embeddings) -> Iterator[tuple[int, np.ndarray]]:
     """Rows in float32, and where they begin."""
     for start in range(0, len(passages), _ROWS_AT_ONCE):
         yield start, passages[start : start + _ROWS_AT_ONCE].to("cpu", torch.float32).numpy()
 
 
-def _ranges(passages: Tensor | EmbeddingShards) -> np.ndarray:
+def _ranges(passages: Embeddings) -> np.ndarray:
     """(2, D) float32, the least and the greatest value of each dimension."""
     least, most = np.full((2, passages.shape[1]), [[np.inf], [-np.inf]], np.float32)
     for _, rows in _blocks(passages):
         least, most = np.minimum(least, rows.min(axis=0)), np.maximum(most, rows.max(axis=0))
     return np.stack([least, most])
-
-
-def _rescore(queries: Tensor, passages: Tensor | EmbeddingShards, candidates: Tensor) -> Tensor:
-    """(Q, C) dot products of queries (Q, D) with their candidates (Q, C), which are read in the order of the corpus."""
-    scores = torch.empty(candidates.numel())
-    flat = candidates.flatten()
-    for part in flat.argsort().split(_ROWS_AT_ONCE):
-        places, which = flat[part].unique(return_inverse=True)
-        rows = passages[places.tolist()].to("cpu", torch.float32)[which]  # (part, D)
-        scores[part] = (rows * queries[part // candidates.shape[1]]).sum(dim=1)
-    return scores.view(candidates.shape)

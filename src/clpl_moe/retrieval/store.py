@@ -5,7 +5,9 @@
 2. The texts are cut into shards. A thread reads and tokenizes the next shard while the encoder works on the current one.
 3. The embeddings of a shard are written in 16-bit floats to a file that gets its name when it is complete. Only missing
    shards are computed: an interrupted job goes on where it stopped.
-4. Several processes (``torchrun``) share the missing shards, and each process reads all shards.
+4. All processes that encode into a folder share its missing shards, whether ``torchrun`` started them or each was started by
+   itself, on one machine or on several with a common file system (:mod:`clpl_moe.retrieval.claims`). The shards of a
+   process that dies fall to the others. Each process waits until all shards are there, and reads all.
 
 Memory holds the texts and token ids of two shards, whatever the size of the corpus.
 """
@@ -17,12 +19,15 @@ import hashlib
 import json
 import math
 import os
+import random
 import shutil
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -34,11 +39,14 @@ from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open, refuse_unwritable, write_json
 from clpl_moe.encoder.encode import check_finite, encode_tokenized, tokenize
 from clpl_moe.encoder.settings import check_length
+from clpl_moe.retrieval.claims import Claims
 from clpl_moe.retrieval.collection import hash_texts
 
 if TYPE_CHECKING:
     from clpl_moe.encoder import Encoder
     from clpl_moe.retrieval.options import EncodingArguments
+
+_LOOKS = 1.0  # seconds between two looks at what other processes have left to do
 
 SHARD_TEXTS = 4096  # what a kill loses at most, a second on a large GPU and minutes on a CPU
 
@@ -95,12 +103,34 @@ class EmbeddingShards:
                 parts.append(np.load(self.file(number), mmap_mode="r")[first : first + end - start])
                 start = end
             return torch.from_numpy(np.concatenate(parts))
-        rows = torch.as_tensor(index, dtype=torch.int64).numpy()
-        found = np.empty((len(rows), self.shape[1]), np.float32)
+        return self.gather(torch.as_tensor(index, dtype=torch.int64).numpy(), np.float32)
+
+    def gather(self, rows: np.ndarray, dtype: type[np.floating]) -> Tensor:
+        """Some rows (R,), as (R, D)."""
+        found = np.empty((len(rows), self.shape[1]), dtype)
         for number in np.unique(rows // SHARD_TEXTS):
             here = rows // SHARD_TEXTS == number
             found[here] = np.load(self.file(number), mmap_mode="r")[rows[here] % SHARD_TEXTS]
         return torch.from_numpy(found)
+
+
+class EmbeddingRows:
+    """Some rows of :class:`EmbeddingShards`, read as these are; ``rows`` (N,) are ascending."""
+
+    def __init__(self, shards: EmbeddingShards, rows: np.ndarray) -> None:
+        self.shards, self.rows = shards, rows
+        self.shape = torch.Size([len(rows), shards.shape[1]])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: slice | Sequence[int]) -> Tensor:
+        if isinstance(index, slice):
+            return self.shards.gather(self.rows[index], np.float16)
+        return self.shards[self.rows[torch.as_tensor(index, dtype=torch.int64).numpy()]]
+
+
+Embeddings: TypeAlias = Tensor | EmbeddingShards | EmbeddingRows  # (N, D), read by rows
 
 
 def encode_queries(
@@ -122,8 +152,8 @@ def encode_passages(
 ) -> Tensor | EmbeddingShards:
     """Embed passages in memory or, with ``cache``, in a folder of shards within it, of which only missing ones are computed.
 
-    With ``cache``, texts are read several times, front to back. With ``torch.distributed`` too, all processes have to call
-    this; each encodes its part, and each can read all. ``progress`` also prints how many shards were found.
+    With ``cache``, texts are read several times, front to back, and other processes that embed the same share the work. With
+    ``torch.distributed``, all processes have to call this. ``progress`` also prints how many shards were found.
 
     Returns:
         (N, D): a float32 tensor on the CPU, or shards, in 16-bit floats.
@@ -141,29 +171,54 @@ def encode_passages(
     if not shards.folder.is_dir():
         raise UserError(f"{at(shards.folder)}: not found, although another process made it; all need the same disk")
     missing = [number for number in range(shards.count) if not shards.has(number)]
-    own = [number for number in missing if number % world == rank]
     _wait()  # until all processes have the same list
     progress = progress and rank == 0
     if progress:
         found = f"{shards.count - len(missing):,} of {shards.count:,} shards found"
         print(f"embeddings in {shards.folder}: {found}", flush=True)  # also where the job is killed
+    unseen = deque(missing)  # in this round over what is missing
+    unseen.rotate(-rank * len(unseen) // world)
 
     def read(number: int):
         rows = shards.rows(number)
         return tokenize(encoder, texts[rows.start : rows.stop], kind="passage", max_length=length)
 
-    total = sum(len(shards.rows(number)) for number in own)
+    def begin() -> tuple[int, Future] | None:
+        """Claim a shard and begin to read its texts; None where all that are missing are other processes'."""
+        while unseen:
+            number = unseen.popleft()
+            if not shards.has(number) and claims.take(number):
+                if not shards.has(number):
+                    return number, thread.submit(read, number)
+                claims.release(number)  # finished meanwhile
+            elif unseen:
+                unseen.rotate(-random.randrange(len(unseen)))  # away from where another process is
+        return None
+
+    def still_missing() -> list[int]:
+        left = [number for number in missing if not shards.has(number)]
+        bar.n = total - sum(len(shards.rows(number)) for number in left)
+        bar.refresh()
+        return left
+
+    total = sum(len(shards.rows(number)) for number in missing)
     bar = tqdm(total=total, desc="encode passages", unit="passage", disable=not progress, leave=False)
-    with bar, ThreadPoolExecutor(1) as thread:
-        coming = [thread.submit(read, number) for number in own[:1]]
-        for number, following in zip(own, [*own[1:], None]):
-            tokenized = coming.pop().result()
-            if following is not None:
-                coming.append(thread.submit(read, following))
-            embeddings = encode_tokenized(encoder, tokenized, batch_tokens=batch_tokens, on_batch=bar.update).half()
-            shards.write(number, check_finite(embeddings))
-            shards.encoded += len(embeddings)
-            bar.update(len(embeddings) - len(tokenized.sequences))  # equal texts were encoded once
+    with bar, Claims(shards.folder) as claims, ThreadPoolExecutor(1) as thread:
+        while missing:
+            current = begin()
+            while current is not None:
+                following = begin()
+                number, texts_read = current
+                tokenized = texts_read.result()
+                embeddings = encode_tokenized(encoder, tokenized, batch_tokens=batch_tokens, on_batch=bar.update).half()
+                shards.write(number, check_finite(embeddings))
+                claims.release(number)
+                shards.encoded += len(embeddings)
+                bar.update(len(embeddings) - len(tokenized.sequences))  # equal texts were encoded once
+                current = following
+            if missing := still_missing():
+                time.sleep(_LOOKS)
+                unseen.extend(missing)
     _wait()
     return shards
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from clpl_moe.encoder import Encoder
+from clpl_moe.retrieval.nearest import nearest
 from clpl_moe.retrieval.options import EncodingArguments
-from clpl_moe.retrieval.quantize import nearest
 from clpl_moe.retrieval.store import encode_passages, encode_queries
 from clpl_moe.synthesize.job import Job
 from clpl_moe.synthesize.passages import SearchedPassages
