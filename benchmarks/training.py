@@ -96,14 +96,18 @@ def step_timer(device: str):
     class StepTimer(TrainerCallback):
         def __init__(self) -> None:
             self.ends: list[float] = []
+            self.processor_ends: list[float] = []
 
         def on_step_end(self, args, state, control, **kwargs):
             synchronize(device)
             self.ends.append(time.perf_counter())
+            self.processor_ends.append(time.process_time())
 
-        def seconds(self, warmup: int) -> list[float]:
-            """Of each step after the first ``warmup``, at least 1: from the end of the one before to its own."""
-            return [after - before for before, after in itertools.pairwise(self.ends[warmup - 1 :])]
+        def seconds(self, warmup: int, processor: bool = False) -> list[float]:
+            """Of each step after the first ``warmup``, at least 1: from the end of the one before to its own; ``processor``: of
+            this process only, which other work on the machine changes less."""
+            ends = self.processor_ends if processor else self.ends
+            return [after - before for before, after in itertools.pairwise(ends[warmup - 1 :])]
 
     return StepTimer()
 

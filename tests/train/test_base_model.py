@@ -1,11 +1,14 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from clpl_moe.common.errors import UserError
-from clpl_moe.moe.inject import expert_parameters
-from clpl_moe.train.base_model import read_heads
+from clpl_moe.common.errors import OptionError, UserError
+from clpl_moe.moe.config import MoEConfig
+from clpl_moe.moe.inject import expert_parameters, inject_moe
+from clpl_moe.train.base_model import cached_layers, make_frozen_cache, read_heads
+from helpers.tiny import make_encoder
 from helpers.tiny_training import arguments, make_runner, read_metrics, refused, write_triplets
 from helpers.training_model import assert_same, gradients, make_batch, train_only
 
@@ -188,3 +191,42 @@ def test_mistakes_in_what_is_trained(make_model):
         trained(make_model(), "full", frozen_layers=2)
     with pytest.raises(UserError, match="frozen_layers is 3: found 2 layers"):
         trained(make_model(), "full", frozen_layers=3)
+
+
+def frozen_cache_options(**options):
+    stock = {"frozen_cache_gb": 0.001, "frozen_cache_dir": None, "bf16": False, "fp16_asked": False}
+    return SimpleNamespace(**stock | options)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "options", "experts", "layers"),
+    [
+        ("full", {"frozen_layers": 8}, None, 8),
+        ("lora", {"frozen_layers": 8}, None, 8),
+        ("ffn", {"frozen_layers": 3}, "6,7,8,9,10,11", 3),
+        ("moe", {}, "6,7,8,9,10,11", 6),
+        ("full", {"frozen_layers": 8}, "every:4", 3),
+        ("full", {}, None, None),
+        ("moe", {"frozen_layers": 8}, "all", None),
+    ],
+)
+def test_which_layers_a_cache_spares(trainable, options, experts, layers):
+    encoder = make_encoder(num_hidden_layers=12)
+    if experts is not None:
+        inject_moe(encoder, MoEConfig(2, 1, layers=experts))
+    train_only(encoder, trainable, **options)
+    assert cached_layers(encoder, frozen_cache_options(frozen_cache_gb=0.0)) == 0
+    assert make_frozen_cache(encoder, frozen_cache_options(frozen_cache_gb=0.0)) is None
+    if layers is None:
+        with pytest.raises(OptionError, match="frozen_cache_gb: found no frozen layer without experts at the bottom"):
+            cached_layers(encoder, frozen_cache_options())
+        return
+    assert cached_layers(encoder, frozen_cache_options()) == layers
+    for more, dtype in (({}, torch.float32), ({"bf16": True}, torch.float16), ({"fp16_asked": True}, torch.float16)):
+        cache = make_frozen_cache(encoder, frozen_cache_options(**more))
+        assert (cache.layers, cache.dtype) == (layers, dtype)
+
+
+def test_a_cache_needs_an_encoder_that_is_packed():
+    with pytest.raises(OptionError, match="frozen_cache_gb: found a Linear, expected an XLM-R"):
+        cached_layers(torch.nn.Linear(1, 1), frozen_cache_options())

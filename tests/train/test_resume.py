@@ -507,3 +507,16 @@ def test_whatever_is_damaged_a_resume_goes_on_or_says_why(stopped, tmp_path_fact
     assert (code, len(errors)) in ((0, 0), (2, 1))
     assert (run / "model.safetensors").is_file() if code == 0 else contents(run) == before
     shutil.rmtree(run.parent)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_frozen_cache_resumes_to_the_same_weights(tiny_encoder, data, tmp_path):
+    """The cache is empty then, and fills with the same states."""
+    options = {"num_experts": 0, "trainable": "full", "frozen_layers": 1, "frozen_cache_gb": 0.1, "use_cpu": True}
+    options |= {"save_strategy": "steps", "save_steps": 3, "max_steps": 7}
+    main(arguments(tiny_encoder, data, tmp_path / "whole", **options))
+    argv = arguments(tiny_encoder, data, tmp_path / "cut", **options)
+    train_until(argv, 5)
+    main([*argv, "--resume_from_checkpoint", "true"])
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]

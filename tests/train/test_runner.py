@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from clpl_moe.encoder.frozen_cache import frozen_cache_of
 from helpers.tiny_training import arguments, make_collection, make_runner, read_metrics, refused, write_triplets
 
 
@@ -114,3 +115,55 @@ if __name__ == "__main__":
     state = {"alpha": result.alpha, "holds": torch.equal(kept, expected)}
     state |= {"steps": runner.trainer.state.global_step, "best": str(result.best_checkpoint), "encoded": encoded}
     (folder / f"{rank}.json").write_text(json.dumps(state))
+
+
+def frozen_run(tiny_encoder, folder, **options):
+    """A run of two epochs over 4 examples with its lower layer frozen, evaluations and a mixture; returns its result, how many
+    tokens the trainer's lower layer got, and the caches of what was evaluated."""
+    data = write_triplets(folder.parent / "few.jsonl", 4, negatives=2)
+    stock = {"num_experts": 0, "trainable": "full", "frozen_layers": 1, "use_cpu": True}
+    stock |= {"dev_collection": make_collection(folder.parent / "dev"), "dev_language": "ko"}
+    stock |= {"save_strategy": "steps", "save_steps": 2, "merge_base_alpha": 0.5}
+    runner = make_runner(arguments(tiny_encoder, data, folder, **stock | options))
+    tokens, caches, evaluator = [], [], runner.trainer.evaluator
+    layer = runner.encoder.model.encoder.layer[0]
+    layer.intermediate.register_forward_hook(lambda module, args, output: tokens.append(args[0].shape[1]))
+    runner.trainer.evaluator = lambda encoder: caches.append(frozen_cache_of(encoder.model)) or evaluator(encoder)
+    return runner.run(), sum(tokens), caches
+
+
+def test_frozen_layers_are_computed_once_a_text(tiny_encoder, tmp_path):
+    plain, computed, none = frozen_run(tiny_encoder, tmp_path / "plain")
+    states = tmp_path / "states"
+    states.mkdir()
+    options = {"frozen_cache_gb": 0.1, "frozen_cache_dir": states}
+    options |= {"grad_cache_tokens": 64, "gradient_checkpointing": True}
+    cached, once, caches = frozen_run(tiny_encoder, tmp_path / "cached", **options)
+    place = f"up to 0.1 GB in {states}"
+    assert f"frozen cache    the outputs of the lowest 1 layers, {place}" in str(cached.plan)
+    # The base model, two checkpoints, and a mixture, which is another model.
+    assert (len(caches), set(none)) == (4, {None})
+    (cache,) = set(caches)
+    # All of 2 epochs and 3 evaluations, against each text once.
+    assert once == cache._used < 0.5 * computed
+    assert not list(states.iterdir())
+    assert cached.candidates == plain.candidates
+    found, expected = read_metrics(cached.folder), read_metrics(plain.folder)
+    assert len(found) == len(expected)
+    for record, like in zip(found, expected):
+        assert record.keys() == like.keys()
+        for name in {"loss", "contrastive", "grad_norm", "eval_ndcg@10"} & record.keys():
+            assert record[name] == pytest.approx(like[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_cache_without_frozen_layers(tiny_encoder, data, tmp_path, capsys, dry_run):
+    argv = arguments(tiny_encoder, data, tmp_path / "run", frozen_cache_gb=1, trainable="full", dry_run=dry_run)
+    assert "error: --frozen_cache_gb: found no frozen layer" in refused(argv, capsys)
+    if dry_run:
+        return
+    argv = arguments(tiny_encoder, data, tmp_path / "run", frozen_cache_gb=1, frozen_layers=1, num_experts=0)
+    err = refused([*argv, "--trainable", "full", "--frozen_cache_dir", str(tmp_path / "no")], capsys)
+    assert "no room of 1 GB" in err
+    assert "/no: No such file or directory" in err
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("train_*"))

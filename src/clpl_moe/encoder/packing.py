@@ -9,6 +9,7 @@
 4. Casts for autocast, the sum with the residual and layer norm are one pass on a GPU (:mod:`.add_norm`).
 5. Of the last layer, CLS and last-token pooling need one row a text: queries, attention output and FFN are computed for
    these rows only, keys and values for all.
+6. What the frozen layers give for a text may be kept (:mod:`.frozen_cache`). They then have no dropout, kept or not.
 
 The layers of XLM-R, RoBERTa and BERT are run from here, module by module, instead of through the encoder's ``forward``
 with an attention function registered in transformers: gradient checkpointing runs a layer again in the backward pass,
@@ -36,6 +37,7 @@ from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.xlm_roberta import modeling_xlm_roberta as xlmr
 
 from clpl_moe.encoder.attention import attention
+from clpl_moe.encoder.frozen_cache import frozen_cache_of
 from clpl_moe.encoder.settings import check_pooling, pool
 from clpl_moe.moe.dispatch import cast, linear_dtype
 from clpl_moe.moe.install import layer_states
@@ -70,9 +72,15 @@ class PackedTexts:
     """
 
     def __init__(
-        self, input_ids: Tensor, lengths: Tensor, offsets: Tensor | None = None, experts: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        lengths: Tensor,
+        offsets: Tensor | None = None,
+        experts: Tensor | None = None,
+        host_ids: Tensor | None = None,
     ) -> None:
         self.input_ids = input_ids
+        self._host_ids = host_ids
         self.lengths = lengths
         self.experts = experts
         self.offsets = send(F.pad(lengths.cumsum(0), (1, 0)), input_ids.device) if offsets is None else offsets
@@ -89,6 +97,11 @@ class PackedTexts:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def host_ids(self) -> Tensor:
+        """``input_ids`` on the CPU; texts that came from there have kept them, so that reading them waits for no device."""
+        return self.input_ids.cpu() if self._host_ids is None else self._host_ids
+
     def select(self, rows: Tensor | np.ndarray | Sequence[int]) -> PackedTexts:
         """The texts of these numbers (m,), in this order; repeated ones are repeated. Numbers are taken on the CPU."""
         rows = torch.as_tensor(rows, dtype=torch.int64)
@@ -98,11 +111,14 @@ class PackedTexts:
         shift = (starts - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
         index = shift + torch.arange(len(shift))
         experts = None if self.experts is None else self.experts[rows]
-        return PackedTexts(self.input_ids[send(index, self.input_ids.device)], lengths, experts=experts)
+        host_ids = None if self._host_ids is None else self._host_ids[index]
+        return PackedTexts(self.input_ids[send(index, self.input_ids.device)], lengths, None, experts, host_ids)
 
     def to(self, device: torch.device | str) -> PackedTexts:
         """The same with ``input_ids`` and ``offsets`` on ``device``; without waiting for it."""
-        return PackedTexts(send(self.input_ids, device), self.lengths, send(self.offsets, device), self.experts)
+        host_ids = self.input_ids if self.input_ids.device.type == "cpu" else self._host_ids
+        ids, offsets = send(self.input_ids, device), send(self.offsets, device)
+        return PackedTexts(ids, self.lengths, offsets, self.experts, host_ids)
 
     def pin_memory(self) -> PackedTexts:
         """The same in page-locked memory; data loaders call it."""
@@ -185,22 +201,24 @@ def _embed_stream(encoder: StockEncoder, packed: PackedTexts, pooling: str) -> T
     if not flash and len(packed.lengths.unique_consecutive()) > len(packed.lengths.unique()):
         order = packed.lengths.argsort(stable=True)
         packed = packed.select(order)
-    lengths = packed.lengths.tolist()
-    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
-    experts = None
-    if packed.experts is not None:
-        experts = send(packed.experts.repeat_interleave(packed.lengths), packed.input_ids.device)
-    stream = _Stream(flash, packed.offsets.int(), max(lengths), runs, experts)
+    stream = _stream_of(packed, flash)
     rows = {"cls": packed.offsets[:-1], "last_token": packed.offsets[1:] - 1, "mean": None}[pooling]  # (n,)
     layers = _layers(encoder)
     parts = [encoder.embeddings, *layers]
     trained = [any(parameter.requires_grad for parameter in part.parameters()) for part in parts]
     graph = torch.is_grad_enabled()
+    cache = frozen_cache_of(encoder)
+    done = 0 if cache is None else cache.layers
     with _running(encoder):
-        with torch.set_grad_enabled(graph and trained[0]):
-            ids, positions = packed.input_ids.unsqueeze(0), _positions(encoder, packed).unsqueeze(0)
-            hidden = _with_cast(encoder.embeddings(input_ids=ids, position_ids=positions))  # (1, T, D)
-        for number, layer in enumerate(layers, 1):
+        with torch.set_grad_enabled(graph and any(trained[: done + 1])):
+            if cache is None:
+                states = _embed_tokens(encoder, packed)
+            else:
+                precision = linear_dtype(encoder.embeddings.word_embeddings.weight)
+                states = cache.states(packed, partial(_frozen_states, encoder, done, flash), precision=precision)
+                states = states.to(encoder.dtype).unsqueeze(0)
+            hidden = _with_cast(states)  # (1, T, D)
+        for number, layer in enumerate(layers[done:], done + 1):
             with torch.set_grad_enabled(graph and any(trained[: number + 1])):
                 # The last one returns (1, n, D), or (1, T, D) for the mean.
                 hidden = _run_layer(layer, hidden, stream, rows if number == len(layers) else None)
@@ -210,6 +228,39 @@ def _embed_stream(encoder: StockEncoder, packed: PackedTexts, pooling: str) -> T
         # unsafe leaves out checks that would wait for the device.
         embeddings = torch.segment_reduce(wide, "mean", offsets=packed.offsets, axis=0, unsafe=True)
     return embeddings if order is None else embeddings[send(order.argsort(), embeddings.device)]
+
+
+def _stream_of(packed: PackedTexts, flash: bool) -> _Stream:
+    lengths = packed.lengths.tolist()
+    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
+    experts = None
+    if packed.experts is not None:
+        experts = send(packed.experts.repeat_interleave(packed.lengths), packed.input_ids.device)
+    return _Stream(flash, packed.offsets.int(), max(lengths), runs, experts)
+
+
+def _embed_tokens(encoder: StockEncoder, packed: PackedTexts) -> Tensor:
+    """(1, T, D), the input of the first layer."""
+    ids, positions = packed.input_ids.unsqueeze(0), _positions(encoder, packed).unsqueeze(0)
+    return encoder.embeddings(input_ids=ids, position_ids=positions)
+
+
+def _frozen_states(encoder: StockEncoder, number: int, flash: bool, packed: PackedTexts) -> Tensor:
+    """(T, D) after so many layers, in evaluation mode and without a graph."""
+    stream, layers = _stream_of(packed, flash), _layers(encoder)[:number]
+    training = [module for part in (encoder.embeddings, *layers) for module in part.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        # Without the other Linear layers of encoding, whose last bits differ: training and evaluation give equal states.
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            hidden = _with_cast(_embed_tokens(encoder, packed))
+            for layer in layers:
+                hidden = _run_layer(layer, hidden, stream, None)
+    finally:
+        for module in training:
+            module.training = True
+    return hidden[0].squeeze(0)
 
 
 def _positions(encoder: StockEncoder, packed: PackedTexts) -> Tensor:

@@ -10,11 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from clpl_moe.common.errors import OptionError, UserError, at, one_line
+from clpl_moe.encoder.frozen_cache import FrozenCache
+from clpl_moe.encoder.packing import can_pack
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
 from clpl_moe.encoder.weights import HEAD_FILES, find_heads, read_head
 from clpl_moe.moe.config import MoEConfig
 from clpl_moe.moe.inject import expert_parameters, ffn_parameters, has_experts, inject_moe
-from clpl_moe.moe.install import find_layers
+from clpl_moe.moe.install import find_layers, layer_states
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.train.lora import add_lora
 
@@ -139,3 +141,37 @@ def choose_trainable(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> N
         raise UserError(
             "nothing would be trained: fix_encoder without unified_finetuning, or frozen_layers, leaves no parameters"
         )
+
+
+def cached_layers(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> int:
+    """How many of the lowest layers ``frozen_cache_gb`` spares an encoder whose trained parameters have been chosen: frozen ones
+    without experts. Raises :class:`OptionError` where there are none."""
+    if not args.frozen_cache_gb:
+        return 0
+    if not can_pack(encoder):
+        raise OptionError(
+            "frozen_cache_gb",
+            f"found a {type(encoder).__name__}, expected an XLM-R, RoBERTa or BERT: others are padded",
+        )
+    with_experts, count = {number for number, _, _ in layer_states(encoder)}, 0
+    for number, part in enumerate([encoder.embeddings, *find_layers(encoder)]):
+        if any(parameter.requires_grad for parameter in part.parameters()) or number - 1 in with_experts:
+            break
+        count = number
+    if count == 0:
+        raise OptionError(
+            "frozen_cache_gb",
+            "found no frozen layer without experts at the bottom, expected frozen_layers, or with experts moe_layers further up",
+        )
+    return count
+
+
+def make_frozen_cache(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> FrozenCache | None:
+    """The cache that ``frozen_cache_gb`` asks for; :class:`UserError` where it does not fit the model or the machine."""
+    if not (layers := cached_layers(encoder, args)):
+        return None
+    # What is computed in half precision needs no more digits than float16 has; layer norm keeps states in its range.
+    dtype = torch.float16 if args.bf16 or args.fp16_asked else torch.float32
+    folder = None if args.frozen_cache_dir is None else Path(args.frozen_cache_dir)
+    size = int(args.frozen_cache_gb * 1e9)
+    return FrozenCache(layers, encoder.config.hidden_size, size, dtype=dtype, folder=folder)

@@ -48,6 +48,14 @@ _EXCLUDING = (
     ),
     ("grad_cache_tokens", "sub_batch_size", "both cut batches into chunks, sub_batch_size saves hardly any memory"),
     ("grad_cache_tokens", "fsdp", "the backward pass needs every parameter whole, and FSDP shards them"),
+    *(
+        ("frozen_cache_gb", name, "the cache is for packed batches of dense embeddings")
+        for name in ("unified_finetuning", "sub_batch_size")
+    ),
+    *(
+        ("frozen_cache_gb", name, "it changes the layers whose outputs would be kept")
+        for name in ("fsdp", "deepspeed", "torch_compile")
+    ),
     ("ance_refresh", "fsdp", "each process encodes a part of the corpus, and FSDP shards parameters"),
 )
 
@@ -55,6 +63,7 @@ _EXCLUDING = (
 # Options that have no effect without another one.
 _NEEDS = {
     **dict.fromkeys(("dev_split", "metric_for_best_model"), "dev_collection"),
+    "frozen_cache_dir": "frozen_cache_gb",
     "use_self_distill": "unified_finetuning",
     "self_distill_start_step": "use_self_distill",
 }
@@ -85,6 +94,8 @@ def check_options(args: CLPLTrainingArguments) -> None:
     for first, second, why in _EXCLUDING:
         if not any(getattr(args, name) in (None, False, "", [], -1) for name in (first, second)):
             raise ValueError(f"{first} and {second}: {why}; leave out one of the two")
+    if args.frozen_cache_gb and not args.packing:
+        raise ValueError("frozen_cache_gb is for packed batches: set packing to true, or leave it out")
     if args.guide_margin is not None and not args.mask_duplicates:
         raise ValueError("guide_margin leaves out negatives as mask_duplicates does: set that to true")
     check_needs(args, _NEEDS | {f.name: "ance_refresh" for f in fields(args) if f.name.startswith("ance_")})

@@ -17,6 +17,7 @@ from clpl_moe.common.files import share, write_json
 from clpl_moe.common.output import writing
 from clpl_moe.encoder import Encoder
 from clpl_moe.encoder.adapter import WEIGHTS_FILE, mixed_adapter
+from clpl_moe.encoder.frozen_cache import frozen_cache_of, set_frozen_cache
 from clpl_moe.encoder.weights import read_tensors
 from clpl_moe.merge.mix import Mixer, best_alpha
 from clpl_moe.merge.options import RECORD_FILE
@@ -119,6 +120,8 @@ class _Mixture:
                 compute_dtype=args.encode_dtype,
                 trust_remote_code=self.keeper.model_args.trust_remote_code,
             )
+            # Its frozen layers are the trainer's, and every mixture's.
+            set_frozen_cache(self._encoder.model, frozen_cache_of(self.keeper.trainer.encoder.model))
         if alpha != 1 and self._mixer is None:
             base = self.keeper.load_base()
             if has_experts(base.model) and not has_experts(self._encoder.model):

@@ -18,6 +18,7 @@ from clpl_moe.mine.index import PassageIndex
 from clpl_moe.moe.inject import has_experts
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
+from clpl_moe.train.base_model import cached_layers
 from clpl_moe.train.lengths import Lengths
 from clpl_moe.train.trainer import count_steps
 
@@ -158,6 +159,7 @@ class Plan:
     left_out: int = 0  # negatives of the files
     left_out_by_guide: int = 0
     small_groups: int = 0  # examples with too few negatives for their group
+    cached_layers: int = 0  # whose outputs are kept
     together: Together | None = None  # how distinct the batches are; None where they need not be
     estimate: Estimate | None = None  # None where the run begins anyway
 
@@ -174,6 +176,7 @@ class Plan:
             f"parameters      {self.parameters:,}, trained {self.trained_parameters:,} ({share:.1%},"
             f" trainable: {args.trainable}{frozen})",
             *([f"adapter         {args.adapter_in_words()}"] if args.trainable == "lora" else []),
+            *([f"frozen cache    {self._cache()}"] if self.cached_layers else []),
             f"examples        {self.examples:,} in {self.files} file(s)"
             f"{f', {self.pairs:,} of them pairs without negatives' if self.pairs else ''}",
             *self._negatives(),
@@ -220,6 +223,11 @@ class Plan:
             )
         return "\n".join(lines)
 
+    def _cache(self) -> str:
+        args = self.training_args
+        where = "memory" if args.frozen_cache_dir is None else args.frozen_cache_dir
+        return f"the outputs of the lowest {self.cached_layers} layers, up to {args.frozen_cache_gb:g} GB in {where}"
+
     def _negatives(self) -> list[str]:
         """How the negatives of the examples differ from those in the files."""
         found = []
@@ -262,5 +270,6 @@ def describe(
         left_out=data.dataset.left_out,
         left_out_by_guide=data.dataset.left_out_by_guide,
         small_groups=data.dataset.small_groups,
+        cached_layers=cached_layers(encoder, training_args),
         together=data.batches.together(),
     )

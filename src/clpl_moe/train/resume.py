@@ -41,7 +41,7 @@ _FIXED_IN_A_RUN = (
 
 
 # What changes nothing in a run that resumes.
-_OF_THE_START = ("output_dir", "dry_run", "stop_on_sigusr1", "eval_on_start")
+_OF_THE_START = ("output_dir", "dry_run", "stop_on_sigusr1", "eval_on_start", "frozen_cache_dir")
 
 # How a step's batch is divided. It may change, except in checkpoints of before, whose order depends on it.
 _DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -125,7 +125,7 @@ def check_same_run(config: dict[str, object], checkpoint: str | Path, whole_step
     path = Path(checkpoint).parent / CONFIG_FILE
     if not path.is_file():
         return
-    before = {"distinct_batches": False} | load_yaml(path)  # runs of before did not know it
+    before = {"distinct_batches": False, "frozen_cache_gb": 0.0} | load_yaml(path)  # runs of before did not know them
     names = sorted((before.keys() | config.keys()) - {*_OF_THE_START, *WITHOUT_EFFECT})
     changed = {name: (before.get(name), config.get(name)) for name in names if before.get(name) != config.get(name)}
     for name in (*_FIXED_IN_A_RUN, *(() if whole_steps else _DIVISION)):

@@ -23,6 +23,7 @@ from clpl_moe.common.output import Output, writing
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.lengths import token_counter
 from clpl_moe.encoder import Encoder
+from clpl_moe.encoder.frozen_cache import set_frozen_cache
 from clpl_moe.encoder.packing import can_pack
 from clpl_moe.encoder.settings import check_lengths
 from clpl_moe.encoder.weights import resolved_revision
@@ -36,6 +37,7 @@ from clpl_moe.train.base_model import (
     add_experts,
     check_dimensions,
     choose_trainable,
+    make_frozen_cache,
     make_heads,
     read_heads,
     resolve_settings,
@@ -87,6 +89,7 @@ class CLPLRunner:
         )
         self.model = self._make_model()
         choose_trainable(self.encoder.model, training_args)
+        set_frozen_cache(self.encoder.model, make_frozen_cache(self.encoder.model, training_args))
         name_base(self.encoder.model, model_args.model_name_or_path, model_args.revision)
         self.data = open_data(data_args, training_args, resume.batches_of_whole_steps(training_args))
         self.lengths = self._choose_lengths()
