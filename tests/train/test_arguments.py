@@ -73,7 +73,6 @@ def training(**options):
         ({"ance_language": "ko"}, "ance_language: goes with ance_refresh, which is not set"),
         ({"dev_split": "test"}, "dev_split: goes with dev_collection, which is not set"),
         ({"frozen_cache_gb": -1}, "frozen_cache_gb: found -1, expected at least 0"),
-        ({"frozen_cache_dir": "d"}, "frozen_cache_dir: goes with frozen_cache_gb, which is not set"),
         ({"frozen_cache_gb": 1.0, "packing": False}, "frozen_cache_gb is for packed batches: set packing to true"),
         *(
             ({"frozen_cache_gb": 1.0, name: value}, f"frozen_cache_gb and {name}: .*; leave out one of the two")

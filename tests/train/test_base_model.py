@@ -194,7 +194,7 @@ def test_mistakes_in_what_is_trained(make_model):
 
 
 def frozen_cache_options(**options):
-    stock = {"frozen_cache_gb": 0.001, "frozen_cache_dir": None, "bf16": False, "fp16_asked": False}
+    stock = {"frozen_cache_gb": 0.001, "bf16": False, "fp16_asked": False}
     return SimpleNamespace(**stock | options)
 
 

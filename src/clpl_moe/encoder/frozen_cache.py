@@ -4,26 +4,22 @@ Training and its evaluations send the same texts through an encoder many times. 
 dropout, a text's hidden states above them are always the same. So they are a function of the text's token ids and of the precision
 to compute in.
 
-States lie in the host's memory or in a file that has no name, and thus goes with the process. Nothing that is kept makes room for
-anything else: when the room is full, other texts are computed each time.
+States lie in the host's memory. Nothing that is kept makes room for anything else: when the room is full, other texts are computed
+each time.
 """
 
 from __future__ import annotations
 
 import logging
-import mmap
-import os
-import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clpl_moe.common.errors import UserError, at, one_line
+from clpl_moe.common.errors import OptionError
 
 if TYPE_CHECKING:
     from clpl_moe.encoder.packing import PackedTexts
@@ -41,18 +37,15 @@ class FrozenCache:
         width: of a token's states.
         size: bytes of states that are kept.
         dtype: that states are kept in. In float16 they take half the room; all texts have states of this precision, kept or not.
-        folder: where the file lies; None: in memory.
 
     Raises:
-        UserError: there is no such room, or no such folder.
+        OptionError: there is no such room.
     """
 
-    def __init__(
-        self, layers: int, width: int, size: int, *, dtype: torch.dtype = torch.float32, folder: Path | None = None
-    ) -> None:
+    def __init__(self, layers: int, width: int, size: int, *, dtype: torch.dtype = torch.float32) -> None:
         self.layers, self.dtype = layers, dtype
         tokens = size // (width * dtype.itemsize)
-        self._states = _room(tokens * width, dtype, folder).view(tokens, width)
+        self._states = _room(tokens * width, dtype).view(tokens, width)
         self._places: dict[
             tuple[torch.dtype, bytes], slice
         ] = {}  # of each text that is kept, in the rows of the states
@@ -102,24 +95,14 @@ class FrozenCache:
             self._places[key] = place  # last: who finds it reads without the lock
 
 
-def _room(numbers: int, dtype: torch.dtype, folder: Path | None) -> Tensor:
-    """(numbers,) of whatever is there: in memory, pages are taken as they are written; on a disk all of them at once."""
-    size = max(1, numbers) * dtype.itemsize
+def _room(numbers: int, dtype: torch.dtype) -> Tensor:
+    """(numbers,) of whatever is there; pages of memory are taken as they are written."""
+    size = numbers * dtype.itemsize
     try:
-        if folder is None:
-            memory: np.ndarray | mmap.mmap = np.empty(size, np.uint8)
-        else:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                if hasattr(os, "posix_fallocate"):  # without it, a full disk would end the process
-                    os.posix_fallocate(file.fileno(), 0, size)
-                else:
-                    file.truncate(size)
-                memory = mmap.mmap(file.fileno(), size)
-    except (OSError, MemoryError) as error:
-        where = "in memory" if folder is None else at(folder)
-        why = one_line(error) if folder is None else os.strerror(getattr(error, "errno", None) or 0)
-        raise UserError(f"frozen_cache_gb: no room of {size / 1e9:g} GB {where}: {why}") from None
-    return torch.frombuffer(memory, dtype=dtype, count=numbers) if numbers else torch.empty(0, dtype=dtype)
+        memory = np.empty(size, np.uint8)  # torch's own is filled where algorithms are to be deterministic
+    except MemoryError:
+        raise OptionError("frozen_cache_gb", f"found no room of {size / 1e9:g} GB in memory, expected less") from None
+    return torch.from_numpy(memory).view(dtype)
 
 
 def set_frozen_cache(model: nn.Module, cache: FrozenCache | None) -> None:

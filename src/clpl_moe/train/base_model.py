@@ -172,6 +172,4 @@ def make_frozen_cache(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> 
         return None
     # What is computed in half precision needs no more digits than float16 has; layer norm keeps states in its range.
     dtype = torch.float16 if args.bf16 or args.fp16_asked else torch.float32
-    folder = None if args.frozen_cache_dir is None else Path(args.frozen_cache_dir)
-    size = int(args.frozen_cache_gb * 1e9)
-    return FrozenCache(layers, encoder.config.hidden_size, size, dtype=dtype, folder=folder)
+    return FrozenCache(layers, encoder.config.hidden_size, int(args.frozen_cache_gb * 1e9), dtype=dtype)

@@ -63,7 +63,6 @@ _EXCLUDING = (
 # Options that have no effect without another one.
 _NEEDS = {
     **dict.fromkeys(("dev_split", "metric_for_best_model"), "dev_collection"),
-    "frozen_cache_dir": "frozen_cache_gb",
     "use_self_distill": "unified_finetuning",
     "self_distill_start_step": "use_self_distill",
 }

@@ -137,13 +137,12 @@ class RunOptions:
         most=1_000,
     )
     frozen_cache_gb: float = option(
-        "Keep the outputs of the frozen layers of so many GB of texts (of each process), so that steps and evaluations do not"
+        "Keep the outputs of the frozen layers by text, up to so many GB of memory (of each process), so that steps and evaluations do not"
         " compute them again: float32, or float16 with bf16 and fp16. The frozen layers then have no dropout. 0: off.",
         0.0,
         least=0,
         most=1_000_000,
     )
-    frozen_cache_dir: str | None = option("Keep them in a folder, on a local disk; not given: in memory.", None)
     sentence_pooling_method: str | None = option(
         "How tokens become one embedding; not given: as the base model's folder says, or cls.",
         None,

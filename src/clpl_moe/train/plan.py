@@ -176,7 +176,13 @@ class Plan:
             f"parameters      {self.parameters:,}, trained {self.trained_parameters:,} ({share:.1%},"
             f" trainable: {args.trainable}{frozen})",
             *([f"adapter         {args.adapter_in_words()}"] if args.trainable == "lora" else []),
-            *([f"frozen cache    {self._cache()}"] if self.cached_layers else []),
+            *(
+                [
+                    f"frozen cache    outputs of the lowest {self.cached_layers} layers, up to {args.frozen_cache_gb:g} GB"
+                ]
+                if self.cached_layers
+                else []
+            ),
             f"examples        {self.examples:,} in {self.files} file(s)"
             f"{f', {self.pairs:,} of them pairs without negatives' if self.pairs else ''}",
             *self._negatives(),
@@ -222,11 +228,6 @@ class Plan:
                 "note            fp16 needs a CUDA device and this machine has none: the run itself would stop here"
             )
         return "\n".join(lines)
-
-    def _cache(self) -> str:
-        args = self.training_args
-        where = "memory" if args.frozen_cache_dir is None else args.frozen_cache_dir
-        return f"the outputs of the lowest {self.cached_layers} layers, up to {args.frozen_cache_gb:g} GB in {where}"
 
     def _negatives(self) -> list[str]:
         """How the negatives of the examples differ from those in the files."""

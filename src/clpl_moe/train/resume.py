@@ -41,7 +41,7 @@ _FIXED_IN_A_RUN = (
 
 
 # What changes nothing in a run that resumes.
-_OF_THE_START = ("output_dir", "dry_run", "stop_on_sigusr1", "eval_on_start", "frozen_cache_dir")
+_OF_THE_START = ("output_dir", "dry_run", "stop_on_sigusr1", "eval_on_start")
 
 # How a step's batch is divided. It may change, except in checkpoints of before, whose order depends on it.
 _DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps")
