@@ -46,9 +46,7 @@ class FrozenCache:
         self.layers, self.dtype = layers, dtype
         tokens = size // (width * dtype.itemsize)
         self._states = _room(tokens * width, dtype).view(tokens, width)
-        self._places: dict[
-            tuple[torch.dtype, bytes], slice
-        ] = {}  # of each text that is kept, in the rows of the states
+        self._places: dict[tuple[torch.dtype, bytes], slice] = {}  # of kept texts, in the rows of the states
         self._used = 0  # rows
         self._full = False
         self._lock = threading.Lock()
@@ -97,12 +95,12 @@ class FrozenCache:
 
 def _room(numbers: int, dtype: torch.dtype) -> Tensor:
     """(numbers,) of whatever is there; pages of memory are taken as they are written."""
-    size = numbers * dtype.itemsize
     try:
-        memory = np.empty(size, np.uint8)  # torch's own is filled where algorithms are to be deterministic
+        # torch's own is filled where algorithms are to be deterministic.
+        return torch.from_numpy(np.empty(numbers, str(dtype).removeprefix("torch.")))
     except MemoryError:
-        raise OptionError("frozen_cache_gb", f"found no room of {size / 1e9:g} GB in memory, expected less") from None
-    return torch.from_numpy(memory).view(dtype)
+        size = f"{numbers * dtype.itemsize / 1e9:g} GB"
+        raise OptionError("frozen_cache_gb", f"found no room of {size} in memory, expected less") from None
 
 
 def set_frozen_cache(model: nn.Module, cache: FrozenCache | None) -> None:
