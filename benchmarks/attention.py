@@ -52,7 +52,8 @@ def main() -> None:
     question = (
         "Attention on a CPU: torch's own beside product, softmax and product; ratio: torch's time to the products'."
     )
-    write_result(args.output, question, {"threads": torch.get_num_threads(), "repeats": args.repeats}, rows, {})
+    settings = {"model": "random states", "precision": "bf16 and fp32", "threads": torch.get_num_threads()}
+    write_result(args.output, question, settings | {"repeats": args.repeats}, rows, {})
 
 
 def run(way: str, states: list[Tensor], texts: int, backward: bool, dropout: float) -> None:

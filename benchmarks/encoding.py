@@ -85,7 +85,7 @@ def main() -> None:
     best = {}
     for name in encoders:
         run(name, budgets[0])  # warm
-        tries = alternate({budget: partial(run, name, budget) for budget in budgets}, 2)
+        tries = alternate({budget: partial(run, name, budget) for budget in budgets}, 2 if len(budgets) > 1 else 1)
         best[name] = min(budgets, key=lambda budget, tries=tries: min(t[1 if cuda else 2] for t in tries[budget]))
     size = 8192 if cuda else 2048
     rates = {"before": matmul_rate(torch.device(device), DTYPES[precision], size, 5)}

@@ -16,10 +16,12 @@ def machine() -> dict[str, object]:
     """Processor, cores, GPU, and the versions of Python and torch."""
     import torch
 
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    half = [name for name in ("avx512_bf16", "amx_bf16") if features.get(name)]  # fast bfloat16, and how
     return {
         "processor": cpu_field("model name") or platform.processor(),
         "cores": os.cpu_count(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": ", ".join([torch.backends.cpu.get_cpu_capability(), *half]),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
