@@ -130,6 +130,11 @@ class CLPLTrainingArguments(
         return Path(self.output_dir or "")
 
     @property
+    def shares(self) -> list[float]:
+        """The shares of the trained weights that are tried in mixtures with the base model's."""
+        return [alpha for alpha in self.merge_base_alpha or [] if alpha != 1]
+
+    @property
     def dev_languages(self) -> list[str]:
         """The languages of evaluation in training."""
         given = self.dev_language

@@ -98,14 +98,39 @@ def check_dimensions(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> N
         raise OptionError("matryoshka_dims", str(error).removeprefix("matryoshka_dims: ")) from None
 
 
-def add_experts(encoder: PreTrainedModel, config: MoEConfig | None, path: str) -> None:
-    """Put experts into a base model that has none; raises :class:`UserError` where they do not fit its layers."""
-    if config is None or has_experts(encoder):
-        return
+def add_experts(
+    encoder: PreTrainedModel,
+    model_args: CLPLModelArguments,
+    training_args: CLPLTrainingArguments,
+    config: MoEConfig | None = None,
+) -> None:
+    """Put experts into a base model that has none, of ``config`` or as the options say, and settle the options that go by layers
+    and experts: ``frozen_layers`` and ``merge_experts``. Raises :class:`UserError` where they do not fit the model."""
+    count, frozen = _count_layers(encoder), training_args.frozen_layers
+    upper = range(2 * count // 3 if frozen is None else frozen, count)
+    if not has_experts(encoder):
+        if count and not upper and model_args.num_experts > 0 and model_args.moe_layers == "trained":
+            raise OptionError("frozen_layers", f"found {frozen}, expected fewer than the encoder's {count} layers")
+        try:
+            if (config := config or model_args.moe_config(upper or None)) is not None:
+                inject_moe(encoder, config)
+        except ValueError as error:
+            raise UserError(f"{at(model_args.model_name_or_path)}: {error}") from None
+    if frozen is None:
+        with_experts = [index for index, _, _ in layer_states(encoder)] if has_experts(encoder) else []
+        training_args.frozen_layers = min(with_experts, default=upper.start)
+    if training_args.merge_experts is None:
+        training_args.merge_experts = has_experts(encoder) and training_args.trainable != "lora"
+    if training_args.merge_experts and not has_experts(encoder):
+        raise OptionError("merge_experts", "found no experts to merge, expected num_experts above 0")
+
+
+def _count_layers(encoder: PreTrainedModel) -> int:
+    """How many layers could have experts or be frozen; 0 in encoders of other kinds."""
     try:
-        inject_moe(encoder, config)
-    except ValueError as error:
-        raise UserError(f"{at(path)}: {error}") from None
+        return len(find_layers(encoder))
+    except ValueError:
+        return 0
 
 
 def choose_trainable(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> None:
@@ -116,6 +141,7 @@ def choose_trainable(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> N
         raise UserError(
             "trainable is moe but the model has no experts: set num_experts to 2 or more, or trainable to full"
         )
+    frozen = args.frozen_layers or 0
     try:
         if args.trainable == "lora":
             add_lora(encoder, args)
@@ -124,18 +150,18 @@ def choose_trainable(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> N
             encoder.requires_grad_(False)
             for _, parameter in chosen:
                 parameter.requires_grad_(True)
-        layers = find_layers(encoder) if args.frozen_layers else []
+        layers = find_layers(encoder) if frozen else []
     except ValueError as error:
         raise UserError(str(error)) from None
-    if args.frozen_layers > len(layers):
-        raise UserError(f"frozen_layers is {args.frozen_layers}: found {len(layers)} layers in the encoder")
+    if frozen > len(layers):
+        raise UserError(f"frozen_layers is {frozen}: found {len(layers)} layers in the encoder")
     for name, parameter in encoder.named_parameters():
         positions = args.fix_position_embedding and "position_embeddings" in name
         # Nothing that is trained uses the pooling layer.
         if args.fix_encoder or positions or name.startswith("pooler."):
             parameter.requires_grad_(False)
-    if args.frozen_layers:
-        for part in (encoder.embeddings, *layers[: args.frozen_layers]):
+    if frozen:
+        for part in (encoder.embeddings, *layers[:frozen]):
             part.requires_grad_(False)
     if not args.unified_finetuning and not any(parameter.requires_grad for parameter in encoder.parameters()):
         raise UserError(

@@ -81,8 +81,9 @@ def check_options(args: CLPLTrainingArguments) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}: choose a number of steps, or a share of all below 1")
-    if not args.max_steps > 0 and not 0 < args.num_train_epochs < math.inf:
-        raise ValueError(f"num_train_epochs is {args.num_train_epochs}: choose a number above 0, or set max_steps")
+    epochs = args.num_train_epochs
+    if epochs is not None and not args.max_steps > 0 and not 0 < epochs < math.inf:
+        raise ValueError(f"num_train_epochs is {epochs}: choose a number above 0, or set max_steps")
     if args.sub_batch_size is not None and args.sub_batch_size < 1 and args.sub_batch_size != -1:
         raise ValueError(f"sub_batch_size is {args.sub_batch_size}: choose at least 1, or -1 for whole batches")
     if args.negatives_cross_device and not args.in_batch_negatives:

@@ -18,6 +18,7 @@ from clpl_moe.train.checks import check_optimizer
 from clpl_moe.train.lengths import Lengths, choose_lengths, longest_counted
 from clpl_moe.train.lora import adapted_experts
 from clpl_moe.train.plan import Estimate, Plan, describe, open_data
+from clpl_moe.train.resume import keep_options
 
 # The shape of the base model of the published recipe, so that its configs can be checked where the hub is out of reach
 # (config.json of BAAI/bge-m3).
@@ -33,9 +34,10 @@ def plan_run(
 ) -> Plan:
     """Read config and data as training would, stop at the same faults, and estimate what the run takes."""
     check_optimizer(training_args)
+    keep_options(model_args, data_args, training_args)
     resolve_settings(model_args, data_args, training_args)
     data = open_data(data_args, training_args)
-    encoder, shape_source, reached = _meta_encoder(model_args)
+    encoder, shape_source, reached = _meta_encoder(model_args, training_args)
     check_lengths(encoder, data_args.query_max_len, data_args.passage_max_len, model_args.model_name_or_path)
     check_dimensions(encoder, training_args)
     choose_trainable(encoder, training_args)
@@ -62,7 +64,7 @@ def plan_run(
     return plan
 
 
-def _meta_encoder(args: CLPLModelArguments) -> tuple[PreTrainedModel, str, bool]:
+def _meta_encoder(args: CLPLModelArguments, training_args: CLPLTrainingArguments) -> tuple[PreTrainedModel, str, bool]:
     """The encoder with experts, shapes only; where its shape comes from; whether the model could be reached."""
     try:
         values, source, reached = read_config(args.model_name_or_path, **args.hub), "shape from its config.json", True
@@ -74,7 +76,7 @@ def _meta_encoder(args: CLPLModelArguments) -> tuple[PreTrainedModel, str, bool]
     configs = [(c, c.config_class) for pair in MOE_CLASSES.items() for c in pair]
     classes = {config_class.model_type: (c, config_class) for c, config_class in configs if config_class is not None}
     with torch.device("meta"):
-        moe = args.moe_config()
+        moe = None
         with refuse_unloadable(args.model_name_or_path, "encoder", args.trust_remote_code):
             if model_type in classes:
                 known = {
@@ -90,7 +92,7 @@ def _meta_encoder(args: CLPLModelArguments) -> tuple[PreTrainedModel, str, bool]
             if is_2024_checkpoint(values):
                 target = values.get("moe") or "intermediate"
                 moe = MoEConfig(values["num_experts"], values["num_experts_per_tok"], target)
-        add_experts(encoder, moe, args.model_name_or_path)
+        add_experts(encoder, args, training_args, moe)
     return encoder, source, reached
 
 

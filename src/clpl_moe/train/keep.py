@@ -94,7 +94,7 @@ class Keeper:
         return best_alpha({alpha: sign * metrics[self.metric] for alpha, metrics in found.items()})
 
     def _write_record(self, folder: Path, kept: Kept) -> None:
-        if kept.alpha == 1 and self.args.merge_base_alpha is None:
+        if kept.alpha == 1 and not self.args.shares:
             (folder / RECORD_FILE).unlink(missing_ok=True)  # of a run that resumes with other options
             return
         base = {"base": self.model_args.model_name_or_path, "base_revision": self.model_args.revision}

@@ -48,7 +48,7 @@ def add_lora(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> None:
     linears: list[str] = []
     experts: list[str] = []
     routers: list[str] = []
-    for layer in layers[args.frozen_layers :]:
+    for layer in layers[args.frozen_layers or 0 :]:
         for module in layer.modules():
             name = names[module]
             if isinstance(module, Router) and any(True for _ in module.parameters()):

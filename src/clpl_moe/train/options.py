@@ -5,13 +5,19 @@ All others, such as ``learning_rate``, are FlagEmbedding's and transformers' (:m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from clpl_moe.common.options import Bounds, option
-from clpl_moe.loss.options import LossTermOptions
+from clpl_moe.loss.options import LossTermOptions, Penalty
 from clpl_moe.mine.options import PositiveScore, Sampling, SelectionArguments
 from clpl_moe.moe.config import TARGETS, MoEConfig
+
+
+def _of_the_recipe(name: str, default: Any) -> Any:
+    """A field of the loss with the default of the recipe: :class:`clpl_moe.CLPLLoss` has the published ones."""
+    return option(LossTermOptions.__dataclass_fields__[name].metadata["help"], default)
 
 
 def _as_in_mine(name: str, **metadata: Any) -> Any:
@@ -35,10 +41,11 @@ class ModelOptions:
         "Experts per layer; 0 trains the dense model. A base model with experts keeps its own.", 2, least=0, most=1_024
     )
     top_k: int = option("Experts that each token goes to.", 1, least=1, most=1_024)
-    moe_target: str = option(
-        "Which Linear of the FFN becomes experts, or the whole FFN.", "intermediate", choices=list(TARGETS)
+    moe_target: str = option("Which Linear of the FFN becomes experts, or the whole FFN.", "ffn", choices=list(TARGETS))
+    moe_layers: str = option(
+        "Layers with experts: trained (those above frozen_layers), all, every:2 (from the last), or numbers such as 8,9,10,11.",
+        "trained",
     )
-    moe_layers: str = option("Layers with experts: all, every:2 (from the last), or numbers such as 8,9,10,11.", "all")
     router: str = option(
         "How experts are chosen and weighted: straight_through, softmax_topk, topk_softmax (of the 2024 code, whose router"
         " does not learn at top_k 1), random, given (by experts_of_data), or a router of your own, registered before.",
@@ -46,13 +53,15 @@ class ModelOptions:
     )
     router_init_std: float = option("Standard deviation of the router's first weights.", 0.02, least=0, most=1_000)
 
-    def moe_config(self) -> MoEConfig | None:
-        """What to inject, or None for a dense model; raises ValueError where the options do not fit together."""
+    def moe_config(self, trained: Sequence[int] | None = None) -> MoEConfig | None:
+        """What to inject, or None for a dense model; ``trained`` are the layers that moe_layers trained means, None: not known
+        yet. Raises ValueError where the options do not fit together."""
         if self.num_experts == 0:
             return None
-        return MoEConfig(
-            self.num_experts, self.top_k, self.moe_target, self.moe_layers, self.router, self.router_init_std
-        )
+        layers: str | list[int] = self.moe_layers
+        if layers == "trained":
+            layers = "all" if trained is None else list(trained)
+        return MoEConfig(self.num_experts, self.top_k, self.moe_target, layers, self.router, self.router_init_std)
 
 
 @dataclass
@@ -67,7 +76,7 @@ class DataOptions:
         least=0,
         most=1_023,
     )
-    train_group_size: int = option("Passages per query: one positive, the rest negatives.", 8, least=1, most=4_096)
+    train_group_size: int = option("Passages per query: one positive, the rest negatives.", 5, least=1, most=4_096)
     query_max_len: int | None = option(
         "Longest query in tokens, the queries of negatives included; longer ones are cut. 0, or not given: from the data, the"
         " longest of a sample, 32 to 128.",
@@ -83,7 +92,7 @@ class DataOptions:
         most=1_000_000,
     )
     queries_per_negative: int = option(
-        "At most so many queries of each negative are used in a step.", 1, least=0, most=1_000
+        "At most so many queries of each negative are used in a step.", 3, least=0, most=1_000
     )
     distinct_batches: bool = option(
         "No step has two examples whose queries are the same, or whose positives are near copies of each other: what no key"
@@ -102,6 +111,9 @@ class DataOptions:
 class LossOptions(LossTermOptions):
     """The loss."""
 
+    temperature: float = _of_the_recipe("temperature", 0.01)
+    penalty_weight: float = _of_the_recipe("penalty_weight", 0.8)
+    penalty: Penalty = _of_the_recipe("penalty", "contrastive")
     mask_duplicates: bool = option(
         "Leave out of a query's negatives what any line of the data knows to answer it, copies included.", True
     )
@@ -127,12 +139,13 @@ class RunOptions:
     )
     trainable: str = option(
         "What is trained: experts and routers, all FFN layers, the whole encoder, or adapters (lora) beside weights that stay.",
-        "moe",
+        "full",
         choices=["moe", "ffn", "full", "lora"],
     )
-    frozen_layers: int = option(
-        "How many of the lowest layers are frozen, and the embeddings with them: faster, less memory; 0: none.",
-        0,
+    frozen_layers: int | None = option(
+        "How many of the lowest layers are frozen, and the embeddings with them: faster, less memory; 0: none. Not given: two"
+        " thirds, or those below the first layer with experts where moe_layers or the base model says which have some.",
+        None,
         least=0,
         most=1_000,
     )
@@ -142,6 +155,12 @@ class RunOptions:
         0.0,
         least=0,
         most=1_000_000,
+    )
+    learning_rate: float = option("The rate after the warm-up, which then falls to 0.", 2e-5)
+    warmup_steps: float = option("Steps in which the learning rate rises; below 1: share of all steps.", 0.1)
+    weight_decay: float = option("AdamW's weight decay.", 0.01)
+    num_train_epochs: float | None = option(
+        "Passes over the data. Not given: one, or up to three where these are fewer than 100 steps.", None
     )
     sentence_pooling_method: str | None = option(
         "How tokens become one embedding; not given: as the base model's folder says, or cls.",
@@ -183,14 +202,15 @@ class RunOptions:
     report_to: str | None = option(
         "Where to log besides metrics.jsonl: tensorboard, wandb, none, ...", "tensorboard", nargs="+"
     )
-    merge_experts: bool = option(
+    merge_experts: bool | None = option(
         "Merge each layer's experts into one at the end: the run's folder holds a dense model, and its folder 'experts' the one"
-        " with experts. Both are evaluated on dev_collection.",
-        False,
+        " with experts. Both are evaluated on dev_collection. Not given: where there are experts, but without adapters.",
+        None,
     )
     merge_base_alpha: list[float] | None = option(
         "Mix the trained weights with the base model's: shares of the trained ones, such as 0.5 0.75. With a dev_collection the"
-        " best of them, of the trained model and of the base model is kept; without one, give one share.",
+        " best of them, of the trained model and of the base model is kept; without one, give one share. 1: not mixed. Not"
+        " given: 0.5 0.75 where there is evaluation in training.",
         None,
         least=0,
         most=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,10 @@ from clpl_moe.train.lengths import Lengths
 from clpl_moe.train.trainer import count_steps
 
 logger = logging.getLogger(__name__)
+
+EXPERTS_FOLDER = "experts"
+_ENOUGH_STEPS = 100  # of docs/study.md
+_MOST_EPOCHS = 3
 
 
 @dataclass
@@ -60,6 +65,8 @@ def open_data(data_args: CLPLDataArguments, args: CLPLTrainingArguments, whole_s
             " of a batch; lower per_device_train_batch_size or remove dataloader_drop_last"
         )
     check_contrast(dataset, data_args, args)
+    if args.num_train_epochs is None:
+        args.num_train_epochs = _epochs(math.ceil(len(batches) / args.gradient_accumulation_steps))
     if dataset.prompts and not data_args.query_instruction_for_retrieval:
         logger.warning(
             "%s of %s examples have a 'prompt', which has no effect: it takes the place of a query instruction, and there"
@@ -80,6 +87,11 @@ def open_data(data_args: CLPLDataArguments, args: CLPLTrainingArguments, whole_s
         corpus = Collection.load(args.ance_collection, args.ance_language, args.ance_split)
         index = PassageIndex.load(corpus, args.ance_positive_queries)
     return RunData(dataset, batches, dev, index)
+
+
+def _epochs(steps: int) -> float:
+    """How often data of so many steps are gone through, where the options leave it open."""
+    return float(min(max(1, math.ceil(_ENOUGH_STEPS / steps)), _MOST_EPOCHS))
 
 
 def check_contrast(dataset: CLPLTrainDataset, data_args: CLPLDataArguments, args: CLPLTrainingArguments) -> None:
@@ -166,7 +178,7 @@ class Plan:
     def __str__(self) -> str:
         args, estimate = self.training_args, self.estimate
         share = self.trained_parameters / self.parameters
-        frozen = f", {args.frozen_layers} layers frozen" if args.frozen_layers else ""
+        frozen = f", embeddings and the lowest {args.frozen_layers} layers frozen" if args.frozen_layers else ""
         gpu = torch.cuda.is_available() and not args.use_cpu
         lines = [
             f"base model      {self.model_args.model_name_or_path}{f' ({estimate.shape_source})' if estimate else ''}"
@@ -211,8 +223,12 @@ class Plan:
                 f"evaluation      {queries:,} queries, {passages:,} passages of {args.dev_collection}, {languages}"
                 f"{'; the best checkpoint is kept, or the base model where none beats it' if args.base_counts else ''}"
             )
-        if args.merge_base_alpha is not None:
-            shares = " or ".join(f"{alpha:g}" for alpha in args.merge_base_alpha)
+        if args.merge_experts:
+            lines.append(
+                f"merging         the experts of a layer, to one; with experts: {args.folder / EXPERTS_FOLDER}"
+            )
+        if args.shares:
+            shares = " or ".join(f"{alpha:g}" for alpha in args.shares)
             chosen = ", or not at all: as is best on the dev questions" if self.dev else ""
             lines.append(f"mixing          trained weights with the base model's, alpha {shares}{chosen}")
         if self.mined_passages is not None:

@@ -40,6 +40,17 @@ _FIXED_IN_A_RUN = (
 )  # fmt: skip
 
 
+# Options that a run settles by its model and its data, unless they are given.
+_LEFT_OPEN = ("frozen_layers", "merge_experts", "merge_base_alpha", "num_train_epochs")
+
+# Defaults before there was one recipe: a run of then, which did not have these options given, goes on with them.
+_DEFAULTS_BEFORE: dict[str, object] = {
+    "trainable": "moe", "moe_target": "intermediate", "moe_layers": "all", "train_group_size": 8, "queries_per_negative": 1,
+    "temperature": 0.02, "penalty": "cosine", "penalty_weight": 0.1, "learning_rate": 5e-5, "warmup_steps": 0,
+    "weight_decay": 0.0,
+}  # fmt: skip
+
+
 # What changes nothing in a run that resumes.
 _OF_THE_START = ("output_dir", "dry_run", "stop_on_sigusr1", "eval_on_start")
 
@@ -89,6 +100,22 @@ def check_output_dir(args: CLPLTrainingArguments) -> None:
             f"{at(checkpoint)}: holds no state of an optimizer (a run's folder, or made with save_only_model), so that it"
             f" cannot be resumed; begin a new run with its weights: model_name_or_path {checkpoint}"
         )
+
+
+def keep_options(*groups: Any) -> None:
+    """Give options that are not given the values of the run to resume, where they depend on base model or data, or had other
+    defaults before; in a new run, mix with the base model where there is evaluation."""
+    args = groups[-1]
+    path = None if args.resume_from_checkpoint is None else Path(args.resume_from_checkpoint).parent / CONFIG_FILE
+    before = {name: None for name in _LEFT_OPEN} | load_yaml(path) if path is not None and path.is_file() else {}
+    for group in groups:
+        for field in dataclasses.fields(group):
+            known = before.get(field.name, _DEFAULTS_BEFORE)
+            kept = field.name in _LEFT_OPEN or known == _DEFAULTS_BEFORE.get(field.name, before)
+            if field.name in before and kept and getattr(group, field.name) == field.default:
+                setattr(group, field.name, known)
+    if not before and args.merge_base_alpha is None and args.eval_strategy != "no":
+        args.merge_base_alpha = [0.5, 0.75]
 
 
 def _holds_anything(output_dir: Path) -> bool:

@@ -50,13 +50,13 @@ from clpl_moe.train.lora import name_base
 from clpl_moe.train.metrics_file import METRICS_FILE, read_metrics
 from clpl_moe.train.model import CLPLModel
 from clpl_moe.train.options import DEV_METRICS
-from clpl_moe.train.plan import Plan, describe, open_data
+from clpl_moe.train.plan import EXPERTS_FOLDER, Plan, describe, open_data
 from clpl_moe.train.trainer import CLPLTrainer, lengths_of, set_lengths
 from clpl_moe.train.verdict import verdict_of
 
 logger = logging.getLogger(__name__)
 
-EXPERTS_FOLDER, MERGED_FOLDER = "experts", "merged"
+MERGED_FOLDER = "merged"
 _FILES_OF_A_MODEL = ("*.safetensors", "*.safetensors.index.json", "*.py", "adapter_config.json", "moe_config.json")
 _OPTIONS_OF_THE_MODEL = (
     *("mask_duplicates", "balance_loss_weight", "z_loss_weight", "grad_cache_tokens", "sub_batch_size", "kd_loss_type"),
@@ -73,6 +73,7 @@ class CLPLRunner:
     ) -> None:
         self.model_args, self.data_args, self.training_args = model_args, data_args, training_args
         resume.check_output_dir(training_args)
+        resume.keep_options(model_args, data_args, training_args)
         if training_args.fp16_asked and not torch.accelerator.is_available():
             raise UserError(
                 "fp16 needs a CUDA device and none was found: run on a machine with one, or set fp16 false to train on the"
@@ -116,9 +117,7 @@ class CLPLRunner:
         check_dimensions(model, self.training_args)
         if tell and has_experts(model):
             logger.warning("the base model has experts of its own, which are kept: %s", model.config.moe)
-        add_experts(model, args.moe_config(), args.model_name_or_path)
-        if self.training_args.merge_experts and not has_experts(model):
-            raise OptionError("merge_experts", "found no experts to merge, expected num_experts above 0")
+        add_experts(model, args, self.training_args)
         if self.training_args.merge_experts and self.training_args.merge_adapter:
             raise OptionError("merge_adapter", "found true, expected false with merge_experts, which merges both")
         self._give_experts(encoder)

@@ -150,7 +150,7 @@ def _command(result: TrainResult, trained: Path, changes: list[str]) -> str:
         again = ["--config", str(folder / "train_config.yaml"), "--output_dir", f"{folder}-2", *changes]
         again += ["--merge_base_alpha", *_SHARES]
         return f"{command_name('clpl_moe.train')} {shlex.join(again)}"
-    if args.merge_base_alpha is not None:
+    if args.shares:
         return f"{command_name('clpl_moe.validate')} {shlex.join(['--config', str(folder / 'train_config.yaml')])}"
     words = [
         *(str(trained), f"{folder}-merged", "--with", model.model_name_or_path),
