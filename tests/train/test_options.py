@@ -89,7 +89,7 @@ _OPEN = dict.fromkeys(("frozen_layers", "merge_experts", "moe_layers", "moe_targ
 
 
 @pytest.mark.parametrize(
-    "options, frozen, layers, merged",
+    ("options", "frozen", "layers", "merged"),
     [
         ({}, 4, [4, 5, 6], True),
         ({"num_experts": 0}, 4, None, False),
@@ -122,12 +122,12 @@ def test_of_a_base_model_with_experts_the_layers_below_them_are_frozen(deep, tmp
 
 def test_no_layer_left_for_experts_is_refused(deep, tmp_path):
     data = write_triplets(tmp_path / "train.jsonl", 8)
+    groups = parse(all_options(), "", "", arguments(deep, data, tmp_path / "run", **_OPEN | {"frozen_layers": 7}))
     with pytest.raises(UserError, match="frozen_layers: found 7, expected fewer than the encoder's 7 layers"):
-        argv = arguments(deep, data, tmp_path / "run", **_OPEN | {"frozen_layers": 7})
-        plan_run(*parse(all_options(), "", "", argv))
+        plan_run(*groups)
 
 
-@pytest.mark.parametrize("batch, epochs, steps", [(1, 1, 120), (2, 2, 120), (8, 3, 45)])
+@pytest.mark.parametrize(("batch", "epochs", "steps"), [(1, 1, 120), (2, 2, 120), (8, 3, 45)])
 def test_few_data_are_gone_through_up_to_three_times(tiny_encoder, tmp_path, batch, epochs, steps):
     data = write_triplets(tmp_path / "train.jsonl", 120)
     options = {"max_steps": None, "per_device_train_batch_size": batch}

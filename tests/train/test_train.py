@@ -41,6 +41,7 @@ def test_the_function_trains_and_returns_what_it_made(options, tmp_path, capsys)
 
 
 def test_arguments_go_over_the_config(options, tmp_path):
+    del options["penalty_weight"]
     (tmp_path / "c.yaml").write_text("penalty_weight: 0.3\nlearning_rate: 1.0e-6\n")
     plan = train(config=tmp_path / "c.yaml", **options | {"dry_run": True, "learning_rate": 1e-4})
     assert (plan.training_args.penalty_weight, plan.training_args.learning_rate) == (0.3, 1e-4)
@@ -74,7 +75,7 @@ def test_mistakes_are_user_errors(options, tmp_path, more, message):
 
 def test_the_signature_shows_own_options(options):
     parameters = inspect.signature(train).parameters
-    assert parameters["penalty_weight"].default == 0.1
+    assert parameters["penalty_weight"].default == 0.8
     assert parameters["options"].kind is inspect.Parameter.VAR_KEYWORD
     assert "penalty_weight: " in train.__doc__
 

@@ -6,7 +6,7 @@ All others, such as ``learning_rate``, are FlagEmbedding's and transformers' (:m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from clpl_moe.common.options import Bounds, option
@@ -14,10 +14,7 @@ from clpl_moe.loss.options import LossTermOptions, Penalty
 from clpl_moe.mine.options import PositiveScore, Sampling, SelectionArguments
 from clpl_moe.moe.config import TARGETS, MoEConfig
 
-
-def _of_the_recipe(name: str, default: Any) -> Any:
-    """A field of the loss with the default of the recipe: :class:`clpl_moe.CLPLLoss` has the published ones."""
-    return option(LossTermOptions.__dataclass_fields__[name].metadata["help"], default)
+_OF_THE_LOSS = {field.name: field.metadata["help"] for field in fields(LossTermOptions)}
 
 
 def _as_in_mine(name: str, **metadata: Any) -> Any:
@@ -111,9 +108,10 @@ class DataOptions:
 class LossOptions(LossTermOptions):
     """The loss."""
 
-    temperature: float = _of_the_recipe("temperature", 0.01)
-    penalty_weight: float = _of_the_recipe("penalty_weight", 0.8)
-    penalty: Penalty = _of_the_recipe("penalty", "contrastive")
+    # The recipe; CLPLLoss has the published values.
+    temperature: float = option(_OF_THE_LOSS["temperature"], 0.01)
+    penalty_weight: float = option(_OF_THE_LOSS["penalty_weight"], 0.8)
+    penalty: Penalty = option(_OF_THE_LOSS["penalty"], "contrastive")
     mask_duplicates: bool = option(
         "Leave out of a query's negatives what any line of the data knows to answer it, copies included.", True
     )

@@ -107,7 +107,7 @@ def keep_options(*groups: Any) -> None:
     defaults before; in a new run, mix with the base model where there is evaluation."""
     args = groups[-1]
     path = None if args.resume_from_checkpoint is None else Path(args.resume_from_checkpoint).parent / CONFIG_FILE
-    before = {name: None for name in _LEFT_OPEN} | load_yaml(path) if path is not None and path.is_file() else {}
+    before = dict.fromkeys(_LEFT_OPEN) | load_yaml(path) if path is not None and path.is_file() else {}
     for group in groups:
         for field in dataclasses.fields(group):
             known = before.get(field.name, _DEFAULTS_BEFORE)
