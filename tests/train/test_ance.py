@@ -330,7 +330,6 @@ def test_negatives_of_another_collection_are_refused(world, tiny_encoder, whole,
         ({"ance_negatives": 30}, "--ance_negatives: found 30, the window from rank 1 to 20 holds 20"),
         ({"ance_sampling": "best"}, "invalid choice: 'best'"),
         ({"ance_positive_queries": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-        ({"fsdp": "full_shard"}, "leave out one of the two"),
     ],
 )
 @pytest.mark.parametrize("dry_run", [True, False], ids=["plan", "run"])

@@ -102,6 +102,15 @@ def test_fsdp_on_a_cpu_is_none(caplog):
     assert "fsdp is for GPUs" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_a_launcher_that_divides_models_is_told_of_the_cpu(monkeypatch, caplog, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    if name == "deepspeed":
+        pytest.importorskip("deepspeed")  # which transformers wants then
+    training(use_cpu=True)
+    assert f"{name} is for GPUs" in caplog.text
+
+
 def test_encoding_in_training_follows_its_precision(monkeypatch):
     monkeypatch.setattr(precision, "fast_bfloat16", lambda device: True)
     assert training(use_cpu=True, bf16=False).encode_dtype == torch.float32

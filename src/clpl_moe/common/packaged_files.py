@@ -19,7 +19,8 @@ _SAMPLES = "data/samples"
 
 def packaged_configs() -> list[str]:
     """Names that :func:`find_config` knows, such as ``ko`` and ``paper/ko``."""
-    return sorted(path.relative_to(_CONFIGS).with_suffix("").as_posix() for path in _CONFIGS.rglob("*.yaml"))
+    names = (path.relative_to(_CONFIGS).with_suffix("").as_posix() for path in _CONFIGS.rglob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("accelerate/"))  # options of accelerate, not of ours
 
 
 def find_config(name: str | Path) -> Path:

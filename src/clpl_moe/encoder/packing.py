@@ -14,7 +14,8 @@
 The layers of XLM-R, RoBERTa and BERT are run from here, module by module, instead of through the encoder's ``forward``
 with an attention function registered in transformers: gradient checkpointing runs a layer again in the backward pass,
 when such a setting would have been put back, and the last two points cannot be said in it. Weights, adapters and experts
-within the modules work as ever. Other encoders, and layers that something wraps (FSDP), get padded batches.
+within the modules work as ever, and so do layers that FSDP2 divides among processes. Other encoders, layers that something
+wraps, and encoders that DeepSpeed's ZeRO-3 divides get padded batches.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import TypeGuard, get_args
+from types import MethodType
+from typing import Any, TypeGuard, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn.attention.varlen import varlen_attn
 from transformers import BertModel, PreTrainedModel, RobertaModel, XLMRobertaModel
 from transformers.models.bert import modeling_bert as bert
@@ -137,11 +140,18 @@ def can_pack(encoder: nn.Module) -> TypeGuard[StockEncoder]:
     # Exact classes: a subclass may compute something else. With experts, it is the stock classes' forward.
     if not isinstance(encoder, _ENCODERS) or type(encoder).forward not in [stock.forward for stock in _ENCODERS]:
         return False
-    if encoder.config.is_decoder or type(encoder.embeddings) not in _EMBEDDINGS:
+    if encoder.config.is_decoder or _kind(encoder.embeddings) not in _EMBEDDINGS:
+        return False
+    if hasattr(encoder.embeddings.word_embeddings.weight, "ds_id"):  # of ZeRO-3, which looks at calls of whole layers
         return False
     layers = _layers(encoder)
-    are_stock = all(type(layer) in _LAYERS and type(layer.attention.self) in _ATTENTIONS for layer in layers)
+    are_stock = all(_kind(layer) in _LAYERS and type(layer.attention.self) in _ATTENTIONS for layer in layers)
     return are_stock and len(layers) == len(encoder.encoder.layer)
+
+
+def _kind(module: nn.Module) -> type:
+    """A module's class; of one that FSDP2 divides, which gets a class of its own, the class that it had."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def _layers(encoder: StockEncoder) -> list[StockLayer]:
@@ -221,7 +231,7 @@ def _embed_stream(encoder: StockEncoder, packed: PackedTexts, pooling: str) -> T
         for number, layer in enumerate(layers[done:], done + 1):
             with torch.set_grad_enabled(graph and any(trained[: number + 1])):
                 # The last one returns (1, n, D), or (1, T, D) for the mean.
-                hidden = _run_layer(layer, hidden, stream, rows if number == len(layers) else None)
+                hidden = _run(layer)(hidden, stream, rows if number == len(layers) else None)
     embeddings = hidden[0].squeeze(0)
     if pooling == "mean":
         wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
@@ -276,6 +286,17 @@ def _positions(encoder: StockEncoder, packed: PackedTexts) -> Tensor:
     through = counted.cumsum(0)
     before = through - counted.long()
     return (through - before[first]) * counted + padding
+
+
+def _run(layer: StockLayer) -> Callable[..., tuple[Tensor, ...]]:
+    """:func:`_run_layer` of this layer; where FSDP2 divides its weights, they are gathered for it."""
+    if not isinstance(layer, FSDPModule):
+        return partial(_run_layer, layer)
+    divided: Any = layer
+    if not hasattr(divided, "run_packed"):
+        divided.run_packed = MethodType(_run_layer, divided)
+        register_fsdp_forward_method(divided, "run_packed")
+    return divided.run_packed
 
 
 def _run_layer(

@@ -21,6 +21,7 @@ from clpl_moe.common.files import atomic_open, read_json
 from clpl_moe.common.machine import versions
 from clpl_moe.common.markup import as_code, as_python, in_markdown
 from clpl_moe.data.formats import entry_path
+from clpl_moe.train.sharding import whole_size
 
 if TYPE_CHECKING:
     from clpl_moe.encoder.settings import EmbeddingSettings
@@ -104,8 +105,8 @@ def write_model_card(
         plan=plan,
         alpha=result.alpha,
         steps=steps,
-        parameters=sum(p.numel() for p in model.model.parameters()),
-        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=sum(whole_size(p) for p in model.model.parameters()),
+        trained_parameters=sum(whole_size(p) for p in model.parameters() if p.requires_grad),
         args=args,
         data=plan.data_args,
         settings=settings,

@@ -56,7 +56,6 @@ _EXCLUDING = (
         ("frozen_cache_gb", name, "it changes the layers whose outputs would be kept")
         for name in ("fsdp", "deepspeed", "torch_compile")
     ),
-    ("ance_refresh", "fsdp", "each process encodes a part of the corpus, and FSDP shards parameters"),
 )
 
 
@@ -206,8 +205,11 @@ def choose_device(args: CLPLTrainingArguments) -> None:
         args.fp16 = False
     if args.logging_nan_inf_filter is None:
         args.logging_nan_inf_filter = args.fp16_asked
-    if args.fsdp and args.use_cpu:
-        logger.warning("fsdp is for GPUs: these processes hold the whole model each")
+    # accelerate launch sets a variable, and no option
+    variables = {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
+    for name, variable in variables.items():
+        if args.use_cpu and (getattr(args, name) or os.environ.get(variable) == "true"):
+            logger.warning("%s is for GPUs: these processes hold the whole model each", name)
     if args.dataloader_num_workers is None:
         args.dataloader_num_workers = 0 if args.use_cpu else 2
     if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:

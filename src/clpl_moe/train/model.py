@@ -140,7 +140,11 @@ class UnifiedModel(EncoderOnlyEmbedderM3Model):
         raise NotImplementedError("use clpl_moe.encoder.save_encoder")
 
 
-class CLPLModel(UnifiedModel):
+class _Module(nn.Module):
+    """Comes before FlagEmbedding's abstract class, after which FSDP2 could not give the model a class of its own."""
+
+
+class CLPLModel(_Module, UnifiedModel):
     """FlagEmbedding's M3 model with CLPL as its dense loss.
 
     Unified fine-tuning, self-distillation and teacher scores work as in FlagEmbedding; the penalty concerns the dense

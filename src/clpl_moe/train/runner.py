@@ -51,6 +51,7 @@ from clpl_moe.train.metrics_file import METRICS_FILE, read_metrics
 from clpl_moe.train.model import CLPLModel
 from clpl_moe.train.options import DEV_METRICS
 from clpl_moe.train.plan import EXPERTS_FOLDER, Plan, describe, open_data
+from clpl_moe.train.sharding import check_sharding, load_models_whole
 from clpl_moe.train.trainer import CLPLTrainer, lengths_of, set_lengths
 from clpl_moe.train.verdict import verdict_of
 
@@ -84,6 +85,7 @@ class CLPLRunner:
         if training_args.use_cpu:
             keep_freed_memory()
         set_seed(training_args.seed)
+        load_models_whole()
         self.encoder = self._load_encoder(tell=True)
         self.base_heads = read_heads(
             model_args.model_name_or_path, required=training_args.unified_finetuning, **model_args.hub
@@ -95,6 +97,9 @@ class CLPLRunner:
         self.data = open_data(data_args, training_args, resume.batches_of_whole_steps(training_args))
         self.lengths = self._choose_lengths()
         self.trainer = self._make_trainer()
+        if self.trainer.sharding is not None:
+            check_sharding(training_args, self.trainer.sharding, has_experts(self.encoder.model))
+            load_models_whole()  # the trainer has made ready for others
         self.plan = describe(model_args, data_args, training_args, self.encoder.model, self.data, self.lengths)
 
     def _load_encoder(self, tell: bool = False) -> Encoder:
@@ -228,8 +233,7 @@ class CLPLRunner:
         from clpl_moe.retrieval.store import encode_passages
 
         args = self.training_args
-        # Processes that hold the whole model share the passages; the first one searches.
-        shared = args.world_size > 1 and not args.fsdp and not args.deepspeed
+        shared = args.world_size > 1  # processes share the passages, the first one searches
         cache = Output(args.folder, inside=True).embeddings if shared else None
 
         def evaluator(encoder: Encoder) -> dict[str, float]:
@@ -344,7 +348,7 @@ class CLPLRunner:
         output_dir = self.training_args.folder
         experts = output_dir / EXPERTS_FOLDER
         if self.trainer.is_world_process_zero():
-            # Not the one in memory: of that, FSDP has no whole weights.
+            # Not the one in memory, which may be divided among processes.
             encoder = Encoder.load(output_dir, device="cpu")  # with its adapter merged
             encoder.save(experts)
             merge_experts(encoder)

@@ -24,7 +24,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from clpl_moe.common.errors import UserError, at, one_line
 from clpl_moe.common.machine import peak_memory
-from clpl_moe.data.flag_embedding import EncoderOnlyEmbedderM3Trainer
 from clpl_moe.data.sampler import EpochBatchSampler
 from clpl_moe.encoder import Encoder
 from clpl_moe.encoder.adapter import has_adapter, load_adapter_weights
@@ -36,13 +35,15 @@ from clpl_moe.train.ance import NEGATIVES_FILE, NegativeRefresher
 from clpl_moe.train.arguments import CLPLTrainingArguments
 from clpl_moe.train.checkpoint import read_state, unlike
 from clpl_moe.train.checksums import with_checksums
+from clpl_moe.train.divided_trainer import DividedTrainer
 from clpl_moe.train.metrics_file import METRICS_FILE, cut_back, read_metrics
 from clpl_moe.train.model import CLPLModel
+from clpl_moe.train.sharding import is_divided, put_weights
 from clpl_moe.train.stopping import StopOnSignal, ignore_in_workers
 from clpl_moe.train.terms import TermSums, joined
 
 
-class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
+class CLPLTrainer(DividedTrainer):
     """FlagEmbedding's trainer with what it lacks.
 
     Tokenizer, settings and length of ``encoder``, which is trained, are saved with every checkpoint, and so are
@@ -132,11 +133,15 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
 
     def refresh_negatives(self, refresher: NegativeRefresher, steps_per_epoch: int) -> None:
         """Mine negatives again with the current weights, which stay as they are, as does the random state."""
-        encoder, first = self._current_encoder(), self.is_world_process_zero()
-        self.log(refresher.refresh(encoder, self.state.global_step, steps_per_epoch, self._gather_objects, first))
+        first = self.is_world_process_zero()
+        with self._current_encoder() as encoder:
+            figures = refresher.refresh(encoder, self.state.global_step, steps_per_epoch, self._gather_objects, first)
+        self.log(figures)
 
-    def _current_encoder(self) -> Encoder:
-        return dataclasses.replace(self.encoder, model=self.accelerator.unwrap_model(self.model).model)
+    @contextlib.contextmanager
+    def _current_encoder(self) -> Iterator[Encoder]:
+        with self.whole_encoder() as model:
+            yield dataclasses.replace(self.encoder, model=model)
 
     def _prepare_input(self, data: Any) -> Any:
         # The stock version waits until the device is done with all before it.
@@ -149,7 +154,8 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
         self.accelerator.unwrap_model(model).step = self.state.global_step
         weight = inputs.pop("weight", 1.0)
-        outputs = model(**inputs)
+        with self.in_autocast():
+            outputs = model(**inputs)
         self._terms.add(outputs.terms or {}, weight)
         loss = outputs.loss if weight == 1 else outputs.loss * weight
         return (loss, outputs) if return_outputs else loss
@@ -208,7 +214,8 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
             raise ValueError("there is no dev collection to evaluate on: set dev_collection")
         start = time.perf_counter()
         # Rounded otherwise, processes would choose other best checkpoints, and stop after other steps: the first one's count.
-        found = self.of_first(self.evaluator(self._current_encoder()))
+        with self._current_encoder() as encoder:
+            found = self.of_first(self.evaluator(encoder))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - start, 2)
         self.log(metrics)
@@ -281,39 +288,55 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         model: CLPLModel = self.accelerator.unwrap_model(self.model)
-        # A state_dict is given where the model holds no whole weights (FSDP).
+        # A state_dict is given where the model is divided: the first process has it, the others none.
         weights = state_dict.values() if state_dict is not None else (p for p in model.parameters() if p.requires_grad)
-        if not all(tensor.isfinite().all() for tensor in weights):
+        finite = all(bool(tensor.isfinite().all()) for tensor in weights)
+        if not (finite if state_dict is None else self.of_first(finite)):
             raise self._diverged("weights are nan or inf")
-        heads, encoder_state = self.base_heads, None
+        if not self.args.should_save:
+            return
+        heads, of_heads = self.base_heads, {name: f"{Path(name).stem}." for name in HEAD_FILES}
         if model.unified_finetuning:
-            heads = {name: getattr(model, Path(name).stem).state_dict() for name in HEAD_FILES}
-        if state_dict is not None:
-            encoder_state = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
-        set_lengths(
-            self.encoder.tokenizer, *self._tokenizer_state
-        )  # of the last batch, unless the run did not make one
-        self._current_encoder().save(folder, heads=heads, state_dict=encoder_state)
+            state = model.state_dict() if state_dict is None else state_dict
+            heads = {
+                name: {k.removeprefix(begin): v for k, v in state.items() if k.startswith(begin)}
+                for name, begin in of_heads.items()
+            }
+        # The tokenizer's is of the last batch, unless the run did not make one.
+        set_lengths(self.encoder.tokenizer, *self._tokenizer_state)
+        if state_dict is None:
+            dataclasses.replace(self.encoder, model=model.model).save(folder, heads=heads)
+        else:
+            with self._whole.filled(
+                {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}, "cpu"
+            ) as whole:
+                dataclasses.replace(self.encoder, model=whole).save(folder, heads=heads)
         if self.refresher is not None:
             self.refresher.save(folder / NEGATIVES_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         trained: CLPLModel = self.accelerator.unwrap_model(self.model if model is None else model)
-        load = load_adapter_weights if has_adapter(trained.model) else load_weights
-        load(trained.model, resume_from_checkpoint)
+        divided = is_divided(trained.model)
+        if divided:
+            with _told_if_it_does_not_fit(resume_from_checkpoint):
+                self.put_weights(resume_from_checkpoint)
+        else:
+            load = load_adapter_weights if has_adapter(trained.model) else load_weights
+            load(trained.model, resume_from_checkpoint)
         if trained.unified_finetuning:
             for name in HEAD_FILES:
                 path = Path(resume_from_checkpoint) / name
                 with _told_if_it_does_not_fit(path):
                     state = torch.load(path, map_location="cpu", weights_only=True)
-                    getattr(trained, Path(name).stem).load_state_dict(state)
+                    head = getattr(trained, Path(name).stem)
+                    put_weights(head, state) if divided else head.load_state_dict(state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         with _told_if_it_does_not_fit(f"{Path(checkpoint) / 'scheduler.pt'} or optimizer.pt"):
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # their files are their own
-                super()._load_optimizer_and_scheduler(checkpoint)
+            if self.sharding is not None:
+                self.load_divided_optimizer(checkpoint)
                 return
             groups = [
                 {name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups
@@ -338,8 +361,6 @@ class CLPLTrainer(EncoderOnlyEmbedderM3Trainer):
 
     def is_over(self, checkpoint: str | Path) -> bool:
         """Whether a run that resumes from a checkpoint has no step left: transformers would train one more."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # whose checkpoints only training loads
-            return False
         state = read_state(checkpoint)
         return state.global_step >= count_steps(self.batch_sampler, self.args)[1] or callbacks.waited_enough(
             state, self.args
