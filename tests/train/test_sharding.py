@@ -117,7 +117,9 @@ def test_divided_weights_and_optimizer_are_those_of_the_whole_model(mesh, expert
     models = [make(), divide(make(), mesh)]
     assert can_pack(models[1])
     empty = WholeCopy(make())
-    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.01, momentum=0.9) for m in models]
+    optimizers = [
+        torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.01, momentum=0.9) for m in models
+    ]
     for _ in range(2):
         for model, optimizer in zip(models, optimizers):
             step(model, optimizer)
