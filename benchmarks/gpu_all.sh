@@ -28,12 +28,14 @@ part() {
     fi
 }
 
-part gpu_tests 120 python3 -m pytest -q -m gpu -p no:cacheprovider tests/moe tests/encoder tests/train
+part gpu_tests 100 python3 -m pytest -q -m gpu -p no:cacheprovider tests/moe tests/encoder tests/train
 part gpu_model 60 python3 benchmarks/random_model.py "$shape" --tokenizer "$model"
-part training_gpu 200 python3 benchmarks/training.py --model "$shape" --data "$data" --output "$results/training_gpu.json" \
+part training_gpu 180 python3 benchmarks/training.py --model "$shape" --data "$data" --output "$results/training_gpu.json" \
     --batch 32 --group 5 --query_max_len 64 --passage_max_len 512 --warmup 3 --steps 8 --rounds 2 \
     --only "clpl_moe, contrastive, dense, all trained" "FlagEmbedding M3" "sentence-transformers MNRL" \
     "clpl_moe, CLPL, only experts trained"
-part gpu 100 python3 benchmarks/gpu.py --queries 64 --repeats 5 --output "$results/gpu.json"
+part many_gpus 60 python3 benchmarks/many_gpus.py --model "$shape" --data "$data" --output "$results/many_gpus.json" --steps 3 \
+    --launchers ddp fsdp2 zero2
+part gpu 80 python3 benchmarks/gpu.py --queries 64 --repeats 5 --output "$results/gpu.json"
 part encoding_gpu 60 python3 benchmarks/encoding.py --model "$shape" --pooling cls --rounds 3 --output "$results/encoding_gpu.json"
 exit $failed

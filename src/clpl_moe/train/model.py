@@ -140,8 +140,8 @@ class UnifiedModel(EncoderOnlyEmbedderM3Model):
         raise NotImplementedError("use clpl_moe.encoder.save_encoder")
 
 
-class _Module(nn.Module):
-    """Comes before FlagEmbedding's abstract class, after which FSDP2 could not give the model a class of its own."""
+# Comes before FlagEmbedding's abstract class, after which FSDP2 could not give the model a class of its own.
+_Module: Any = type("_Module", (nn.Module,), {"__module__": __name__})
 
 
 class CLPLModel(_Module, UnifiedModel):

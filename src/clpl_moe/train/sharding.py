@@ -55,6 +55,7 @@ def check_sharding(args: CLPLTrainingArguments, by: str, experts: bool) -> None:
     whole = "each process needs every parameter whole"
     refused = {"trainable lora": (args.trainable == "lora", "an adapter's gradients and states are small: take DDP")}
     refused["torch_compile"] = (args.torch_compile, "leave it out")
+    refused["frozen_cache_gb"] = (bool(args.frozen_cache_gb), "it would keep outputs of layers that are divided")
     if by in ("FSDP2", "ZeRO-3"):
         refused["grad_cache_tokens"] = (args.grad_cache_tokens is not None, f"in the backward pass {whole}")
     if by == "ZeRO-3":
@@ -118,17 +119,18 @@ class WholeCopy:
 
 def whole(parameter: Tensor) -> Tensor:
     """A parameter with all its parts, float32 where it is trained in float32; all processes have to call this."""
-    if isinstance(parameter, DTensor):
-        return parameter.detach().full_tensor()
+    found: Any = parameter.detach()
+    if isinstance(found, DTensor):
+        return found.full_tensor()
     if not _by_deepspeed(parameter):
-        return parameter.detach()
+        return found
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
-    if parameter.requires_grad and (found := safe_get_full_fp32_param(parameter)) is not None:
-        return found.detach()
+    if parameter.requires_grad and (master := safe_get_full_fp32_param(parameter)) is not None:
+        return master.detach()
     if not hasattr(parameter, "ds_id"):
-        return parameter.detach()
+        return found
     with GatheredParameters([parameter]):
         return parameter.detach().clone()
 
@@ -215,7 +217,7 @@ def load_optimizer_state(optimizer: Any, groups: list[list[nn.Parameter]], state
     order = [p for group in groups for p in group]
     if [len(group["params"]) for group in state["param_groups"]] != [len(group) for group in groups]:
         raise ValueError("the groups of parameters are others")
-    first = next(iter(by_number.values()), {})
+    first: dict[str, Tensor] = next(iter(by_number.values()), {})
     for of_group in getattr(flat, "fp32_partitioned_groups_flat", None) or flat.single_partition_of_fp32_groups:
         for name, value in first.items():  # there is none before the first step
             flat.state[of_group][name] = torch.zeros_like(of_group) if value.ndim else value.clone()
