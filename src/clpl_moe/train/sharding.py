@@ -186,7 +186,7 @@ def optimizer_state(optimizer: Any, groups: list[list[nn.Parameter]], keep: bool
         values = {name: safe_get_full_optimizer_state(parameter, name) for name in sorted(names)}
         if keep and values:
             found[number] = {name: value.cpu() for name, value in values.items()}
-            found[number] |= {"step": torch.as_tensor(steps[0], dtype=torch.float32).cpu()} if steps else {}
+            found[number] |= {"step": torch.tensor(float(steps[0]))} if steps else {}  # its own: it is counted in place
     numbers = iter(range(len(found) or sum(map(len, groups))))
     of_groups = [
         {name: value for name, value in options.items() if name != "params"}
