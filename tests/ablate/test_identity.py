@@ -9,7 +9,7 @@ from helpers.ablation import TRAIN, finish, keys, plan
 def test_a_run_is_known_by_what_decides_its_result(configuration, tmp_path):
     before = keys(configuration)
     # Neither names, places, order, nor defaults that are written out.
-    renamed = {"a": {"train": False}, "b": {"train": {"trainable": "full", "num_experts": 0, "temperature": 0.02}}}
+    renamed = {"a": {"train": False}, "b": {"train": {"trainable": "full", "num_experts": 0, "temperature": 0.01}}}
     assert keys(configuration, rows=renamed, output=str(tmp_path / "x.json"), parallel=2) == before[:3]
     # But options of every part, and the content of model and data.
     assert set(keys(configuration, train=TRAIN | {"temperature": 0.03})).isdisjoint(before[1:])
@@ -63,7 +63,7 @@ def test_an_option_that_is_new_makes_no_other_run_and_a_default_that_changed_doe
     finish(run, 0.5)
     path = run.folder / "options.json"
     options = json.loads(path.read_text(encoding="utf-8"))
-    assert options["train.temperature"] == 0.02
+    assert options["train.temperature"] == 0.01
     write_json(path, {k: v for k, v in options.items() if k != "train.temperature"})
     assert plan(configuration).runs[1].folder == run.folder
     assert plan(configuration, train=TRAIN | {"temperature": 0.1}).runs[1].folder != run.folder

@@ -43,7 +43,8 @@ _FIXED_IN_A_RUN = (
 # Options that a run settles by its model and its data, unless they are given.
 _LEFT_OPEN = ("frozen_layers", "merge_experts", "merge_base_alpha", "num_train_epochs")
 
-# Defaults before there was one recipe: a run of then, which did not have these options given, goes on with them.
+# Defaults before there was one recipe, when runs did not know frozen_cache_gb: a run of then, which did not have these options
+# given, goes on with them.
 _DEFAULTS_BEFORE: dict[str, object] = {
     "trainable": "moe", "moe_target": "intermediate", "moe_layers": "all", "train_group_size": 8, "queries_per_negative": 1,
     "temperature": 0.02, "penalty": "cosine", "penalty_weight": 0.1, "learning_rate": 5e-5, "warmup_steps": 0,
@@ -108,10 +109,11 @@ def keep_options(*groups: Any) -> None:
     args = groups[-1]
     path = None if args.resume_from_checkpoint is None else Path(args.resume_from_checkpoint).parent / CONFIG_FILE
     before = dict.fromkeys(_LEFT_OPEN) | load_yaml(path) if path is not None and path.is_file() else {}
+    earlier = {} if "frozen_cache_gb" in before else _DEFAULTS_BEFORE
     for group in groups:
         for field in dataclasses.fields(group):
-            known = before.get(field.name, _DEFAULTS_BEFORE)
-            kept = field.name in _LEFT_OPEN or known == _DEFAULTS_BEFORE.get(field.name, before)
+            known = before.get(field.name, earlier)
+            kept = field.name in _LEFT_OPEN or known == earlier.get(field.name, before)
             if field.name in before and kept and getattr(group, field.name) == field.default:
                 setattr(group, field.name, known)
     if not before and args.merge_base_alpha is None and args.eval_strategy != "no":
