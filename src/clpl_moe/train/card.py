@@ -21,7 +21,6 @@ from clpl_moe.common.files import atomic_open, read_json
 from clpl_moe.common.machine import versions
 from clpl_moe.common.markup import as_code, as_python, in_markdown
 from clpl_moe.data.formats import entry_path
-from clpl_moe.train.sharding import whole_size
 
 if TYPE_CHECKING:
     from clpl_moe.encoder.settings import EmbeddingSettings
@@ -57,6 +56,8 @@ def write_model_card(
     """Write ``README.md`` of a finished run of ``steps`` optimizer steps into its folder."""
     import jinja2
     from huggingface_hub import ModelCardData
+
+    from clpl_moe.train.sharding import whole_size  # which loads torch
 
     args, base, experts = plan.training_args, plan.model_args.model_name_or_path, plan.experts is not None
     dense = args.merge_experts or not experts
