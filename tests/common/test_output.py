@@ -209,3 +209,12 @@ def test_of_several_processes_the_first_one_has_the_lock(tmp_path, monkeypatch):
             assert not second.first
             assert second.embeddings == first.embeddings
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_process_that_is_refused_waits_for_the_holder_s_name(tmp_path, monkeypatch):
+    """Between taking a lock and writing one's name into it is a moment."""
+    found = [{}, {}, {"host": "there", "pid": 7, "since": "now"}]
+    monkeypatch.setattr("clpl_moe.common.lock.FileLock.take", lambda self: False)
+    monkeypatch.setattr("clpl_moe.common.lock.FileLock.holder", lambda self: found.pop(0))
+    with pytest.raises(UserError, match="process 7 on there writes this output"), writing(tmp_path / "out"):
+        pass

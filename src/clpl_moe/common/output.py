@@ -18,6 +18,7 @@ import shutil
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from clpl_moe.common.lock import FileLock
 WORK_FOLDER = "_clpl_moe"
 
 _LOCK, _UNFINISHED, _NEW, _OLD = "lock", "unfinished", "new", "old"
+
+
+_NAMED_WITHIN = 0.5  # seconds after taking a lock
 
 
 class Output:
@@ -188,7 +192,9 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
 
 
 def _taken(lock: FileLock) -> str:
-    holder = lock.holder()
+    until = time.monotonic() + _NAMED_WITHIN
+    while not (holder := lock.holder()) and time.monotonic() < until:
+        time.sleep(0.01)  # it has the lock, and writes its name just now
     if not holder.keys() >= {"host", "pid", "since"}:
         return "another process writes this output; wait for it to end, or name another output"
     host = holder["host"]
