@@ -91,12 +91,10 @@ class FileLock:
             if self._descriptor is None:  # opened before its holder removed it: a lock of nothing
                 os.close(descriptor)
         _held.add(self._descriptor)
-        since = datetime.now().astimezone().isoformat(" ", "seconds")
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
         try:
             os.lseek(self._descriptor, 0, os.SEEK_SET)
             os.ftruncate(self._descriptor, 0)
-            os.write(self._descriptor, json.dumps(holder).encode())
+            os.write(self._descriptor, json.dumps(this_process()).encode())
         except OSError:
             self.release()
             raise
@@ -135,6 +133,12 @@ class FileLock:
         if not keep and sys.platform == "win32":  # which removes no open file
             with contextlib.suppress(OSError):
                 self.file.unlink()
+
+
+def this_process() -> dict[str, Any]:
+    """How a holder is named: host, process, and since when."""
+    since = datetime.now().astimezone().isoformat(" ", "seconds")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
 
 
 def is_alive(holder: dict[str, Any]) -> bool:

@@ -19,10 +19,9 @@ import socket
 import sys
 import threading
 import time
-from datetime import datetime
 from pathlib import Path
 
-from clpl_moe.common.lock import FileLock, is_alive
+from clpl_moe.common.lock import FileLock, is_alive, this_process
 
 BEAT = 15.0  # seconds between two touches
 STALE = 180.0  # a network file system may show a change after a minute
@@ -68,11 +67,9 @@ class Claims:
             descriptor = os.open(self.file(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return False
-        since = datetime.now().astimezone().isoformat(" ", "seconds")
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "machine": _machine()}
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             self._own.add(number)
-            json.dump(holder, file)
+            json.dump(this_process() | {"machine": _machine()}, file)
         return True
 
     def release(self, number: int) -> None:
