@@ -8,6 +8,7 @@ import torch
 
 from clpl_moe import Encoder, MoEConfig, inject_moe, merge_experts
 from helpers.tiny import perturb_experts
+from helpers.tools import need_python
 
 PYTHONS = os.environ.get("OTHER_PYTHONS", "").split()
 
@@ -50,9 +51,10 @@ def load(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PYTHONS, reason="scripts/test_tools.sh makes the environments")
 @pytest.mark.parametrize("python", PYTHONS or [""])
 def test_a_folder_with_experts_loads_or_names_what_does(tiny_encoder, load, python):
+    if not python:
+        need_python("OTHER_PYTHONS")
     encoder = inject_moe(Encoder.load(tiny_encoder, device="cpu"), MoEConfig(num_experts=2))
     perturb_experts(encoder.model)
     printed, theirs, ours = load(python, encoder, "experts")

@@ -7,6 +7,7 @@ from clpl_moe import Encoder
 from clpl_moe.encoder.settings import EmbeddingSettings
 from clpl_moe.evaluate.metrics import evaluate_run, write_trec_qrels, write_trec_run
 from clpl_moe.retrieval.search import search
+from helpers.tools import need_tool
 from helpers.trained_tokenizers import COVERED, OTHER
 
 PASSAGES = COVERED + OTHER
@@ -35,7 +36,7 @@ def run(encoder):
 
 
 def test_ranx_scores_our_files_as_we_do(run, tmp_path):
-    ranx = pytest.importorskip("ranx")
+    ranx = need_tool("ranx")
     write_trec_run(tmp_path / "run.trec", run, "ours")
     write_trec_qrels(tmp_path / "qrels.trec", QRELS)
     found = ranx.evaluate(
@@ -47,14 +48,14 @@ def test_ranx_scores_our_files_as_we_do(run, tmp_path):
 
 
 def test_beir_scores_our_ranking_as_we_do(run):
-    evaluation = pytest.importorskip("beir.retrieval.evaluation")
+    evaluation = need_tool("beir.retrieval.evaluation")
     ndcg, _, recall, _ = evaluation.EvaluateRetrieval.evaluate(QRELS, run, [3])
     ours = evaluate_run(QRELS, run, METRICS)[0]
     assert [ndcg["NDCG@3"], recall["Recall@3"]] == pytest.approx([ours["nDCG@3"], ours["R@3"]], abs=1e-5)
 
 
 def test_mteb_puts_each_sides_prompt_in_front(encoder):
-    mteb = pytest.importorskip("mteb")
+    mteb = need_tool("mteb")
     from datasets import Dataset
     from mteb.models import SentenceTransformerEncoderWrapper
     from mteb.types import PromptType
@@ -71,7 +72,7 @@ def test_mteb_puts_each_sides_prompt_in_front(encoder):
 
 
 def test_qdrant_finds_what_we_find(encoder, run):
-    qdrant = pytest.importorskip("qdrant_client")
+    qdrant = need_tool("qdrant_client")
     _, queries, passages = encoder
     client = qdrant.QdrantClient(":memory:")
     size = qdrant.models.VectorParams(size=passages.shape[1], distance=qdrant.models.Distance.COSINE)
@@ -84,7 +85,7 @@ def test_qdrant_finds_what_we_find(encoder, run):
 
 
 def test_txtai_has_the_prompts_from_the_folder(encoder):
-    txtai = pytest.importorskip("txtai")
+    txtai = need_tool("txtai")
     folder, *ours = encoder
     model = txtai.Embeddings(path=str(folder), method="sentence-transformers", gpu=False)
     for side, texts, expected in zip(("query", "data"), (QUERIES, PASSAGES), ours):

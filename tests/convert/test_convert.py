@@ -14,6 +14,7 @@ from clpl_moe.data.schema import read_examples
 from clpl_moe.prepare import prepare
 from clpl_moe.retrieval.collection import Collection
 from helpers.tiny_training import make_collection, make_triplets, write_triplets
+from helpers.tools import need_tool
 
 BEIR = Path(__file__).parents[1] / "fixtures" / "beir"  # written by beir 2.2
 
@@ -119,7 +120,7 @@ def test_beirs_folder_and_back(uneven, tmp_path):
 
 
 def test_beirs_own_loader_reads_the_folder(uneven, tmp_path):
-    loader = pytest.importorskip("beir.datasets.data_loader")
+    loader = need_tool("beir.datasets.data_loader")
     convert(train_data=[uneven], output=tmp_path / "set", to="beir")
     corpus, queries, qrels = loader.GenericDataLoader(str(tmp_path / "set")).load(split="train")
     assert (len(corpus), len(queries), qrels["q2"]) == (10, 4, {"p2": 1, "p3": 0})

@@ -19,6 +19,7 @@ from clpl_moe.data.formats import DataFile, data_files
 from clpl_moe.data.schema import checked_lines, read_examples
 from clpl_moe.train.arguments import CLPLDataArguments
 from helpers.tiny_training import make_triplets, write_triplets
+from helpers.tools import need_tool
 
 # EmbeddingQAFinetuneDataset.save_json of llama-index-finetuning 0.4.2.
 LLAMA_INDEX = Path(__file__).parents[1] / "fixtures" / "llama_index.json"
@@ -130,7 +131,7 @@ def test_our_own_lines_as_parquet_and_compressed(tmp_path):
 
 
 def test_zstandard(tmp_path):
-    zstandard = pytest.importorskip("zstandard")
+    zstandard = need_tool("zstandard")
     path = write_triplets(tmp_path / "t.jsonl", 12)
     packed = tmp_path / "t.jsonl.zst"
     packed.write_bytes(zstandard.compress(path.read_bytes()))
