@@ -65,6 +65,31 @@ def test_a_higher_recall_looks_at_more_lists(shards):
     assert searched[0] < searched[1] <= index.about["lists"] == 54
 
 
+def test_the_recall_is_reached_where_codes_say_little():
+    draw = torch.Generator().manual_seed(0)
+    passages, queries = (F.normalize(torch.randn(n, 64, generator=draw), dim=1) for n in (8000, 40))
+    index = ApproximateIndex(passages, options())
+    found = index.search(queries, 50)[1]
+    assert index.about["recall"] >= 0.95
+    assert 4 * 50 < index.about["candidates"] < 8000
+    assert f"{index.about['candidates']:,} candidates" in str(index)
+    exact = search(queries, passages, 50)[1]
+    assert (found.unsqueeze(2) == exact.unsqueeze(1)).any(2).float().mean() >= 0.95
+
+
+def test_blocks_of_queries_find_what_all_find_together(shards, monkeypatch):
+    queries = clustered(30, 1)
+    expected = nearest(queries, shards, 10, options())
+    monkeypatch.setattr(module, "_CANDIDATES_AT_ONCE", 100)
+    found = nearest(queries, shards, 10, options())
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[0], expected[0])
+
+
+def test_no_queries(shards):
+    assert nearest(torch.empty(0, 32), shards, 10, options())[1].shape == (0, 10)
+
+
 def test_equals_exact_search_where_all_is_scored_again(shards):
     queries = clustered(7, 1)
     for k in (NUMBER, NUMBER + 5):  # more than any few lists hold

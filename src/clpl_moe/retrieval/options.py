@@ -74,7 +74,8 @@ class EncodingArguments:
         most=1,
     )
     oversampling: int = option(
-        "with quantize or index approximate: how many times as many passages as asked for are found and scored again",
+        "with quantize or index approximate: how many times as many passages as asked for are found and scored again; an"
+        " approximate index takes more where it needs them for index_recall",
         4,
         least=1,
         most=1_000,

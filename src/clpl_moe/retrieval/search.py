@@ -53,7 +53,7 @@ def search(
         # First there, then to float32: half the bytes to move, and cast where that is fast.
         chunk = passages[start : min(start + chunk_size, rows.stop)].to(device).to(torch.float32).T  # (D, chunk)
         for number, block in enumerate(blocks):
-            scores, columns = _top(block @ chunk, k)  # (block, min(k, chunk))
+            scores, columns = _better(block @ chunk, k, best[number][0])
             best[number] = merge(best[number], (scores, columns + start), k)
     return torch.cat([b[0] for b in best]).cpu(), torch.cat([b[1] for b in best]).cpu()
 
@@ -85,6 +85,23 @@ def rescore(queries: Tensor, passages: Embeddings, candidates: Tensor, k: int) -
     scores = scores.view(candidates.shape).masked_fill(candidates < 0, -torch.inf)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return scores[:, :k], candidates.gather(1, order[:, :k])
+
+
+def _better(scores: Tensor, k: int, best: Tensor) -> tuple[Tensor, Tensor]:
+    """Of scores (rows, columns) those that belong to the ``k`` best together with the best so far (rows, up to k): their
+    values and columns, with minus infinity behind them."""
+    if scores.device.type != "cpu" or best.shape[1] < k:
+        return _top(scores, k)
+    # After some chunks few scores are better, and to look for these takes half the time of topk.
+    rows, columns = (scores > best[:, -1:]).nonzero(as_tuple=True)
+    counts = rows.bincount(minlength=len(scores))
+    most = int(counts.max())
+    if most > k:
+        return _top(scores, k)
+    places = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+    values, chosen = scores.new_full((len(scores), most), -torch.inf), columns.new_zeros(len(scores), most)
+    values[rows, places], chosen[rows, places] = scores[rows, columns], columns
+    return values, chosen
 
 
 def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
