@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from clpl_moe.ablate.results import markdown, summarize, table_rows
+from clpl_moe.ablate.options import AblateArguments
+from clpl_moe.ablate.results import markdown, question, summarize, table_rows
 from clpl_moe.common.files import write_json
 from helpers.ablation import finish, make_collection, plan
 
@@ -53,3 +54,10 @@ def test_memory_stands_beside_the_metric_where_it_was_measured(configuration):
 def test_names_of_rows_are_no_markup():
     table = markdown([{"method": "a | b\n| c", "ko": "0.5"}])
     assert table.splitlines()[2:] == ["| a \\| b \\| c | 0.5 |"]
+
+
+def test_the_table_names_the_split_of_its_queries(configuration):
+    arguments = AblateArguments(**configuration)
+    assert "on the dev queries" in question(arguments)
+    arguments.mappings["evaluate"] = {"split": "test"}
+    assert "on the test queries" in question(arguments)

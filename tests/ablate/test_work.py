@@ -31,14 +31,15 @@ def test_a_finished_run_that_was_killed_at_its_end_leaves_no_weights(configurati
     finish(run, 0.5)
     left = [run.folder / WORK_FOLDER / "lock", *(run.folder / "model" / name for name in ("a.safetensors", "b.json"))]
     left.append(run.folder / "model" / "checkpoint-1" / "c.pt")
+    left.append(run.folder / "model" / "experts" / "d.safetensors")
     for path in left:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     clear(run, keep_model=True)
-    assert [path.exists() for path in left] == [False, True, True, False]
+    assert [path.exists() for path in left] == [False, True, True, False, True]
     left[0].parent.mkdir()
     clear(run, keep_model=False)
-    assert [path.exists() for path in left] == [False, False, True, False]
+    assert [path.exists() for path in left] == [False, False, True, False, False]
     left[1].touch()
     clear(run, keep_model=False)  # not one that was not killed
     assert left[1].exists()

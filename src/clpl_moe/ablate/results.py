@@ -102,8 +102,9 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 def question(arguments: AblateArguments) -> str:
     """What the table shows, in words."""
+    split = arguments.mappings["evaluate"].get("split", "dev")
     return (
-        f"{arguments.metric} on the dev queries: mean and standard deviation over seeds. Error: 1 − {arguments.metric},"
+        f"{arguments.metric} on the {split} queries: mean and standard deviation over seeds. Error: 1 − {arguments.metric},"
         f" compared with the first row; of the average, and of {', '.join(arguments.mappings['languages'])}."
     )
 

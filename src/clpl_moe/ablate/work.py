@@ -180,11 +180,11 @@ def clear(job: MineJob | Run, keep_model: bool) -> None:
 
 
 def _remove_weights(run: Run, keep_model: bool) -> None:
-    """Remove checkpoints and, unless it is to be kept, the model."""
+    """Remove checkpoints and, unless it is to be kept, the model, also as it was before its experts were merged."""
     for path in run.folder.glob("model/checkpoint-*"):
         shutil.rmtree(path)
     for pattern in () if keep_model else ("*.safetensors", "*.bin", "*.pt"):
-        for path in run.folder.glob(f"model/{pattern}"):
+        for path in run.folder.glob(f"model/**/{pattern}"):
             path.unlink()
 
 

@@ -5,6 +5,7 @@ A fault is a ValueError, or the OptionError of one number.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -179,6 +180,11 @@ def _check_refreshes(args: CLPLTrainingArguments) -> None:
     args.ance_selection()
 
 
+@functools.cache  # a comparison parses the options of each of its runs
+def _warn_of_cpu() -> None:
+    logger.warning("no GPU was found: training on the CPU, where BGE-M3 takes days (use_cpu true: meant so)")
+
+
 def choose_device(args: CLPLTrainingArguments) -> None:
     """Set device, precision, worker processes and what follows from them, where the options leave them open."""
     import torch
@@ -193,7 +199,7 @@ def choose_device(args: CLPLTrainingArguments) -> None:
     # Asked for before the parent looks at devices: without it, processes on a machine without accelerators do not
     # find each other.
     if not args.use_cpu and not torch.accelerator.is_available():
-        logger.warning("no GPU was found: training on the CPU, where BGE-M3 takes days (use_cpu true: meant so)")
+        _warn_of_cpu()
         args.use_cpu = True
     accelerator = None if args.use_cpu else torch.accelerator.current_accelerator()
     device = accelerator or torch.device("cpu")
