@@ -60,10 +60,12 @@ def test_an_exported_model_is_replaced_when_asked_and_nothing_else(tiny_encoder,
         ({"output": "{model}"}, "output: found the folder of input, expected another one"),
         ({"input": "{model}/none"}, "none: neither a folder here nor a model"),
         ({"dtype": "int4"}, "dtype"),
+        ({"to": "openvino", "int8": True}, "int8: goes with to onnx"),
+        ({"to": "openvino", "dtype": "float16"}, "dtype: found float16, expected float32 with to openvino$"),
     ],
 )
 def test_wrong_options(tiny_encoder, tmp_path, options, message):
-    options = {k: v and v.format(model=tiny_encoder) for k, v in options.items()}
+    options = {k: v.format(model=tiny_encoder) if isinstance(v, str) else v for k, v in options.items()}
     with pytest.raises(UserError, match=message):
         export(**{"input": tiny_encoder, "output": tmp_path / "out", **options})
     assert not (tmp_path / "out").exists()

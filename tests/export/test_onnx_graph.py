@@ -101,9 +101,10 @@ def test_a_graph_computes_what_torch_does(kind, experts, int8, tmp_path, monkeyp
 def without_graphs(monkeypatch):
     """No graph is made; the cosine that it would have can be set."""
     cosines = {onnx_graph.FLOAT: 1.0}
-    monkeypatch.setattr(onnx_graph, "refuse_missing", lambda: None)
+    monkeypatch.setattr(onnx_graph, "refuse_missing", lambda to: None)
     monkeypatch.setattr(onnx_graph, "_write_graph", lambda graph, encoder, path: path.write_bytes(b"graph"))
-    monkeypatch.setattr(onnx_graph, "_least_cosine", lambda path, *_: cosines[f"onnx/{path.name}"])
+    monkeypatch.setattr(onnx_graph, "graph_embeddings", lambda path, *_: f"onnx/{path.name}")
+    monkeypatch.setattr(onnx_graph, "_cosine", lambda name, _: cosines[name])
     return cosines
 
 
@@ -141,17 +142,18 @@ def test_a_model_that_can_be_no_graph_is_named(tmp_path, monkeypatch):
         raise RuntimeError("step 1/3 failed") from ValueError("found a size that data decide")
 
     make("xlm-roberta", tmp_path / "model")
-    monkeypatch.setattr(onnx_graph, "refuse_missing", lambda: None)
+    monkeypatch.setattr(onnx_graph, "refuse_missing", lambda to: None)
     monkeypatch.setattr("torch.onnx.export", fail)
     with pytest.raises(UserError, match=r"no graph of XLMRobertaModel \(ValueError: found a size that data decide\)"):
         export(input=tmp_path / "model", output=tmp_path / "out", to="onnx")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_library_is_named_before_the_work(tmp_path, monkeypatch):
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_a_missing_library_is_named_before_the_work(tmp_path, monkeypatch, to):
     def without(name):
         raise ModuleNotFoundError(f"No module named '{name}'")
 
     monkeypatch.setattr("importlib.import_module", without)
-    with pytest.raises(UserError, match=r"to onnx: No module named '.*'; pip install \"clpl-moe\[onnx\]\""):
-        export(input="no such model", output=tmp_path / "out", to="onnx")
+    with pytest.raises(UserError, match=rf"to {to}: No module named '.*'; pip install \"clpl-moe\[{to}\]\""):
+        export(input="no such model", output=tmp_path / "out", to=to)

@@ -1,4 +1,4 @@
-"""A model in the form in which it is used: with a smaller vocabulary, as an ONNX graph, under the names of 2024, on the hub.
+"""A model in the form in which it is used: with a smaller vocabulary, as a graph of ONNX or OpenVINO, under the names of 2024, on the hub.
 
 ``export.json`` in the folder says what it was made from.
 """
@@ -25,13 +25,13 @@ _RECORD = "export.json"
 # Of the output; first the record, which no other model folder has.
 _FILES = (
     *(_RECORD, "*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja", "*_linear.pt"),
-    *("1_Pooling", "2_Normalize", "onnx", "README.md"),
+    *("1_Pooling", "2_Normalize", "onnx", "openvino", "README.md"),
 )
 
 
 @dataclass
 class Graph:
-    """An ONNX graph: bytes on the disk, and the least cosine of its embeddings with torch's."""
+    """A graph: bytes on the disk, and the least cosine of its embeddings with torch's."""
 
     size: int
     cosine: float
@@ -46,7 +46,7 @@ class Exported:
         size: bytes of its weights, of a graph before it was made.
         size_before: bytes of the weights of the model that it was made from.
         pieces: pieces of the vocabulary before and after, where it was trimmed.
-        graphs: file in the folder -> ONNX graph.
+        graphs: file in the folder -> graph of ONNX or OpenVINO.
         commit: address of the upload on the hub.
     """
 
@@ -103,11 +103,12 @@ def _export(arguments: ExportArguments, corpus: list[Path], checked: list[str], 
     from clpl_moe.export.card import write_card
     from clpl_moe.export.format_2024 import check_2024, write_2024
     from clpl_moe.export.onnx_graph import refuse_missing, write_onnx
+    from clpl_moe.export.openvino_graph import write_openvino
     from clpl_moe.export.texts import read_texts
     from clpl_moe.export.vocabulary import trim_vocabulary
 
-    if arguments.to == "onnx":
-        refuse_missing()
+    if arguments.to in ("onnx", "openvino"):
+        refuse_missing(arguments.to)
     encoder = Encoder.load(
         str(arguments.input),
         dtype=_stored_dtype(arguments),
@@ -124,8 +125,13 @@ def _export(arguments: ExportArguments, corpus: list[Path], checked: list[str], 
         encoder.model.to(getattr(torch, arguments.dtype))
     found.size = _size(encoder)
     with place.replacement() as folder:
-        if arguments.to == "onnx":
-            cosines = write_onnx(encoder, folder, checked, arguments.int8)
+        if arguments.to in ("onnx", "openvino"):
+            to_onnx = arguments.to == "onnx"
+            cosines = (
+                write_onnx(encoder, folder, checked, arguments.int8)
+                if to_onnx
+                else write_openvino(encoder, folder, checked)
+            )
             found.graphs = {name: Graph(_size_of_graph(folder / name), cosine) for name, cosine in cosines.items()}
         elif arguments.to == "2024":
             write_2024(encoder, folder)
@@ -151,7 +157,9 @@ def _size(encoder: Encoder) -> int:
 
 
 def _size_of_graph(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+    """Also of what lies beside it: ``model.onnx_data``, ``openvino_model.bin``."""
+    beside = f"{path.stem}.*" if path.suffix == ".xml" else f"{path.name}*"
+    return sum(file.stat().st_size for file in path.parent.glob(beside))
 
 
 def _as_json(found: Exported) -> dict[str, object]:

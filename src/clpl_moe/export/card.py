@@ -59,10 +59,9 @@ def _section(arguments: ExportArguments, exported: Exported) -> str:
     name = arguments.push_to_hub or exported.folder.resolve().name
     if arguments.to == "folder":
         lines.append("- Use: " + as_code(f"SentenceTransformer({as_python(name)})"))
-    elif arguments.to == "onnx":
-        lines.append(
-            "- Use: " + as_code(f'SentenceTransformer({as_python(name)}, backend="onnx")') + ", which needs optimum."
-        )
+    elif arguments.to in ("onnx", "openvino"):
+        call = f'SentenceTransformer({as_python(name)}, backend="{arguments.to}")'
+        lines.append(f"- Use: {as_code(call)}, which needs optimum.")
     else:
         lines.append("- Use: " + as_code(f"clpl_moe.Encoder.load({as_python(name)})"))
     return "\n".join(lines) + "\n"

@@ -34,9 +34,9 @@ from clpl_moe.encoder.weights import HEAD_FILES, read_head
 from clpl_moe.export.experts import compute_all_experts
 from clpl_moe.moe.router import Router
 
-FLOAT, INT8 = "onnx/model.onnx", "onnx/model_quantized.onnx"
+FLOAT, INT8, OPENVINO = "onnx/model.onnx", "onnx/model_quantized.onnx", "openvino/openvino_model.xml"
 # The least cosine with torch that an embedding may have.
-LEAST = {FLOAT: 0.9999, INT8: 0.99}
+LEAST = {FLOAT: 0.9999, INT8: 0.99, OPENVINO: 0.9999}
 _OPSET = 18
 _LARGEST = 2**31 - 2**24  # bytes of weights in one file of ONNX, with room for the graph
 _NEEDED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
@@ -51,13 +51,13 @@ SAMPLES = [
 ]
 
 
-def refuse_missing() -> None:
-    """Raise :class:`UserError` where a library is missing that ONNX needs: before the work, not after it."""
-    for name in _NEEDED:
+def refuse_missing(to: str) -> None:
+    """Raise :class:`UserError` where a library is missing that ``to`` needs, "onnx" or "openvino": before the work, not after it."""
+    for name in (*_NEEDED, *(["openvino"] if to == "openvino" else [])):
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise UserError(f'to onnx: {one_line(error)}; pip install "clpl-moe[onnx]"') from None
+            raise UserError(f'to {to}: {one_line(error)}; pip install "clpl-moe[{to}]"') from None
 
 
 def write_onnx(encoder: Encoder, folder: Path, texts: Sequence[str] = (), int8: bool = False) -> dict[str, float]:
@@ -75,15 +75,10 @@ def write_onnx(encoder: Encoder, folder: Path, texts: Sequence[str] = (), int8: 
     (folder / "onnx").mkdir()
     _write_graph(graph, encoder, folder / FLOAT)
     _write_rest(encoder, folder)
-    found = {FLOAT: _least_cosine(folder / FLOAT, encoder, texts, expected)}
+    found = {FLOAT: least_cosine(FLOAT, graph_embeddings(folder / FLOAT, encoder, texts), expected)}
     if int8:
         _write_int8(folder, graph)
-        found[INT8] = _least_cosine(folder / INT8, encoder, texts, expected)
-    for name, cosine in found.items():
-        if not cosine > LEAST[name]:
-            raise UserError(
-                f"{name}: an embedding has the cosine {cosine:.6f} with torch's, expected more than {LEAST[name]}"
-            )
+        found[INT8] = least_cosine(INT8, graph_embeddings(folder / INT8, encoder, texts), expected)
     return found
 
 
@@ -221,9 +216,16 @@ def graph_embeddings(path: Path, encoder: Encoder, texts: Sequence[str], kind: K
     """``sentence_embedding`` (B, D) of texts by onnxruntime; in pairs, so that there is padding and lengths differ."""
     session = open_session(path)
     names = {node.name for node in session.get_inputs()}
+    batches = padded_pairs(encoder, texts, names, kind)
+    return torch.cat([torch.from_numpy(session.run(["sentence_embedding"], batch)[0]) for batch in batches])
+
+
+def padded_pairs(
+    encoder: Encoder, texts: Sequence[str], names: set[str], kind: Kind = "passage"
+) -> Iterator[dict[str, np.ndarray]]:
+    """What the inputs of these names get, two texts at a time: (2, L) in int64."""
     tokenized = tokenize(encoder, texts, kind=kind, max_length=encoder.max_length)
     sequences = [tokenized.sequences[place] for place in tokenized.places]
-    found = []
     for start in range(0, len(texts), 2):
         part = sequences[start : start + 2]
         ids = np.full((len(part), max(map(len, part))), encoder.tokenizer.pad_token_id or 0, dtype=np.int64)
@@ -231,10 +233,18 @@ def graph_embeddings(path: Path, encoder: Encoder, texts: Sequence[str], kind: K
         for row, sequence in enumerate(part):
             ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
         inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-        given = {name: array for name, array in inputs.items() if name in names}
-        found.append(torch.from_numpy(session.run(["sentence_embedding"], given)[0]))
-    return torch.cat(found)
+        yield {name: array for name, array in inputs.items() if name in names}
 
 
-def _least_cosine(path: Path, encoder: Encoder, texts: Sequence[str], expected: Tensor) -> float:
-    return float(F.cosine_similarity(graph_embeddings(path, encoder, texts), expected).min())
+def least_cosine(name: str, found: Tensor, expected: Tensor) -> float:
+    """The least cosine of a graph's embeddings with torch's; :class:`UserError` where it is too low."""
+    cosine = _cosine(found, expected)
+    if not cosine > LEAST[name]:
+        raise UserError(
+            f"{name}: an embedding has the cosine {cosine:.6f} with torch's, expected more than {LEAST[name]}"
+        )
+    return cosine
+
+
+def _cosine(found: Tensor, expected: Tensor) -> float:
+    return float(F.cosine_similarity(found, expected).min())

@@ -16,9 +16,9 @@ class ExportArguments:
 
     input: str | None = option("model to export: a folder or hub name, with experts or dense", None)
     output: str | None = option("folder to write; must be new or empty, unless overwrite is set", None)
-    to: Literal["folder", "onnx", "2024"] = option(
-        "form: folder, a model folder that every tool loads; onnx, a graph for onnxruntime; 2024, the weights' names of the"
-        " checkpoints published in 2024",
+    to: Literal["folder", "onnx", "openvino", "2024"] = option(
+        "form: folder, a model folder that every tool loads; onnx or openvino, a graph for onnxruntime or OpenVINO; 2024, the"
+        " weights' names of the checkpoints published in 2024",
         "folder",
     )
     revision: str | None = option("commit, branch or tag of input on the hub; not given: the newest", None)
@@ -32,7 +32,7 @@ class ExportArguments:
     )
     int8: bool = option("with onnx: writes a graph with 8-bit weights, too", False)
     check_texts: str | None = option(
-        "with onnx: file with a text a line, whose embeddings are compared with torch's; not given: built-in lines in"
+        "with onnx and openvino: file with a text a line, whose embeddings are compared with torch's; not given: built-in lines in"
         " Korean, Persian and Hindi",
         None,
     )
@@ -49,14 +49,14 @@ class ExportArguments:
                 raise OptionError(name, "found nothing, expected a folder")
         if resolved(str(self.input)) == resolved(str(self.output)):
             raise OptionError("output", "found the folder of input, expected another one")
-        if self.to != "onnx":
-            for name in ("int8", "check_texts"):
-                if getattr(self, name):
-                    raise OptionError(name, "goes with to onnx")
-        elif self.dtype not in (None, "float32"):
-            raise OptionError(
-                "dtype", f"found {self.dtype}, expected float32 with to onnx; int8 writes a smaller graph"
-            )
+        graph = self.to in ("onnx", "openvino")
+        if self.int8 and self.to != "onnx":
+            raise OptionError("int8", "goes with to onnx")
+        if self.check_texts and not graph:
+            raise OptionError("check_texts", "goes with to onnx and to openvino")
+        if graph and self.dtype not in (None, "float32"):
+            smaller = "; int8 writes a smaller graph" if self.to == "onnx" else ""
+            raise OptionError("dtype", f"found {self.dtype}, expected float32 with to {self.to}{smaller}")
         if self.push_to_hub is None:
             for name in ("hub_revision", "hub_private"):
                 if getattr(self, name):
