@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clpl_moe.encoder.attention import attention, product_attention
+from clpl_moe.encoder.attention import attention, power_attention, product_attention
 from helpers.calls import Calls
 
 
@@ -53,3 +53,32 @@ def test_only_fast_bfloat16_takes_products(dtype, fast, monkeypatch):
     with Calls() as calls:
         run(attention, make_states(dtype=dtype), 3, 0.0)
     assert (calls.counts[torch.ops.aten._softmax.default] == 1) == (fast and dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("queries", [None, 1])
+def test_in_inference_mode_powers_take_the_place_of_softmax(queries, monkeypatch):
+    monkeypatch.setattr("clpl_moe.encoder.attention.fast_bfloat16", lambda device: True)
+    states = [x.detach() for x in make_states(queries=queries, dtype=torch.bfloat16)]
+    parts = [x.unflatten(0, (3, -1)).transpose(1, 2) for x in states]
+    with torch.inference_mode(), Calls() as calls:
+        found = attention(*parts)
+    expected = F.scaled_dot_product_attention(*(x.float() for x in parts))
+    assert calls.counts[torch.ops.aten._softmax.default] == 0
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("scale", [20, -20, 1e4, -1e4])
+def test_scores_that_powers_cannot_hold(scale):
+    """All scores of a row are far above 0, or far below."""
+    query = torch.rand(2, 4, 9, 16).add(1).bfloat16()
+    key, value = scale * torch.rand(2, 4, 9, 16).add(1).bfloat16(), torch.randn(2, 4, 9, 16).bfloat16()
+    found = power_attention(query, key, value)
+    assert found.isfinite().all()
+    assert torch.equal(found, product_attention(query, key, value))
+
+
+def test_nan_stays_nan():
+    states = [torch.randn(1, 2, 5, 16).bfloat16() for _ in range(3)]
+    states[0][0, 1, 2] = torch.nan
+    assert power_attention(*states)[0, 1, 2].isnan().all()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clpl_moe.encoder.precision import fast_bfloat16
 
+_LOG2_E = math.log2(math.e)
+
 
 def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
     """Scaled dot product attention without a mask.
 
     In bfloat16 on a CPU that is fast at it, product, softmax and product take half the time of torch's own, forward and
-    backward, and of short texts a quarter (``benchmarks/results/attention_avx512.json``). In float32, and on CPUs without
+    backward, and of short texts a quarter (``benchmarks/results/attention_avx512.json``); in inference mode
+    :func:`power_attention` takes two thirds of that. In float32, and on CPUs without
     such instructions, torch's own is faster. The products keep the probabilities for the backward pass, two bytes a head and
     pair of tokens.
 
@@ -27,6 +32,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -
         In the shape and dtype of ``query``.
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and fast_bfloat16(query.device):
+        if torch.is_inference_mode_enabled() and dropout == 0:
+            return power_attention(query, key, value)
         return product_attention(query, key, value, dropout)
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
 
@@ -35,3 +42,19 @@ def product_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float 
     """:func:`attention` as product, softmax, product."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     return F.dropout(scores.softmax(-1), dropout) @ value
+
+
+def power_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """:func:`attention` without gradients: powers of the scores, product, and division by the sums of the powers.
+
+    In :func:`product_attention` softmax takes half of the time. Most of that goes to finding each row's greatest score and
+    subtracting it. This is left out here: in bfloat16 2**-100 to 2**100 are as precise as 0 to 1. Where a row's sum lies beyond,
+    which is rare, the texts get :func:`product_attention`.
+    """
+    query_in_bits = query * (query.shape[-1] ** -0.5 * _LOG2_E)
+    powers = (query_in_bits @ key.transpose(-2, -1)).exp2_()  # (n, heads, length or 1, length)
+    sums = powers.sum(-1, keepdim=True)
+    least, most = map(float, sums.aminmax())
+    if not (least > 2**-100 and most < 2**100):  # NaN, too
+        return product_attention(query, key, value)
+    return (powers @ value).div_(sums)
