@@ -1,8 +1,8 @@
-"""Attention on a CPU: torch's own beside plain matrix products, by precision, width and shape.
+"""Attention on a CPU: torch's own beside plain matrix products, and these beside powers, by precision, width and shape.
 
 ``python benchmarks/attention.py``
 
-Both take turns, on texts of equal length as they lie in a packed stream. ``encoder/attention.py`` chooses by these figures.
+Two take turns, on texts of equal length as they lie in a packed stream. ``encoder/attention.py`` chooses by these figures.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clpl_moe.common.allocator import keep_freed_memory
-from clpl_moe.encoder.attention import product_attention
+from clpl_moe.encoder.attention import power_attention, product_attention
 from common import DTYPES, RESULTS, side_by_side, write_result
 
 HEADS = {"small encoder, 12 heads of 32": (12, 32), "BGE-M3, 16 heads of 64": (16, 64)}
@@ -25,8 +25,14 @@ SHAPES = [(1, 8), (8, 20), (4, 64), (2, 200), (4, 256), (1, 434), (8, 512)]  # t
 WAYS = {
     "torch": lambda *states, dropout: F.scaled_dot_product_attention(*states, dropout_p=dropout),
     "products": product_attention,
+    "powers": lambda *states, dropout: power_attention(*states),
 }
-CASES = {"forward": (False, 0.0), "training": (True, 0.0), "training, dropout 0.1": (True, 0.1)}
+CASES = {
+    "forward": (False, 0.0, ("torch", "products")),
+    "training": (True, 0.0, ("torch", "products")),
+    "training, dropout 0.1": (True, 0.1, ("torch", "products")),
+    "encoding": (False, 0.0, ("products", "powers")),
+}
 
 
 def main() -> None:
@@ -34,25 +40,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS / "attention.json")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precisions", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     args = parser.parse_args()
     keep_freed_memory()
     rows = []
-    for precision in ("bf16", "fp32"):
+    for precision in args.precisions:
         for model, (heads, width) in HEADS.items():
             for texts, tokens in SHAPES:
                 states = [torch.randn(texts * tokens, heads, width, dtype=DTYPES[precision]) for _ in range(3)]
                 row: dict[str, Any] = {"precision": precision, "heads": model, "texts": texts, "tokens": tokens}
-                for case, (backward, dropout) in CASES.items():
-                    calls = {way: partial(run, way, states, texts, backward, dropout) for way in WAYS}
+                for case in args.cases:
+                    backward, dropout, ways = CASES[case]
+                    calls = {way: partial(run, way, states, texts, backward, dropout) for way in ways}
                     times = side_by_side(calls, torch.device("cpu"), args.repeats)
-                    row |= {f"{case}: {way}, ms": round(1000 * times[way]["seconds"], 2) for way in WAYS}
-                    row[f"{case}: ratio"] = round(1 / times["products"]["ratio"], 2)
+                    row |= {f"{case}: {way}, ms": round(1000 * times[way]["seconds"], 2) for way in ways}
+                    row[f"{case}: ratio"] = round(1 / times[ways[1]]["ratio"], 2)
                 rows.append(row)
                 print(row, flush=True)
     question = (
-        "Attention on a CPU: torch's own beside product, softmax and product; ratio: torch's time to the products'."
+        "Attention on a CPU: torch's own beside product, softmax and product, and these beside powers; ratio: the first's"
+        " time to the second's."
     )
-    settings = {"model": "random states", "precision": "bf16 and fp32", "threads": torch.get_num_threads()}
+    settings = {
+        "model": "random states",
+        "precision": " and ".join(args.precisions),
+        "threads": torch.get_num_threads(),
+    }
     write_result(args.output, question, settings | {"repeats": args.repeats}, rows, {})
 
 

@@ -18,9 +18,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -
 
     In bfloat16 on a CPU that is fast at it, product, softmax and product take half the time of torch's own, forward and
     backward, and of short texts a quarter (``benchmarks/results/attention_avx512.json``); in inference mode
-    :func:`power_attention` takes two thirds of that. In float32, and on CPUs without
-    such instructions, torch's own is faster. The products keep the probabilities for the backward pass, two bytes a head and
-    pair of tokens.
+    :func:`power_attention` takes up to a third less than that. In float32, and on CPUs without such instructions, torch's own is
+    faster. The products keep the probabilities for the backward pass, two bytes a head and pair of tokens.
 
     Args:
         query: (n, heads, length or 1, d).
@@ -47,7 +46,7 @@ def product_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float 
 def power_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """:func:`attention` without gradients: powers of the scores, product, and division by the sums of the powers.
 
-    In :func:`product_attention` softmax takes half of the time. Most of that goes to finding each row's greatest score and
+    In :func:`product_attention` softmax takes up to half of the time. Most of that goes to finding each row's greatest score and
     subtracting it. This is left out here: in bfloat16 2**-100 to 2**100 are as precise as 0 to 1. Where a row's sum lies beyond,
     which is rare, the texts get :func:`product_attention`.
     """
