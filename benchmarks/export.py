@@ -1,6 +1,6 @@
-"""What do an ONNX graph, its 8-bit form and a trimmed vocabulary cost in retrieval quality, and what do they save?
+"""What do an ONNX graph, its 8-bit form, a trimmed vocabulary and missing prompts cost in retrieval quality?
 
-``python benchmarks/export.py runs/quickstart models/small-encoder`` needs the extra ``onnx``.
+``python benchmarks/export.py runs/quickstart runs/quickstart/experts models/small-encoder`` needs the extra ``onnx``.
 
 Each model is exported for the Korean sample, whose dev questions are then searched with the embeddings of torch and of
 onnxruntime.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from clpl_moe.retrieval.search import search
 from common import RESULTS, write_result
 
 _METRIC = "nDCG@10"
-_FORMS = ("trimmed", "onnx")
+_FORMS = ("trimmed", "onnx", "prompts")
 
 
 def measure(model: Path, data: Path, language: str, forms: list[str], scratch: Path) -> list[dict[str, Any]]:
@@ -32,14 +33,26 @@ def measure(model: Path, data: Path, language: str, forms: list[str], scratch: P
     sample = Collection.load(data, language, "dev")
     encoder = Encoder.load(model, device="cpu", compute_dtype=torch.float32)
     whole = _embeddings(encoder, sample)
+    name = "/".join(model.parts[-2:])  # a run holds its model with experts in a folder of its own
 
     def row(form: str, size: int, found: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
         cosines = [torch.cosine_similarity(mine, theirs).min() for mine, theirs in zip(found, whole)]
         difference = max(float((mine - theirs).abs().max()) for mine, theirs in zip(found, whole))
-        described = {"model": model.name, "form": form, "MB": round(size / 1e6, 1), _METRIC: _score(sample, found)}
+        described = {"model": name, "form": form, "MB": round(size / 1e6, 1), _METRIC: _score(sample, found)}
         return described | {"least cosine": round(float(min(cosines)), 6), "largest difference": difference}
 
     rows = [row("torch", sum(tensor.nbytes for tensor in encoder.model.state_dict().values()), whole)]
+    if "prompts" in forms:  # what tools make of a folder that read only some of its settings
+        own = encoder.settings
+        bare = replace(own, query_prompt="", passage_prompt="")
+        others = {
+            "without prompts": bare,
+            "passages' prompt on both sides": replace(own, query_prompt=own.passage_prompt),
+            "CLS, without prompts": replace(bare, pooling="cls"),
+        }
+        for form, encoder.settings in others.items():
+            rows.append(row(f"torch, {form}", rows[0]["MB"] * 10**6, _embeddings(encoder, sample)))
+        encoder.settings = own
     if "trimmed" in forms:
         trimmed = export(input=model, output=scratch / "trimmed", trim_vocab=[data / language])
         small = Encoder.load(trimmed.folder, device="cpu", compute_dtype=torch.float32)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from clpl_moe.encoder.encoder import save_tokenizer
 from clpl_moe.encoder.settings import pool, write_settings
 from clpl_moe.encoder.weights import HEAD_FILES, read_head
 from clpl_moe.export.experts import compute_all_experts
-from clpl_moe.moe.router import Router
+from clpl_moe.export.int8 import quantize, smooth
 
 FLOAT, INT8, OPENVINO = "onnx/model.onnx", "onnx/model_quantized.onnx", "openvino/openvino_model.xml"
 # The least cosine with torch that an embedding may have.
@@ -77,7 +78,10 @@ def write_onnx(encoder: Encoder, folder: Path, texts: Sequence[str] = (), int8: 
     _write_rest(encoder, folder)
     found = {FLOAT: least_cosine(FLOAT, graph_embeddings(folder / FLOAT, encoder, texts), expected)}
     if int8:
-        _write_int8(folder, graph)
+        smooth(graph, encoder, texts)
+        with tempfile.TemporaryDirectory(dir=folder) as place, _quiet():
+            _write_graph(graph, encoder, Path(place, "smooth.onnx"))
+            quantize(Path(place, "smooth.onnx"), folder / INT8, graph, encoder.model.config, _is_large(graph, 1))
         found[INT8] = least_cosine(INT8, graph_embeddings(folder / INT8, encoder, texts), expected)
     return found
 
@@ -165,29 +169,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _write_int8(folder: Path, module: _Graph) -> None:
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    graph = onnx.load(folder / FLOAT, load_external_data=False).graph
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    # What enters a layer's output Linear has a few values far above the others, for which 8 bits leave none. Routers choose
-    # between scores that are close.
-    config = module.model.config
-    exact: set[tuple[int, ...]] = {(config.intermediate_size, config.hidden_size)}
-    exact |= {tuple(part.weight.shape[::-1]) for part in module.modules() if isinstance(part, Router)}
-    kept = [node.name for node in graph.node if node.op_type == "MatMul" and shapes.get(node.input[1]) in exact]
-    with _quiet():
-        quantize_dynamic(
-            folder / FLOAT,
-            folder / INT8,
-            nodes_to_exclude=kept,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            use_external_data_format=_is_large(module, 1),
-        )
 
 
 def _write_rest(encoder: Encoder, folder: Path) -> None:
