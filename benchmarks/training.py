@@ -137,7 +137,8 @@ def train_ours(job: dict[str, Any], folder: str, timer):
     from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
     from clpl_moe.train.runner import CLPLRunner
 
-    options = dict(job["contender"])
+    # The recipe freezes the lower layers, which the other trainers train.
+    options = {"frozen_layers": 0} | job["contender"]
     if options.get("grad_cache_tokens") == "chunk":
         options["grad_cache_tokens"] = job["chunk"] * job["passage_max_len"]
     runner = CLPLRunner(

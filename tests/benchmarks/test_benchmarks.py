@@ -17,6 +17,7 @@ import false_negatives
 import false_negatives_rules as rules
 import scaling
 import table
+import training
 
 
 def test_contenders_take_turns_and_every_other_round_backwards():
@@ -201,3 +202,15 @@ def test_the_peak_of_a_command_is_its_own_and_a_kill_is_told(tmp_path, monkeypat
     assert held.sum() > 0
     with pytest.raises(RuntimeError, match="ended with code 1"):
         corpus.run_command(["no_such_module"])
+
+
+def test_ours_trains_what_the_contenders_name_says(tiny_encoder, tmp_path):
+    lines = [{"query": f"query {i}", "pos": [f"passage {i}"], "neg": [f"other {i}"]} for i in range(4)]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    job = {"model": str(tiny_encoder), "data": str(data), "device": "cpu", "precision": "fp32", "steps": 1, "batch": 2}
+    job |= {"group": 2, "query_max_len": 16, "passage_max_len": 16}
+    job["contender"] = training.CONTENDERS["clpl_moe, contrastive, dense, all trained"]
+    trainer = training.train_ours(job, str(tmp_path), training.step_timer("cpu"))
+    frozen = [name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad]
+    assert [name for name in frozen if "pooler" not in name] == []
