@@ -26,7 +26,39 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+RELEASE = """
+import ctypes
+from clpl_moe.common.allocator import keep_freed_memory, release_freed_memory
+
+def resident():
+    return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0])
+
+assert keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+buffers = [libc.malloc(1_000_000) for _ in range(100)]
+for buffer in buffers:
+    ctypes.memset(buffer, 1, 1_000_000)
+for buffer in buffers[::2]:  # the others hold their places
+    libc.free(buffer)
+before = resident()
+release_freed_memory()
+print(before - resident())
+"""
+
+on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+
+
+@on_glibc
+def test_gaps_between_buffers_are_given_back(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    done = subprocess.run([sys.executable, "-c", RELEASE], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 40_000  # KiB, of 50,000
+
+
+@on_glibc
 def test_freed_buffers_are_used_again(monkeypatch):
     for name in [name for name in os.environ if name.startswith("MALLOC_")]:
         monkeypatch.delenv(name)

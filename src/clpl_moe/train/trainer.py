@@ -22,6 +22,7 @@ from transformers import PrinterCallback, TrainerControl
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from clpl_moe.common.allocator import release_freed_memory
 from clpl_moe.common.errors import UserError, at, one_line
 from clpl_moe.common.machine import peak_memory
 from clpl_moe.data.sampler import EpochBatchSampler
@@ -41,6 +42,8 @@ from clpl_moe.train.model import CLPLModel
 from clpl_moe.train.sharding import is_divided, put_weights
 from clpl_moe.train.stopping import StopOnSignal, ignore_in_workers
 from clpl_moe.train.terms import TermSums, joined
+
+_RELEASE_STEPS = 8  # on a CPU: about 2% of the processor time
 
 
 class CLPLTrainer(DividedTrainer):
@@ -117,6 +120,8 @@ class CLPLTrainer(DividedTrainer):
         """
         steps_per_epoch = max(1, count_steps(self.batch_sampler, self.args)[0])
         step = self.state.global_step
+        if self.args.use_cpu and step % _RELEASE_STEPS == 0:
+            release_freed_memory()
         done = step % steps_per_epoch * self.args.gradient_accumulation_steps
         if self.refresher is not None:
             if self.refresher.due(step, steps_per_epoch):
