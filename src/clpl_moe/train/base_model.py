@@ -177,7 +177,7 @@ def cached_layers(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> int:
     if not can_pack(encoder):
         raise OptionError(
             "frozen_cache_gb",
-            f"found a {type(encoder).__name__}, expected an XLM-R, RoBERTa or BERT: others are padded",
+            f"found a {type(encoder).__name__}, expected 0: only XLM-R, RoBERTa and BERT are packed",
         )
     with_experts, count = {number for number, _, _ in layer_states(encoder)}, 0
     for number, part in enumerate([encoder.embeddings, *find_layers(encoder)]):
@@ -187,7 +187,7 @@ def cached_layers(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> int:
     if count == 0:
         raise OptionError(
             "frozen_cache_gb",
-            "found no frozen layer without experts at the bottom, expected frozen_layers, or with experts moe_layers further up",
+            "found no frozen layer without experts at the bottom, expected frozen_layers, with experts moe_layers further up, or 0",
         )
     return count
 

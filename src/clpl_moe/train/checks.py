@@ -95,7 +95,7 @@ def check_options(args: CLPLTrainingArguments) -> None:
         if not any(getattr(args, name) in (None, False, "", [], -1) for name in (first, second)):
             raise ValueError(f"{first} and {second}: {why}; leave out one of the two")
     if args.frozen_cache_gb and not args.packing:
-        raise ValueError("frozen_cache_gb is for packed batches: set packing to true, or leave it out")
+        raise ValueError("frozen_cache_gb is for packed batches: set packing to true, or frozen_cache_gb to 0")
     if args.guide_margin is not None and not args.mask_duplicates:
         raise ValueError("guide_margin leaves out negatives as mask_duplicates does: set that to true")
     check_needs(args, _NEEDS | {f.name: "ance_refresh" for f in fields(args) if f.name.startswith("ance_")})
