@@ -228,5 +228,5 @@ def test_which_layers_a_cache_spares(trainable, options, experts, layers):
 
 
 def test_a_cache_needs_an_encoder_that_is_packed():
-    with pytest.raises(OptionError, match="frozen_cache_gb: found a Linear, expected an XLM-R"):
+    with pytest.raises(OptionError, match="frozen_cache_gb: found a Linear, expected 0: only XLM-R"):
         cached_layers(torch.nn.Linear(1, 1), frozen_cache_options())
