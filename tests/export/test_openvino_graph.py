@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from clpl_moe import Encoder, MoEConfig, UserError, inject_moe
 from clpl_moe.encoder.settings import EmbeddingSettings
-from clpl_moe.export import export, openvino_graph
+from clpl_moe.export import export, onnx_graph, openvino_graph
 from helpers.tiny import make_encoder, perturb_experts
 from helpers.trained_tokenizers import COVERED, OTHER, train_tokenizer
 
@@ -43,15 +42,12 @@ def test_a_graph_computes_what_torch_does(model, tmp_path):
 
 
 def test_a_graph_that_computes_something_else_is_not_left(model, tmp_path, monkeypatch):
-    def write(encoder, folder, texts):
-        (folder / "onnx").mkdir()
-
-    monkeypatch.setattr("clpl_moe.export.onnx_graph.refuse_missing", lambda to: None)
-    monkeypatch.setattr(openvino_graph, "write_onnx", write)
-    monkeypatch.setattr(openvino_graph, "_convert", lambda *paths: None)
-    monkeypatch.setattr(
-        openvino_graph, "openvino_embeddings", lambda path, encoder, texts: -F.normalize(torch.ones(len(texts), 32))
-    )
+    monkeypatch.setattr(onnx_graph, "refuse_missing", lambda to: None)
+    monkeypatch.setattr(onnx_graph, "_write_graph", lambda graph, encoder, path: path.write_bytes(b"graph"))
+    monkeypatch.setattr(onnx_graph, "graph_embeddings", lambda path, encoder, texts: 1.0)
+    monkeypatch.setattr(openvino_graph, "convert", lambda source, target: None)
+    monkeypatch.setattr(openvino_graph, "openvino_embeddings", lambda path, encoder, texts: -1.0)
+    monkeypatch.setattr(onnx_graph, "_cosine", lambda found, expected: found)
     with pytest.raises(
         UserError, match=r"openvino/openvino_model.xml: an embedding has the cosine .*, expected more than 0.9999"
     ):

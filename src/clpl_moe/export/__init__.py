@@ -102,8 +102,7 @@ def _export(arguments: ExportArguments, corpus: list[Path], checked: list[str], 
     from clpl_moe.encoder import Encoder
     from clpl_moe.export.card import write_card
     from clpl_moe.export.format_2024 import check_2024, write_2024
-    from clpl_moe.export.onnx_graph import refuse_missing, write_onnx
-    from clpl_moe.export.openvino_graph import write_openvino
+    from clpl_moe.export.onnx_graph import refuse_missing, write_graphs
     from clpl_moe.export.texts import read_texts
     from clpl_moe.export.vocabulary import trim_vocabulary
 
@@ -126,12 +125,7 @@ def _export(arguments: ExportArguments, corpus: list[Path], checked: list[str], 
     found.size = _size(encoder)
     with place.replacement() as folder:
         if arguments.to in ("onnx", "openvino"):
-            to_onnx = arguments.to == "onnx"
-            cosines = (
-                write_onnx(encoder, folder, checked, arguments.int8)
-                if to_onnx
-                else write_openvino(encoder, folder, checked)
-            )
+            cosines = write_graphs(encoder, folder, checked, to=arguments.to, int8=arguments.int8)
             found.graphs = {name: Graph(_size_of_graph(folder / name), cosine) for name, cosine in cosines.items()}
         elif arguments.to == "2024":
             write_2024(encoder, folder)

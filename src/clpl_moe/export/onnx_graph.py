@@ -61,8 +61,11 @@ def refuse_missing(to: str) -> None:
             raise UserError(f'to {to}: {one_line(error)}; pip install "clpl-moe[{to}]"') from None
 
 
-def write_onnx(encoder: Encoder, folder: Path, texts: Sequence[str] = (), int8: bool = False) -> dict[str, float]:
-    """Write an encoder into a folder as a graph, which changes the encoder; returns the least cosine with torch by graph.
+def write_graphs(
+    encoder: Encoder, folder: Path, texts: Sequence[str] = (), *, to: str = "onnx", int8: bool = False
+) -> dict[str, float]:
+    """Write an encoder into a folder as a graph of ``to``, "onnx" or "openvino", which changes the encoder; returns the least
+    cosine with torch by graph.
 
     Raises:
         UserError: a graph gives other embeddings than torch, or the model cannot be a graph.
@@ -83,6 +86,12 @@ def write_onnx(encoder: Encoder, folder: Path, texts: Sequence[str] = (), int8: 
             _write_graph(graph, encoder, Path(place, "smooth.onnx"))
             quantize(Path(place, "smooth.onnx"), folder / INT8, graph, encoder.model.config, _is_large(graph, 1))
         found[INT8] = least_cosine(INT8, graph_embeddings(folder / INT8, encoder, texts), expected)
+    if to == "openvino":
+        from clpl_moe.export import openvino_graph
+
+        openvino_graph.convert(folder / FLOAT, folder / OPENVINO)
+        embeddings = openvino_graph.openvino_embeddings(folder / OPENVINO, encoder, texts)
+        found = {OPENVINO: least_cosine(OPENVINO, embeddings, expected)}
     return found
 
 

@@ -14,26 +14,16 @@ import torch
 from torch import Tensor
 
 from clpl_moe.encoder import Encoder
-from clpl_moe.export.onnx_graph import FLOAT, OPENVINO, SAMPLES, least_cosine, padded_pairs, write_onnx
+from clpl_moe.export.onnx_graph import padded_pairs
 
 
-def write_openvino(encoder: Encoder, folder: Path, texts: Sequence[str] = ()) -> dict[str, float]:
-    """As :func:`~clpl_moe.export.onnx_graph.write_onnx`, for the graph of OpenVINO, whose weights have 32 bits."""
-    texts = list(texts or SAMPLES)
-    encoder.model.float()
-    encoder.compute_dtype = torch.float32
-    expected = encoder.encode_passages(texts, progress=False)
-    write_onnx(encoder, folder, texts)
-    (folder / OPENVINO).parent.mkdir()
-    _convert(folder / FLOAT, folder / OPENVINO)
-    shutil.rmtree((folder / FLOAT).parent)
-    return {OPENVINO: least_cosine(OPENVINO, openvino_embeddings(folder / OPENVINO, encoder, texts), expected)}
-
-
-def _convert(source: Path, target: Path) -> None:
+def convert(source: Path, target: Path) -> None:
+    """Put the graph of OpenVINO, whose weights have 32 bits, in the place of the folder of an ONNX one."""
     import openvino
 
+    target.parent.mkdir()
     openvino.save_model(openvino.convert_model(str(source)), str(target), compress_to_fp16=False)
+    shutil.rmtree(source.parent)
 
 
 def openvino_embeddings(path: Path, encoder: Encoder, texts: Sequence[str]) -> Tensor:
