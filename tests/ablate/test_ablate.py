@@ -45,13 +45,22 @@ def test_finished_runs_become_json_table_and_picture_and_nothing_else_is_replace
     assert "| dense | 2 | 0.6500 ± 0.0707 |" in output.with_suffix(".md").read_text(encoding="utf-8")
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert run_main(configuration, config) == 0  # its own results are replaced
-    other = configuration | {"rows": {"base": {"train": False}}}
-    assert run_main(other, config) == 2
-    assert "file exists" in capsys.readouterr().err
+    more = configuration | {
+        "seeds": [*configuration["seeds"], 3],
+        "rows": {**configuration["rows"], "more": {"train": False}},
+    }
+    assert run_main(more, config, "--only", "base", "more") == 0  # and so they are by a comparison that has all of them
+    content = json.loads(output.read_text(encoding="utf-8"))
+    assert [run["metrics"]["nDCG@5"] for run in content["measurements"]["runs"]] == [0.5, 0.6, 0.7, 0.8, 0.5]
+    assert content["measurements"]["missing"] == ["dense ko seed 3"]
+    fewer = configuration | {"rows": {"base": {"train": False}}}
+    for other in (fewer, configuration | {"metric": "nDCG@10"}):
+        assert run_main(other, config) == 2
+        assert "file exists" in capsys.readouterr().err
     output.write_text("notes")
     assert run_main(configuration, config) == 2
     assert output.read_text() == "notes"
-    assert run_main(other, config, "--overwrite", "true") == 0
+    assert run_main(fewer, config, "--overwrite", "true") == 0
     assert len(json.loads(output.read_text(encoding="utf-8"))["rows"]) == 1
 
 

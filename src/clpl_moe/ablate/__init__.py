@@ -74,7 +74,7 @@ def _ablate(arguments: AblateArguments) -> Ablation:
         return Ablation(rows, table, Path(arguments.output), **jobs)
 
     if not arguments.dry_run:
-        results.refuse_other_results(arguments)
+        results.refuse_other_results(arguments, plan)
         refuse_unwritable(Path(arguments.runs) / "runs")
     chosen = [run for run in plan.runs if not arguments.only or run.row in arguments.only]
     todo = list({run.folder: run for run in chosen if run.result() is None}.values())

@@ -48,7 +48,7 @@ class AblateArguments:
     )
     keep_models: bool = option("keep every run's weights, not only its results", False)
     dry_run: bool = option("say which runs are finished and which are not, and stop", False)
-    overwrite: bool = option("replace the results of another configuration", False)
+    overwrite: bool = option("replace results of runs that this comparison does not have", False)
     mappings: dict[str, dict[str, Any]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clpl_moe.ablate.identity import digest
 from clpl_moe.ablate.options import AblateArguments
 from clpl_moe.ablate.plan import Plan
 from clpl_moe.common.errors import UserError
@@ -109,17 +108,17 @@ def question(arguments: AblateArguments) -> str:
     )
 
 
-def _identity(arguments: AblateArguments) -> str:
-    """A hash of all that the configuration compares."""
-    values = {"seeds": arguments.seeds, "metric": arguments.metric, "model": arguments.model}
-    return digest(values | arguments.mappings)
-
-
-def refuse_other_results(arguments: AblateArguments) -> None:
-    """Raise :class:`UserError` where results of another configuration would be replaced unasked."""
+def refuse_other_results(arguments: AblateArguments, plan: Plan) -> None:
+    """Raise :class:`UserError` where results would be lost unasked: those of another metric, or of runs that this plan lacks."""
     path = Path(arguments.output)
     refuse_unwritable(path)
-    if (find_json(path) or {}).get("ablation") == _identity(arguments):
+    known = {found["key"] for run in plan.runs if (found := run.result()) is not None}
+    try:
+        before = find_json(path) or {}
+        metric, keys = before["settings"]["metric"], {run["key"] for run in before["measurements"]["runs"]}
+    except (KeyError, TypeError):  # something else
+        metric, keys = None, set()
+    if metric == arguments.metric and keys <= known:
         return
     for place in (path, path.with_suffix(".md"), path.with_suffix(".png")):
         refuse_existing(place, arguments.overwrite)
@@ -134,7 +133,6 @@ def write_results(arguments: AblateArguments, plan: Plan, summary: list[dict[str
     precisions |= {result["training"]["precision"] for result in finished if result["training"]}
     of_run = ("language", "seed", "key", "metrics", "dtype", "training", "machine")
     content = {
-        "ablation": _identity(arguments),
         "question": question(arguments),
         "command": shlex.join(["python", "-m", "clpl_moe.ablate", *without_folders(sys.argv[1:])]),
         "machine": machine(),
