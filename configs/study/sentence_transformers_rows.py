@@ -2,12 +2,14 @@
 
     python configs/study/sentence_transformers_rows.py TRAIN.jsonl COLLECTION LANGUAGE OUTPUT.jsonl [--steps N]
     python configs/study/sentence_transformers_rows.py TRAIN.jsonl COLLECTION LANGUAGE OUTPUT.jsonl --final --steps N
+    python configs/study/sentence_transformers_rows.py TRAIN.jsonl COLLECTION LANGUAGE OUTPUT.jsonl --final --seconds S
 
 `mnrl` is MultipleNegativesRankingLoss with four hard negatives at batch 8, `cached` its cached form at batch 64 for as many
 tokens. All weights are trained, and, as `_upper`, the upper four layers only. Each loss is tried with learning rates and
 temperatures with one seed; the best on dev runs with five. `--final` instead trains in the way that was best on dev of
-KorQuAD and PQuAD, for as many steps as are given and on passages of up to 512 tokens, and evaluates on `test`. A JSON object a line: loss, setting, seed, metrics, seconds, and
-the value of each query. Runs whose line is there are not repeated.
+KorQuAD and PQuAD, on passages of up to 512 tokens, and evaluates on `test`: for as many steps as are given, or as fit into so
+many seconds by the time of a few steps before. A JSON object a line: loss, setting, seed, metrics, seconds, and the value of
+each query. Runs whose line is there are not repeated.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers import losses as st
 
 from clpl_moe.encoder import Encoder
+from clpl_moe.encoder.precision import fast_bfloat16
 from clpl_moe.evaluate.evaluation import evaluate_retrieval
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.options import EncodingArguments
@@ -73,7 +76,7 @@ def train(
             learning_rate=rate,
             warmup_steps=max(1, steps // 10),
             weight_decay=0.01,
-            bf16=torch.cuda.is_available(),
+            bf16=fast_bfloat16(model.device),
             use_cpu=not torch.cuda.is_available(),
             seed=seed,
             save_strategy="no",
@@ -87,6 +90,12 @@ def train(
     return model[0].auto_model, seconds
 
 
+def step_seconds(data: Dataset, kind: str, length: int) -> float:
+    """Of a step that is not among the first two, which are slower."""
+    few, more = (train(data, kind, 0.0, 1.0, 0, steps, length)[1] for steps in (2, 6))
+    return (more - few) / 4
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
@@ -94,27 +103,29 @@ def main() -> None:
     parser.add_argument("language")
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seconds", type=float)
     parser.add_argument("--final", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     arguments = parser.parse_args()
-    language, output, steps = arguments.language, arguments.output, arguments.steps
+    language, output, steps, budget = arguments.language, arguments.output, arguments.steps, arguments.seconds
     split, length = ("test", 512) if arguments.final else ("dev", 256)
     data, collection = read(arguments.file), Collection.load(arguments.collection, language, split)
-    encoder = Encoder.load(MODEL, compute_dtype=torch.float32)
+    encoder = Encoder.load(MODEL, compute_dtype=torch.bfloat16 if arguments.final else torch.float32)
     encoding = EncodingArguments(64, 512)
     lines = [json.loads(line) for line in output.open(encoding="utf-8")] if output.exists() else []
 
     def run(kind: str, rate: float, temperature: float, seed: int) -> float:
         key = {"loss": kind, "learning_rate": rate, "temperature": temperature, "seed": seed, "language": language}
-        key |= {"steps": steps, "split": split}
+        key |= {"split": split} | ({"budget": budget} if budget else {"steps": steps})
         for line in lines:
             if key.items() <= line.items():
                 return line["metrics"]["nDCG@5"]
-        model, seconds = train(data, kind, rate, temperature, seed, steps, length)
+        fit = max(1, int(budget / step_seconds(data, kind, length))) if budget else steps
+        model, seconds = train(data, kind, rate, temperature, seed, fit, length)
         encoder.model.load_state_dict(model.state_dict(), strict=False)
         result = evaluate_retrieval(encoder, collection, encoding, top_k=100, metrics=METRICS, progress=False)
         queries = {query: round(values["nDCG@5"], 4) for query, values in result.per_query.items()}
-        line = key | {"metrics": result.metrics, "seconds": round(seconds, 1), "queries": queries}
+        line = key | {"steps": fit, "metrics": result.metrics, "seconds": round(seconds, 1), "queries": queries}
         lines.append(line)
         with output.open("a", encoding="utf-8") as opened:
             opened.write(json.dumps(line) + "\n")
