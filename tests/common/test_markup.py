@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from clpl_moe.common.markup import as_code, as_python, from_csv, in_markdown, to_csv
+from clpl_moe.common.markup import as_code, as_python, csv_writer, from_csv, in_markdown, to_csv
 
 FORMULA = "=cmd|'/c calc'!A1"
 
@@ -51,7 +51,13 @@ def test_markdown(text, code, markdown):
     assert in_markdown(text) == markdown
 
 
-def test_a_row_is_read_back_by_csv():
+@given(
+    st.lists(st.lists(st.text(st.characters(exclude_characters="\0")), min_size=2, max_size=2)), st.sampled_from(",\t")
+)
+@example([[FORMULA, "a,b"], ["a\rb", "c\r"], ["\r\n", ""], ["\u2028", '"\t']], ",")
+def test_rows_are_read_back_by_csv(rows, delimiter):
     file = io.StringIO()
-    csv.writer(file).writerow([to_csv(FORMULA), to_csv("a,b")])
-    assert next(csv.reader([file.getvalue()])) == [f"'{FORMULA}", "a,b"]
+    csv_writer(file, delimiter).writerows(rows)
+    # Without translation, as files are opened.
+    assert list(csv.reader(io.StringIO(file.getvalue(), newline=""), delimiter=delimiter)) == rows
+    assert file.getvalue().count("\n") == sum(cell.count("\n") for row in rows for cell in row) + len(rows)

@@ -54,6 +54,19 @@ def test_columns_of_sentence_transformers_and_back(own, tmp_path, ending):
     assert texts(tmp_path / "back.jsonl") == wanted
 
 
+@pytest.mark.parametrize("ending", [".parquet", ".csv", ".tsv", ".jsonl"])
+def test_ends_of_lines_of_any_kind_within_texts_come_back(tmp_path, ending):
+    line = {"query": "a\rb", "pos": ["\rc"], "neg": ["d\r\ne", "f\ng\t\u2028h", 'i\r"j']}
+    write_jsonl(tmp_path / "own.jsonl", [line, line])
+    table = tmp_path / f"st{ending}"
+    convert(train_data=[tmp_path / "own.jsonl"], output=table, to="sentence_transformers")
+    convert(train_data=[table], output=tmp_path / "back.jsonl", to="jsonl")
+    assert texts(tmp_path / "back.jsonl") == [tuple(line.values())] * 2
+    if ending in (".csv", ".tsv"):
+        read = pandas.read_csv(table, sep="\t" if ending == ".tsv" else ",")
+        assert read.values.tolist() == [[line["query"], *line["pos"], *line["neg"]]] * 2
+
+
 @pytest.mark.slow
 def test_a_table_trains_with_sentence_transformers(tiny_encoder, own, tmp_path):
     from sentence_transformers import (

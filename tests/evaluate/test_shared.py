@@ -111,6 +111,18 @@ def test_a_query_longer_than_the_limit_of_a_cell(tiny_encoder, collections, tmp_
     assert rows(tmp_path / "out")["ko", "q0"]["query"] == records[0]["text"]
 
 
+def test_a_query_of_several_lines_of_any_kind(tiny_encoder, collections, tmp_path):
+    queries = collections / "ko" / "dev_queries.jsonl"
+    records = [json.loads(line) for line in queries.read_text().splitlines()]
+    odd = ["red\rhouse", "red\r\nhouse\r", "red\nhouse", "red\u2028house"]
+    for record, text in zip(records, odd):
+        record["text"] = text
+    queries.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for language in ("ko", "fa"):
+        run(tiny_encoder, collections, tmp_path / "out", languages=(language,))
+        assert [rows(tmp_path / "out")["ko", f"q{i}"]["query"] for i in range(4)] == odd
+
+
 def test_a_query_that_a_spreadsheet_would_run_is_text(tiny_encoder, collections, tmp_path):
     """And comes back as it was where a later call keeps its row."""
     queries = collections / "ko" / "dev_queries.jsonl"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+from typing import IO, Any
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
@@ -34,3 +36,21 @@ def to_csv(text: str) -> str:
 def from_csv(cell: str) -> str:
     """The text of which :func:`to_csv` made a cell."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def csv_writer(file: IO[str], delimiter: str = ",") -> Any:
+    """A ``csv.writer`` whose rows end in a line feed, and whose cells are in quotes where they hold any end of a line.
+
+    With ``lineterminator="\\n"`` some versions of Python leave a carriage return bare, and readers end the row there.
+    """
+    return csv.writer(_LineFeeds(file), delimiter=delimiter, lineterminator="\r\n")
+
+
+class _LineFeeds:
+    """A file for rows that end in a carriage return and a line feed, of which it takes the line feed alone."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, row: str) -> int:
+        return self._file.write(f"{row[:-2]}\n")

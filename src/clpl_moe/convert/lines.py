@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -11,6 +10,7 @@ from typing import Any
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import atomic_open, write_jsonl
+from clpl_moe.common.markup import csv_writer
 from clpl_moe.convert.layouts import Beir
 from clpl_moe.convert.options import ConvertArguments
 from clpl_moe.data.formats import DataFile
@@ -103,7 +103,7 @@ def _write_table(output: Path, columns: list[str], rows: Iterator[list[str]]) ->
                 writer.write_table(pyarrow.table(dict(zip(columns, map(list, zip(*some)))), schema))
     else:
         with atomic_open(output) as file:
-            writer = csv.writer(file, delimiter="\t" if ending == ".tsv" else ",", lineterminator="\n")
+            writer = csv_writer(file, "\t" if ending == ".tsv" else ",")
             writer.writerow(columns)
             writer.writerows(all_rows())
 

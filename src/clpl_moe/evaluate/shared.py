@@ -14,7 +14,7 @@ from typing import Any
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open, read_json, write_json
-from clpl_moe.common.markup import from_csv, to_csv
+from clpl_moe.common.markup import csv_writer, from_csv, to_csv
 from clpl_moe.evaluate.metrics import M3_SCORES
 from clpl_moe.evaluate.results import Result
 from clpl_moe.evaluate.significance import TEST
@@ -124,11 +124,11 @@ def _write_table(
             rows.setdefault((language, query_id), {"query": query}).update(kept)
             columns |= dict.fromkeys(kept)
     with atomic_open(path) as file:
-        writer = csv.DictWriter(file, [*_COLUMNS, *columns], restval="", lineterminator="\n")
-        writer.writeheader()
+        writer = csv_writer(file)
+        writer.writerow([*_COLUMNS, *columns])
         for (language, query_id), row in rows.items():
-            texts = {"language": language, "query_id": query_id, "query": row.pop("query")}
-            writer.writerow({name: to_csv(text) for name, text in texts.items()} | row)
+            texts = map(to_csv, (language, query_id, row["query"]))
+            writer.writerow([*texts, *(row.get(column, "") for column in columns)])
 
 
 def _label_of(system: str) -> str:

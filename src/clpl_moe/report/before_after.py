@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open
-from clpl_moe.common.markup import to_csv
+from clpl_moe.common.markup import csv_writer, to_csv
 from clpl_moe.evaluate.metrics import evaluate_run, read_trec_run
 from clpl_moe.evaluate.tasks import METRICS_FILE, read_result
 from clpl_moe.report.options import ReportArguments
@@ -119,7 +118,7 @@ def _add_passages(
 def write_queries(path: Path, comparisons: Sequence[BeforeAfter]) -> None:
     """Write every query of the comparisons as CSV, each run's from the greatest gain to the greatest loss."""
     with atomic_open(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv_writer(file)
         metric = comparisons[0].metric
         writer.writerow(["run", "language", "query_id", "query", f"{metric} before", f"{metric} after", "change"])
         for c in comparisons:
