@@ -42,6 +42,31 @@ def test_saved_and_loaded_again(adapter, tiny_encoder):
     assert read_config(folder) == read_config(tiny_encoder)
 
 
+def test_a_folder_holds_an_adapter_or_a_whole_model(adapter, tiny_encoder, tmp_path):
+    folder, expected = shutil.copytree(adapter[0], tmp_path / "model"), adapter[1]
+
+    def check(files):
+        encoder = Encoder.load(folder, compute_dtype=torch.float32)
+        torch.testing.assert_close(encoder.encode_queries(TEXTS, progress=False), expected, rtol=1e-4, atol=1e-5)
+        found = {path.name for path in folder.iterdir()} & {"config.json", "adapter_config.json", "moe_config.json"}
+        assert found == files
+        return encoder
+
+    check({"adapter_config.json"}).save(folder)
+    whole = check({"config.json"})  # transformers would add the adapter a second time
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["key"], init_lora_weights=False), whole.model)
+    with pytest.raises(ValueError, match="holds the base model, which the adapter needs"):
+        whole.save(folder)
+    check({"config.json"})
+    again = Encoder.load(tiny_encoder)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["query", "value"]), again.model)
+    for name, tensor in adapter_weights(again.model).items():
+        tensor.data.copy_(load_file(adapter[0] / "adapter_model.safetensors")[name])
+    (folder / "moe_config.json").write_text("{}")
+    again.save(folder)
+    check({"adapter_config.json"})
+
+
 def test_loading_draws_no_random_numbers(adapter):
     torch.manual_seed(5)
     before = torch.get_rng_state()

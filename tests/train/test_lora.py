@@ -301,7 +301,9 @@ def test_training_goes_on_from_a_run_with_an_adapter(run, tmp_path):
 @pytest.mark.slow
 def test_experts_and_adapter_merged(model, tmp_path):
     data = write_triplets(tmp_path / "t.jsonl", 4)
-    main(arguments(model, data, tmp_path / "run", trainable="lora", merge_experts=True, max_steps=2))
+    options = {"merge_experts": True, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    argv = arguments(model, data, tmp_path / "run", trainable="lora", **options)
+    main(argv)
     merged, trained = Encoder.load(tmp_path / "run"), Encoder.load(tmp_path / "run" / "experts")
     assert not has_experts(merged.model)
     assert not list((tmp_path / "run").glob("adapter*"))
@@ -310,6 +312,9 @@ def test_experts_and_adapter_merged(model, tmp_path):
     expected = trained.model.state_dict()[name]
     assert (expected[0] - expected[1]).abs().max() > 0
     torch.testing.assert_close(merged.model.state_dict()[name], expected.mean(0))
+    main([*argv, "--resume_from_checkpoint", "true"])  # the folder holds a whole model now
+    assert embeddings(Encoder.load(tmp_path / "run")).equal(embeddings(merged))
+    assert embeddings(Encoder.load(tmp_path / "run" / "experts")).equal(embeddings(trained))
 
 
 def test_options_that_do_not_fit(model, tmp_path, capsys):

@@ -80,9 +80,12 @@ def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model's adapter, so that ``peft.PeftModel.from_pretrained`` loads it onto the base model."""
+    """Write a model's adapter, so that ``peft.PeftModel.from_pretrained`` loads it onto the base model; ValueError for the folder
+    of that."""
     config = copy.copy(adapter_config(model))
     base = str(config.base_model_name_or_path or model.name_or_path or "")
+    if base and Path(base).resolve() == folder.resolve():
+        raise ValueError(f"{folder} holds the base model, which the adapter needs: save it into another folder")
     # A folder is found from wherever the adapter is loaded.
     config.base_model_name_or_path = str(Path(base).resolve()) if base and Path(base).is_dir() else base
     config.inference_mode = True
@@ -92,6 +95,9 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     file = folder / WEIGHTS_FILE
     save_file({k: v.detach().cpu().contiguous() for k, v in adapter_weights(model).items()}, file, {"format": "pt"})
     share(file)
+    # Of another model that lay here, which would be loaded instead.
+    for name in ("config.json", *(() if has_experts(model) else (MOE_FILE,))):
+        (folder / name).unlink(missing_ok=True)
     if has_experts(model):
         write_json(folder / MOE_FILE, model.config.moe)
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import share
-from clpl_moe.encoder.adapter import has_adapter, save_adapter
+from clpl_moe.encoder.adapter import CONFIG_FILE, has_adapter, save_adapter
 from clpl_moe.encoder.encode import Kind, encode, tokenize
 from clpl_moe.encoder.load import load_encoder
 from clpl_moe.encoder.packing import PackedTexts, embed_packed
@@ -237,12 +237,13 @@ class Encoder:
         it with ``trust_remote_code=True``, without this package. Of a model with an adapter of peft, the folder holds the adapter
         and no other weights; :meth:`load` adds it to the base model's.
 
-        Files of the same names are replaced. ``heads`` are state dicts by file name, ``sparse_linear.pt`` and
+        Files of the same names are replaced, and what would make an adapter of a whole model or the other way round goes. ``heads`` are state dicts by file name, ``sparse_linear.pt`` and
         ``colbert_linear.pt``; those not named are copied from the folder that the encoder was loaded from. ``state_dict``
         holds weights to write instead of the model's own (gathered from several devices, for instance).
 
         Raises:
-            ValueError: the encoder has experts but is of a class that cannot be loaded again, or runs code of its folder.
+            ValueError: the encoder has experts but is of a class that cannot be loaded again, or runs code of its folder; an
+                adapter goes to the folder of its base model.
         """
         model, folder = self.model, Path(folder)
         refuse_foreign_experts(model)
@@ -259,6 +260,7 @@ class Encoder:
         else:
             with no_bar_of_weights():
                 model.save_pretrained(folder, state_dict=state_dict)
+            (folder / CONFIG_FILE).unlink(missing_ok=True)  # transformers would add an adapter that lay here
         for file in folder.glob("*.safetensors"):
             share(file)
         save_tokenizer(self.tokenizer, folder)
