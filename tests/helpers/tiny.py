@@ -6,6 +6,8 @@ import torch
 from transformers import (
     BertConfig,
     BertModel,
+    ElectraConfig,
+    ElectraModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -19,6 +21,8 @@ DENSE_CLASSES = {
     "roberta": (RobertaConfig, RobertaModel),
     "bert": (BertConfig, BertModel),
 }
+# Another encoder, with layers as these have.
+OTHER_CLASSES = {"electra": (ElectraConfig, ElectraModel)}
 
 
 def checkpoint_gradients(encoder: PreTrainedModel, reentrant: bool = False) -> None:
@@ -30,7 +34,7 @@ def checkpoint_gradients(encoder: PreTrainedModel, reentrant: bool = False) -> N
 
 def make_encoder(kind: str = "xlm-roberta", seed: int = 0, **overrides) -> PreTrainedModel:
     """A dense encoder of two layers in evaluation mode, without dropout; tokens differ in their outputs."""
-    config_class, model_class = DENSE_CLASSES[kind]
+    config_class, model_class = (DENSE_CLASSES | OTHER_CLASSES)[kind]
     values = {
         "vocab_size": 50,
         "hidden_size": 32,

@@ -167,6 +167,14 @@ def test_frozen_layers_and_what_is_below_are_left_out(make_model, trainable):
     assert found
 
 
+def test_below_the_layers_nothing_is_trained_in_an_encoder_that_projects_its_embeddings():
+    encoder = make_encoder("electra", embedding_size=16)
+    assert encoder.embeddings_project.weight.shape == (32, 16)
+    train_only(encoder, "full", frozen_layers=1)
+    names = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    assert names == {name for name, _ in encoder.named_parameters() if name.startswith("encoder.layer.1.")}
+
+
 def test_frozen_layers_leave_the_gradients_of_the_others_as_they_are(make_model, tiny_tokenizer):
     batch = make_batch(tiny_tokenizer, packing=True)
     whole, upper = make_model(), make_model()

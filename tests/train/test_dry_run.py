@@ -4,11 +4,13 @@ import shutil
 import pytest
 import torch
 
+from clpl_moe import Encoder
 from clpl_moe.common.cli import parse
 from clpl_moe.common.files import write_jsonl
 from clpl_moe.train.__main__ import main
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.train.dry_run import plan_run
+from helpers.tiny import make_encoder
 from helpers.tiny_training import (
     arguments,
     make_collection,
@@ -103,7 +105,15 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny_encoder, data, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_dry_run_stops_where_the_run_would(tiny_encoder, data, tmp_path, capsys):
+@pytest.fixture
+def electra(tiny_tokenizer, tmp_path):
+    """The folder of an encoder that can have no experts."""
+    make_encoder("electra", vocab_size=len(tiny_tokenizer), max_position_embeddings=130).save_pretrained(tmp_path / "e")
+    tiny_tokenizer.save_pretrained(tmp_path / "e")
+    return tmp_path / "e"
+
+
+def test_dry_run_stops_where_the_run_would(tiny_encoder, electra, data, tmp_path, capsys):
     (tmp_path / "untyped").mkdir()
     (tmp_path / "untyped" / "config.json").write_text("{}")
     for options, message in [
@@ -113,6 +123,13 @@ def test_dry_run_stops_where_the_run_would(tiny_encoder, data, tmp_path, capsys)
         ({"frozen_layers": 2}, "frozen_layers, leaves no parameters"),
         ({"model_name_or_path": tmp_path / "nomodel"}, "nomodel"),
         ({"model_name_or_path": tmp_path / "untyped"}, "untyped"),
+        ({"model_name_or_path": electra}, "num_experts: found 2 and a ElectraModel, expected 0"),
+        ({"router": "given"}, "experts_of_data: found none"),
+        ({"router": "given", "experts_of_data": 2}, "experts_of_data: expert is 2: choose a number from 0 to 1"),
+        ({"router": "given", "experts_of_data": 1, "weight_decay": 0.1}, "weight_decay: changes experts"),
+        ({"router": "given", "experts_of_data": 1, "packing": False}, "experts_of_data: found padded batches"),
+        ({"dev_expert": 0}, "dev_expert: the encoder has no experts with router given"),
+        ({"trainable": "lora", "merge_experts": True, "merge_adapter": True}, "merge_adapter: found true"),
     ]:
         for dry_run in (True, False):
             argv = arguments(tiny_encoder, data, tmp_path / "run", dry_run=dry_run, **options)
@@ -121,6 +138,18 @@ def test_dry_run_stops_where_the_run_would(tiny_encoder, data, tmp_path, capsys)
             assert stop.value.code == 2, (options, dry_run)
             assert message in capsys.readouterr().err
             assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_encoder_without_experts_is_trained(electra, data, tmp_path):
+    options = {"num_experts": 0, "trainable": "full", "frozen_layers": None, "max_steps": 1}
+    argv = arguments(electra, data, tmp_path / "run", merge_experts=None, merge_base_alpha=0.5, **options)
+    assert plan(argv).trained_parameters == make_runner(argv).plan.trained_parameters
+    main(argv)
+    before, after = (Encoder.load(folder).model.state_dict() for folder in (electra, tmp_path / "run"))
+    changed = {name for name, tensor in before.items() if not tensor.equal(after[name])}
+    assert changed
+    assert all(name.startswith("encoder.layer.1.") for name in changed)
 
 
 def test_published_base_model_out_of_reach(data, tmp_path, monkeypatch):

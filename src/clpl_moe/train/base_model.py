@@ -15,8 +15,9 @@ from clpl_moe.encoder.packing import can_pack
 from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
 from clpl_moe.encoder.weights import HEAD_FILES, find_heads, read_head
 from clpl_moe.moe.config import MoEConfig
-from clpl_moe.moe.inject import expert_parameters, ffn_parameters, has_experts, inject_moe
+from clpl_moe.moe.inject import choose_expert, expert_parameters, ffn_parameters, has_experts, inject_moe
 from clpl_moe.moe.install import find_layers, layer_states
+from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.train.lora import add_lora
 
@@ -113,6 +114,9 @@ def add_experts(
             raise OptionError("frozen_layers", f"found {frozen}, expected fewer than the encoder's {count} layers")
         try:
             if (config := config or model_args.moe_config(upper or None)) is not None:
+                if type(encoder) not in MOE_CLASSES:
+                    found = f"found {config.num_experts} and a {type(encoder).__name__}"
+                    raise OptionError("num_experts", f"{found}, expected 0: only XLM-R, RoBERTa and BERT have experts")
                 inject_moe(encoder, config)
         except ValueError as error:
             raise UserError(f"{at(model_args.model_name_or_path)}: {error}") from None
@@ -123,6 +127,41 @@ def add_experts(
         training_args.merge_experts = has_experts(encoder) and training_args.trainable != "lora"
     if training_args.merge_experts and not has_experts(encoder):
         raise OptionError("merge_experts", "found no experts to merge, expected num_experts above 0")
+    if training_args.merge_experts and training_args.merge_adapter:
+        raise OptionError("merge_adapter", "found true, expected false with merge_experts, which merges both")
+
+
+def give_experts(
+    encoder: PreTrainedModel,
+    model_args: CLPLModelArguments,
+    data_args: CLPLDataArguments,
+    training_args: CLPLTrainingArguments,
+) -> None:
+    """Check the experts that are given for data and evaluation, and choose the latter; raises :class:`OptionError`."""
+    experts, of_dev = data_args.experts_of_data or [], training_args.dev_expert
+    for name, given in (("experts_of_data", experts), ("dev_expert", [] if of_dev is None else [of_dev])):
+        for expert in given:
+            try:
+                choose_expert(encoder, expert)
+            except ValueError as error:
+                raise OptionError(name, str(error)) from None
+    if model_args.router == "given" and not experts and model_args.num_experts > 0:
+        raise OptionError("experts_of_data", "found none, expected one for each entry of train_data, for router given")
+    if experts:
+        choose_expert(encoder, of_dev or 0)
+        if training_args.weight_decay > 0:
+            raise OptionError("weight_decay", "changes experts that no text goes to, expected 0 with experts_of_data")
+        if not packs(encoder, training_args):
+            raise OptionError("experts_of_data", "found padded batches, expected packing and no unified_finetuning")
+
+
+def packs(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> bool:
+    """Whether batches are packed."""
+    # Sparse and multi-vector losses need the states of all tokens, in rows.
+    whole = args.unified_finetuning or (args.sub_batch_size or -1) > 0
+    # Gradient caching cuts packed batches, also for encoders that pad them after all.
+    wanted = args.grad_cache_tokens is not None or (args.packing and can_pack(encoder))
+    return wanted and not whole
 
 
 def _count_layers(encoder: PreTrainedModel) -> int:
@@ -161,7 +200,9 @@ def choose_trainable(encoder: PreTrainedModel, args: CLPLTrainingArguments) -> N
         if args.fix_encoder or positions or name.startswith("pooler."):
             parameter.requires_grad_(False)
     if frozen:
-        for part in (encoder.embeddings, *layers[:frozen]):
+        # ELECTRA's projection of its embeddings lies below the layers, too.
+        below = (getattr(encoder, name, None) for name in ("embeddings", "embeddings_project"))
+        for part in (*filter(None, below), *layers[:frozen]):
             part.requires_grad_(False)
     if not args.unified_finetuning and not any(parameter.requires_grad for parameter in encoder.parameters()):
         raise UserError(

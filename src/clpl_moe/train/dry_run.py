@@ -13,7 +13,13 @@ from clpl_moe.encoder.settings import check_lengths
 from clpl_moe.moe.config import MoEConfig
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
-from clpl_moe.train.base_model import add_experts, check_dimensions, choose_trainable, resolve_settings
+from clpl_moe.train.base_model import (
+    add_experts,
+    check_dimensions,
+    choose_trainable,
+    give_experts,
+    resolve_settings,
+)
 from clpl_moe.train.checks import check_optimizer
 from clpl_moe.train.lengths import Lengths, choose_lengths, longest_counted
 from clpl_moe.train.lora import adapted_experts
@@ -40,6 +46,7 @@ def plan_run(
     encoder, shape_source, reached = _meta_encoder(model_args, training_args)
     check_lengths(encoder, data_args.query_max_len, data_args.passage_max_len, model_args.model_name_or_path)
     check_dimensions(encoder, training_args)
+    give_experts(encoder, model_args, data_args, training_args)
     choose_trainable(encoder, training_args)
     tokenizer = _tokenizer(model_args) if reached else None
     count = _guess if tokenizer is None else token_counter(tokenizer, longest_counted(encoder))

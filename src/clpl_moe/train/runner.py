@@ -17,18 +17,17 @@ from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from clpl_moe.common.allocator import keep_freed_memory
-from clpl_moe.common.errors import OptionError, UserError
+from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import atomic_open, write_json
 from clpl_moe.common.output import Output, writing
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.lengths import token_counter
 from clpl_moe.encoder import Encoder
 from clpl_moe.encoder.frozen_cache import set_frozen_cache
-from clpl_moe.encoder.packing import can_pack
 from clpl_moe.encoder.settings import check_lengths
 from clpl_moe.encoder.weights import resolved_revision
 from clpl_moe.loss import CLPLLoss
-from clpl_moe.moe.inject import choose_expert, has_experts, merge_experts
+from clpl_moe.moe.inject import has_experts, merge_experts
 from clpl_moe.retrieval.options import EncodingArguments
 from clpl_moe.train import TrainResult, resume
 from clpl_moe.train.ance import NEGATIVES_FILE, NegativeRefresher
@@ -37,8 +36,10 @@ from clpl_moe.train.base_model import (
     add_experts,
     check_dimensions,
     choose_trainable,
+    give_experts,
     make_frozen_cache,
     make_heads,
+    packs,
     read_heads,
     resolve_settings,
 )
@@ -123,32 +124,8 @@ class CLPLRunner:
         if tell and has_experts(model):
             logger.warning("the base model has experts of its own, which are kept: %s", model.config.moe)
         add_experts(model, args, self.training_args)
-        if self.training_args.merge_experts and self.training_args.merge_adapter:
-            raise OptionError("merge_adapter", "found true, expected false with merge_experts, which merges both")
-        self._give_experts(encoder)
+        give_experts(model, args, data_args, self.training_args)
         return encoder
-
-    def _give_experts(self, encoder: Encoder) -> None:
-        """Check the experts that are given for data and evaluation, and choose the latter."""
-        experts, of_dev = self.data_args.experts_of_data or [], self.training_args.dev_expert
-        for name, given in (("experts_of_data", experts), ("dev_expert", [] if of_dev is None else [of_dev])):
-            for expert in given:
-                try:
-                    choose_expert(encoder, expert)
-                except ValueError as error:
-                    raise OptionError(name, str(error)) from None
-        if self.model_args.router == "given" and not experts and self.model_args.num_experts > 0:
-            raise OptionError(
-                "experts_of_data", "found none, expected one for each entry of train_data, for router given"
-            )
-        if experts:
-            choose_expert(encoder, of_dev or 0)
-            if self.training_args.weight_decay > 0:
-                raise OptionError(
-                    "weight_decay", "changes experts that no text goes to, expected 0 with experts_of_data"
-                )
-            if not self._packs(encoder):
-                raise OptionError("experts_of_data", "found padded batches, expected packing and no unified_finetuning")
 
     def _choose_lengths(self) -> Lengths:
         model, tokenizer = self.encoder.model, self.encoder.tokenizer
@@ -180,14 +157,6 @@ class CLPLRunner:
             **{name: getattr(training, name) for name in _OPTIONS_OF_THE_MODEL},
         )
 
-    def _packs(self, encoder: Encoder) -> bool:
-        args = self.training_args
-        # Sparse and multi-vector losses need the states of all tokens, in rows.
-        whole = args.unified_finetuning or (args.sub_batch_size or -1) > 0
-        # Gradient caching cuts packed batches, also for encoders that pad them after all.
-        wanted = args.grad_cache_tokens is not None or (args.packing and can_pack(encoder.model))
-        return wanted and not whole
-
     def _make_trainer(self) -> CLPLTrainer:
         args, data_args, limits = self.training_args, self.data_args, self.lengths.limits
         collator = CLPLCollator(
@@ -198,7 +167,7 @@ class CLPLRunner:
             pad_to_multiple_of=data_args.pad_to_multiple_of,
             padding=True,
             return_tensors="pt",
-            packing=self._packs(self.encoder),
+            packing=packs(self.encoder.model, args),
             negatives_cross_device=self.model.dense_loss.gather_across_devices,
         )
         encoding = EncodingArguments(limits["query_max_len"], limits["passage_max_len"], args.dev_batch_tokens)
