@@ -48,6 +48,24 @@ def test_a_run_is_known_by_what_its_paths_hold_and_not_by_their_names(configurat
     assert of("someone/theirs").values[f"train.{option}"] in ("someone/theirs", ["{train_data}", "someone/theirs"])
 
 
+@pytest.mark.parametrize("option", ["guide", "reranker"])
+def test_negatives_are_known_by_what_a_model_beside_the_base_holds(configuration, tmp_path, option):
+    folder = tmp_path / "judge"
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("one")
+
+    def of(name):
+        (mining,) = plan(configuration, mine=configuration["mine"] | {option: name}).minings
+        return mining.decisive
+
+    before = of(str(folder))
+    moved = folder.rename(tmp_path / "moved")
+    assert of(str(moved)).key == before.key
+    (moved / "model.safetensors").write_text("two")
+    assert of(str(moved)).key != before.key
+    assert of("someone/theirs").values[f"mine.{option}"] == "someone/theirs"
+
+
 def test_a_row_that_was_renamed_keeps_its_run(configuration):
     run = plan(configuration).runs[1]
     finish(run, 0.5)

@@ -108,7 +108,7 @@ class CommandOptions:
         given = required | self._pinned("model", values) | values | places
         types = [MineArguments, SelectionArguments, EncodingArguments]
         decisive = self._resolve("mine", types, place, given, required)
-        for name in ("mine.model", "mine.reranker"):
+        for name in ("mine.model", "mine.reranker", "mine.guide"):
             decisive.values[name] = self.content(decisive.values[name])
         return given, decisive
 
