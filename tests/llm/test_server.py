@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from clpl_moe.llm.server import Server
+from clpl_moe.llm.backends import Answer
+from clpl_moe.llm.server import Server, _read_reply
 from clpl_moe.synthesize.__main__ import main
 from clpl_moe.synthesize.job import fill, load_prompt
 from clpl_moe.synthesize.options import SynthesizeArguments
@@ -179,3 +180,10 @@ def test_no_more_requests_at_once_than_there_are_passages(llm, tmp_path, monkeyp
     main(arguments(llm(), train_file(tmp_path, 11), tmp_path, concurrency=1_000_000_000))
     assert len(results(tmp_path)[1]) == 11
     assert time.time() - started < 30
+
+
+def test_counts_of_tokens_that_no_journal_takes_are_not_counted():
+    for counts in ((-1, 2), (True, 2), (1.5, 2), (None, 2), ("1", 2)):
+        usage = dict(zip(("prompt_tokens", "completion_tokens"), counts))
+        reply = json.dumps({"choices": [{"message": {"content": "a"}}], "usage": usage})
+        assert _read_reply(reply, str) == Answer("a", False, 0, 2)

@@ -233,4 +233,5 @@ def _read_reply(reply: str, hide: Callable[[str], str]) -> Answer:
         return Answer(None)
     usage = record.get("usage")
     counts = [usage.get(n) if isinstance(usage, dict) else 0 for n in ("prompt_tokens", "completion_tokens")]
-    return Answer(text, cut, *(count if isinstance(count, int) else 0 for count in counts))
+    # As the journal takes them.
+    return Answer(text, cut, *(count if type(count) is int and count >= 0 else 0 for count in counts))
