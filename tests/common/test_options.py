@@ -43,6 +43,10 @@ def test_a_number_out_of_its_bounds_is_refused(values, message):
         Options("x", **values)
 
 
+def test_a_whole_number_may_be_larger_than_any_float():
+    assert Options("x", weight=10**400).weight == 10**400
+
+
 def test_bounds_stand_in_the_help_and_reach_the_parser():
     assert Options("x", weight=None).weight is None
     helps = {field.name: field.metadata["help"] for field in fields(Options)}

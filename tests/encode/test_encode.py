@@ -63,6 +63,9 @@ def test_what_can_be_refused(tiny_encoder, collection, tmp_path):
         encode(**options)
     with pytest.raises(UserError, match="no such folder"):
         encode(**options | {"languages": ["ko", "xx"]}, cache_dir=tmp_path / "cache")
+    for given in ({"quantize": "int8"}, {"index": "approximate"}):
+        with pytest.raises(UserError, match=f"^{next(iter(given))}: goes with a search, and here is none"):
+            encode(**options | given, cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 

@@ -77,6 +77,9 @@ def test_evaluate_takes_one_revision_for_all_models_of_the_hub_or_one_for_each(h
         EvaluateArguments([NAME, str(tiny_encoder)], "c", ["ko"], "o", revision=["v1"] * 3)
     with pytest.raises(OptionError, match="revision: every model is a folder here"):
         EvaluateArguments([str(tiny_encoder)], "c", ["ko"], "o", revision=["v1"])
+    with pytest.raises(OptionError, match=f"revision: found two of {NAME}, expected one"):
+        EvaluateArguments([NAME, NAME], "c", ["ko"], "o", revision=["v1", "main"])
+    assert EvaluateArguments([NAME, NAME], "c", ["ko"], "o", revision=["v1", "v1"]).revisions == {NAME: "v1"}
 
 
 def test_mine_and_its_reranker(hub, tmp_path, monkeypatch):

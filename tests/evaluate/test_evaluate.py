@@ -316,6 +316,8 @@ def test_top_k_and_metrics(tiny_encoder, collections, tmp_path):
         ({"compare_metric": "P@5"}, "--compare_metric: found P@5, expected some of metrics: nDCG@5"),
         ({"rerank_top": 0}, "--rerank_top: found 0"),
         ({"m3_weights": "1"}, "--m3_weights: found 1.0, expected three"),
+        ({"rerank_top": 7}, "--rerank_top: goes with m3_scores, which is not set"),
+        ({"oversampling": 7}, "--oversampling: goes with quantize or index approximate; neither is set"),
         ({"metric": "AP"}, "did you mean 'metrics'?"),
     ],
 )

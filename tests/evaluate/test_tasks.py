@@ -106,7 +106,7 @@ def test_a_stop_between_the_runs_and_their_metrics_is_no_obstacle(
             raise KeyboardInterrupt
         return write_json(path, *args)
 
-    options = {"m3_scores": heads, "rerank_top": 5}
+    options = {"m3_scores": True, "rerank_top": 5} if heads else {}
     with monkeypatch.context() as patch:
         patch.setattr("clpl_moe.evaluate.evaluation.write_json", interrupted)
         with pytest.raises(SystemExit):

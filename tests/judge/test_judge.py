@@ -294,6 +294,7 @@ def test_a_finished_job_writes_the_same_again_without_a_request(llm, tmp_path, c
         ({"margin": 0.2, "share": 0.3}, "--share: takes the place of margin"),
         ({"share": 2}, "--share: found 2.0, expected at most 1"),
         ({"max_query_chars": 100}, "--max_query_chars: goes with write_queries, which is not set"),
+        ({"score_model": ".", "quantize": "int8"}, "--quantize: goes with a search, and here is none"),
         ({"pooling": "mean"}, "--pooling: goes with score_model, which is not set"),
         ({"trust_remote_code": True}, "--trust_remote_code: goes with score_model, which is not set"),
     ],

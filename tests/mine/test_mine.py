@@ -297,6 +297,7 @@ def test_prompts_are_used_but_not_written(tiny_encoder, tmp_path):
         ({"reranker_max_len": 64}, "--reranker_max_len: goes with reranker, which is not set"),
         ({"sampling_temperature": 1}, "--sampling_temperature: goes with sampling score, not with top"),
         ({"margin": 0.1, "sampling": "corpus"}, "--margin: goes with a sampling that ranks passages, not with corpus"),
+        ({"quantize": "binary", "sampling": "corpus"}, "--quantize: goes with a search, and here is none"),
         ({"reranker": "/nowhere/reranker"}, "--reranker: /nowhere/reranker cannot be loaded"),
     ],
 )

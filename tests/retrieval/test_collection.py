@@ -117,6 +117,8 @@ def test_unknown_language_and_split_name_what_is_there(tmp_path):
         Collection.load(tmp_path, "ko", "test")
     with pytest.raises(UserError, match="no such folder"):
         Collection.load(tmp_path / "nowhere", "ko", "dev")
+    with pytest.raises(UserError, match="found 'False', which is what YAML makes of words such as no"):
+        Collection.load(tmp_path, "False", "dev")
 
 
 def test_relevant_passage_missing_from_the_corpus_is_kept_and_warned_of(tmp_path):

@@ -37,7 +37,8 @@ class Bounds:
             return f"found {value}, expected at least {self.least}"
         if value > self.most:
             return f"found {value}, expected at most {self.most:,}"
-        return f"found {value}, expected a finite number" if math.isinf(value) else None
+        # `isinf` does not take a whole number that is larger than any float.
+        return f"found {value}, expected a finite number" if abs(value) == math.inf else None
 
 
 class _Store(argparse.Action):

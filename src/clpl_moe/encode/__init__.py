@@ -35,6 +35,7 @@ def encode(arguments: EncodeArguments, encoding: EncodingArguments) -> dict[str,
     """
     if encoding.cache_dir is None:
         raise OptionError("cache_dir", "found nothing, expected the folder of the embeddings")
+    encoding.refuse_search("embeddings are written in 16 bits; mine and evaluate take the option when they search them")
     from clpl_moe.retrieval.collection import load_passages
     from clpl_moe.retrieval.store import EmbeddingShards, encode_passages, processes
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clpl_moe.common.errors import OptionError
-from clpl_moe.common.options import check_bounds, option
+from clpl_moe.common.options import check_bounds, check_needs, option
 from clpl_moe.evaluate.metrics import EVALUATION_METRICS, M3_WEIGHTS
 
 _MAIN_METRIC = "nDCG@10"  # of MIRACL
@@ -60,11 +60,15 @@ class EvaluateArguments:
             found = " ".join(map(str, weights))
             expected = "expected three of at least 0, with dense or sparse above 0"
             raise OptionError("m3_weights", f"found {found}, {expected}")
+        check_needs(self, dict.fromkeys(("rerank_top", "m3_weights"), "m3_scores"))
         if self.revision is not None and len(self.revision) not in (1, len(self.model)):
             expected = f"expected one, or one for each of the {len(self.model)} models"
             raise OptionError("revision", f"found {len(self.revision)}, {expected}")
         if self.revision is not None and not any(self.revisions.values()):
             raise OptionError("revision", "every model is a folder here, which has none; leave it out")
+        for name, revision in zip(self.model, self.revision or ()):
+            if self.revisions[name] not in (None, revision):  # results are kept by the model's name
+                raise OptionError("revision", f"found two of {name}, expected one; give each an output of its own")
         for name in self.compared_metrics:
             if name not in self.metrics:
                 expected = f"expected some of metrics: {', '.join(self.metrics)}"

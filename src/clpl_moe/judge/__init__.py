@@ -60,6 +60,7 @@ def judge(
     if arguments.score_model is None:
         of_local = ("trust_remote_code",) if arguments.backend == "transformers" else ()
         refuse_given(encoding, "score_model", but=of_local)
+    encoding.refuse_search("each line's own passages are scored")
     journal = arguments.beside("journal")
     with contextlib.nullcontext(Output(journal)) if arguments.dry_run else writing(journal) as output:
         return _judge(arguments, encoding, planned, output)

@@ -42,7 +42,7 @@ class AskingArguments:
         "longest answer; not given: the server's own; 256 with backend transformers", None, least=1, most=1_000_000
     )
     request_options: str | None = option("further fields of each request to the server, a JSON object", None)
-    concurrency: int = option("requests at once, or prompts a batch", 8, least=1)
+    concurrency: int = option("requests at once, or prompts a batch", 8, least=1, most=1_000_000_000)
     timeout: float = option("seconds to wait for an answer", 120.0, most=86_400)
     max_retries: int = option(
         "tries after a rate limit, server error, time-out or cut connection", 8, least=0, most=1_000

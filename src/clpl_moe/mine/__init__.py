@@ -48,6 +48,8 @@ def mine(arguments: MineArguments, selection: SelectionArguments, encoding: Enco
     for name in ("reranker", "guide"):
         if getattr(arguments, name) is not None and selection.sampling == "corpus":
             raise OptionError(name, "sampling 'corpus' ranks nothing; leave out one of the two")
+    if selection.sampling == "corpus":
+        encoding.refuse_search("sampling corpus ranks nothing")
     if arguments.guide == arguments.model and arguments.guide_revision == arguments.revision:
         raise OptionError("guide", f"{arguments.guide} is the model itself, whose own scores margin limits")
     with contextlib.ExitStack() as stack:

@@ -192,6 +192,10 @@ def check_language(language: str) -> None:
     """Raise :class:`UserError` where a language cannot be the name of a folder; results are written to it."""
     if language in ("", ".", "..") or language != Path(language).name or "\0" in language:
         raise UserError(f"language: found {language!r}, expected the name of a folder, such as ko")
+    if language in ("True", "False"):
+        raise UserError(
+            f"language: found {language!r}, which is what YAML makes of words such as no; put it into quotes"
+        )
 
 
 def check_id(identifier: str, path: str | Path, line: int | None, field: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clpl_moe.common.errors import OptionError
 from clpl_moe.common.files import refuse_unwritable
-from clpl_moe.common.options import check_bounds, check_needs, option
+from clpl_moe.common.options import check_bounds, check_needs, given, option
 
 if TYPE_CHECKING:
     from clpl_moe.encoder import Encoder
@@ -86,6 +86,8 @@ class EncodingArguments:
         # Two tokens only begin and end a text, and a tokenizer that is to cut off more cuts nothing.
         check_bounds(self)
         check_needs(self, {"index_recall": "index approximate"})
+        if "oversampling" in given(self) and self.quantize is None and self.index == "exact":
+            raise OptionError("oversampling", "goes with quantize or index approximate; neither is set")
         if self.index == "approximate":
             if self.quantize is not None:
                 raise OptionError("index", "approximate has codes of its own; leave out quantize")
@@ -93,6 +95,13 @@ class EncodingArguments:
                 raise OptionError("index", 'approximate needs faiss; install it with: pip install "clpl-moe[ann]"')
         if self.cache_dir is not None:
             refuse_unwritable(Path(self.cache_dir, "embeddings"))
+
+    def refuse_search(self, instead: str) -> None:
+        """Raise :class:`OptionError` for an option of the search that was given to a command without one: what it does
+        ``instead``."""
+        for name in ("quantize", "index"):
+            if name in given(self):
+                raise OptionError(name, f"goes with a search, and here is none: {instead}")
 
     def describe(self, encoder: Encoder) -> dict[str, Any]:
         """Everything but an encoder's weights and the texts that decides the embeddings."""
