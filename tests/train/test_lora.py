@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+import clpl_moe.encoder.load
 from clpl_moe import Encoder, MoEConfig, inject_moe
 from clpl_moe.common.errors import UserError
 from clpl_moe.encoder.adapter import adapter_weights, has_adapter
@@ -17,6 +18,7 @@ from clpl_moe.moe.install import has_experts
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.options import EncodingArguments
 from clpl_moe.train.__main__ import main
+from helpers.tiny import make_encoder
 from helpers.tiny_training import (
     arguments,
     make_collection,
@@ -315,6 +317,43 @@ def test_experts_and_adapter_merged(model, tmp_path):
     main([*argv, "--resume_from_checkpoint", "true"])  # the folder holds a whole model now
     assert embeddings(Encoder.load(tmp_path / "run")).equal(embeddings(merged))
     assert embeddings(Encoder.load(tmp_path / "run" / "experts")).equal(embeddings(trained))
+
+
+OWN_CODE = """
+from transformers import BertConfig, BertModel
+
+class OwnConfig(BertConfig):
+    model_type = "own"
+
+class OwnModel(BertModel):
+    config_class = OwnConfig
+"""
+
+
+def test_at_the_end_the_base_model_is_loaded_as_at_the_beginning(tiny_tokenizer, tmp_path, monkeypatch):
+    base, loaded = tmp_path / "own", []
+    encoder = make_encoder("bert", vocab_size=len(tiny_tokenizer), max_position_embeddings=130)
+    for saved in (encoder, tiny_tokenizer):
+        saved.save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}}
+    (base / "config.json").write_text(json.dumps(config | own))
+    (base / "own.py").write_text(OWN_CODE)
+
+    def load_encoder(path, **kwargs):
+        loaded.append(kwargs)
+        return load(path, **kwargs)
+
+    load = clpl_moe.encoder.load.load_encoder
+    monkeypatch.setattr("clpl_moe.encoder.load.load_encoder", load_encoder)  # of the adapter's base model
+    options = {"num_experts": 0, "trainable": "lora", "merge_experts": None, "max_steps": 1, "trust_remote_code": True}
+    data = write_triplets(tmp_path / "t.jsonl", 4)
+    argv = arguments(base, data, tmp_path / "run", merge_adapter=True, merge_base_alpha=0.5, **options)
+    main([*argv, "--cache_dir", str(tmp_path / "hub"), "--token", "t"])
+    assert (
+        loaded == [{"trust_remote_code": True, "cache_dir": str(tmp_path / "hub"), "token": "t", "revision": None}] * 2
+    )
+    assert (tmp_path / "run" / "merged" / "own.py").is_file()
 
 
 def test_options_that_do_not_fit(model, tmp_path, capsys):

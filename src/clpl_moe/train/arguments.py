@@ -7,7 +7,7 @@ import signal
 from dataclasses import dataclass, fields
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clpl_moe.common.errors import OptionError
 from clpl_moe.common.options import check_bounds, check_needs
@@ -52,6 +52,11 @@ class CLPLModelArguments(ModelOptions, EncoderOnlyEmbedderM3ModelArguments):
     def hub(self) -> dict[str, str | None]:
         """What the hub is asked with."""
         return {"cache_dir": self.cache_dir, "token": self.token, "revision": self.revision}
+
+    @property
+    def of_saved(self) -> dict[str, Any]:
+        """What ``Encoder.load`` takes for a folder of the run, whose adapter may belong to a base model of the hub."""
+        return {"trust_remote_code": self.trust_remote_code, "cache_dir": self.cache_dir, "token": self.token}
 
 
 @dataclass

@@ -118,7 +118,7 @@ class _Mixture:
                 self.folder,
                 device=args.device,
                 compute_dtype=args.encode_dtype,
-                trust_remote_code=self.keeper.model_args.trust_remote_code,
+                **self.keeper.model_args.of_saved,
             )
             # Its frozen layers are the trainer's, and every mixture's.
             set_frozen_cache(self._encoder.model, frozen_cache_of(self.keeper.trainer.encoder.model))

@@ -112,9 +112,7 @@ class CLPLRunner:
             device="cpu",
             trust_remote_code=args.trust_remote_code,
             tokenizer=args.tokenizer_name,
-            cache_dir=args.cache_dir,
-            token=args.token,
-            revision=args.revision,
+            **args.hub,
         )
         # What config and card name, so that the run can be repeated.
         args.revision = resolved_revision(args.model_name_or_path, **args.hub) or args.revision
@@ -318,7 +316,7 @@ class CLPLRunner:
         experts = output_dir / EXPERTS_FOLDER
         if self.trainer.is_world_process_zero():
             # Not the one in memory, which may be divided among processes.
-            encoder = Encoder.load(output_dir, device="cpu")  # with its adapter merged
+            encoder = Encoder.load(output_dir, device="cpu", **self.model_args.of_saved)  # with its adapter merged
             encoder.save(experts)
             merge_experts(encoder)
             # Weights that are replaced may be mapped from their file.
@@ -336,7 +334,7 @@ class CLPLRunner:
         """Save the model of the run folder a second time, with its adapter merged; returns the folder."""
         merged = self.training_args.folder / MERGED_FOLDER
         if self.trainer.is_world_process_zero():
-            Encoder.load(self.training_args.folder, device="cpu").save(merged)
+            Encoder.load(self.training_args.folder, device="cpu", **self.model_args.of_saved).save(merged)
         self.trainer.wait()
         return merged
 
