@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -59,6 +60,14 @@ def test_verdicts_are_found_in_every_form_that_models_write(text):
 )
 def test_what_is_no_verdict_is_left_out(text, count, expected):
     assert {number: verdict.answers for number, verdict in read_verdicts(text, count).items()} == expected
+
+
+@pytest.mark.parametrize("text", ["-" * 100_000, "[" * 100_000, "1: " + "-" * 100_000, ("-" * 1000 + "\n") * 100])
+def test_signs_without_end_take_no_time(text):
+    """As a model writes them that has gone astray."""
+    started = time.process_time()
+    assert read_verdicts(text, 3) == {}
+    assert time.process_time() - started < 5
 
 
 def test_the_last_line_of_an_answer_that_was_cut_is_not_whole():

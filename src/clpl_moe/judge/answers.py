@@ -43,7 +43,8 @@ _NUMBERS = ("passage", "number", "id", "index", "no")
 _LABELS = ("answers", "answer", "verdict", "label", "judgement", "judgment")
 # "[2] no", "Passage 2: no", "| 2 | no |"
 _LINE = re.compile(
-    r"^[^\w\n]*(?:passage|문단|متن|अनुच्छेद)?[^\w\n]*(\d{1,4})[^\w\n]+(?:[^\W\d]+[^\w\n]*[:：][^\w\n]*)?(.+)$", re.M | re.I
+    r"^[^\w\n]*(?:(?:passage|문단|متن|अनुच्छेद)[^\w\n]*)?(\d{1,4})[^\w\n]+(?:[^\W\d]+[^\w\n]*[:：][^\w\n]*)?(.+)$",
+    re.M | re.I,
 )
 
 
