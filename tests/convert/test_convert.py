@@ -7,6 +7,7 @@ import datasets
 import pandas
 import pytest
 
+from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import read_jsonl, write_jsonl
 from clpl_moe.convert import convert
 from clpl_moe.convert.__main__ import main
@@ -177,6 +178,30 @@ def test_a_query_without_a_relevant_passage_is_no_training_line(tmp_path):
     with pytest.warns(UserWarning, match="2 queries have no line here"):
         found = convert(collection=tmp_path, language="ko", output=tmp_path / "t.jsonl", to="jsonl", splits=["dev"])
     assert found.counts == {"lines": 1, "queries left out: no relevant passage": 2}
+
+
+def test_judged_passages_without_text_are_in_no_training_line(tmp_path):
+    make_collection(tmp_path, 3)
+    empty = [{"id": "e1", "text": ""}, {"id": "e2", "title": " ", "text": "\u3000"}]
+    write_jsonl(tmp_path / "ko/corpus.jsonl", [*lines(tmp_path / "ko/corpus.jsonl"), *empty])
+    judged = [("q0", "p0", 1), ("q0", "e1", 1), ("q0", "e2", 0), ("q1", "e2", 1), ("q2", "p2", 1)]
+    write_jsonl(tmp_path / "ko/dev_qrels.jsonl", ({"qid": q, "docid": p, "relevance": r} for q, p, r in judged))
+    options = {"collection": tmp_path, "language": "ko", "to": "jsonl", "splits": ["dev"]}
+    counts = convert(output=tmp_path / "t.jsonl", **options).counts
+    assert counts == {
+        "lines": 2,
+        "judged passages left out: empty": 3,
+        "queries left out: no relevant passage": 1,
+    }
+    assert [line["pos_ids"] for line in lines(tmp_path / "t.jsonl")] == [["p0"], ["p2"]]
+    assert len(texts(tmp_path / "t.jsonl")) == 2  # as training reads them
+    write_jsonl(tmp_path / "ko/dev_qrels.jsonl", [{"qid": "q1", "docid": "e2", "relevance": 1}])
+    with (
+        pytest.warns(match="have no line here"),
+        pytest.raises(UserError, match="no line is left: no query of dev has"),
+    ):
+        convert(output=tmp_path / "none.jsonl", **options)
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 @pytest.mark.parametrize(

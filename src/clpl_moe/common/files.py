@@ -40,7 +40,7 @@ def read_lines(path: str | Path, may_be_empty: bool = False) -> Iterator[tuple[i
     empty, start, number = True, 0, 0
     with open_bytes(path) as (file, _), naming_damage(path, lambda: number + 1):
         for number, raw in enumerate(file, 1):
-            if not _is_blank(raw):
+            if not is_blank(raw):
                 empty = False
                 yield number, start, raw
             start += len(raw)
@@ -48,7 +48,8 @@ def read_lines(path: str | Path, may_be_empty: bool = False) -> Iterator[tuple[i
         raise UserError(f"{at(path)}: the file is empty, expected one JSON object a line")
 
 
-def _is_blank(raw: bytes) -> bool:
+def is_blank(raw: bytes) -> bool:
+    """Whether a line of a text file says nothing: white space, or the byte-order mark alone."""
     return raw.strip() in (b"", codecs.BOM_UTF8)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -118,17 +119,24 @@ def _write_training(loaded: Mapping[str, Collection], output: Path) -> Counter[s
             judged = {p for found in collection.qrels.values() for p in found}
             rows = {p: row for row, p in enumerate(collection.passage_ids) if p in judged}
             for query_id, query in zip(collection.query_ids, collection.queries):
-                found = {p: grade for p, grade in collection.qrels.get(query_id, {}).items() if p in rows}
+                grades = collection.qrels.get(query_id, {})
+                texts = {p: collection.passages[rows[p]] for p in grades if p in rows}
                 ids = {
-                    "pos": [p for p, grade in found.items() if grade > 0],
-                    "neg": [p for p, grade in found.items() if grade <= 0],
+                    "pos": [p for p, text in texts.items() if text and grades[p] > 0],
+                    "neg": [p for p, text in texts.items() if text and grades[p] <= 0],
                 }
+                counts["judged passages left out: empty"] += sum(not text for text in texts.values())
                 if not ids["pos"]:
                     counts["queries left out: no relevant passage"] += 1
                     continue
                 counts["lines"] += 1
-                texts = {name: [collection.passages[rows[p]] for p in some] for name, some in ids.items()}
-                yield {"query_id": query_id, "query": query, **texts, **{f"{n}_ids": some for n, some in ids.items()}}
+                own = {name: [texts[p] for p in some] for name, some in ids.items()}
+                yield {"query_id": query_id, "query": query, **own, **{f"{n}_ids": some for n, some in ids.items()}}
 
-    write_jsonl(output, lines())
-    return counts
+    made = lines()
+    if (first := next(made, None)) is None:
+        raise UserError(
+            f"no line is left: no query of {', '.join(loaded)} has a relevant passage with text in the corpus"
+        )
+    write_jsonl(output, itertools.chain([first], made))
+    return +counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from clpl_moe.common.compressed import naming_damage, open_bytes, plain_name
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import parse_line
+from clpl_moe.common.files import is_blank, parse_line
 from clpl_moe.prepare.source import Passage
 from clpl_moe.retrieval.collection import check_id, check_relevance, read_id, read_relevance
 
@@ -28,7 +29,7 @@ def read_source_lines(path: Path, bar: Any = None) -> Iterator[tuple[int, bytes]
             if bar is not None and number % 1000 == 0:
                 bar.update(raw.tell() - done)
                 done = raw.tell()
-            if line.strip():
+            if not is_blank(line):
                 empty = False
                 yield number, line
         if bar is not None:
@@ -101,12 +102,13 @@ def read_qrels(
     is no number), and there may be three or four: those of TREC have one more, which means nothing.
     """
     judgements: dict[tuple[str, str], int] = {}
-    is_json = plain_name(path).endswith(".jsonl")
+    is_json, begun = plain_name(path).endswith(".jsonl"), False
     for number, line in _json_judgements(path, fields) if is_json else _judgements(path, fields, either=header):
         query_id, passage_id, relevance = line
+        first, begun = not begun, True
         grade = read_relevance(relevance)
         if grade is None:
-            if header and number == 1 and not is_json:
+            if header and first and not is_json and not _is_number(relevance):
                 continue
             raise UserError(f"{at(path, number, fields[-1])}: found {relevance!r}, expected an integer")
         check_relevance(grade, path, number, fields[-1])
@@ -119,6 +121,13 @@ def read_qrels(
                 f" '{query_id}' as {judgements[query_id, passage_id]}"
             )
     return judgements
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        float(text)
+        return True
+    return False
 
 
 _Judgements = Iterator[tuple[int, tuple[Any, Any, Any]]]  # line, then query id, passage id and relevance

@@ -99,6 +99,16 @@ FAULTS = {
         append("q2 0 d1 1 x\n"),
         "test.tsv:2: found 5 fields, expected 3: query-id, corpus-id",
     ),
+    "score in the first line": (
+        "qrels/test.tsv",
+        lambda p: p.write_text("q2\td1\t0.5\nq2\td3\t1\n"),
+        "test.tsv:1: field 'score': found '0.5', expected an integer",
+    ),
+    "names in the second line": (
+        "qrels/test.tsv",
+        append("query-id\tcorpus-id\tscore\n"),
+        "test.tsv:2: field 'score': found 'score', expected an integer",
+    ),
     "names only": ("qrels/test.tsv", lambda p: p.write_text("query-id\tcorpus-id\tscore\n"), "holds no judgement"),
 }
 
@@ -175,12 +185,13 @@ def test_one_source_and_a_name(tmp_path, capsys, argv, words):
         ("test.tsv", "q2 0 d1 1.0\nq2\t0\td\u00a04\t0\n"),
         ("test.trec", "q2 Q0 d1 1\r\nq2 Q0 d\u00a04 0\r\n"),
         ("test.tsv", "\ufeffquery-id\tcorpus-id\tscore\nq2\td1\t1.0\nq2\td\u00a04\t0\n"),
+        ("test.tsv", "\ufeff\n\nquery-id\tcorpus-id\tscore\nq2\td1\t1\nq2\td\u00a04\t0\n"),
         (
             "test.jsonl",
             '{"query-id": "q2", "corpus-id": "d1", "score": 1}\n{"qid": "q2", "docid": "d\u00a04", "relevance": 0.0}\n',
         ),
     ],
-    ids=["four columns", "trec", "decimals", "jsonl"],
+    ids=["four columns", "trec", "decimals", "blank lines first", "jsonl"],
 )
 def test_judgements_as_other_tools_write_them(tmp_path, name, content):
     folder = beir(tmp_path / "set")
