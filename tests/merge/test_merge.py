@@ -106,6 +106,24 @@ def test_one_of_the_experts_that_are_given(tiny_encoder, tmp_path):
     choose_expert(encoder, 2)
     found, expected = (e.encode_queries(["red house"]) for e in (Encoder.load(tmp_path / "one", device="cpu"), encoder))
     torch.testing.assert_close(found, expected)
+    # Mixed with the dense base model, and with one that has experts, too.
+    inject_moe(other := Encoder.load(tiny_encoder, device="cpu"), MoEConfig(3, router="given"))
+    other.save(tmp_path / "other")
+    one, base = weights(tmp_path / "one"), weights(tiny_encoder)
+    for name in (tiny_encoder, tmp_path / "other"):
+        output = tmp_path / f"with-{name.name}"
+        merge(input=tmp_path / "given", output=output, expert=2, base=name, alpha=[0.25])
+        for key, value in weights(output).items():
+            torch.testing.assert_close(value, torch.lerp(base[key], one[key], 0.25))
+
+
+def test_one_expert_has_no_load(tiny_encoder, collections, tmp_path):
+    inject_moe(encoder := Encoder.load(tiny_encoder, device="cpu"), MoEConfig(3, router="given"))
+    encoder.save(tmp_path / "given")
+    options = {"weights": "load", "expert": 1, "collection": collections, "languages": ["ko"]}
+    with pytest.raises(UserError, match="weights: found load, and expert, which alone is kept"):
+        merge(input=tmp_path / "given", output=tmp_path / "one", **options)
+    assert not (tmp_path / "one").exists()
 
 
 def test_dense_models_need_a_base(tiny_encoder, tmp_path):

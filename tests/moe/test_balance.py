@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from clpl_moe.encoder.packing import PackedTexts, embed_packed
 from clpl_moe.moe.balance import measure_load, pop_router_terms, track_routers
 from clpl_moe.moe.install import layer_states
 from helpers.processes import run_in_processes
@@ -158,3 +159,20 @@ def test_the_load_of_experts_that_all_see_every_token_is_their_mean_weight():
 def test_a_load_that_nobody_chose_is_even():
     load = measure_load(make_moe(num_experts=4), lambda: None)
     assert torch.equal(load, torch.full((2, 4), 0.25))
+
+
+@pytest.mark.parametrize("router", ["given", "random"])
+def test_routers_that_choose_one_expert_count_one(router):
+    encoder = make_moe(num_experts=2, top_k=2, router=router).train()
+    texts = PackedTexts.from_sequences([[5, 6, 7], [8, 9]])
+    texts.experts = torch.tensor([1, 1])
+
+    def run():
+        embed_packed(encoder, texts, pooling="mean")
+
+    track_routers(encoder)
+    run()
+    terms = pop_router_terms(encoder)
+    assert (terms.balance, terms.load.sum()) == (1, 2)
+    load = measure_load(encoder, run)
+    assert ((load == 0) | (load == 1)).all()

@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from clpl_moe import MoEConfig, inject_moe, merge_experts
@@ -418,6 +419,11 @@ def test_refuses_a_model_that_takes_no_mask():
 def test_refuses_what_cannot_be_replaced():
     with pytest.raises(ValueError, match="has experts already"):
         inject_moe(make_moe(), MoEConfig())
+    adapted = make_moe()
+    names = ["encoder.layer.0.intermediate.dense.weight"]
+    inject_adapter_in_model(LoraConfig(target_modules=["query"], target_parameters=names), adapted)
+    with pytest.raises(ValueError, match="the experts have adapters: merge these first"):
+        merge_experts(adapted)
     with pytest.raises(ValueError, match="no experts to merge"):
         merge_experts(make_encoder())
     with pytest.raises(ValueError, match="set the encoder's chunk_size_feed_forward to 0"):

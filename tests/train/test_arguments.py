@@ -145,6 +145,13 @@ def test_model_options():
         CLPLModelArguments(model_name_or_path="m", config_name="n")
 
 
+@pytest.mark.parametrize("router", ["given", "random"])
+def test_one_expert_a_text_is_all_that_some_routers_have(router):
+    CLPLModelArguments("model", router=router)
+    with pytest.raises(OptionError, match=f"top_k: found 2, expected 1 with router {router}"):
+        CLPLModelArguments("model", router=router, top_k=2)
+
+
 def test_evaluation_follows_saving():
     args = training(dev_collection="d", dev_language="ko", save_strategy="steps", save_steps=7)
     assert (args.eval_strategy.value, args.eval_steps) == ("steps", 7)

@@ -30,6 +30,7 @@ _KEPT = "#%&@"  # punctuation by category, but a part of names and numbers
 _ARABIC = "[\u0600-\u06ff\u0750-\u077f\u08a0-\u08ff]"
 _HAS_ARABIC = re.compile(_ARABIC)
 _SPACE_BESIDE_ARABIC = re.compile(f"(?<={_ARABIC}) | (?={_ARABIC})")
+_HE_WITH_HAMZA = re.compile("\u06c0|\u0647\u0654+")
 _LETTERS = {"\u064a": "\u06cc", "\u0649": "\u06cc", "\u0643": "\u06a9", "\u06c0": "\u0647", "\u066a": "%"}
 _MADDA_AND_HAMZA = range(0x0653, 0x0656)
 # Invisible, though letters or marks by category: the tatweel, a grapheme joiner, fillers of Hangul, variation selectors.
@@ -41,11 +42,13 @@ def text_key(text: str) -> str:
     if text.isascii():
         return " ".join(text.lower().translate(_table()).split())
     text = unicodedata.normalize("NFKC", text).casefold().translate(_table())
+    text = " ".join(text.split())
+    if arabic := _HAS_ARABIC.search(text):
+        text = _SPACE_BESIDE_ARABIC.sub("", text)
     text = unicodedata.normalize("NFKC", text)  # what is gone now may have stood between the parts of a letter
-    if _HAS_ARABIC.search(text) is None:
-        return " ".join(text.split())
-    text = text.replace("\u0647\u0654", "\u0647").replace("\u06cc\u0654", "\u0626")  # he, ye, each with a hamza
-    return _SPACE_BESIDE_ARABIC.sub("", " ".join(text.split()))
+    return (
+        _HE_WITH_HAMZA.sub("\u0647", text).replace("\u06cc\u0654", "\u0626") if arabic else text
+    )  # he; ye with a hamza
 
 
 def text_id(text: str) -> int:
