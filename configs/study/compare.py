@@ -1,6 +1,6 @@
 """How far rows of a comparison by `ablate` differ, with intervals over seeds and queries.
 
-    python configs/study/compare.py RUNS OUTPUT.json ROW-REFERENCE [ROW-REFERENCE ...] [--seeds 11 12 13]
+    python configs/study/compare.py RUNS OUTPUT.json ROW-REFERENCE [ROW-REFERENCE ...] [--seeds 11 12 13] [--split test]
 
 A row is paired with its reference: same language, seed and query. The interval has 95% of 10,000 bootstrap draws of seeds and
 of passages with all their queries, as queries of one passage rise and fall together. Both rows get the same draws. The base
@@ -58,9 +58,9 @@ def similarities(runs: Path, row: str) -> dict[str, dict[str, float]]:
     }
 
 
-def passages(directory: Path, language: str) -> dict[str, str]:
-    """For each dev query a passage that answers it."""
-    qrels = Collection.load(directory, language, "dev").qrels
+def passages(directory: Path, language: str, split: str) -> dict[str, str]:
+    """For each query a passage that answers it."""
+    qrels = Collection.load(directory, language, split).qrels
     return {query: next(iter(judged)) for query, judged in qrels.items()}
 
 
@@ -136,8 +136,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[11, 12, 13, 14, 15])
     parser.add_argument("--collection", type=Path, default=Path("data/public/study"))
     parser.add_argument("--languages", nargs="*", default=["korquad_ko", "pquad_fa"])
+    parser.add_argument("--split", default="dev")
     arguments = parser.parse_args()
-    of = {language: passages(arguments.collection, language) for language in arguments.languages}
+    of = {language: passages(arguments.collection, language, arguments.split) for language in arguments.languages}
     lines = []
     for pair in arguments.pairs:
         row, _, reference = pair.partition("-")
