@@ -110,6 +110,8 @@ def _merge(arguments: MergeArguments, encoding: EncodingArguments, place: Output
     if not with_experts and (arguments.base is None or arguments.weights == "load"):
         what = "nothing to merge; expected experts" + (", or base" if arguments.base is None else "")
         raise OptionError("input", f"found a dense model in {source}, {what}")
+    if arguments.weights == "load" and encoding.expert is not None:
+        raise OptionError("weights", "found load, and expert, which alone is kept; leave out one of the two")
     if collections:
         check_lengths(encoder.model, encoding.query_max_len, encoding.passage_max_len, source)
     base = (
@@ -148,11 +150,17 @@ def _merge(arguments: MergeArguments, encoding: EncodingArguments, place: Output
 
 
 def _open_base(name: str, revision: str | None, encoding: EncodingArguments, tuned: Encoder) -> Encoder:
-    from clpl_moe.moe.inject import has_experts, merge_experts
+    from clpl_moe.moe.inject import choose_expert, has_experts, merge_experts
 
-    base = open_encoder(name, encoding, revision)
+    expert = encoding.expert
+    base = open_encoder(name, dataclasses.replace(encoding, expert=None), revision)
     if has_experts(base.model):
-        merge_experts(base)
+        if expert is not None:
+            try:
+                choose_expert(base, expert)
+            except ValueError as error:
+                raise OptionError("expert", f"{name}: {error}") from None
+        merge_experts(base, None if expert is None else _one_expert(base, expert))
     if base.settings != tuned.settings:
         logger.warning("%s has other pooling or prompts than the model merged with it, whose are taken", name)
     if base.tokenizer.get_vocab() != tuned.tokenizer.get_vocab():

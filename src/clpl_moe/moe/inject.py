@@ -52,7 +52,7 @@ def merge_experts(model: Model, shares: Tensor | None = None) -> Model:
     the load that :func:`clpl_moe.moe.balance.measure_load` finds.
 
     Raises:
-        ValueError: the encoder has no experts, or those of a folder's own code; ``shares`` have another shape.
+        ValueError: the encoder has no experts, those of a folder's own code, or some with adapters; ``shares`` have another shape.
     """
     encoder = encoder_of(model)
     refuse_foreign_experts(encoder)

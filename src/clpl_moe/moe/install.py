@@ -43,6 +43,9 @@ def remove_experts(encoder: nn.Module, shares: Tensor | None = None) -> None:
     expected = len(routers), len(routers[0][1].weight)
     if shares is not None and shares.shape != expected:
         raise ValueError(f"shares have shape {tuple(shares.shape)}, expected {expected}: layers with experts, experts")
+    halves = [module for module in encoder.modules() if isinstance(module, (MoEIntermediate, OutputHalf))]
+    if not all(isinstance(half.dense, Experts) for half in halves if not isinstance(half, RoutedOutput)):
+        raise ValueError("the experts have adapters: merge these first (merge_and_unload of peft)")
     of_layer = {} if shares is None else dict(zip([index for index, _ in routers], shares, strict=True))
     for index, layer in enumerate(find_layers(encoder)):
         for name in ("intermediate", "output"):

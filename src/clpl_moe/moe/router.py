@@ -183,10 +183,10 @@ class TopKSoftmax(Router):
 
 
 class _Untrained(Router):
-    """Scores nothing and learns nothing."""
+    """Scores nothing and learns nothing; each token goes to one expert."""
 
     def __init__(self, in_features: int, num_experts: int, top_k: int) -> None:
-        super().__init__(in_features, num_experts, top_k)
+        super().__init__(in_features, num_experts, 1)  # whatever a folder's config says
         del self.weight
         # No parameter, as nothing is trained; a buffer, as every router's file has it.
         self.register_buffer("weight", torch.zeros(num_experts, in_features))

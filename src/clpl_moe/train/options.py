@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
+from clpl_moe.common.errors import OptionError
 from clpl_moe.common.options import Bounds, option
 from clpl_moe.loss.options import LossTermOptions, Penalty
 from clpl_moe.mine.options import PositiveScore, Sampling, SelectionArguments
@@ -55,6 +56,8 @@ class ModelOptions:
         yet. Raises ValueError where the options do not fit together."""
         if self.num_experts == 0:
             return None
+        if self.router in ("given", "random") and self.top_k > 1:
+            raise OptionError("top_k", f"found {self.top_k}, expected 1 with router {self.router}")
         layers: str | list[int] = self.moe_layers
         if layers == "trained":
             layers = "all" if trained is None else list(trained)
