@@ -11,7 +11,7 @@ NON_JOINER, JOINER = "\u200c", "\u200d"
 # Characters that the rules speak of, often, and any others now and then.
 CHARACTERS = st.one_of(
     st.sampled_from(
-        f"{ARABIC_KAF}{ARABIC_YE}{MAKSURA}{NON_JOINER}{JOINER}یکهةئأآ\u06c0\u0654\u0640\u064e\u0651\u0670 \n\u00a0\ufe0f!?.#+"
+        f"{ARABIC_KAF}{ARABIC_YE}{MAKSURA}{NON_JOINER}{JOINER}یکهةئأآ\u06c0\u06d5\u0653\u0654\u0655\u0301\u0640\u064e\u0651\u0670 \n\u00a0\ufe0f!?.#+"
         "가각ㄱㅏ\u1100\u1161\u11a8\u115f\u1160कक़\u0958ऩिंँ्1१۱١ﷺﹱİßẞǅ²½Ａ"
     ),
     st.characters(codec="utf-8"),
@@ -34,6 +34,9 @@ CHARACTERS = st.one_of(
         ("ســلام", "سلام"),
         ("مُحَمَّد", "محمد"),
         ("خانۀ ما", "خانه\u0654 ما"),
+        ("خانۀ ما", "خانه \u0654 ما"),
+        ("خانۀ ما", "خان\u06d5\u200c\u0654 ما"),
+        ("رئیس", "ری \u0654یس"),
         ("۵٪", "5%"),
         ("क़लम", "\u0915\u093cलम"),
         ("\u0958लम", "\u0915\u093cलम"),
