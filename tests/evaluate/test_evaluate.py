@@ -290,7 +290,7 @@ def test_prompts_and_pooling_come_from_the_folder_and_can_be_overridden(tiny_enc
     assert scores[1] == scores[2] != scores[0]
 
 
-def test_top_k_and_metrics(tiny_encoder, collections, tmp_path):
+def test_top_k_and_metrics(tiny_encoder, collections, tmp_path, capsys):
     argv = ["--model", str(tiny_encoder), "--collection", str(collections), "--output", str(tmp_path / "out")]
     argv += ["--languages", "fa", "--passage_max_len", "100", "--top_k", "3", "--metrics", "RR@10", "nDCG@3"]
     main(argv)
@@ -299,6 +299,9 @@ def test_top_k_and_metrics(tiny_encoder, collections, tmp_path):
         "nDCG@3",
     ]
     assert len((tmp_path / "out" / "fa" / "run.trec").read_text().splitlines()) == 24
+    assert "warning: RR@10: only 3 passages are retrieved for each query (top_k)" in capsys.readouterr().err
+    run(tiny_encoder, collections, tmp_path / "all", top_k=20)  # as many as there are
+    assert "warning: " not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

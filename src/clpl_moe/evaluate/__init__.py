@@ -43,7 +43,7 @@ def _evaluate(arguments: EvaluateArguments, encoding: EncodingArguments, output:
     from clpl_moe.evaluate.shared import TABLE, refuse_others_files, write_shared_files
     from clpl_moe.retrieval.store import processes
 
-    check_metrics(arguments.metrics)
+    measures = check_metrics(arguments.metrics)
     collections = {
         language: Collection.load(arguments.collection, language, arguments.split)
         for language in dict.fromkeys(arguments.languages)
@@ -57,6 +57,11 @@ def _evaluate(arguments: EvaluateArguments, encoding: EncodingArguments, output:
             fault = "no model has sparse and multi-vector heads (sparse_linear.pt, colbert_linear.pt)"
             raise OptionError("m3_scores", fault)
         refuse_others_files(Path(arguments.output))
+        top = arguments.top_k
+        deeper = [name for name, measure in measures.items() if measure.params.get("cutoff", 0) > top]
+        if first and deeper and any(len(collection.passages) > top for collection in collections.values()):
+            found = f"only {top:,} passages are retrieved for each query (top_k), and others count as not found"
+            print(f"warning: {', '.join(deeper)}: {found}", file=sys.stderr)
         for task in tasks:
             found = None if arguments.overwrite else task.finished()
             if found is None:
