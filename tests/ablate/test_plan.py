@@ -71,6 +71,7 @@ def test_options_of_a_language_and_of_a_row_go_before_the_shared_ones(configurat
         ({"metric": "nonsense"}, "metric 'nonsense' is unknown"),
         ({"only": ["nobody"]}, "only: found 'nobody', expected some of base, dense, experts"),
         ({"parallel": 0}, "parallel: found 0"),
+        ({"runs": ""}, "runs: found nothing, expected the name of an output"),
     ],
 )  # fmt: skip
 def test_mistakes_are_refused_before_anything_is_written(configuration, changes, message, tmp_path):

@@ -61,6 +61,8 @@ def test_what_can_be_refused(tiny_encoder, collection, tmp_path):
     options = {"model": tiny_encoder, "collection": collection, "languages": ["ko"], **SHORT}
     with pytest.raises(UserError, match="cache_dir: found nothing, expected the folder of the embeddings"):
         encode(**options)
+    with pytest.raises(UserError, match="cache_dir: found nothing, expected the name of an output"):
+        encode(**options, cache_dir="")
     with pytest.raises(UserError, match="no such folder"):
         encode(**options | {"languages": ["ko", "xx"]}, cache_dir=tmp_path / "cache")
     for given in ({"quantize": "int8"}, {"index": "approximate"}):

@@ -83,6 +83,16 @@ def test_other_content_is_refused(tiny_encoder, collections, tmp_path, capsys, w
         assert (output / "ko" / "run.trec").read_text() != before
 
 
+def test_the_metrics_shown_are_those_of_the_run_file(tiny_encoder, collections, tmp_path, capsys):
+    output = tmp_path / "out"
+    run(tiny_encoder, collections, output)
+    printed = table(capsys.readouterr().out)
+    content = json.loads((output / "ko" / "metrics.json").read_text())
+    write_json(output / "ko" / "metrics.json", content | {"metrics": {"nDCG@5": 0.1}})
+    run(tiny_encoder, collections, output)
+    assert table(capsys.readouterr().out) == printed
+
+
 def test_an_interrupted_overwrite_leaves_no_metrics_beside_a_run_of_something_else(
     tiny_encoder, collections, tmp_path, monkeypatch
 ):

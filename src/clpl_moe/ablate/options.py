@@ -9,7 +9,7 @@ from typing import Any
 
 from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import parse_json
-from clpl_moe.common.options import check_bounds, option
+from clpl_moe.common.options import check_bounds, check_outputs, option
 
 _MAPPINGS = ("languages", "rows", "prepare", "mine", "train", "evaluate")
 
@@ -57,6 +57,7 @@ class AblateArguments:
             if not self.mappings[name]:
                 raise OptionError(name, "found nothing, expected at least one")
         check_bounds(self)
+        check_outputs(self, "runs")
         if Path(self.output).suffix != ".json":
             raise OptionError("output", f"found {self.output}, expected a name ending in .json")
         for name in self.only or ():

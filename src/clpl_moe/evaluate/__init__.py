@@ -73,9 +73,8 @@ def _evaluate(arguments: EvaluateArguments, encoding: EncodingArguments, output:
             if not first or found is None:
                 continue
             for score, path in task.runs.items():
-                metrics = found["metrics"][score] if task.heads else found["metrics"]
                 run = read_trec_run(path, task.collection)
-                _, per_query = evaluate_run(task.collection.qrels, run, arguments.metrics)
+                metrics, per_query = evaluate_run(task.collection.qrels, run, arguments.metrics)
                 about = found | task.names
                 names = (task.model, task.label, task.collection.language, score)
                 evaluation.results.append(Result(*names, metrics, per_query, task.folder, about))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clpl_moe.common.errors import OptionError
 from clpl_moe.common.files import refuse_unwritable
-from clpl_moe.common.options import check_bounds, check_needs, given, option
+from clpl_moe.common.options import check_bounds, check_needs, check_outputs, given, option
 
 if TYPE_CHECKING:
     from clpl_moe.encoder import Encoder
@@ -94,6 +94,7 @@ class EncodingArguments:
             if importlib.util.find_spec("faiss") is None:
                 raise OptionError("index", 'approximate needs faiss; install it with: pip install "clpl-moe[ann]"')
         if self.cache_dir is not None:
+            check_outputs(self, "cache_dir")
             refuse_unwritable(Path(self.cache_dir, "embeddings"))
 
     def refuse_search(self, instead: str) -> None:
