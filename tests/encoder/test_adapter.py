@@ -3,12 +3,15 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 from clpl_moe import Encoder, MoEConfig, UserError, inject_moe
 from clpl_moe.encoder.adapter import adapter_weights, find_adapter, has_adapter, merge_adapter
 from clpl_moe.encoder.load import read_config
+from clpl_moe.encoder.settings import EmbeddingSettings, read_settings
+from clpl_moe.encoder.weights import HEAD_FILES
 from helpers.tiny import make_encoder, perturb_experts
 
 TEXTS = ["abc def", "g h i j"]
@@ -90,6 +93,23 @@ def test_adapter_of_the_hub(adapter, tiny_encoder, tmp_path, monkeypatch):
     merge_adapter(encoder.model, found)
     torch.testing.assert_close(encoder.encode_queries(TEXTS, progress=False), adapter[1], rtol=1e-4, atol=1e-5)
     assert all(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_an_adapter_as_peft_writes_it_has_all_else_of_its_base_model(tiny_encoder, tmp_path):
+    settings = EmbeddingSettings("mean", True, "query: ", "passage: ")
+    base = Encoder.load(tiny_encoder, settings=settings, compute_dtype=torch.float32)
+    base.max_length = 20
+    base.save(tmp_path / "base")
+    model = get_peft_model(AutoModel.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["key"]))
+    model.save_pretrained(tmp_path / "bare")
+    for _ in range(2):
+        found = Encoder.load(tmp_path / "bare", compute_dtype=torch.float32)
+        assert (found.settings, found.max_length) == (settings, 20)
+        assert read_settings(tmp_path / "bare") == settings
+        assert found.head_files == {name: str(tmp_path / "base" / name) for name in HEAD_FILES}
+        embeddings = (e.encode_queries(TEXTS, progress=False) for e in (base, found))  # the adapter adds nothing yet
+        torch.testing.assert_close(*embeddings)
+        base.tokenizer.save_pretrained(tmp_path / "bare")  # as trainers leave it there
 
 
 def damaged(adapter, tmp_path, change):

@@ -57,6 +57,15 @@ def find_adapter(path: str | Path, **hub: Any) -> AdapterFolder | None:
     return AdapterFolder(Path(file).parent, base, revision or None, moe)
 
 
+def described_by(path: str | Path, hub: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Folder or hub name that has a model's settings, tokenizer and heads, and what the hub is asked with: the model's own, or
+    of an adapter as peft writes it, without them, its base model's."""
+    path = str(path)
+    if find_file(path, "modules.json", hub) is not None or (adapter := find_adapter(path, **hub)) is None:
+        return path, hub
+    return described_by(adapter.base, hub | {"revision": adapter.revision})
+
+
 def has_adapter(model: nn.Module) -> bool:
     """Whether peft has put adapters into a model."""
     return bool(vars(model).get("peft_config"))

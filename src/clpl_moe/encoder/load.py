@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from clpl_moe.common.errors import OptionError, UserError, at, one_line
 from clpl_moe.common.files import read_json
-from clpl_moe.encoder.adapter import AdapterFolder, find_adapter, merge_adapter
+from clpl_moe.encoder.adapter import AdapterFolder, described_by, find_adapter, merge_adapter
 from clpl_moe.encoder.folder import TRUST, check_config
 from clpl_moe.encoder.settings import remember_stated
 from clpl_moe.encoder.weights import find_file, no_bar_of_weights, read_weights, weight_names
@@ -36,8 +36,8 @@ def load_encoder(
 
     Folders with experts load without remote code, also those of 2024 (``config.json`` with ``moe``, ``num_experts`` and
     ``num_experts_per_tok``), whose router becomes ``topk_softmax``. Of an adapter (LoRA) the base model is loaded, and the
-    adapter added to its weights. A pooling layer is kept only where the weights hold
-    one. The model is in evaluation mode, in ``dtype``, on the CPU. It remembers the settings and the length that its folder
+    adapter added to its weights; tokenizer and settings that its folder lacks are the base model's. A pooling layer is kept only
+    where the weights hold one. The model is in evaluation mode, in ``dtype``, on the CPU. It remembers the settings and the length that its folder
     states, for ``save_encoder`` and :class:`~clpl_moe.encoder.encoder.Encoder`. A ``path`` where nothing is found, or nothing
     that can be loaded, raises :class:`UserError`.
     """
@@ -67,13 +67,20 @@ def load_encoder(
             )
     remember_stated(model, path, **hub)
     model.to(dtype)  # type: ignore[arg-type]
-    named = str(tokenizer or path)
-    if tokenizer is not None:
-        hub["revision"] = None  # it is the model's
+    named, hub = tokenizer_of(path, tokenizer, hub)
     with refuse_unloadable(named, "tokenizer", trust_remote_code):
         loaded_tokenizer = AutoTokenizer.from_pretrained(named, trust_remote_code=trust_remote_code, **hub)
         try_tokenizer(loaded_tokenizer)
     return model.eval(), loaded_tokenizer
+
+
+def tokenizer_of(path: str, tokenizer: str | Path | None, hub: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Folder or hub name of a model's tokenizer, or of another one, and what the hub is asked with."""
+    if tokenizer is not None:
+        return str(tokenizer), hub | {"revision": None}  # it is the model's
+    if any(find_file(path, name, hub) for name in ("tokenizer_config.json", "tokenizer.json")):
+        return path, hub
+    return described_by(path, hub)
 
 
 def try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

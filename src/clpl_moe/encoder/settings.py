@@ -62,13 +62,29 @@ def read_settings(folder: str | Path, **hub: str | None) -> EmbeddingSettings:
     """The settings that the sentence-transformers files of a folder or hub model state.
 
     A model without these files (a bare encoder) or one that cannot be reached has the defaults of
-    :class:`EmbeddingSettings`. ``hub`` takes ``cache_dir`` and ``token``, as for the weights.
+    :class:`EmbeddingSettings`; an adapter without them has its base model's. ``hub`` takes ``cache_dir`` and ``token``, as for
+    the weights.
 
     Raises:
         UserError: a file is not JSON, or asks for something that this package cannot compute: another
             pooling, several at once, a projection after it, pooling without the prompt's tokens.
     """
-    return _settings_of(folder, read_modules(folder, hub), hub)
+    modules, folder, hub = _modules_of(folder, hub)
+    return _settings_of(folder, modules, hub)
+
+
+def _modules_of(
+    folder: str | Path, hub: dict[str, Any]
+) -> tuple[list[dict[str, Any]] | None, str | Path, dict[str, Any]]:
+    """``modules.json`` and where it lies: in the model's folder, of an adapter without one in its base model's."""
+    modules = read_modules(folder, hub)
+    if modules is None:
+        from clpl_moe.encoder.adapter import described_by  # which loads torch
+
+        place, of_place = described_by(folder, hub)
+        if place != str(folder):
+            return read_modules(place, of_place), place, of_place
+    return modules, folder, hub
 
 
 def _settings_of(folder: str | Path, modules: list[dict[str, Any]] | None, hub: dict[str, Any]) -> EmbeddingSettings:
@@ -111,7 +127,7 @@ class Stated:
 
 def read_stated(folder: str | Path, **hub: str | None) -> Stated:
     """What a folder or hub model states; raises as :func:`read_settings` does."""
-    modules = read_modules(folder, hub)
+    modules, folder, hub = _modules_of(folder, hub)
     return Stated(_settings_of(folder, modules, hub), _max_length_of(folder, modules or [], hub))
 
 

@@ -107,10 +107,10 @@ def find_heads(path: str | Path, **hub: Any) -> dict[str, str]:
     """Files on this disk of the heads that a model has, by name; :class:`UserError` where there is no folder and no hub."""
     from huggingface_hub import errors, hf_hub_download
 
-    if Path(path).is_dir():
-        return {name: str(Path(path) / name) for name in HEAD_FILES if (Path(path) / name).is_file()}
-    found = {}
-    for name in HEAD_FILES:
+    from clpl_moe.encoder.adapter import described_by
+
+    found = {name: str(Path(path) / name) for name in HEAD_FILES if (Path(path) / name).is_file()}
+    for name in () if Path(path).is_dir() else HEAD_FILES:
         try:
             found[name] = hf_hub_download(str(path), name, **asked(hub))
         except (errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:  # HTTP errors are OSErrors
@@ -120,7 +120,8 @@ def find_heads(path: str | Path, **hub: Any) -> dict[str, str]:
                 f"{at(path)}: neither a folder here nor a model that the hub gives, so that it cannot be told whether"
                 f" there are sparse and multi-vector heads ({', '.join(HEAD_FILES)}); check the spelling and the network"
             ) from None
-    return found
+    place, hub = (str(path), hub) if found else described_by(path, hub)
+    return found if place == str(path) else find_heads(place, **hub)
 
 
 def read_head(file: str) -> dict[str, Tensor]:

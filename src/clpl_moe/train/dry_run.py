@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from clpl_moe.common.errors import UserError
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.data.lengths import Count, sample, token_counter
-from clpl_moe.encoder.load import is_2024_checkpoint, read_config, refuse_unloadable
+from clpl_moe.encoder.load import is_2024_checkpoint, read_config, refuse_unloadable, tokenizer_of
 from clpl_moe.encoder.settings import check_lengths
 from clpl_moe.moe.config import MoEConfig
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
@@ -104,9 +104,8 @@ def _meta_encoder(args: CLPLModelArguments, training_args: CLPLTrainingArguments
 
 
 def _tokenizer(args: CLPLModelArguments) -> PreTrainedTokenizerBase | None:
-    hub = args.hub | ({"revision": None} if args.tokenizer_name else {})  # it is the model's
     try:
-        name = args.tokenizer_name or args.model_name_or_path
+        name, hub = tokenizer_of(args.model_name_or_path, args.tokenizer_name, args.hub)
         return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code, **hub)
     except Exception:  # the real run says what is wrong with it; lengths can be guessed
         return None
