@@ -1,6 +1,7 @@
 """Which weights a run's folder keeps: the trained ones, the base model's, or weights between both."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +168,20 @@ def test_an_adapter_is_mixed_as_an_adapter(argv, tiny_encoder):
     assert any((trained[name] - value).abs().max() > 1e-3 for name, value in base.items() if name in trained)
     for name, value in dense(folder).items():
         torch.testing.assert_close(value, 0.75 * base[name] + 0.25 * trained[name])
+
+
+def test_a_run_that_goes_on_in_another_folder_has_its_best_checkpoint_where_it_was(argv, tmp_path):
+    run(argv(max_steps=2), 0.5, 0.9, 0.4)
+    first = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-1"), "--output_dir", str(tmp_path / "new")]
+    result = run([*argv(max_steps=2), *first], 0.3)
+    assert (result.best_checkpoint, result.alpha) == (tmp_path / "run" / "checkpoint-1", 1)
+    assert {share: metrics["nDCG@10"] for share, metrics in result.candidates.items()} == {0: 0.5, 1: 0.9}
+    assert (
+        contents(tmp_path / "new")[Path("model.safetensors")]
+        == contents(result.best_checkpoint)[Path("model.safetensors")]
+    )
+    again = ["--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "new")]
+    assert run([*argv(max_steps=2), *again]).best_checkpoint == result.best_checkpoint
 
 
 def test_of_several_languages_the_means_decide(argv, tmp_path):

@@ -49,7 +49,7 @@ class CLPLModelArguments(ModelOptions, EncoderOnlyEmbedderM3ModelArguments):
         self.moe_config()
 
     @property
-    def hub(self) -> dict[str, str | None]:
+    def hub(self) -> dict[str, Any]:
         """What the hub is asked with."""
         return {"cache_dir": self.cache_dir, "token": self.token, "revision": self.revision}
 

@@ -281,10 +281,10 @@ class CLPLRunner:
     def _result(self) -> TrainResult:
         """Choose what the folders keep, where the run folder holds the trained model now."""
         args, output_dir, state = self.training_args, self.training_args.folder, self.trainer.state
-        best = state.best_model_checkpoint
+        best = self.trainer.best_checkpoint(output_dir)
         checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if best is not None and args.load_best_model_at_end:
-            checkpoint = output_dir / Path(best).name
+            checkpoint = best
         step = int(checkpoint.name.rpartition("-")[2])
         evaluated = self.trainer.of_first(_evaluations(state.log_history))
         experts = self._merge_experts() if args.merge_experts else None
@@ -298,7 +298,7 @@ class CLPLRunner:
             output_dir,
             before=evaluated.get(0),
             after=kept.metrics,
-            best_checkpoint=None if best is None else output_dir / Path(best).name,
+            best_checkpoint=best,
             metrics_file=output_dir / METRICS_FILE,
             plan=self.plan,
             experts=experts,

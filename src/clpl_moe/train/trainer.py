@@ -371,13 +371,21 @@ class CLPLTrainer(DividedTrainer):
             state, self.args
         )
 
+    def best_checkpoint(self, run: Path) -> Path | None:
+        """The best checkpoint of the run in a folder: there, as the folder may have been moved, unless the run went on from a
+        checkpoint in another folder."""
+        known = self.state.best_model_checkpoint
+        if known is None:
+            return None
+        there = run / Path(known).name
+        return there if there.is_dir() or not Path(known).is_dir() else Path(known)
+
     def load_result(self, checkpoint: str | Path) -> None:
         """What training would end with after the last checkpoint of a run that :meth:`is_over`."""
         self.state = read_state(checkpoint)
         self._know_extra()
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        # Where the run's folder is now.
-        self._load_from_checkpoint(str(checkpoint if best is None else Path(checkpoint).parent / Path(best).name))
+        best = self.best_checkpoint(Path(checkpoint).parent) if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(str(best or checkpoint))
         self._log_end(callbacks.progress(self.state))
 
     def _log_end(self, progress: dict[str, Any]) -> None:
