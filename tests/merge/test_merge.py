@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModel, XLMRobertaModel
 
 from clpl_moe import Encoder, MoEConfig, inject_moe, merge_experts
@@ -115,6 +116,25 @@ def test_one_of_the_experts_that_are_given(tiny_encoder, tmp_path):
         merge(input=tmp_path / "given", output=output, expert=2, base=name, alpha=[0.25])
         for key, value in weights(output).items():
             torch.testing.assert_close(value, torch.lerp(base[key], one[key], 0.25))
+
+
+def test_an_adapter_is_merged(tiny_encoder, tmp_path):
+    encoder = Encoder.load(tiny_encoder, device="cpu")
+    inject_adapter_in_model(LoraConfig(target_modules=["query"], init_lora_weights=False), encoder.model)
+    encoder.save(tmp_path / "adapter")
+    merge(input=tmp_path / "adapter", output=tmp_path / "merged")
+    found = weights(tmp_path / "merged")
+    for name, value in Encoder.load(tmp_path / "adapter", device="cpu").model.state_dict().items():
+        assert value.equal(found[name])
+    name = "encoder.layer.0.attention.self.query.weight"
+    assert (found[name] - weights(tiny_encoder)[name]).abs().max() > 0.01
+
+
+def test_what_is_for_the_evaluation_needs_a_collection(tuned, tmp_path):
+    for name, value in {"truncate_dim": 8, "query_max_len": 20, "quantize": "int8", "metric": "R@5"}.items():
+        with pytest.raises(UserError, match=f"{name}: goes with collection, which is not set"):
+            merge(input=tuned, output=tmp_path / "out", **{name: value})
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_expert_has_no_load(tiny_encoder, collections, tmp_path):

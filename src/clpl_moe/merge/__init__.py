@@ -1,4 +1,4 @@
-"""Merging: experts to one dense layer, and a tuned model with its base model.
+"""Merging: experts to one dense layer, an adapter with its base model, and a tuned model with its base model.
 
 The result is a dense encoder of a stock class, which every tool loads without remote code. ``merge.json`` in its folder says
 what it was made from and, with a collection, how good each candidate was.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.files import refuse_existing, write_json
+from clpl_moe.common.options import refuse_given
 from clpl_moe.common.output import Output, writing
 from clpl_moe.merge.options import RECORD_FILE, MergeArguments
 from clpl_moe.retrieval.collection import Collection
@@ -80,7 +81,7 @@ class Merged:
 
 @takes_options(MergeArguments, EncodingArguments)
 def merge(arguments: MergeArguments, encoding: EncodingArguments) -> Merged:
-    """Merge experts, and a model with its base model; writes the dense model and returns what was found.
+    """Merge experts, an adapter, and a model with its base model; writes the dense model and returns what was found.
 
     Raises:
         UserError: nothing to merge, models that do not fit each other, a fault in a collection, an output in the way.
@@ -88,6 +89,8 @@ def merge(arguments: MergeArguments, encoding: EncodingArguments) -> Merged:
     from clpl_moe.evaluate.metrics import check_metrics
 
     check_metrics([arguments.metric])
+    if arguments.collection is None:
+        refuse_given(encoding, "collection", but=("expert", "trust_remote_code"))
     output = Path(str(arguments.output))
     with writing(output) as place:
         refuse_existing(output, arguments.overwrite, files=_FILES)
@@ -95,6 +98,7 @@ def merge(arguments: MergeArguments, encoding: EncodingArguments) -> Merged:
 
 
 def _merge(arguments: MergeArguments, encoding: EncodingArguments, place: Output) -> Merged:
+    from clpl_moe.encoder.adapter import find_adapter
     from clpl_moe.encoder.settings import check_lengths
     from clpl_moe.evaluate.evaluation import evaluate_retrieval
     from clpl_moe.merge.mix import Mixer, best_alpha
@@ -107,7 +111,8 @@ def _merge(arguments: MergeArguments, encoding: EncodingArguments, place: Output
     }
     encoder = open_encoder(source, encoding, arguments.revision)
     with_experts = has_experts(encoder.model)
-    if not with_experts and (arguments.base is None or arguments.weights == "load"):
+    adapted = find_adapter(source, revision=arguments.revision) is not None  # and is merged by now
+    if not with_experts and ((arguments.base is None and not adapted) or arguments.weights == "load"):
         what = "nothing to merge; expected experts" + (", or base" if arguments.base is None else "")
         raise OptionError("input", f"found a dense model in {source}, {what}")
     if arguments.weights == "load" and encoding.expert is not None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from clpl_moe.common.errors import OptionError
 from clpl_moe.common.files import resolved
-from clpl_moe.common.options import check_bounds, check_outputs, option
+from clpl_moe.common.options import check_bounds, check_needs, check_outputs, option
 
 RECORD_FILE = "merge.json"  # of a merged model's folder: what it was made from, and how good each candidate was
 _SPREAD = [0.25, 0.5, 0.75, 1.0]
@@ -59,6 +59,7 @@ class MergeArguments:
             raise OptionError("languages", "expected with collection, and only with it")
         if self.weights == "load" and self.collection is None:
             raise OptionError("weights", "load is measured on texts, expected a collection")
+        check_needs(self, dict.fromkeys(("split", "metric"), "collection"))
 
     @property
     def alphas(self) -> list[float]:
