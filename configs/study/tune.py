@@ -58,18 +58,19 @@ def sweep(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def best(config: dict[str, Any], runs: Path) -> dict[str, Setting]:
-    """Of each tuned row the setting with the highest mean over the languages; settings that lack a language are left out."""
-    found: dict[str, dict[str, float]] = {}
+    """Of each tuned row the setting with the highest mean over languages and seeds; settings that lack one are left out."""
+    found: dict[str, dict[tuple[str, int], float]] = {}
+    expected = len(config["languages"]) * len(config["sweep_seeds"])
     for path in (runs / "runs").glob("*/run.json"):
         run = json.loads(path.read_text(encoding="utf-8"))
         if run["seed"] in config["sweep_seeds"]:
-            found.setdefault(run["row"], {})[run["language"]] = run["metrics"][config["metric"]]
+            found.setdefault(run["row"], {})[run["language"], run["seed"]] = run["metrics"][config["metric"]]
     chosen = {}
     for name, row in config["rows"].items():
         means = {
             index: statistics.fmean(values.values())
             for index, setting in enumerate(settings(row))
-            if len(values := found.get(name_of(name, setting), {})) == len(config["languages"])
+            if len(values := found.get(name_of(name, setting), {})) == expected
         }
         if means:
             chosen[name] = settings(row)[max(means, key=lambda index: means[index])]
