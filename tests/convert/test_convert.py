@@ -1,10 +1,13 @@
 """What is written is read by the tool that it is for, or as that tool would read it, and comes back the same."""
 
 import json
+from datetime import datetime, timezone
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
 import pandas
+import pyarrow.parquet
 import pytest
 
 from clpl_moe.common.errors import UserError
@@ -90,6 +93,20 @@ def test_a_table_trains_with_sentence_transformers(tiny_encoder, own, tmp_path):
         loss=MultipleNegativesRankingLoss(model),
     )
     assert trainer.train().training_loss > 0
+
+
+def test_columns_of_a_table_that_json_has_no_form_for_become_texts(tmp_path):
+    day = datetime(2024, 1, 31, 12, 30, tzinfo=timezone.utc)
+    other = {"at": day, "day": day.date(), "time": day.time(), "price": Decimal("1.50"), "image": b"\xff\0", "ids": [7]}
+    row = {"query": "q", "pos": ["p"], "neg": ["n"], **other, "in": {"day": day.date()}}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "own.parquet")
+    convert(train_data=[tmp_path / "own.parquet"], output=tmp_path / "own.jsonl", to="jsonl")
+    (line,) = lines(tmp_path / "own.jsonl")
+    assert {name: line[name] for name in other} == {
+        **{"at": "2024-01-31 12:30:00+00:00", "day": "2024-01-31", "time": "12:30:00", "price": "1.50"},
+        **{"image": "/wA=", "ids": [7]},
+    }
+    assert line["in"] == {"day": "2024-01-31"}
 
 
 def test_lines_with_fewer_negatives_are_left_out_and_counted(uneven, tmp_path):

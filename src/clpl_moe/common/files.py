@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import codecs
 import contextlib
 import errno
@@ -14,8 +15,11 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, Literal
+from uuid import UUID
 
 from clpl_moe.common.compressed import naming_damage, open_bytes, refuse_no_file
 from clpl_moe.common.errors import UserError, at
@@ -271,10 +275,19 @@ def _umask() -> int:
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write one object a line, UTF-8, whole or not at all."""
+    """Write one object a line, UTF-8, whole or not at all. Values of tables that JSON has no form for become texts."""
     with atomic_open(path) as file:
         for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False, default=_as_text) + "\n")
+
+
+def _as_text(value: Any) -> str:
+    """A date, a time, a decimal number; bytes, such as a picture's, in base64."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, date | time | timedelta | Decimal | UUID):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__} cannot be written as JSON")
 
 
 def write_json(path: str | Path, value: Any) -> None:
