@@ -60,8 +60,8 @@ def _evaluate(arguments: EvaluateArguments, encoding: EncodingArguments, output:
         top = arguments.top_k
         deeper = [name for name, measure in measures.items() if measure.params.get("cutoff", 0) > top]
         if first and deeper and any(len(collection.passages) > top for collection in collections.values()):
-            found = f"only {top:,} passages are retrieved for each query (top_k), and others count as not found"
-            print(f"warning: {', '.join(deeper)}: {found}", file=sys.stderr)
+            why = f"only {top:,} passages are retrieved for each query (top_k), and others count as not found"
+            print(f"warning: {', '.join(deeper)}: {why}", file=sys.stderr)
         for task in tasks:
             found = None if arguments.overwrite else task.finished()
             if found is None:
