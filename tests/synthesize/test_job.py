@@ -37,6 +37,12 @@ def test_prompts_of_the_user(llm, tmp_path):
     assert server.log()[0]["request"]["messages"][0]["content"] == f"1 of <{text(0)}>"
 
 
+def test_a_language_of_several_parts_has_the_prompt_of_its_first(tmp_path):
+    assert load_prompt("ko-no-titles") == load_prompt("ko-KR") == load_prompt("ko") != load_prompt("generic")
+    (tmp_path / "prompts.yaml").write_text("ko: '{passage}'\nko-KR: '<{passage}>'\n")
+    assert load_prompt("ko-KR", tmp_path / "prompts.yaml") == "<{passage}>"
+
+
 @pytest.mark.parametrize(("language", "script"), [("ko", "[가-힣]"), ("fa", "[آ-ی]"), ("hi", "[अ-ह]"), ("th", "[a-z]")])
 def test_the_package_has_a_prompt_for_each_language(language, script):
     prompt = fill(load_prompt(language), "{queries} {passage}", 4)

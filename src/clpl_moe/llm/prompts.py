@@ -11,7 +11,8 @@ from clpl_moe.common.yaml_files import load_yaml
 
 
 def load_prompt(path: Path, language: str, required: Sequence[str], optional: Sequence[str] = ()) -> str:
-    """The prompt for a language, else the ``generic`` one, of a file whose prompts are all checked.
+    """The prompt for a language (of ``ko-KR`` or ``ko-no-titles`` that for ``ko``, unless it has its own), else the ``generic``
+    one, of a file whose prompts are all checked.
 
     Each has to have the places ``required``, such as ``{passage}``, and may have those that are ``optional``.
     """
@@ -28,7 +29,7 @@ def load_prompt(path: Path, language: str, required: Sequence[str], optional: Se
         for found in re.findall(r"\{\w+\}", prompt):
             if found not in places:
                 raise UserError(f"{place}: found {found}, expected {' or '.join(places)}")
-    for name in (language, "generic"):
+    for name in (language, language.split("-")[0], "generic"):
         if name in prompts:
             return prompts[name]
     raise UserError(f"{at(path)}: no prompt for '{language}' and no 'generic' one; the file has {', '.join(prompts)}")
