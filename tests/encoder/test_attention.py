@@ -55,6 +55,18 @@ def test_only_fast_bfloat16_takes_products(dtype, fast, monkeypatch):
     assert (calls.counts[torch.ops.aten._softmax.default] == 1) == (fast and dtype == torch.bfloat16)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("queries", [None, 1])
+def test_the_scores_of_long_texts_are_not_held(queries, inference, monkeypatch):
+    monkeypatch.setattr("clpl_moe.encoder.attention.fast_bfloat16", lambda device: True)
+    for tokens, held in ((1024, True), (1025, False)):
+        states = [x.detach() for x in make_states(1, 2, tokens, queries=queries, dtype=torch.bfloat16)]
+        with torch.inference_mode(inference), Calls() as calls:
+            attention(*(x.unflatten(0, (1, -1)).transpose(1, 2) for x in states))
+        products = calls.counts[torch.ops.aten.bmm.default] + calls.counts[torch.ops.aten.matmul.default]
+        assert (products > 0) == held
+
+
 @pytest.mark.parametrize("queries", [None, 1])
 def test_in_inference_mode_powers_take_the_place_of_softmax(queries, monkeypatch):
     monkeypatch.setattr("clpl_moe.encoder.attention.fast_bfloat16", lambda device: True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from clpl_moe.encoder.precision import fast_bfloat16
 
 _LOG2_E = math.log2(math.e)
+_LONGEST = 1024  # tokens of a text whose scores are held: they take as much memory as all else of a layer
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
@@ -19,7 +20,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -
     In bfloat16 on a CPU that is fast at it, product, softmax and product take half the time of torch's own, forward and
     backward, and of short texts a quarter (``benchmarks/results/attention_avx512.json``); in inference mode
     :func:`power_attention` takes up to a third less than that. In float32, and on CPUs without such instructions, torch's own is
-    faster. The products keep the probabilities for the backward pass, two bytes a head and pair of tokens.
+    faster. The products keep the probabilities for the backward pass, two bytes a head and pair of tokens. So texts of over 1,024
+    tokens get torch's own, which holds none and is about as fast for them: at 8,192 tokens the scores of one text and layer of
+    BGE-M3 would take 2 GB.
 
     Args:
         query: (n, heads, length or 1, d).
@@ -30,7 +33,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -
     Returns:
         In the shape and dtype of ``query``.
     """
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and fast_bfloat16(query.device):
+    is_short = key.shape[-2] <= _LONGEST
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and is_short and fast_bfloat16(query.device):
         if torch.is_inference_mode_enabled() and dropout == 0:
             return power_attention(query, key, value)
         return product_attention(query, key, value, dropout)
