@@ -290,6 +290,15 @@ def test_prompts_and_pooling_come_from_the_folder_and_can_be_overridden(tiny_enc
     assert scores[1] == scores[2] != scores[0]
 
 
+def test_a_model_that_is_named_again_keeps_its_place(tiny_encoder, collections, tmp_path):
+    other = changed_copy(tiny_encoder, tmp_path / "other")
+    again = f"{tiny_encoder.parent}/./{tiny_encoder.name}/"
+    options = {"collection": collections, "languages": ["ko"], "passage_max_len": 100}
+    found = evaluate(model=[tiny_encoder, other, again], output=tmp_path / "out", **options)
+    assert [result.label for result in found.results] == ["tiny", "other"]
+    assert [(c["first"], c["second"]) for c in found.comparisons] == [("tiny", "other")]
+
+
 def test_top_k_and_metrics(tiny_encoder, collections, tmp_path, capsys):
     argv = ["--model", str(tiny_encoder), "--collection", str(collections), "--output", str(tmp_path / "out")]
     argv += ["--languages", "fa", "--passage_max_len", "100", "--top_k", "3", "--metrics", "RR@10", "nDCG@3"]

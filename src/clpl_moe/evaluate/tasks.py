@@ -120,8 +120,10 @@ def plan_tasks(
     from clpl_moe.encoder.settings import check_lengths
 
     encoding = current.encoding
-    # Two spellings of one folder are one model.
-    models = list({_parts(name): name for name in reversed(arguments.model)}.values())[::-1]
+    named: dict[tuple[str, ...], str] = {}
+    for name in arguments.model:  # two spellings of one folder are one model
+        named.setdefault(_parts(name), name)
+    models = list(named.values())
     tasks = []
     for model, label in zip(models, model_labels(models), strict=True):
         encoder = current.open(model)
