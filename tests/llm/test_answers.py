@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from clpl_moe.llm.answers import clean, find_fault, read_queries
@@ -114,3 +116,11 @@ def test_of_more_queries_than_wanted_questions_come_first(answer, language, quer
     assert read_queries(answer, "...", language=language, wanted=1, max_chars=200) == (queries, None)
     both = read_queries(answer, "...", language=language, wanted=3, max_chars=200)
     assert both == (answer.split("\n"), None)
+
+
+@pytest.mark.parametrize("sign", ["[\n", "- ", "Query: "])
+def test_signs_without_end_take_no_time(sign):
+    """As a model writes them that has gone astray."""
+    started = time.process_time()
+    assert read_queries(sign * 30_000, "p", language="ko", wanted=1, max_chars=100)[0] == []
+    assert time.process_time() - started < 5

@@ -26,7 +26,8 @@ _WITHOUT_SPACES = {"ja", "zh", "th", "lo", "km", "my"}
 # answer was cut off.
 _REASONING = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"^[^\S\n]*```\w*[^\S\n]*$|```(?:json)?", re.MULTILINE | re.IGNORECASE)
-_JSON = re.compile(r"^[^\S\n]*([\[{][\[{\s]*[\"'])", re.MULTILINE)  # the beginning of what is JSON, or was meant to be
+# The beginning of what is JSON, or was meant to be; without a limit, brackets without end would be looked at from each line on.
+_JSON = re.compile(r"^[^\S\n]*([\[{][\[{\s]{0,500}[\"'])", re.MULTILINE)
 _QUERY_FIELDS = ("query", "question", "text")
 _QUESTION_MARKS = ("?", "؟", "？")
 _MARKER = re.compile(r"^(?:[-*•·‣–—>#]+\s+|[(\[]?\d{1,2}[.)\]]+\s+)")
