@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 
 from clpl_moe import Encoder
 from clpl_moe.common.cli import parse
@@ -138,6 +139,17 @@ def test_dry_run_stops_where_the_run_would(tiny_encoder, electra, data, tmp_path
             assert stop.value.code == 2, (options, dry_run)
             assert message in capsys.readouterr().err
             assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_has_the_shape_of_its_base_model(electra, data, tmp_path):
+    adapted = Encoder.load(electra)
+    inject_adapter_in_model(LoraConfig(target_modules=["query"]), adapted.model)
+    adapted.save(tmp_path / "adapter")
+    plans = [
+        plan(arguments(model, data, tmp_path / "run", num_experts=0, trainable="full"))
+        for model in (tmp_path / "adapter", electra)
+    ]
+    assert plans[0].parameters == plans[1].parameters
 
 
 @pytest.mark.slow

@@ -57,6 +57,13 @@ def find_adapter(path: str | Path, **hub: Any) -> AdapterFolder | None:
     return AdapterFolder(Path(file).parent, base, revision or None, moe)
 
 
+def whole_model(path: str | Path, hub: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Folder or hub name of a model, of an adapter that of its base model, and what the hub is asked with."""
+    if (adapter := find_adapter(path, **hub)) is None:
+        return str(path), hub
+    return whole_model(adapter.base, hub | {"revision": adapter.revision})
+
+
 def described_by(path: str | Path, hub: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Folder or hub name that has a model's settings, tokenizer and heads, and what the hub is asked with: the model's own, or
     of an adapter as peft writes it, without them, its base model's."""

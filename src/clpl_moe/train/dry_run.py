@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from clpl_moe.common.errors import UserError
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.data.lengths import Count, sample, token_counter
+from clpl_moe.encoder.adapter import whole_model
 from clpl_moe.encoder.load import is_2024_checkpoint, read_config, refuse_unloadable, tokenizer_of
 from clpl_moe.encoder.settings import check_lengths
 from clpl_moe.moe.config import MoEConfig
@@ -92,9 +93,8 @@ def _meta_encoder(args: CLPLModelArguments, training_args: CLPLTrainingArguments
                 encoder_class, config_class = classes[model_type]
                 encoder = encoder_class(config_class.from_dict(known), add_pooling_layer=False)
             else:
-                config = AutoConfig.from_pretrained(
-                    args.model_name_or_path, trust_remote_code=args.trust_remote_code, **args.hub
-                )
+                place, hub = whole_model(args.model_name_or_path, args.hub)
+                config = AutoConfig.from_pretrained(place, trust_remote_code=args.trust_remote_code, **hub)
                 encoder = AutoModel.from_config(config, trust_remote_code=args.trust_remote_code)
             if is_2024_checkpoint(values):
                 target = values.get("moe") or "intermediate"
