@@ -10,6 +10,7 @@ from clpl_moe.encoder.settings import EmbeddingSettings, write_settings
 from clpl_moe.evaluate import evaluate
 from clpl_moe.evaluate.__main__ import main
 from clpl_moe.evaluate.metrics import EVALUATION_METRICS, M3_SCORES, evaluate_run, read_trec_run
+from clpl_moe.evaluate.options import EvaluateArguments
 from clpl_moe.evaluate.significance import compare
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
@@ -288,6 +289,12 @@ def test_prompts_and_pooling_come_from_the_folder_and_can_be_overridden(tiny_enc
         for folder in ("out", "overridden", "plain")
     ]
     assert scores[1] == scores[2] != scores[0]
+
+
+@pytest.mark.parametrize("weights", [[1e300, 1, 1], [1e-320, 0, 0], [float("nan"), 1, 1], [-1, 1, 1], [0, 0, 1]])
+def test_weights_that_give_no_numbers_are_refused(tmp_path, weights):
+    with pytest.raises(UserError, match="m3_weights: found .*, expected three, each 0 or from 1e-6 to 1e6"):
+        EvaluateArguments(["m"], "c", ["ko"], str(tmp_path), m3_scores=True, m3_weights=weights)
 
 
 def test_a_model_that_is_named_again_keeps_its_place(tiny_encoder, collections, tmp_path):

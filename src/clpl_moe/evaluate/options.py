@@ -56,9 +56,11 @@ class EvaluateArguments:
     def __post_init__(self) -> None:
         check_bounds(self)
         weights = self.m3_weights
-        if len(weights) != 3 or not all(0 <= weight < float("inf") for weight in weights) or sum(weights[:2]) == 0:
+        # Scores times others would be infinite or 0 in 32 bits.
+        fit = all(weight == 0 or 1e-6 <= weight <= 1e6 for weight in weights)
+        if len(weights) != 3 or not fit or sum(weights[:2]) == 0:
             found = " ".join(map(str, weights))
-            expected = "expected three of at least 0, with dense or sparse above 0"
+            expected = "expected three, each 0 or from 1e-6 to 1e6, with dense or sparse above 0"
             raise OptionError("m3_weights", f"found {found}, {expected}")
         check_needs(self, dict.fromkeys(("rerank_top", "m3_weights"), "m3_scores"))
         if self.revision is not None and len(self.revision) not in (1, len(self.model)):
