@@ -17,8 +17,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers import losses as st
+from transformers import TrainerCallback
 
 from clpl_moe.encoder import Encoder
 from clpl_moe.encoder.precision import fast_bfloat16
@@ -53,8 +56,25 @@ def read(path: Path) -> Dataset:
     return Dataset.from_list(rows)
 
 
+class StepEnds(TrainerCallback):
+    """Notes when steps end."""
+
+    def __init__(self, ends: list[float]) -> None:
+        self.ends = ends
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
 def train(
-    data: Dataset, kind: str, rate: float, temperature: float, seed: int, steps: int, length: int
+    data: Dataset,
+    kind: str,
+    rate: float,
+    temperature: float,
+    seed: int,
+    steps: int,
+    length: int,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[Any, float]:
     model = SentenceTransformer(MODEL)
     model.max_seq_length = length
@@ -85,15 +105,17 @@ def train(
             disable_tqdm=True,
         )
         started = time.perf_counter()
-        SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss).train()
+        trainer = SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss, callbacks=[*callbacks])
+        trainer.train()
         seconds = time.perf_counter() - started
     return model[0].auto_model, seconds
 
 
 def step_seconds(data: Dataset, kind: str, length: int) -> float:
-    """Of a step that is not among the first two, which are slower."""
-    few, more = (train(data, kind, 0.0, 1.0, 0, steps, length)[1] for steps in (2, 6))
-    return (more - few) / 4
+    """The median of some steps; the first ones are slower."""
+    ends: list[float] = []
+    train(data, kind, 0.0, 1.0, 0, 8, length, [StepEnds(ends)])
+    return statistics.median(after - before for before, after in itertools.pairwise(ends[1:]))
 
 
 def main() -> None:
