@@ -32,6 +32,8 @@ def test_finished_runs_become_json_table_and_picture_and_nothing_else_is_replace
     pytest.importorskip("matplotlib")
     for number, run in enumerate(plan(configuration).runs):
         finish(run, 0.5 + number / 10)
+    chosen = {"alpha": 0.5, "metric": "nDCG@10", "candidates": [{"alpha": 0.5, "metrics": {"nDCG@10": 0.9}}]}
+    write_json(run.folder / "model" / "merge.json", {"base": str(tmp_path), **chosen})  # of the last run
     output, config = Path(configuration["output"]), tmp_path / "c.yaml"
     assert run_main(configuration, config) == 0
     assert "4 of 4 runs are finished" in capsys.readouterr().err
@@ -40,6 +42,7 @@ def test_finished_runs_become_json_table_and_picture_and_nothing_else_is_replace
     assert [run["metrics"]["nDCG@5"] for run in content["measurements"]["runs"]] == [0.5, 0.6, 0.7, 0.8]
     machines = [run["machine"] for run in content["measurements"]["runs"]]
     assert machines == [{"processor": "abacus"}] * 4  # not where the table is written
+    assert [run["mixture"] for run in content["measurements"]["runs"]] == [None, None, None, chosen]
     assert content["measurements"]["missing"] == []
     assert str(tmp_path) not in json.dumps({k: content[k] for k in ("command", "rows", "measurements", "machine")})
     assert "| dense | 2 | 0.6500 ± 0.0707 |" in output.with_suffix(".md").read_text(encoding="utf-8")

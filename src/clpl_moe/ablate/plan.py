@@ -13,6 +13,7 @@ from clpl_moe.common.cli import parse_values
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import find_json
 from clpl_moe.evaluate.metrics import check_metrics, evaluate_run, read_trec_run
+from clpl_moe.merge.options import RECORD_FILE
 from clpl_moe.prepare.options import prepare_arguments
 from clpl_moe.retrieval.collection import Collection
 
@@ -75,6 +76,13 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """The result of the finished run; None before."""
         return find_json(self.folder / RUN_FILE)
+
+    def mixture(self) -> dict[str, Any] | None:
+        """What the run chose between base model and trained one: share, and dev metrics of each candidate; None where it did
+        not choose."""
+        if (record := find_json(self.folder / "model" / RECORD_FILE)) is None:
+            return None
+        return {name: record[name] for name in ("alpha", "metric", "candidates")}
 
     def metric(self, name: str) -> float | None:
         """A metric of the finished run, from its run file where it was not asked for then; None before."""

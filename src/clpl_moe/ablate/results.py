@@ -146,7 +146,11 @@ def write_results(arguments: AblateArguments, plan: Plan, summary: list[dict[str
         "rows": table_rows(summary),
         "measurements": {
             "summary": summary,
-            "runs": [{"row": run.row, **{k: found[k] for k in of_run}} for run, found in results if found is not None],
+            "runs": [
+                {"row": run.row, **{k: found[k] for k in of_run}, "mixture": run.mixture()}
+                for run, found in results
+                if found is not None
+            ],
             "missing": [str(run) for run, found in results if found is None],
         },
     }
