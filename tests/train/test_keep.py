@@ -104,8 +104,8 @@ def test_the_best_mixture_of_merged_experts_is_kept(argv, tiny_encoder, tmp_path
     base, trained = weights(tiny_encoder), dense(folder / "checkpoint-1")
     for name, value in weights(folder).items():
         torch.testing.assert_close(value, 0.75 * base[name] + 0.25 * trained[name])
-    table = [line[:10].strip() for line in str(result).splitlines()[3:9]]
-    assert table == ["before", "experts", "alpha 0.25", "alpha 0.75", "merged", "Next: pyth"]
+    table = [line[:10].strip() for line in str(result).splitlines()[3:]]
+    assert table == ["before", "experts", "alpha 0.25", "alpha 0.75", "merged", "12 dev que", "Next: pyth"]
     mixed = "the model with its experts merged, mixed with its base model (alpha 0.25), its card"
     assert f"saved to {folder}: {mixed}" in str(result)
     assert "| after training, mixed with the base model | 0.7000 |" in (folder / "README.md").read_text()

@@ -131,8 +131,9 @@ def test_what_the_command_prints(tiny_encoder, tmp_path):
     assert [line[:16].strip() for line in lines[: len(names) + 1]] == [*names, "output"]
     assert "12 queries, 12 passages" in lines[9]
     after = [record["eval_ndcg@10"] for record in read_metrics(tmp_path / "run") if "eval_ndcg@10" in record]
-    assert [line.split()[0] for line in lines[-3:-1]] == ["before", "after"]
-    assert [float(line.split()[2]) for line in lines[-3:-1]] == pytest.approx([after[0], after[-1]], abs=5e-5)
+    assert [line.split()[0] for line in lines[-4:-2]] == ["before", "after"]
+    assert lines[-2].startswith("12 dev questions are few, and they chose the best candidate: the gain may be chance.")
+    assert [float(line.split()[2]) for line in lines[-4:-2]] == pytest.approx([after[0], after[-1]], abs=5e-5)
     assert after[-1] > after[0]
     following = lines[-1].removeprefix("Next: python -m clpl_moe.evaluate ").split()
     assert following[:3] == ["--model", str(tiny_encoder), str(tmp_path / "run")]
