@@ -143,12 +143,12 @@ def main() -> None:
     for pair in arguments.pairs:
         row, _, reference = pair.partition("-")
         lines.append(compare(arguments.runs, row, reference, arguments.seeds, of))
-    print(f"| row | compared with | seeds | {' | '.join(of)} | average |", "|---|---|--:|--:|--:|--:|", sep="\n")
+    print(f"| row | compared with | seeds | {' | '.join(of)} | average |\n|---|---|--:|" + "--:|" * (len(of) + 1))
     for line in lines:
         cells = [text(line["languages"].get(language)) for language in of]
         names = [line["row"], line["reference"], str(line["seeds"]), *cells, text(line.get("average"))]
         print("| " + " | ".join(names) + " |")
-    what = f"{METRIC} on dev: difference, and 95% of {DRAWS:,} bootstrap draws of seeds and passages with their queries"
+    what = f"{METRIC} on {arguments.split}: difference, and 95% of {DRAWS:,} bootstrap draws of seeds and passages with their queries"
     command = " ".join(["python configs/study/compare.py RUNS OUTPUT", *arguments.pairs])
     cosines = {row: similarities(arguments.runs, row) for row in dict.fromkeys(line["row"] for line in lines)}
     write_json(arguments.output, {"question": what, "command": command, "rows": lines, "similarities": cosines})
