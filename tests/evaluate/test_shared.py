@@ -10,6 +10,15 @@ def rows(output):
     return {(row["language"], row["query_id"]): row for row in read_csv(output / "per_query.csv")}
 
 
+def set_queries(collections, texts):
+    """Replace the texts of the first Korean dev queries."""
+    path = collections / "ko" / "dev_queries.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record, text in zip(records, texts):
+        record["text"] = text
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
 def pairs(output):
     found = json.loads((output / "significance.json").read_text())["comparisons"]
     return {(c["language"], c["first"], c["second"]) for c in found}
@@ -101,23 +110,17 @@ def test_folders_that_were_once_taken_for_embeddings_stay(tiny_encoder, collecti
 
 
 def test_a_query_longer_than_the_limit_of_a_cell(tiny_encoder, collections, tmp_path):
-    queries = collections / "ko" / "dev_queries.jsonl"
-    records = [json.loads(line) for line in queries.read_text().splitlines()]
-    records[0]["text"] = "red house " * 20_000
-    queries.write_text("".join(json.dumps(record) + "\n" for record in records))
+    long = "red house " * 20_000
+    set_queries(collections, [long])
     csv.field_size_limit(131_072)
     run(tiny_encoder, collections, tmp_path / "out")
     run(tiny_encoder, collections, tmp_path / "out", languages=("fa",))
-    assert rows(tmp_path / "out")["ko", "q0"]["query"] == records[0]["text"]
+    assert rows(tmp_path / "out")["ko", "q0"]["query"] == long
 
 
 def test_a_query_of_several_lines_of_any_kind(tiny_encoder, collections, tmp_path):
-    queries = collections / "ko" / "dev_queries.jsonl"
-    records = [json.loads(line) for line in queries.read_text().splitlines()]
     odd = ["red\rhouse", "red\r\nhouse\r", "red\nhouse", "red\u2028house"]
-    for record, text in zip(records, odd):
-        record["text"] = text
-    queries.write_text("".join(json.dumps(record) + "\n" for record in records))
+    set_queries(collections, odd)
     for language in ("ko", "fa"):
         run(tiny_encoder, collections, tmp_path / "out", languages=(language,))
         assert [rows(tmp_path / "out")["ko", f"q{i}"]["query"] for i in range(4)] == odd
@@ -125,12 +128,8 @@ def test_a_query_of_several_lines_of_any_kind(tiny_encoder, collections, tmp_pat
 
 def test_a_query_that_a_spreadsheet_would_run_is_text(tiny_encoder, collections, tmp_path):
     """And comes back as it was where a later call keeps its row."""
-    queries = collections / "ko" / "dev_queries.jsonl"
-    records = [json.loads(line) for line in queries.read_text().splitlines()]
     hostile = ["=cmd|'/c calc'!A1", "'=1+1", "-2", "@SUM(A1)"]
-    for record, text in zip(records, hostile):
-        record["text"] = text
-    queries.write_text("".join(json.dumps(record) + "\n" for record in records))
+    set_queries(collections, hostile)
     run(tiny_encoder, collections, tmp_path / "out")
     before = rows(tmp_path / "out")
     assert [before["ko", f"q{i}"]["query"] for i in range(4)] == [f"'{text}" for text in hostile]

@@ -46,9 +46,9 @@ def text_key(text: str) -> str:
     if arabic := _HAS_ARABIC.search(text):
         text = _SPACE_BESIDE_ARABIC.sub("", text)
     text = unicodedata.normalize("NFKC", text)  # what is gone now may have stood between the parts of a letter
-    return (
-        _HE_WITH_HAMZA.sub("\u0647", text).replace("\u06cc\u0654", "\u0626") if arabic else text
-    )  # he; ye with a hamza
+    if arabic:  # he, ye, each with a hamza
+        text = _HE_WITH_HAMZA.sub("\u0647", text).replace("\u06cc\u0654", "\u0626")
+    return text
 
 
 def text_id(text: str) -> int:

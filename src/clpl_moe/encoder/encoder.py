@@ -237,9 +237,10 @@ class Encoder:
         it with ``trust_remote_code=True``, without this package. Of a model with an adapter of peft, the folder holds the adapter
         and no other weights; :meth:`load` adds it to the base model's.
 
-        Files of the same names are replaced, and what would make an adapter of a whole model or the other way round goes. ``heads`` are state dicts by file name, ``sparse_linear.pt`` and
-        ``colbert_linear.pt``; those not named are copied from the folder that the encoder was loaded from. ``state_dict``
-        holds weights to write instead of the model's own (gathered from several devices, for instance).
+        Files of the same names are replaced, and what would make an adapter of a whole model or the other way round goes.
+        ``heads`` are state dicts by file name, ``sparse_linear.pt`` and ``colbert_linear.pt``; those not named are copied from
+        the folder that the encoder was loaded from. ``state_dict`` holds weights to write instead of the model's own (gathered
+        from several devices, for instance).
 
         Raises:
             ValueError: the encoder has experts but is of a class that cannot be loaded again, or runs code of its folder; an

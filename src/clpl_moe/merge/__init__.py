@@ -20,7 +20,7 @@ from clpl_moe.common.options import refuse_given
 from clpl_moe.common.output import Output, writing
 from clpl_moe.merge.options import RECORD_FILE, MergeArguments
 from clpl_moe.retrieval.collection import Collection
-from clpl_moe.retrieval.options import EncodingArguments, open_encoder
+from clpl_moe.retrieval.options import EncodingArguments, choose_or_refuse, open_encoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,16 +155,13 @@ def _merge(arguments: MergeArguments, encoding: EncodingArguments, place: Output
 
 
 def _open_base(name: str, revision: str | None, encoding: EncodingArguments, tuned: Encoder) -> Encoder:
-    from clpl_moe.moe.inject import choose_expert, has_experts, merge_experts
+    from clpl_moe.moe.inject import has_experts, merge_experts
 
     expert = encoding.expert
     base = open_encoder(name, dataclasses.replace(encoding, expert=None), revision)
     if has_experts(base.model):
         if expert is not None:
-            try:
-                choose_expert(base, expert)
-            except ValueError as error:
-                raise OptionError("expert", f"{name}: {error}") from None
+            choose_or_refuse(base, expert, where=f"{name}: ")
         merge_experts(base, None if expert is None else _one_expert(base, expert))
     if base.settings != tuned.settings:
         logger.warning("%s has other pooling or prompts than the model merged with it, whose are taken", name)

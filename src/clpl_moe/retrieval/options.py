@@ -13,6 +13,8 @@ from clpl_moe.common.files import refuse_unwritable
 from clpl_moe.common.options import check_bounds, check_needs, check_outputs, given, option
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from clpl_moe.encoder import Encoder
 
 Quantization = Literal["int8", "binary"]
@@ -126,7 +128,6 @@ def open_encoder(name: str, arguments: EncodingArguments, revision: str | None =
 
     from clpl_moe.common.allocator import keep_freed_memory
     from clpl_moe.encoder import Encoder
-    from clpl_moe.moe.inject import choose_expert
 
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     encoder = Encoder.load(name, trust_remote_code=arguments.trust_remote_code, compute_dtype=dtype, revision=revision)
@@ -137,10 +138,17 @@ def open_encoder(name: str, arguments: EncodingArguments, revision: str | None =
     if arguments.truncate_dim is not None:
         encoder.truncate_to(arguments.truncate_dim)
     if arguments.expert is not None:
-        try:
-            choose_expert(encoder, arguments.expert)
-        except ValueError as error:
-            raise OptionError("expert", str(error)) from None
+        choose_or_refuse(encoder, arguments.expert)
     if encoder.device.type == "cpu":
         keep_freed_memory()
     return encoder
+
+
+def choose_or_refuse(model: Encoder | nn.Module, expert: int, option: str = "expert", where: str = "") -> None:
+    """Choose an expert of a model; where it has no such, :class:`OptionError` for an ``option``, which begins with ``where``."""
+    from clpl_moe.moe.inject import choose_expert
+
+    try:
+        choose_expert(model, expert)
+    except ValueError as error:
+        raise OptionError(option, f"{where}{error}") from None

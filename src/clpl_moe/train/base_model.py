@@ -18,6 +18,7 @@ from clpl_moe.moe.config import MoEConfig
 from clpl_moe.moe.inject import choose_expert, expert_parameters, ffn_parameters, has_experts, inject_moe
 from clpl_moe.moe.install import find_layers, layer_states
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
+from clpl_moe.retrieval.options import choose_or_refuse
 from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
 from clpl_moe.train.lora import add_lora
 
@@ -141,10 +142,7 @@ def give_experts(
     experts, of_dev = data_args.experts_of_data or [], training_args.dev_expert
     for name, given in (("experts_of_data", experts), ("dev_expert", [] if of_dev is None else [of_dev])):
         for expert in given:
-            try:
-                choose_expert(encoder, expert)
-            except ValueError as error:
-                raise OptionError(name, str(error)) from None
+            choose_or_refuse(encoder, expert, name)
     if model_args.router == "given" and not experts and model_args.num_experts > 0:
         raise OptionError("experts_of_data", "found none, expected one for each entry of train_data, for router given")
     if experts:
