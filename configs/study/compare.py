@@ -1,6 +1,9 @@
 """How far rows of a comparison by `ablate` differ, with intervals over seeds and queries.
 
     python configs/study/compare.py RUNS OUTPUT.json ROW-REFERENCE [ROW-REFERENCE ...] [--seeds 11 12 13] [--split test]
+        [--values VALUES.json]
+
+VALUES.json gets the value of each query in RUNS, and keeps those of runs whose folders are gone: a study can go on elsewhere.
 
 A row is paired with its reference: same language, seed and query. The interval has 95% of 10,000 bootstrap draws of seeds and
 of passages with all their queries, as queries of one passage rise and fall together. Both rows get the same draws. The base
@@ -35,6 +38,28 @@ def read(runs: Path, row: str) -> Values:
                 values = {line["query_id"]: float(value_of(line)) for line in csv.DictReader(file)}
             found.setdefault(run["language"], {})[run["seed"]] = values
     return found
+
+
+def keep(path: Path, rows: dict[str, Values], of: dict[str, dict[str, str]]) -> dict[str, Values]:
+    """Add values to a file, and return all that it has of these rows: row -> language -> seed -> values in the order of ids."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for row, languages in rows.items():
+        for language, runs in languages.items():
+            lines = known.setdefault(row, {}).setdefault(language, {})
+            for seed, values in runs.items():
+                lines[json.dumps(seed)] = " ".join(f"{values[query]:.4g}" for query in sorted(values))
+    write_json(path, known)
+    return {
+        row: {
+            language: {
+                json.loads(seed): dict(zip(sorted(of[language]), map(float, line.split()), strict=True))
+                for seed, line in lines.items()
+            }
+            for language, lines in known.get(row, {}).items()
+            if language in of
+        }
+        for row in rows
+    }
 
 
 def value_of(line: dict[str, str]) -> str:
@@ -93,8 +118,10 @@ def interval(values: np.ndarray) -> list[float]:
     return [round(float(value), 4) for value in np.quantile(values, [0.025, 0.975])]
 
 
-def compare(runs: Path, row: str, reference: str, seeds: list[int], of: dict[str, dict[str, str]]) -> dict[str, Any]:
-    ours, theirs = read(runs, row), read(runs, reference)
+def compare(
+    found: dict[str, Values], row: str, reference: str, seeds: list[int], of: dict[str, dict[str, str]]
+) -> dict[str, Any]:
+    ours, theirs = found[row], found[reference]
     rng = np.random.default_rng(1)
     line: dict[str, Any] = {"row": row, "reference": reference, "languages": {}}
     drawn, of_all, means = None, [], []
@@ -137,12 +164,14 @@ def main() -> None:
     parser.add_argument("--collection", type=Path, default=Path("data/public/study"))
     parser.add_argument("--languages", nargs="*", default=["korquad_ko", "pquad_fa"])
     parser.add_argument("--split", default="dev")
+    parser.add_argument("--values", type=Path)
     arguments = parser.parse_args()
     of = {language: passages(arguments.collection, language, arguments.split) for language in arguments.languages}
-    lines = []
-    for pair in arguments.pairs:
-        row, _, reference = pair.partition("-")
-        lines.append(compare(arguments.runs, row, reference, arguments.seeds, of))
+    pairs = [pair.split("-") for pair in arguments.pairs]
+    found = {row: read(arguments.runs, row) for row in dict.fromkeys(name for pair in pairs for name in pair)}
+    if arguments.values is not None:
+        found = keep(arguments.values, found, of)
+    lines = [compare(found, row, reference, arguments.seeds, of) for row, reference in pairs]
     print(f"| row | compared with | seeds | {' | '.join(of)} | average |\n|---|---|--:|" + "--:|" * (len(of) + 1))
     for line in lines:
         cells = [text(line["languages"].get(language)) for language in of]

@@ -1,10 +1,12 @@
 """The scripts of configs/study."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "configs" / "study"))
+import compare
 import tune
 
 
@@ -24,3 +26,31 @@ def test_the_best_setting_is_that_of_all_seeds(tmp_path):
             run = {"row": row, "seed": seed, "language": language, "metrics": {"nDCG@5": value}}
             (folder / "run.json").write_text(json.dumps(run))
     assert tune.best(config, tmp_path) == {"a": {"learning_rate": 1e-5}}
+
+
+def test_values_of_queries_stay_when_their_runs_are_gone(tmp_path, monkeypatch):
+    def add(row, seed, values):
+        folder = tmp_path / "runs" / "runs" / f"{row}-{seed}"
+        (folder / "results").mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"row": row, "seed": seed, "language": "ko"}))
+        lines = ["query_id,nDCG@5 (model)", *(f"q{n},{value}" for n, value in enumerate(values))]
+        (folder / "results" / "per_query.csv").write_text("\n".join(lines))
+
+    def differences(*seeds):
+        argv = ["compare.py", tmp_path / "runs", tmp_path / "out.json", "a-base", "--seeds", *seeds]
+        argv += ["--collection", tmp_path, "--languages", "ko", "--values", tmp_path / "values.json"]
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        compare.main()
+        (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+        return row["languages"]["ko"]["by_seed"], row["languages"]["ko"]["interval"]
+
+    monkeypatch.setattr(compare, "passages", lambda *_: {"q0": "p0", "q1": "p1", "q2": "p2"})
+    monkeypatch.setattr(compare, "similarities", lambda *_: {})
+    add("base", None, [0.5, 0.25, 1])
+    add("a", 11, [0.6, 0.35, 0.8])
+    first = differences(11)
+    assert first[0] == [0.0]
+    shutil.rmtree(tmp_path / "runs")
+    assert differences(11) == first
+    add("a", 12, [0.8, 0.55, 1])
+    assert differences(11, 12)[0] == [0.0, 0.2]
