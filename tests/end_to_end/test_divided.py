@@ -50,8 +50,8 @@ def test_two_processes_do_what_one_does_and_their_checkpoint_goes_on_with_one_an
     make_runner(argv("one", 1)).run()
     expected = losses(one)
     dense = {"num_experts": 0, "merge_experts": None}
-    zero3 = [("zero3", argv("2-zero3", 2, **dense))] if DEEPSPEED else []
-    train_in_processes(2, [*((name, argv(f"2-{name}", 2)) for name in HAVE), *zero3])
+    others = [("zero2", argv("2-cached", 2, grad_cache_tokens=16)), ("zero3", argv("2-zero3", 2, **dense))]
+    train_in_processes(2, [*((name, argv(f"2-{name}", 2)) for name in HAVE), *(others if DEEPSPEED else [])])
     assert len(expected) == 4
     for name in HAVE:
         run = tmp_path / f"2-{name}"
@@ -69,8 +69,9 @@ def test_two_processes_do_what_one_does_and_their_checkpoint_goes_on_with_one_an
 
     if DEEPSPEED:
         make_runner(argv("dense", 1, **dense)).run()
-        for step, found in losses(tmp_path / "dense").items():
-            assert losses(tmp_path / "2-zero3")[step] == pytest.approx(found, rel=1e-5, abs=1e-5), step
+        for run, alone in (("2-zero3", losses(tmp_path / "dense")), ("2-cached", expected)):
+            for step, found in alone.items():
+                assert losses(tmp_path / run)[step] == pytest.approx(found, rel=1e-5, abs=1e-5), (run, step)
     # Also by another launcher than the one that wrote the checkpoint.
     goes_on = [(1, name, "ddp") for name in HAVE] + [(4, name, "ddp" if name == "fsdp2" else "fsdp2") for name in HAVE]
     goes_on += [(4, name, name) for name in HAVE if name not in ("ddp", "fsdp2")]
