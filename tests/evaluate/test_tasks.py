@@ -3,10 +3,11 @@ import shutil
 
 import pytest
 
+from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import write_json
 from clpl_moe.evaluate import evaluate
 from clpl_moe.evaluate.metrics import M3_SCORES
-from clpl_moe.evaluate.tasks import model_labels
+from clpl_moe.evaluate.tasks import model_labels, read_result
 from end_to_end.kills import differences
 from helpers.evaluating import changed_copy, make_collection, read_csv, run, table
 
@@ -81,6 +82,40 @@ def test_other_content_is_refused(tiny_encoder, collections, tmp_path, capsys, w
     assert content["model"] == str(model)
     if what not in ("unreadable", "run only"):
         assert (output / "ko" / "run.trec").read_text() != before
+
+
+@pytest.mark.parametrize("value", ["lost", None, {"R@100": 1.0}, {"nDCG@5": "x"}])
+@pytest.mark.parametrize("part", ["exact_metrics", "bytes"])
+def test_a_damaged_part_is_told_of(tiny_encoder, collections, tmp_path, capsys, part, value):
+    options = {"metrics": "nDCG@5", "quantize": "int8"}
+    run(tiny_encoder, collections, tmp_path / "out", **options)
+    path = tmp_path / "out" / "ko" / "metrics.json"
+    content = json.loads(path.read_text())
+    damaged = content | {part: value if part == "exact_metrics" else {"int8": value}}
+    if value == "lost":
+        del damaged[part]
+    write_json(path, damaged)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(tiny_encoder, collections, tmp_path / "out", **options)
+    assert stop.value.code == 2
+    expected = "not the results of clpl_moe.evaluate; name another output, or set overwrite to replace it"
+    assert capsys.readouterr().err == f"error: {path}: {expected}\n"
+    run(tiny_encoder, collections, tmp_path / "out", **options, overwrite="true")
+    assert json.loads(path.read_text())[part] == content[part]
+
+
+def test_damaged_figures_of_an_approximate_search_are_told_of(tmp_path):
+    figures = {"recall": 0.96, "k": 10, "sample": 8, "lists": 5, "lists_searched": 2, "seconds": {"index": 0.1}}
+    names = dict.fromkeys(("collection", "collection_hash", "split"), "x")
+    content = {"metrics": {"AP": 0.5}, **names, "settings": {"index": "approximate"}, "approximate": figures}
+    write_json(tmp_path / "metrics.json", content)
+    assert read_result(tmp_path / "metrics.json") == content
+    damaged = [figures | {name: None} for name in figures if name != "k"]
+    for found in (*damaged, None, figures | {"seconds": {"index": "x"}}):
+        write_json(tmp_path / "metrics.json", content | {"approximate": found})
+        with pytest.raises(UserError, match="metrics.json: not the results"):
+            read_result(tmp_path / "metrics.json")
 
 
 def test_the_metrics_shown_are_those_of_the_run_file(tiny_encoder, collections, tmp_path, capsys):

@@ -56,9 +56,10 @@ class Evaluation:
 
     def __str__(self) -> str:
         parts = [_format_results(self.results)] if self.results else []
-        if quantized := [r for r in self.results if "exact_metrics" in r.about]:
+        dense = [r for r in self.results if r.score == DENSE]
+        if quantized := [r for r in dense if "quantize" in r.about["settings"]]:
             parts.append(_format_losses(quantized))
-        if approximate := [r for r in self.results if r.score == DENSE and "approximate" in r.about]:
+        if approximate := [r for r in dense if "index" in r.about["settings"]]:
             parts.append(_format_approximate(approximate))
         if self.comparisons:
             parts.append(f"{_format_comparisons(self.comparisons)}\n{TEST}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.json"
 M3_FILE = "metrics.m3.json"
 QRELS_FILE = "qrels.trec"
+_NAMES = ("collection", "collection_hash", "split")
+_FIGURES = ("recall", "sample", "lists", "lists_searched")  # of a search in an approximate index
 
 
 @dataclass
@@ -62,13 +64,8 @@ class Task:
 
     def finished(self) -> dict[str, Any] | None:
         """The content of the file of metrics; None where a result is missing."""
-        return self._found() if all(path.is_file() for path in self.runs.values()) else None
-
-    def _found(self) -> dict[str, Any] | None:
-        try:
-            return read_result(self.file)
-        except UserError:
-            return None
+        whole = all(path.is_file() for path in (self.file, *self.runs.values()))
+        return read_result(self.file) if whole else None
 
     @property
     def files(self) -> list[Path]:
@@ -81,7 +78,10 @@ class Task:
         """Raise :class:`UserError` where results of something else, or files of others, are in the way."""
         remedy = "name another output, or set overwrite to replace it"
         if self.file.exists():
-            found = self._found() or {}
+            try:
+                found = read_result(self.file)
+            except UserError as damaged:
+                raise UserError(f"{damaged}; {remedy}") from None
             if differing := [name for name in self.key if found.get(name) != self.key[name]]:
                 other = f"holds results of something else (other {', '.join(differing)})"
                 raise UserError(f"{at(self.file)}: {other}; {remedy}")
@@ -183,14 +183,31 @@ def read_result(path: Path) -> dict[str, Any]:
         raise UserError(f"{at(path)}: no such file; expected results of clpl_moe.evaluate") from None
     except UserError:
         content = {}
-    names = ("collection", "collection_hash", "split")
-    if _are_metrics(content.get("metrics"), path.name == M3_FILE) and all(is_text(content.get(name)) for name in names):
+    if _is_result(content, path.name == M3_FILE):
         return content
     raise UserError(f"{at(path)}: not the results of clpl_moe.evaluate")
 
 
-def _are_metrics(value: Any, of_each_score: bool) -> bool:
-    """Numbers by metric; of several kinds of score, such numbers of each."""
-    if not isinstance(value, dict):
+def _is_result(content: dict[str, Any], of_heads: bool) -> bool:
+    """Whether all that is read again is there, and of a search that is not exact what the tables show of it."""
+    metrics, settings = content.get("metrics"), content.get("settings")
+    each = metrics.values() if of_heads and isinstance(metrics, dict) else [metrics]
+    if not all(map(_are_numbers, each)) or not all(is_text(content.get(name)) for name in _NAMES):
         return False
-    return all(_are_metrics(one, False) if of_each_score else is_number(one) for one in value.values())
+    if of_heads or not isinstance(settings, dict):
+        return True
+    if "quantize" in settings:
+        return _are_numbers(content.get("exact_metrics"), metrics) and _are_numbers(content.get("bytes"))
+    if "index" in settings:
+        about = content.get("approximate")
+        return (
+            isinstance(about, dict)
+            and _are_numbers({name: about.get(name) for name in _FIGURES})
+            and _are_numbers(about.get("seconds"))
+        )
+    return True
+
+
+def _are_numbers(value: Any, names: Iterable[str] = ()) -> bool:
+    """Whether these are numbers by name, ``names`` among them."""
+    return isinstance(value, dict) and value.keys() >= set(names) and all(map(is_number, value.values()))
