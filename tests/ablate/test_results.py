@@ -4,6 +4,7 @@ import pytest
 
 from clpl_moe.ablate.options import AblateArguments
 from clpl_moe.ablate.results import markdown, question, summarize, table_rows
+from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import write_json
 from helpers.ablation import finish, make_collection, plan
 
@@ -40,15 +41,50 @@ def test_table_has_mean_spread_and_error_relative_to_the_first_row(configuration
 
 
 def test_memory_stands_beside_the_metric_where_it_was_measured(configuration):
-    found = plan(configuration)
+    found, training = plan(configuration), {"steps": 2, "seconds": 0.1, "precision": "float32"}
     for run, gib in zip(found.runs, (None, 1, 3, None), strict=True):
         finish(run, 0.5)
         if gib is not None:
             content = json.loads((run.folder / "run.json").read_text())
-            write_json(run.folder / "run.json", content | {"training": {"peak_bytes": gib * 2**30}})
+            write_json(run.folder / "run.json", content | {"training": training | {"peak_bytes": gib * 2**30}})
     summary = summarize(found, "nDCG@5")
     assert [row["peak_bytes"] for row in summary] == [None, 3 * 2**30, None]
     assert [row["memory"] for row in table_rows(summary)] == ["–", "3.00 GiB", "–"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"metrics": None},
+        {"metrics": {"nDCG@5": "x"}},
+        {"dtype": 3},
+        {"key": []},
+        {"training": {}},
+        {"training": {"precision": "float32", "peak_bytes": "x"}},
+    ],
+)
+def test_a_damaged_result_is_told_of(configuration, damage):
+    run = plan(configuration).runs[1]
+    finish(run, 0.5)
+    content = run.result()
+    write_json(run.folder / "run.json", content | damage)
+    with pytest.raises(UserError, match=r"run\.json: not the result of a run; remove its folder"):
+        run.metric("nDCG@5")
+    for name in content:
+        write_json(run.folder / "run.json", {key: value for key, value in content.items() if key != name})
+        with pytest.raises(UserError, match="not the result of a run"):
+            run.result()
+    (run.folder / "run.json").write_text("{")
+    with pytest.raises(UserError, match="not the result of a run"):
+        run.result()
+
+
+def test_a_damaged_record_of_a_mixture_is_told_of(configuration):
+    run = plan(configuration).runs[1]
+    assert run.mixture() is None
+    write_json(run.folder / "model" / "merge.json", {"alpha": 0.5, "metric": "nDCG@10"})
+    with pytest.raises(UserError, match=r"merge\.json: field 'candidates': missing"):
+        run.mixture()
 
 
 def test_names_of_rows_are_no_markup():

@@ -112,6 +112,7 @@ def test_a_function_may_give_the_dataclass_at_each_call():
         ({"name": None}, "weigh(): missing argument name"),
         ({"name": "fig", "lids": [1, "two"]}, "weigh(): field 'lids': found 'two', expected int"),
         ({"name": "fig", "folder": ["a"]}, "weigh(): field 'folder': a list was found, one value is expected"),
+        ({"name": ValueError("x")}, "weigh(): field 'name': found a ValueError, expected text"),
         ({"name": "fig", "weight": "much"}, "weigh(): field 'weight': found 'much', expected float"),
         ({"name": "fig", "weight": -1}, "weigh(): weight: found -1.0, expected more than 0"),
     ],

@@ -64,6 +64,14 @@ def test_yaml_values_and_the_command_line_over_them(config):
     assert over == Options("한국어", 1e-5, 5, False, files=["c"], margin=-0.5)
 
 
+@pytest.mark.parametrize("text", ["0123456", "12345e6", "1.10", "1e5", "1:30", "-0.50", "7654321"])
+def test_text_that_looks_like_a_number_stays_as_it_is(config, text):
+    """Such as a commit or a version."""
+    options = parse("--config", config(f"name: {text}\nfiles: [{text}, a]\nlearning_rate: 1.50e-05\nnum_experts: 010"))
+    assert options == Options(text, 1.5e-5, 10, files=[text, "a"])
+    assert cli.look_up("name", ["--config", config(f"name: {text}")]) == text
+
+
 def test_null_is_no_value_of_an_option_that_has_a_default(config):
     path = config("name: a\nrouter: null")
     with pytest.raises(UserError, match=r"field 'router': found null, expected a value; without the line it is a"):
@@ -108,6 +116,8 @@ def test_flags():
         ("router: c", "c.yaml: field 'router': found 'c', expected one of a, b"),
         ("num_experts: [1, 2]", "c.yaml: field 'num_experts': a list was found, one value is expected"),
         ("name: x\nfiles: []", "c.yaml: field 'files': an empty list was found, at least one value is expected"),
+        ("name: x\nfiles: [a, null]", "c.yaml: field 'files': found a null, expected text"),
+        ("name: x\nfiles: [[a]]", "c.yaml: field 'files': found a list, expected text"),
         ("num_experts: {a: 1}", "c.yaml: field 'num_experts': found {'a': 1}, expected int"),
         ("name: x\nbf16: true\nname: y", "c.yaml:3: not valid YAML: 'name' stands twice"),
         ("name: {a: {b: 1, b: 2}}", "c.yaml:1: not valid YAML: 'b' stands twice"),

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from clpl_moe.common.errors import UserError
-from clpl_moe.common.yaml_files import load_yaml
+from clpl_moe.common.yaml_files import load_yaml, write_yaml
 
 DIGITS = "9" * 5_000
 
@@ -54,3 +54,21 @@ def test_plain_values_and_dates_stay(tmp_path):
     assert values["a"] == 1e-5
     assert [str(value) for value in values["b"]] == ["2020-01-01", "x"]
     assert (values["c"], values["d"], values["e"]) == ({1: "y", "z": None}, [1], [1])
+
+
+def test_numbers_are_those_that_people_write(tmp_path):
+    """YAML 1.1 also has octal numbers, which begin with a zero, and those of base 60."""
+    (tmp_path / "c.yaml").write_text("a: [0, -3, 1_000, 0x10, 1e3, 0.5, .inf]\nb: [0123456, 00, 1:30, 190:20]")
+    values = load_yaml(tmp_path / "c.yaml")
+    assert values == {"a": [0, -3, 1000, 16, 1e3, 0.5, float("inf")], "b": ["0123456", "00", "1:30", "190:20"]}
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    values = {
+        "text": ["0123456", "12345e6", "1e-5", "1.10", "no", "2024-1-5", "한국어", ""],
+        "number": [1e-5, 1e20, 3, True],
+    }
+    write_yaml(tmp_path / "c.yaml", values)
+    found = load_yaml(tmp_path / "c.yaml")
+    assert found == values
+    assert list(map(type, found["text"])) == [str] * 8

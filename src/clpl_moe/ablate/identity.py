@@ -58,6 +58,14 @@ def _read_options(path: Path, changed: int) -> dict[str, Any] | None:
     return find_json(path)
 
 
+def refuse_set(place: str, values: dict[str, Any], *names: str) -> None:
+    """Raise :class:`UserError` for an option that the comparison sets."""
+    for name in names:
+        if name in values:
+            instead = " (see option seeds)" if name == "seed" else ""
+            raise UserError(f"{place}: '{name}' is set for each run by this command, remove it{instead}")
+
+
 @dataclass
 class Decisive:
     """All options and contents that decide a result, by name, and the defaults of those that have one."""
@@ -104,6 +112,7 @@ class CommandOptions:
 
     def mine(self, place: str, values: dict[str, Any]) -> tuple[dict[str, Any], Decisive]:
         places = {"collection": "-", "language": "-", "output": "-"}
+        refuse_set(place, values, *places)
         required = {"model": self.model, **places}
         given = required | self._pinned("model", values) | values | places
         types = [MineArguments, SelectionArguments, EncodingArguments]
@@ -118,6 +127,7 @@ class CommandOptions:
 
     def evaluate(self, place: str, values: dict[str, Any]) -> tuple[dict[str, Any], Decisive]:
         required = {"model": "-", "collection": "-", "languages": "-", "output": "-"}
+        refuse_set(place, values, *required, "overwrite")
         given = values | required
         decisive = self._resolve("evaluate", [EvaluateArguments, EncodingArguments], place, given, required)
         # Metrics are computed from the run file, which these decide.
@@ -127,9 +137,7 @@ class CommandOptions:
 
     def train(self, place: str, values: dict[str, Any], language: str) -> tuple[dict[str, Any], Decisive]:
         """The options to call ``train`` with still have placeholders."""
-        for name in ("output_dir", "resume_from_checkpoint", "dry_run", "seed"):
-            if name in values:
-                raise UserError(f"{place}: '{name}' is set for each run by this command, remove it (see option seeds)")
+        refuse_set(place, values, "output_dir", "resume_from_checkpoint", "dry_run", "seed")
         for name in ("token", "hub_token"):
             if name in values:
                 raise UserError(f"{place}: '{name}' would stand in the results; export HF_TOKEN=… instead")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clpl_moe.ablate.identity import CommandOptions, Decisive, content_hash, digest
+from clpl_moe.ablate.identity import CommandOptions, Decisive, content_hash, digest, refuse_set
 from clpl_moe.ablate.options import AblateArguments, mapping
 from clpl_moe.common.cli import parse_values
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import find_json
+from clpl_moe.common.files import are_numbers, find_json, is_number, is_text, read_json
 from clpl_moe.evaluate.metrics import check_metrics, evaluate_run, read_trec_run
 from clpl_moe.merge.options import RECORD_FILE
 from clpl_moe.prepare.options import prepare_arguments
@@ -74,15 +74,24 @@ class Run:
         return f"{self.row} {self.collection.language}" + ("" if self.seed is None else f" seed {self.seed}")
 
     def result(self) -> dict[str, Any] | None:
-        """The result of the finished run; None before."""
-        return find_json(self.folder / RUN_FILE)
+        """The result of the finished run; None before. Raises :class:`UserError` where its file is damaged."""
+        path = self.folder / RUN_FILE
+        if not path.exists():
+            return None
+        if (found := find_json(path)) is None or not _is_result(found):
+            raise UserError(f"{at(path)}: not the result of a run; remove its folder, and the run is done again")
+        return found
 
     def mixture(self) -> dict[str, Any] | None:
         """What the run chose between base model and trained one: share, and dev metrics of each candidate; None where it did
         not choose."""
-        if (record := find_json(self.folder / "model" / RECORD_FILE)) is None:
+        path, names = self.folder / "model" / RECORD_FILE, ("alpha", "metric", "candidates")
+        if not path.exists():
             return None
-        return {name: record[name] for name in ("alpha", "metric", "candidates")}
+        record = read_json(path, dict)
+        if missing := [name for name in names if name not in record]:
+            raise UserError(f"{at(path, field=missing[0])}: missing, expected what the run chose")
+        return {name: record[name] for name in names}
 
     def metric(self, name: str) -> float | None:
         """A metric of the finished run, from its run file where it was not asked for then; None before."""
@@ -158,6 +167,17 @@ def make_plan(arguments: AblateArguments) -> Plan:
     return Plan(collections, list(minings.values()), runs, labels)
 
 
+def _is_result(found: dict[str, Any]) -> bool:
+    """Whether all is there that the table and its JSON file show of a run."""
+    training = found.get("training")
+    if training is not None:
+        whole = isinstance(training, dict) and is_text(training.get("precision"))
+        if not whole or not (training.get("peak_bytes") is None or is_number(training["peak_bytes"])):
+            return False
+    texts = all(is_text(found.get(name)) for name in ("key", "language", "dtype"))
+    return texts and found.keys() >= {"seed", "training", "machine"} and are_numbers(found.get("metrics"))
+
+
 def _seeds(place: str, own: Any, shared: list[int]) -> list[int]:
     seeds = shared if own is None else own
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
@@ -177,6 +197,7 @@ def _collection(language: str, spec: Any, arguments: AblateArguments, root: Path
             raise UserError(f"{at(folder / 'corpus.jsonl')}: no such file; {place}: collection is the folder above it")
         return CollectionJob(language, folder.parent, content_hash(folder))
     values = arguments.mappings["prepare"] | mapping(f"{place}: prepare", spec.get("prepare") or {})
+    refuse_set(f"{place}: prepare", values, "squad", "language", "output")
     values |= {"squad": spec["squad"], "language": language, "output": "."}
     (options,) = parse_values([prepare_arguments()], "clpl_moe.prepare", f"{place}: prepare", values)
     for path in options.squad:

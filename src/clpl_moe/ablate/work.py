@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from tqdm import tqdm
 
 from clpl_moe.ablate.identity import OPTIONS_FILE
 from clpl_moe.ablate.plan import RUN_FILE, CollectionJob, MineJob, Run
 from clpl_moe.ablate.server import Process, Server, ServerEnded
 from clpl_moe.common.errors import UserError
-from clpl_moe.common.files import atomic_open, write_json
+from clpl_moe.common.files import write_json
 from clpl_moe.common.machine import machine, usable_cores, versions
 from clpl_moe.common.output import WORK_FOLDER, writing
+from clpl_moe.common.yaml_files import write_yaml
 from clpl_moe.evaluate.tasks import METRICS_FILE, read_result
 from clpl_moe.report.course import RunCourse
 
@@ -89,8 +89,7 @@ class Workshop:
         It keeps others from what it writes by itself, also if this process is killed.
         """
         config, log = folder / f"{module}.yaml", folder / "log.txt"
-        with atomic_open(config) as file:
-            yaml.safe_dump(options, file, allow_unicode=True, sort_keys=False)
+        write_yaml(config, options)
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
         with self._starting:
             self._server = server = self._server or Server(environment)

@@ -17,13 +17,15 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from clpl_moe.common.errors import OptionError, UserError, at, shorten
+from clpl_moe.common.errors import OptionError, UserError, at, shorten, type_name
 from clpl_moe.common.files import is_text
 from clpl_moe.common.packaged_files import find_config, with_packaged_samples
-from clpl_moe.common.yaml_files import check_plain, load_yaml
+from clpl_moe.common.yaml_files import as_text, check_plain, load_yaml
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -157,7 +159,7 @@ def _to_argv(path: str | Path, values: dict[str, Any], parser: argparse.Argument
             raise UserError(f"{place}: a list was found, one value is expected")
         if not items:
             raise UserError(f"{place}: an empty list was found, at least one value is expected")
-        words = [json.dumps(v, default=str) if isinstance(v, dict) else str(v) for v in items]
+        words = [json.dumps(v, default=str) if isinstance(v, dict) else as_text(v) for v in items]
         for item, word in zip(items, words):
             _check_value(place, item, known[key], word)
         # `=` keeps a value that begins with a dash from being taken for an option.
@@ -167,6 +169,8 @@ def _to_argv(path: str | Path, values: dict[str, Any], parser: argparse.Argument
 
 def _check_value(place: str, value: Any, action: argparse.Action, word: str) -> None:
     """Refuse an ill-typed value here, where the file's name is known."""
+    if action.type is str and not isinstance(value, str | Number | date | dict):
+        raise UserError(f"{place}: found a {type_name(value)}, expected text")
     if value == "" or not callable(action.type):
         return
     try:
@@ -271,7 +275,7 @@ def look_up(name: str, argv: Sequence[str]) -> str | None:
             value = read_config(found["config"])[1].get(name)
     except UserError:
         return None
-    return None if value is None or isinstance(value, list | dict) else _from_home(str(value))
+    return None if value is None or isinstance(value, list | dict) else _from_home(as_text(value))
 
 
 def _from_home(value: Any) -> Any:

@@ -324,6 +324,11 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
+def are_numbers(value: Any, names: Iterable[str] = ()) -> bool:
+    """Whether a value of JSON is a mapping of names to such numbers, with ``names`` among them."""
+    return isinstance(value, dict) and value.keys() >= set(names) and all(map(is_number, value.values()))
+
+
 def is_text(value: Any) -> bool:
     """Whether a value of JSON is a text that can be written and be a part of a path."""
     return isinstance(value, str) and "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)

@@ -9,14 +9,15 @@ from typing import Any
 import yaml
 
 from clpl_moe.common.errors import UserError, at, shorten
-from clpl_moe.common.files import is_text
+from clpl_moe.common.files import atomic_open, is_text
 
 _LARGEST = 2**64  # of whole numbers: no option takes more
 _DEEPEST, _MOST = 20, 100_000  # levels, and values in all: an alias may stand within itself, or multiply what it names
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-5`` as a string and takes the last of two equal keys; both surprise in a config."""
+    """YAML 1.1 reads ``1e-5`` as a string, ``0123456`` and ``1:30`` as the numbers 42798 and 90, and takes the last of two equal
+    keys; all that surprises in a config."""
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
@@ -44,12 +45,47 @@ class _Loader(yaml.SafeLoader):
             found = shorten(str(node.value), 40)
             expected = f"found {found!r}, expected {kind.get(name, name)}; in quotes it is text"
             raise yaml.constructor.ConstructorError(None, None, expected, node.start_mark)
+        if isinstance(value, float):
+            value = _Float(value)
+            value.text = node.value
         return value
 
 
+class _Float(float):
+    """A number, and the ``text`` that stands in the file: an option may mean that."""
+
+    text: str
+
+
+def as_text(value: Any) -> str:
+    """A value as it stands in its file: ``12345e6`` may be a commit, and ``1.10`` a version."""
+    return value.text if isinstance(value, _Float) else str(value)
+
+
 _NONE = object()
+_INT = re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$")
 _FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_DIGITS = list("-+0123456789")
+_WHOLE = "tag:yaml.org,2002:int"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in known if tag != _WHOLE]
+    for first, known in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_WHOLE, _INT, _DIGITS)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts into quotes what :class:`_Loader` would take for a number."""
+
+
+for reads_or_writes in (_Loader, _Dumper):
+    reads_or_writes.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, [*_DIGITS, "."])
+
+
+def write_yaml(path: str | Path, values: dict[str, Any]) -> None:
+    """Write options as :func:`load_yaml` reads them, whole or not at all."""
+    with atomic_open(path) as file:
+        yaml.dump(values, file, Dumper=_Dumper, allow_unicode=True, sort_keys=False)
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

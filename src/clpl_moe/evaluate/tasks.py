@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clpl_moe.common.errors import UserError, at
-from clpl_moe.common.files import is_number, is_text, read_json, refuse_unwritable
+from clpl_moe.common.files import are_numbers, is_text, read_json, refuse_unwritable
 from clpl_moe.common.output import Output
 from clpl_moe.evaluate.metrics import DENSE, M3_SCORES, run_file
 from clpl_moe.evaluate.options import EvaluateArguments
@@ -192,22 +192,17 @@ def _is_result(content: dict[str, Any], of_heads: bool) -> bool:
     """Whether all that is read again is there, and of a search that is not exact what the tables show of it."""
     metrics, settings = content.get("metrics"), content.get("settings")
     each = metrics.values() if of_heads and isinstance(metrics, dict) else [metrics]
-    if not all(map(_are_numbers, each)) or not all(is_text(content.get(name)) for name in _NAMES):
+    if not all(map(are_numbers, each)) or not all(is_text(content.get(name)) for name in _NAMES):
         return False
     if of_heads or not isinstance(settings, dict):
         return True
     if "quantize" in settings:
-        return _are_numbers(content.get("exact_metrics"), metrics) and _are_numbers(content.get("bytes"))
+        return are_numbers(content.get("exact_metrics"), metrics) and are_numbers(content.get("bytes"))
     if "index" in settings:
         about = content.get("approximate")
         return (
             isinstance(about, dict)
-            and _are_numbers({name: about.get(name) for name in _FIGURES})
-            and _are_numbers(about.get("seconds"))
+            and are_numbers({name: about.get(name) for name in _FIGURES})
+            and are_numbers(about.get("seconds"))
         )
     return True
-
-
-def _are_numbers(value: Any, names: Iterable[str] = ()) -> bool:
-    """Whether these are numbers by name, ``names`` among them."""
-    return isinstance(value, dict) and value.keys() >= set(names) and all(map(is_number, value.values()))

@@ -11,15 +11,15 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from clpl_moe.common.allocator import keep_freed_memory
 from clpl_moe.common.errors import UserError
-from clpl_moe.common.files import atomic_open, write_json
+from clpl_moe.common.files import write_json
 from clpl_moe.common.output import Output, writing
+from clpl_moe.common.yaml_files import write_yaml
 from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.lengths import token_counter
 from clpl_moe.encoder import Encoder
@@ -254,8 +254,7 @@ class CLPLRunner:
 
         def write() -> None:
             if first:
-                with atomic_open(output_dir / resume.CONFIG_FILE) as file:
-                    yaml.safe_dump(config, file, allow_unicode=True, sort_keys=False)
+                write_yaml(output_dir / resume.CONFIG_FILE, config)
                 write_json(output_dir / resume.DATA_FILE, data)
 
         if first and on_plan is not None:
