@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import BertModel, XLMRobertaModel
 
+from clpl_moe import Encoder, MoEConfig, inject_moe
 from clpl_moe.export.experts import compute_all_experts
 from clpl_moe.moe.inject import choose_expert
-from helpers.tiny import make_batch, make_encoder, make_moe
+from helpers.tiny import make_batch, make_encoder, make_moe, perturb_experts
 
 ROUTERS = ["straight_through", "softmax_topk", "topk_softmax"]
 
@@ -38,6 +39,18 @@ def test_routers_without_scores_leave_one_dense_layer(target, router):
     torch.testing.assert_close(found[real], expected[real])
     dense = make_encoder()
     assert {n: p.shape for n, p in encoder.named_parameters()} == {n: p.shape for n, p in dense.named_parameters()}
+
+
+@pytest.mark.parametrize("layers", [[1], "all"])
+@pytest.mark.parametrize("target", ["intermediate", "output", "ffn"])
+def test_embeddings_stay(tiny_tokenizer, target, layers):
+    model = make_encoder(vocab_size=len(tiny_tokenizer), max_position_embeddings=130)
+    perturb_experts(inject_moe(model, MoEConfig(3, target=target, layers=layers)))
+    encoder = Encoder(model, tiny_tokenizer, compute_dtype=torch.float32)
+    texts = ["red house", "blue river and a stone"]
+    expected = encoder.encode_passages(texts, progress=False)
+    compute_all_experts(model)
+    torch.testing.assert_close(encoder.encode_passages(texts, progress=False), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_dense_encoder_stays():
