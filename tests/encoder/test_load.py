@@ -263,3 +263,8 @@ def test_a_file_is_no_model_folder(tmp_path):
     path.write_text("")
     with pytest.raises(UserError, match=r"no config\.json, expected a model folder"):
         load_encoder(path)
+
+
+def test_a_model_without_a_name_is_told_of():
+    with pytest.raises(UserError, match="found an empty name of a model, expected a folder or a name on the hub"):
+        load_encoder("")

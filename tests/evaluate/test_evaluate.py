@@ -57,6 +57,11 @@ def test_on_a_cpu_freed_memory_is_kept(tiny_encoder, monkeypatch):
     assert calls == [True]
 
 
+def test_an_expert_of_a_model_without_any_is_refused_by_the_models_name(tiny_encoder):
+    with pytest.raises(UserError, match=r"expert: \S*/tiny: the encoder has no experts with router given"):
+        open_encoder(str(tiny_encoder), EncodingArguments(expert=1))
+
+
 def test_truncated_embeddings(tiny_encoder, collections, tmp_path, capsys):
     cache = tmp_path / "cache"
     run(tiny_encoder, collections, tmp_path / "whole", cache_dir=cache)

@@ -162,6 +162,9 @@ def test_reading_a_run(tmp_path):
     path.write_text("q Q0 a 1 0.5 m\nq Q0 b\0 2 0.4 m\n")
     with pytest.raises(UserError, match=r"run\.trec:2: found 'q Q0 b\\x00 2 0.4 m', expected"):
         read_trec_run(path)
+    path.write_text("q Q0 a 1 0.5 m\nr Q0 a 1 0.5 m\nq Q0 a 2 0.4 m\n")
+    with pytest.raises(UserError, match=r"run\.trec:3: the passage 'a' stands twice for the query 'q'"):
+        read_trec_run(path)
 
 
 def test_a_run_of_another_collection_is_refused(tmp_path):

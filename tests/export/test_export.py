@@ -38,6 +38,25 @@ def test_the_card_of_the_model_goes_along(tiny_encoder, tmp_path):
     assert (tmp_path / "second/README.md").read_text().startswith("---\nlanguage: ko\n---\n\n# Mine\n\n## Export\n")
 
 
+def test_a_card_that_is_no_text_is_told_of(tiny_encoder, tmp_path):
+    export(input=tiny_encoder, output=tmp_path / "first")
+    (tmp_path / "first/README.md").write_bytes(b"# \xff")
+    with pytest.raises(UserError, match=r"first/README\.md: not UTF-8 text"):
+        export(input=tmp_path / "first", output=tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
+def test_texts_that_are_none_are_told_of(tiny_encoder, tmp_path):
+    """An empty name would be the current folder."""
+    (tmp_path / "qrels.jsonl").write_text('{"qid": "q1", "docid": "p1", "relevance": 1}\n')
+    names = {"input": tiny_encoder, "output": tmp_path / "out"}
+    with pytest.raises(UserError, match="check_texts: found no text"):
+        export(**names, to="onnx", check_texts=tmp_path / "qrels.jsonl")
+    for options in ({"to": "onnx", "check_texts": ""}, {"trim_vocab": [""]}):
+        with pytest.raises(UserError, match="found an empty name"):
+            export(**names, **options)
+
+
 def test_an_exported_model_is_replaced_when_asked_and_nothing_else(tiny_encoder, tmp_path):
     output = tmp_path / "out"
     export(input=tiny_encoder, output=output)

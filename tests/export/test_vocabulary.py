@@ -93,13 +93,18 @@ def test_other_text_falls_into_smaller_pieces(tokenizer):
         assert before.convert_tokens_to_string(more) == before.convert_tokens_to_string(fewer)
 
 
+def test_no_text_keeps_no_pieces(tokenizer):
+    with pytest.raises(UserError, match="trim_vocab: found no text"):
+        trim_vocabulary(make(tokenizer), [])
+
+
 WORDS = [word for text in COVERED + OTHER for word in text.split()]
 TEXTS = st.lists(st.one_of(st.sampled_from(WORDS), st.text("abdehorst서울은ं।é☂ ", max_size=9)), max_size=6).map(
     " ".join
 )
 
 
-@given(covered=st.lists(TEXTS, max_size=5), kind=st.sampled_from(KINDS))
+@given(covered=st.lists(TEXTS, min_size=1, max_size=5), kind=st.sampled_from(KINDS))
 @settings(max_examples=25, deadline=None)
 def test_any_covered_text_keeps_its_pieces(covered, kind):
     """Also texts with words that the tokenizer does not know."""

@@ -24,6 +24,7 @@ def test_the_base_is_a_candidate_where_there_are_several(options, alphas):
         ({"input": None}, "input: found nothing, expected a folder"),
         ({"output": None}, "output: found nothing"),
         ({"output": "./in"}, "output: found the folder of input"),
+        ({"base": "b/../out"}, "output: found the folder of base"),
         ({"alpha": [0.5]}, "alpha: mixes with the weights of a base model, expected base"),
         ({"base_revision": "v1"}, "base_revision: found no base"),
         ({"base": "b", "alpha": [1.5]}, "alpha: found 1.5, expected at most 1"),

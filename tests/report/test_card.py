@@ -21,7 +21,7 @@ def test_called_from_python(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match="unknown argument 'bevore'; did you mean 'before'"):
         card(run=tmp_path, after=tmp_path / "after", bevore=tmp_path)
-    with pytest.raises(UserError, match=r"run/README\.md: no such file, or no model card"):
+    with pytest.raises(UserError, match=r"run/README\.md: no such file; expected the card of a run"):
         card(run=tmp_path / "run", after=tmp_path / "after")
     (tmp_path / "after" / "ko" / "metrics.json").write_text("[]")
     with pytest.raises(UserError, match="not the results of clpl_moe.evaluate"):

@@ -17,7 +17,7 @@ from clpl_moe.common.files import write_json
 from clpl_moe.common.machine import versions
 from clpl_moe.encoder.settings import EmbeddingSettings, write_settings
 from clpl_moe.train.__main__ import main
-from clpl_moe.train.card import Evaluated, add_results
+from clpl_moe.train.card import _BEGIN, _END, Evaluated, add_results
 from helpers.tiny_training import arguments, make_collection, read_metrics, write_dev_lines, write_triplets
 
 
@@ -196,15 +196,19 @@ def test_results_of_an_evaluation_go_into_the_card_and_are_replaced_by_later_one
 
 def test_results_without_their_place_are_refused(tmp_path, capsys):
     result = Evaluated("c", "ko", "dev", {"nDCG@5": 0.5})
-    with pytest.raises(UserError, match=r"README\.md: no such file, or no model card"):
+    with pytest.raises(UserError, match=r"README\.md: no such file; expected the card of a run"):
         add_results(tmp_path, [result])
     (tmp_path / "README.md").write_text("---\ntags: [\n---\nmine\n", encoding="utf-8")
     with pytest.raises(UserError, match="no model card"):
         add_results(tmp_path, [result])
-    (tmp_path / "README.md").write_text("---\ntags: []\n---\nmine\n", encoding="utf-8")
-    with pytest.raises(UserError, match="has no place for results"):
-        add_results(tmp_path, [result])
+    for text in (f"{_END}\n{_BEGIN}\nmine\n", "mine\n"):
+        (tmp_path / "README.md").write_text(f"---\ntags: []\n---\n{text}", encoding="utf-8")
+        with pytest.raises(UserError, match="has no place for results"):
+            add_results(tmp_path, [result])
     assert (tmp_path / "README.md").read_text(encoding="utf-8").endswith("mine\n")
+    with pytest.raises(SystemExit):
+        card(["--run", "", "--after", str(tmp_path)])
+    assert capsys.readouterr().err == "error: --run: found nothing, expected the name of an output\n"
     with pytest.raises(SystemExit):
         card(["--run", str(tmp_path), "--after", str(tmp_path)])
     assert "holds no results of clpl_moe.evaluate" in capsys.readouterr().err

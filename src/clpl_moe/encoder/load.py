@@ -99,6 +99,8 @@ def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
         raise OptionError(
             "revision", f"{path} is a folder here, which has none; name a model of the hub, or leave it out"
         )
+    if not str(path):
+        raise UserError("found an empty name of a model, expected a folder or a name on the hub")
     file = find_file(str(path), "config.json", hub)
     if file is None and (adapter := find_adapter(path, **hub)) is not None:
         return _config_with_adapter(path, adapter, hub)

@@ -99,10 +99,12 @@ def read_trec_run(path: str | Path, collection: Collection | None = None) -> dic
             query_id, _, passage_id, _, score, _ = (word.decode() for word in raw.split())
             if not math.isfinite(float(score)) or b"\0" in raw:  # code 0 would end an id in trec_eval
                 raise ValueError
-            run.setdefault(query_id, {})[passage_id] = float(score)
         except ValueError:  # of UTF-8, too
             found, expected = raw.strip().decode(errors="replace"), "'query-id Q0 passage-id rank score tag'"
             raise UserError(f"{at(path, number)}: found {found!r}, expected {expected}") from None
+        if passage_id in (found := run.setdefault(query_id, {})):
+            raise UserError(f"{at(path, number)}: the passage '{passage_id}' stands twice for the query '{query_id}'")
+        found[passage_id] = float(score)
     if collection is not None:
         _refuse_unknown(path, run, collection)
     return run

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clpl_moe.common.api import takes_options
+from clpl_moe.common.errors import OptionError
 from clpl_moe.common.files import refuse_existing, write_json
 from clpl_moe.common.output import Output, writing
 from clpl_moe.export.hub import check_name, upload
@@ -88,6 +89,8 @@ def export(arguments: ExportArguments) -> Exported:
         refuse_existing(output, arguments.overwrite, files=_FILES)
         corpus = text_files(arguments.trim_vocab)
         checked = list(read_texts(text_files([arguments.check_texts]))) if arguments.check_texts is not None else []
+        if arguments.check_texts is not None and not checked:
+            raise OptionError("check_texts", "found no text, expected one a line")
         if arguments.push_to_hub is not None:
             check_name(arguments.push_to_hub)
         found = _export(arguments, corpus, checked, place)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import atomic_open
 from clpl_moe.common.markup import as_code, as_python, in_markdown
 
@@ -21,7 +22,10 @@ def write_card(folder: Path, arguments: ExportArguments, exported: Exported) -> 
     from clpl_moe.encoder.weights import find_file
 
     own = find_file(str(arguments.input), CARD, {"revision": arguments.revision})
-    text = Path(own).read_text(encoding="utf-8") if own is not None else _short_card(arguments, exported)
+    try:
+        text = Path(own).read_text(encoding="utf-8") if own is not None else _short_card(arguments, exported)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{at(str(own))}: not UTF-8 text ({error.reason})") from None
     with atomic_open(folder / CARD) as file:
         file.write(text.rstrip("\n") + "\n\n" + _section(arguments, exported))
 

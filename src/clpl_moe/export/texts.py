@@ -15,6 +15,8 @@ _ENDINGS = (".jsonl", ".txt")
 
 def text_files(names: Sequence[str]) -> list[Path]:
     """The files that names stand for; of a folder, all of JSON lines and text in it."""
+    if "" in names:  # as a path it is the current folder
+        raise UserError("found an empty name, expected files or folders of text")
     files: list[Path] = []
     for path in map(Path, names):
         if path.is_dir():

@@ -43,7 +43,8 @@ def trim_vocabulary(encoder: Encoder, texts: Iterable[str]) -> tuple[int, int]:
     """Keep the pieces that texts use, and what other texts need; in place. Returns the numbers of pieces before and after.
 
     Raises:
-        UserError: the tokenizer is neither Unigram nor WordPiece, as XLM-R's and BERT's are, or does not fit the model.
+        UserError: there is no text; the tokenizer is neither Unigram nor WordPiece, as XLM-R's and BERT's are, or does not fit
+            the model.
     """
     backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
     spec = {} if backend is None else json.loads(backend.to_str())
@@ -54,6 +55,8 @@ def trim_vocabulary(encoder: Encoder, texts: Iterable[str]) -> tuple[int, int]:
         )
     prompts = dict.fromkeys(["", encoder.settings.query_prompt, encoder.settings.passage_prompt])
     used = _used(spec, (prompt + text for text in texts for prompt in prompts))
+    if not used:
+        raise UserError("trim_vocab: found no text, expected some whose pieces are kept")
     kept = sorted(used | _needed(spec, encoder.tokenizer))
     table = encoder.model.get_input_embeddings()
     assert isinstance(table, nn.Embedding)

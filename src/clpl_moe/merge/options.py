@@ -47,8 +47,9 @@ class MergeArguments:
         if not self.input:
             raise OptionError("input", "found nothing, expected a folder")
         check_outputs(self, "output")
-        if resolved(str(self.input)) == resolved(str(self.output)):
-            raise OptionError("output", "found the folder of input, expected another one")
+        for name in ("input", "base"):
+            if (source := getattr(self, name)) is not None and resolved(source) == resolved(str(self.output)):
+                raise OptionError("output", f"found the folder of {name}, expected another one")
         if self.alpha is not None and self.base is None:
             raise OptionError("alpha", "mixes with the weights of a base model, expected base, too")
         if self.base_revision is not None and self.base is None:

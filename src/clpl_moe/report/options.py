@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clpl_moe.common.errors import OptionError
-from clpl_moe.common.options import check_bounds, option
+from clpl_moe.common.options import check_bounds, check_outputs, option
 
 
 @dataclass
@@ -49,3 +49,6 @@ class CardArguments:
     run: str = option("run folder of clpl_moe.train")
     after: str = option("folder of its results, which holds a folder per language")
     before: str | None = option("folder of the base model's results", None)
+
+    def __post_init__(self) -> None:
+        check_outputs(self, "run")

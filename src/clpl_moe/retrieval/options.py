@@ -138,7 +138,7 @@ def open_encoder(name: str, arguments: EncodingArguments, revision: str | None =
     if arguments.truncate_dim is not None:
         encoder.truncate_to(arguments.truncate_dim)
     if arguments.expert is not None:
-        choose_or_refuse(encoder, arguments.expert)
+        choose_or_refuse(encoder, arguments.expert, where=f"{name}: ")
     if encoder.device.type == "cpu":
         keep_freed_memory()
     return encoder

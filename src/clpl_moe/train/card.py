@@ -167,14 +167,19 @@ def add_results(folder: str | Path, results: Sequence[Evaluated]) -> None:
 
     path = Path(folder) / CARD
     refuse_no_file(path)
+    if not path.exists():
+        raise UserError(f"{at(path)}: no such file; expected the card of a run")
     try:
         card = ModelCard.load(path, ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError):
-        raise UserError(f"{at(path)}: no such file, or no model card; expected the card of a run") from None
-    if _BEGIN not in card.text or _END not in card.text:
+        raise UserError(
+            f"{at(path)}: no model card; expected text in UTF-8, with options in YAML at its head"
+        ) from None
+    before, begin, rest = card.text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
         raise UserError(f"{at(path)}: has no place for results, expected the lines {_BEGIN} and {_END}")
-    before, rest = card.text.split(_BEGIN, 1)
-    card.text = before + _results_section(results) + rest.split(_END, 1)[1]
+    card.text = before + _results_section(results) + after
     card.data.eval_results = _eval_results(results)
     card.data.model_name = card.data.model_name or Path(folder).resolve().name
     with atomic_open(path) as file:
