@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -117,8 +118,16 @@ def test_a_message_is_one_whatever_it_quotes(capsys):
         assert all(line.startswith("  ") for line in rest)
 
 
-def test_ctrl_c_is_not_lost_while_python_removes_an_object(capfd):
-    """There an exception is printed and forgotten."""
+@pytest.mark.parametrize("busy", [False, True])
+def test_ctrl_c_is_not_lost_while_python_removes_an_object(capfd, monkeypatch, busy):
+    """There an exception is printed and forgotten; and so it is where what sends it again has not ended yet."""
+    start, waited = threading.Timer.start, []
+
+    def start_slowly(timer):
+        start(timer)
+        if busy and not waited:
+            waited.append(True)
+            time.sleep(5)
 
     class Slow:
         def __del__(self):
@@ -131,6 +140,7 @@ def test_ctrl_c_is_not_lost_while_python_removes_an_object(capfd):
         Slow()
         time.sleep(20)
 
+    monkeypatch.setattr(threading.Timer, "start", start_slowly)
     started = time.monotonic()
     with pytest.raises(SystemExit) as stopped:
         main()
