@@ -61,6 +61,24 @@ def test_a_dead_process_on_this_machine_loses_it_at_once(tmp_path, other):
     assert [path.name for path in tmp_path.iterdir()] == ["000001.claim"]
 
 
+def test_of_two_that_take_over_a_claim_one_has_it(tmp_path, other, monkeypatch):
+    """Both have seen that its process is dead, and one is slower to move it away."""
+    stale = Claims._stale
+
+    def slower(self, number):
+        touched = stale(self, number)
+        monkeypatch.setattr(Claims, "_stale", stale)
+        assert faster.take(number)
+        return touched
+
+    file = other(0, module._machine(), dead_process())
+    with Claims(tmp_path) as faster, Claims(tmp_path) as claims:
+        monkeypatch.setattr(Claims, "_stale", slower)
+        assert not claims.take(0)
+        assert [path.name for path in tmp_path.iterdir()] == [file.name]
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+
+
 @pytest.mark.parametrize("content", [None, "", "[]", '{"machine": 3}'])
 def test_a_claim_that_nobody_touches_is_taken_over(tmp_path, other, monkeypatch, content):
     monkeypatch.setattr(module, "STALE", 0.2)

@@ -57,11 +57,14 @@ class Claims:
         """Claim a part; False where another process has it, or this one."""
         if number in self._own:
             return False
-        if self._is_stale(number):
+        if (touched := self._stale(number)) is not None:
             # One process alone can move it away; another one may make the next claim at once.
             away = self.file(number).with_suffix(f".{socket.gethostname()}-{os.getpid()}")
             with contextlib.suppress(FileNotFoundError):
                 self.file(number).rename(away)
+                if away.stat().st_mtime_ns != touched:  # the next claim
+                    away.rename(self.file(number))
+                    return False
                 away.unlink()
         try:
             descriptor = os.open(self.file(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -77,20 +80,21 @@ class Claims:
         self._own.discard(number)
         self.file(number).unlink(missing_ok=True)
 
-    def _is_stale(self, number: int) -> bool:
+    def _stale(self, number: int) -> int | None:
+        """When a claim was touched last, in ns, if it is to be taken over."""
         try:
             touched = self.file(number).stat().st_mtime_ns
         except FileNotFoundError:
-            return False
+            return None
         holder = FileLock(self.file(number)).holder()
         # Windows does not say which processes live.
         if holder.get("machine") == _machine() and sys.platform != "win32" and not is_alive(holder):
-            return True
+            return touched
         last, since = self._seen.get(number, (None, 0.0))
         if last == touched:
-            return time.monotonic() - since > STALE
+            return touched if time.monotonic() - since > STALE else None
         self._seen[number] = touched, time.monotonic()
-        return False
+        return None
 
     def _touch(self) -> None:
         while not self._ended.wait(BEAT):
