@@ -139,7 +139,7 @@ def test_a_killed_process_ends_the_others_with_a_message(tiny_encoder, tmp_path)
         assert running.poll() is None
         time.sleep(0.1)
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=WAIT)
     assert running.returncode == 1
     assert "[rank0]: " not in err  # where torch shows a traceback
     # torchrun may be faster than the news.

@@ -101,7 +101,7 @@ def test_an_output_that_another_process_writes_is_left_to_it(tiny_encoder, tmp_p
         assert f"error: {output}: process {process.pid} on " in error
         assert "Traceback" not in error
         assert files(tmp_path) == before
-        assert time.monotonic() - started < 20  # a second, on a machine that is not busy
+        assert time.monotonic() - started < 300  # a second, where the machine is idle; the other process takes 600
     lock = output / WORK_FOLDER / "lock" if inside else output.with_name(f".{output.name}.clpl_moe") / "lock"
     assert json.loads(lock.read_text())["pid"] == process.pid
 

@@ -24,7 +24,8 @@ def test_it_runs(notebook, narrow_encoder, tmp_path):
     pytest.importorskip("ipykernel")
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     parameters.source += f"\nmodel, max_steps = Path({str(narrow_encoder)!r}), 1"
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    place, patience = {"metadata": {"path": str(tmp_path)}}, {"timeout": 900, "startup_timeout": 900}
+    nbclient.NotebookClient(notebook, resources=place, **patience).execute()
 
     assert (tmp_path / "runs/notebook/model.safetensors").is_file()
     assert (tmp_path / "results/notebook/significance.json").is_file()

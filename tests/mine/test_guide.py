@@ -158,7 +158,7 @@ def test_processes_share_the_encoding_of_the_guide(tiny_encoder, guide, tmp_path
     argv += ["--rank_from=1", "--rank_to=4", "--negatives=2", "--max_positive_ratio=0", "--max_overlap=1"]
     argv += ["--passage_max_len=100", "--dtype=float32"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, script, *map(str, argv)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*launcher, script, *map(str, argv)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     assert {record["query_id"]: record for _, record in read_jsonl(output)} == one
     # Six shards by the model, and the guide's; who comes first takes one.

@@ -256,7 +256,7 @@ def test_threads_can_share_a_model():
     batches = [make_batch([9, 4, 6], 1), make_batch([2, 9, 8], 2)]
     with torch.no_grad():
         expected = [real(encoder, batch) for batch in batches]
-        together, results = threading.Barrier(2, timeout=20), [None, None]
+        together, results = threading.Barrier(2, timeout=300), [None, None]
         for layer in encoder.encoder.layer:
             layer.attention.register_forward_hook(lambda *_: [together.wait(), None][1])
 

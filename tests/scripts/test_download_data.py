@@ -66,7 +66,7 @@ def run(tmp_path, address, *languages, code=0, **variables):
         env=os.environ | own | variables,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 

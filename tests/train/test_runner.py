@@ -67,7 +67,7 @@ def test_processes_share_the_evaluation_and_the_first_one_decides(tiny_encoder, 
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     done = subprocess.run(
-        [*command, str(tmp_path)], capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path}
+        [*command, str(tmp_path)], capture_output=True, text=True, timeout=900, env=os.environ | {"PYTHONPATH": path}
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]

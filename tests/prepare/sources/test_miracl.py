@@ -345,11 +345,11 @@ def hub(tmp_path):
 def from_hub(tmp_path, address, token=None):
     names = ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HUB_CACHE")
     environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": address, "HF_HUB_ETAG_TIMEOUT": "2"}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": address, "HF_HUB_ETAG_TIMEOUT": "60"}
     environment |= {"HF_TOKEN": token} if token else {}
     argv = ["--miracl", "ko", "--output", str(tmp_path / "out"), "--overwrite", "true"]
     return subprocess.run(
-        [sys.executable, "-m", "clpl_moe.prepare", *argv], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "clpl_moe.prepare", *argv], env=environment, capture_output=True, text=True, timeout=900
     )
 
 
