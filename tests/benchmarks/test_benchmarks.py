@@ -1,7 +1,6 @@
 import json
 import mmap
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -192,11 +191,18 @@ def test_synthetic_corpora_begin_alike_and_the_model_knows_their_words(tmp_path)
 
 
 def test_the_peak_of_a_command_is_its_own_and_a_kill_is_told(tmp_path, monkeypatch):
-    (tmp_path / "hog.py").write_text("x = bytearray(150 * 2**20)\nprint('done')\nimport time; time.sleep(60)")
+    (tmp_path / "hog.py").write_text(
+        "import sys, time\nx = bytearray(150 * 2**20)\nopen(sys.argv[1], 'w')\ntime.sleep(600)"
+    )
     held = torch.ones(100, 2**20)  # 400 MiB of this process
-    begun = time.perf_counter()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    result = corpus.run_command(["hog"], stop=lambda: time.perf_counter() - begun > 4)
+    ready = []
+
+    def stop():
+        ready.append((tmp_path / "ready").exists())
+        return ready[-2:] == [True, True]  # its peak has been read in between
+
+    result = corpus.run_command(["hog", str(tmp_path / "ready")], stop)
     assert result["killed"]
     assert 150 * 2**20 < result["peak_bytes"] < 300 * 2**20
     assert held.sum() > 0

@@ -13,6 +13,7 @@ from clpl_moe.common.allocator import keep_freed_memory
 
 kept = keep_freed_memory() if sys.argv[1] == "kept" else None
 libc = ctypes.CDLL(None)
+libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: 80 MB are 40 huge pages, which some systems give unasked
 libc.malloc.restype = ctypes.c_void_p
 libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
 def work():

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,26 @@ from clpl_moe.common.files import write_jsonl
 from clpl_moe.retrieval.store import SHARD_TEXTS
 
 SHARDS = 8
+# Runs a module that is killed when it has written so many shards, or else in the search.
+KILLED = """
+import os, runpy, signal, sys
+from clpl_moe.retrieval.store import EmbeddingShards
+
+left, written = int(sys.argv.pop(1)), EmbeddingShards.write
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def write(*args):
+    global left
+    written(*args)
+    left -= 1
+    if left == 0:
+        kill()
+
+EmbeddingShards.write, EmbeddingShards.__getitem__ = write, kill
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +87,11 @@ def result(output: Path) -> tuple[bytes, dict]:
 def test_killed_three_times_it_gives_the_same_and_encodes_nothing_twice(start, undisturbed, tmp_path):
     made: dict[Path, int] = {}
     for more in (1, 2, SHARDS):  # the last time in the search
-        process, stop = start(tmp_path), min(SHARDS, len(made) + more)
-        while process.poll() is None and len(list(tmp_path.glob("_clpl_moe/embeddings/*/*.npy"))) < stop:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        printed = process.communicate()[0]
-        assert process.returncode == -signal.SIGKILL
+        printed, errors = (process := start(tmp_path, ("-c", KILLED, more))).communicate()
+        assert process.returncode == -signal.SIGKILL, errors
         assert f" {len(made)} of {SHARDS} shards found" in printed
         now = {path: path.stat().st_mtime_ns for path in tmp_path.glob("_clpl_moe/embeddings/*/*.npy")}
-        assert len(now) > len(made)
+        assert len(now) == min(SHARDS, len(made) + more)
         assert made.items() <= now.items()
         made = now
     assert not (tmp_path / "ko" / "metrics.json").exists()

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.encoder import encode as encode_module
@@ -227,7 +228,15 @@ class Work:
         self.model, self.folder = model, folder
 
     def __call__(self, rank):
-        store.SHARD_TEXTS = 8
+        store.SHARD_TEXTS, write, waited = 8, EmbeddingShards.write, []
+
+        def write_together(*args):
+            if not waited:  # until the other one has begun, too: it may be slow to
+                dist.barrier()
+            waited.append(True)
+            write(*args)
+
+        EmbeddingShards.write = write_together
         encoder = open_encoder(str(self.model), ENCODING)
         shards = encode_passages(encoder, TEXTS, ENCODING, cache=self.folder, progress=False)
         return shards.encoded, shards[:]
