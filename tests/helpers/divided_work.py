@@ -49,17 +49,19 @@ def divide_on_a_cpu() -> None:
 def train_in_processes(count: int, cases: list[tuple[str, list[str]]]) -> None:
     """Train one after the other what ``cases`` say, launcher and arguments, in ``count`` processes."""
     with socket.socket() as free:
+        # As long as it is bound no other process gets the port; the first of ours may listen there all the same.
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # One server imports everything once.
-    mp.get_context("forkserver").set_forkserver_preload(["clpl_moe.train.runner"])
-    running = mp.start_processes(_work, (count, port, cases), count, join=False, start_method="forkserver")
-    end = time.monotonic() + WAIT
-    while not running.join(timeout=10):
-        if time.monotonic() > end:
-            for process in running.processes:
-                process.kill()
-            raise TimeoutError(f"{count} processes have not ended after {WAIT} s")
+        # One server imports everything once.
+        mp.get_context("forkserver").set_forkserver_preload(["clpl_moe.train.runner"])
+        running = mp.start_processes(_work, (count, port, cases), count, join=False, start_method="forkserver")
+        end = time.monotonic() + WAIT
+        while not running.join(timeout=10):
+            if time.monotonic() > end:
+                for process in running.processes:
+                    process.kill()
+                raise TimeoutError(f"{count} processes have not ended after {WAIT} s")
 
 
 def _work(rank: int, count: int, port: int, cases: list[tuple[str, list[str]]]) -> None:
