@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from clpl_moe import Encoder
 from clpl_moe.common.files import read_jsonl
@@ -18,7 +19,7 @@ def test_an_encoder_computes_the_scores(llm, tiny_encoder, tmp_path):
         record["neg"][number % 3] += " 아주 다른 말이 더 있는 글" * 5
         del record["pos_scores"], record["neg_scores"]
     path = train_file(tmp_path, records)
-    encoder = Encoder.load(tiny_encoder)
+    encoder = Encoder.load(tiny_encoder, compute_dtype=torch.float32)
     expected, scores = set(), []
     for record in (record for _, record in read_jsonl(path)):
         embeddings = encoder.encode_passages([*record["pos"], *record["neg"]], max_length=100)

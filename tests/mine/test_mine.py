@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.common.files import read_jsonl
@@ -91,7 +92,7 @@ def test_each_process_has_its_gpu_before_a_model_is_loaded(tiny_encoder, tmp_pat
 
 def rank_by_hand(model, query):
     """Passage ids and cosines, best first."""
-    encoder = Encoder.load(model)
+    encoder = Encoder.load(model, compute_dtype=torch.float32)
     options = {"max_length": 100, "progress": False}
     passages = encoder.encode_passages(list(PASSAGES.values()), **options)
     scores = encoder.encode_queries([query], **options) @ passages.T

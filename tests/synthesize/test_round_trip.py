@@ -1,6 +1,7 @@
 import re
 
 import pytest
+import torch
 
 from clpl_moe.common.files import write_jsonl
 from clpl_moe.retrieval import store as embeddings
@@ -19,7 +20,7 @@ def test_queries_that_do_not_find_their_passage_are_dropped(llm, tmp_path, tiny_
     lines, store, failures = results(tmp_path)
     how = {"max_length": 100, "progress": False}
     texts = [text(n) for n in range(16)] + [f"답 {n}" for n in range(0, 16, 4)]
-    encoder = Encoder.load(tiny_encoder)
+    encoder = Encoder.load(tiny_encoder, compute_dtype=torch.float32)
     queries = encoder.encode_queries([good(n)[0] for n in range(16)], **how)
     ranks = (queries @ encoder.encode_passages(texts, **how).T).argsort(dim=1, descending=True)
     found = {f"p{n}" for n in range(16) if n in ranks[n, :6]}
