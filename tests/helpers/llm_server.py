@@ -2,7 +2,8 @@
 
 ``FOLDER/plan.json`` says for each passage (known by the number in ``passage <n>.``) what to do at its first, second …
 request (and ever after, where the last ends in "…"); after that, and for the others, a good answer. ``FOLDER/log.jsonl`` gets a line for each thing done, before
-which the server makes sure that the client still listens. While ``FOLDER/hold`` exists, answers wait.
+which the server makes sure that the client still listens. While ``FOLDER/hold`` exists, answers wait: those to the names in it,
+or, where it is empty, all. A file ``FOLDER/held-…`` stands there for each that waits.
 
 Of a question with ``query <n>.`` the plan has the name ``q<n>``, and a good answer is the truth about its passages: one that
 holds ``answer <n>.`` answers, one that holds ``half <n>.`` answers in part. It is JSON where the request has a schema.
@@ -21,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 lock = threading.Lock()
+meeting = threading.Barrier(3)
 seen: dict[str, int] = {}
 working = 0
 
@@ -80,8 +82,9 @@ class Handler(BaseHTTPRequestHandler):
         if what == "no schema":
             what = "400" if "response_format" in request else "good"
         time.sleep(seconds)
-        while what in PAID and (folder / "hold").exists() and not self.gone():
-            time.sleep(0.01)
+        if what == "meet":
+            meeting.wait(60)  # until three requests are under way
+        self.hold(what, number)
         with lock:
             at_once, working = working, working - 1
         entry = {"time": time.time(), "passage": number, "what": what, "at_once": at_once, "request": request}
@@ -90,6 +93,20 @@ class Handler(BaseHTTPRequestHandler):
             log.write(json.dumps(entry) + "\n")
             log.flush()
         self.act(what, number, request)
+
+    def hold(self, what: str, number: str) -> None:
+        held = folder / f"held-{threading.get_ident()}"
+        while what in PAID and self.is_held(number) and not self.gone():
+            held.touch()
+            time.sleep(0.01)
+        held.unlink(missing_ok=True)
+
+    def is_held(self, number: str) -> bool:
+        try:
+            names = (folder / "hold").read_text().split()
+        except FileNotFoundError:
+            return False
+        return not names or number in names
 
     def gone(self) -> bool:
         """Whether the client has closed the connection."""
@@ -166,6 +183,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # of more than these, the system lets some wait for a second
 
     def handle_error(self, request, address):
         """Clients that go away are what these tests are about."""

@@ -335,7 +335,7 @@ def test_faulty_lines_are_told_of(tmp_path, capfd):
 
 
 def test_called_from_python(llm, tmp_path, capfd):
-    options = {"language": "ko", "model": "writer", "max_retries": 0, "timeout": 2.0, "base_url": llm().url}
+    options = {"language": "ko", "model": "writer", "max_retries": 0, "timeout": 60.0, "base_url": llm().url}
     options |= {"train_data": [train_file(tmp_path, [line(n, "no", "yes") for n in range(1, 4)])]}
     options |= {"output": tmp_path / "out.jsonl"}
     planned = judge(**options, dry_run=True)

@@ -11,6 +11,7 @@ from clpl_moe.llm.backends import Answer
 from clpl_moe.llm.journal import Journal
 from clpl_moe.synthesize.__main__ import main
 from clpl_moe.synthesize.job import JOURNAL
+from clpl_moe.synthesize.passages import passage_key
 from helpers.holding import held
 from helpers.synthesis import (
     arguments,
@@ -20,6 +21,7 @@ from helpers.synthesis import (
     refused,
     results,
     start,
+    text,
     train_file,
     wait_for,
 )
@@ -63,10 +65,10 @@ def test_a_journal_that_is_none_is_named(tmp_path, capfd):
     argv = arguments(None, path, tmp_path, base_url="http://127.0.0.1:9/v1")
     journal.write_text('{"query": "x"}\n')
     assert "out.journal.jsonl:1: found query, expected" in refused(capfd, argv)
-    for text in ("mine", '{"journal": "mine', "[1]"):  # no line that was cut short, either
-        journal.write_text(text)
+    for other in ("mine", '{"journal": "mine', "[1]"):  # no line that was cut short, either
+        journal.write_text(other)
         assert "out.journal.jsonl:1: found another file" in refused(capfd, argv)
-        assert journal.read_text() == text
+        assert journal.read_text() == other
     journal.unlink()
     with Journal(journal, JOURNAL, {"model": "writer"}) as open_journal:
         open_journal.add("k", Answer("x"))
@@ -92,7 +94,8 @@ def test_a_killed_job_has_all_answers_and_paid_for_none_twice(llm, tmp_path):
     plan = {n: [first] if {first, second} <= {*useless} else [first, second] for n, (first, second) in plan.items()}
     plan |= {"150": ["empty", "empty"], "151": ["wrong language", "malformed"], "152": ["500…"]}
     server = llm(plan, seconds=0.05)
-    argv = arguments(server, [train_file(tmp_path, 120), train_file(tmp_path, 100, first=100)], tmp_path, concurrency=6)
+    files = [train_file(tmp_path, 120), train_file(tmp_path, 100, first=100)]
+    argv = arguments(server, files, tmp_path, concurrency=6, timeout=10)
     environment = {"OPENAI_API_KEY": KEY, "OPENAI_LOG": "debug"}
     journal = tmp_path / "out.journal.jsonl"
     paid = ("good", *useless)
@@ -101,22 +104,23 @@ def test_a_killed_job_has_all_answers_and_paid_for_none_twice(llm, tmp_path):
     # Twice while all that is under way is with the server, which holds its answers: nothing at all is lost.
     for enough in (60, 120):
         job = start("clpl_moe.synthesize", argv, **environment)
-        outputs += kill_while_answers_are_held(job, server, journal, enough, paid)
+        outputs += kill_while_answers_are_held(job, server, journal, enough, paid, concurrency=6)
     given = Counter((entry["passage"], entry["what"] == "good") for entry in server.log(*paid))
     assert max(given.values()) == 1
 
     # Once more, at no chosen moment.
+    server.hold("199")  # so that it is not over before
     job = start("clpl_moe.synthesize", argv, **environment)
     wait_for(lambda: len(server.log(*paid)) > 160)
     time.sleep(rng.random() / 10)
     job.send_signal(signal.SIGKILL)
-    killed = time.time()
     outputs += job.communicate()
     assert job.returncode == -signal.SIGKILL
     assert not (tmp_path / "out.jsonl").exists()
+    server.release()
 
     job = start("clpl_moe.synthesize", argv, **environment)
-    outputs += job.communicate(timeout=120)
+    outputs += job.communicate(timeout=900)
     assert job.returncode == 0, outputs[-1]
 
     lines, store, failures = results(tmp_path)
@@ -127,19 +131,19 @@ def test_a_killed_job_has_all_answers_and_paid_for_none_twice(llm, tmp_path):
     assert store == {f"p{n}": good(n) for n in range(200) if n not in (150, 151, 152)}
     assert all(queries or i in failures for r in lines for i, queries in zip(r["neg_ids"], r["neg_q"]))
 
-    # None was paid for twice, but for what the server may have sent in the very moment of the third kill.
+    # None was paid for twice, but for what was on its way at the third kill: an answer to each request at most.
     sent = server.log(*paid)
-    moment = {entry["passage"] for entry in sent if abs(entry["time"] - killed) < 0.1}
-    given = Counter((entry["passage"], entry["what"] == "good") for entry in sent if entry["passage"] not in moment)
+    numbers = {passage_key(text(n)): str(n) for n in range(200)}
+    kept = Counter(numbers[record["passage"]] for record in json_lines(journal)[1:])
+    lost = Counter(entry["passage"] for entry in sent)
+    lost.subtract(kept)
+    assert min(lost.values()) == 0
+    assert lost.total() <= 6
     allowed = {("150", False): 2, ("151", False): 2}
-    assert {key: count for key, count in given.items() if count > allowed.get(key, 1)} == {}
-    kept = Counter(record["passage"] for record in json_lines(journal)[1:])
-    lost = len(sent) - kept.total()
-    assert 0 <= lost <= 6
+    given = Counter((entry["passage"], entry["what"] == "good") for entry in sent)
+    assert {key: n for key, n in given.items() if n > allowed.get(key, 1) + lost[key[0]]} == {}
     assert max(kept.values()) == 2
-    twice = {passage for (passage, _), count in Counter((e["passage"], e["what"]) for e in sent).items() if count > 1}
-    when = [round(1000 * (e["time"] - killed)) for e in sent if e["passage"] in twice & moment]
-    print(f"{len(sent)} answers sent, {lost} lost at the third kill (sent at {when} ms from it)")
+    print(f"{len(sent)} answers sent, {lost.total()} lost at the third kill")
 
     files = [path for path in tmp_path.iterdir() if path.is_file()]
     assert len(files) == 6
@@ -151,16 +155,19 @@ def test_a_killed_job_has_all_answers_and_paid_for_none_twice(llm, tmp_path):
 def test_ctrl_c_ends_cleanly_and_the_job_goes_on(llm, tmp_path):
     server = llm(seconds=0.1)
     argv = arguments(server, train_file(tmp_path, 40), tmp_path, concurrency=2)
+    server.hold(*map(str, range(10, 40)))  # so that it is not over before
     job = start("clpl_moe.synthesize", argv)
-    wait_for(lambda: (server.folder / "log.jsonl").exists() and len(server.log()) > 5)
+    wait_for(lambda: len(server.log()) > 5)
     job.send_signal(signal.SIGINT)
-    _, errors = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=300)
     assert job.returncode == 130
     assert "Traceback" not in errors
     assert re.search(r"\d answers are in \S+: the same command goes on from there\ninterrupted\n$", errors)
     before = len(json_lines(tmp_path / "out.journal.jsonl"))
-    assert 3 < before < 30
+    assert 3 < before <= 1 + 10
+    server.release()
     job = start("clpl_moe.synthesize", argv)
-    assert job.wait(timeout=60) == 0
+    job.communicate(timeout=900)
+    assert job.returncode == 0
     assert len(results(tmp_path)[1]) == 40
     assert len(server.log("good")) <= 40 + 2

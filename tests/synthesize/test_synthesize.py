@@ -202,7 +202,7 @@ def test_mistakes_end_in_a_message(tmp_path, capfd, options, words):
 
 def test_called_from_python(llm, tmp_path, capfd):
     server = llm({"1": ["empty", "empty"], "2": ["500…"]})
-    options = {"language": "ko", "model": "writer", "max_retries": 0, "timeout": 2.0, "base_url": server.url}
+    options = {"language": "ko", "model": "writer", "max_retries": 0, "timeout": 60.0, "base_url": server.url}
     options |= {"train_data": [train_file(tmp_path, 4)], "output": tmp_path / "out.jsonl"}
     planned = synthesize(**options, dry_run=True)
     assert isinstance(planned, Synthesized)
