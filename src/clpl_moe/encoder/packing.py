@@ -43,7 +43,6 @@ from clpl_moe.encoder.attention import attention
 from clpl_moe.encoder.frozen_cache import frozen_cache_of
 from clpl_moe.encoder.settings import check_pooling, pool
 from clpl_moe.moe.dispatch import cast, linear_dtype
-from clpl_moe.moe.install import layer_states
 from clpl_moe.moe.kernel_choice import triton_compiles
 from clpl_moe.moe.layer import RoutedOutput, RoutedTokens
 
@@ -400,7 +399,8 @@ def _flash_fits(encoder: StockEncoder, device: torch.device) -> bool:
 @contextlib.contextmanager
 def _running(encoder: StockEncoder) -> Iterator[None]:
     """Tells experts that this is the pass itself, and not what checkpointing repeats of it."""
-    states = [state for _, state, _ in layer_states(encoder)]
+    halves = [half for layer in _layers(encoder) for half in (layer.intermediate, layer.output)]
+    states = [half.state for half in halves if hasattr(half, "router")]
     for state in states:
         state.set_running(True)
     try:

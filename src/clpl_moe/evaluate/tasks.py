@@ -197,7 +197,7 @@ def _is_result(content: dict[str, Any], of_heads: bool) -> bool:
     if of_heads or not isinstance(settings, dict):
         return True
     if "quantize" in settings:
-        return are_numbers(content.get("exact_metrics"), metrics) and are_numbers(content.get("bytes"))
+        return are_numbers(content.get("exact_metrics"), metrics or ()) and are_numbers(content.get("bytes"))
     if "index" in settings:
         about = content.get("approximate")
         return (

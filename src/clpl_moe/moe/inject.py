@@ -71,7 +71,7 @@ def choose_expert(model: Model, expert: int) -> Model:
     """
     encoder = encoder_of(model)
     refuse_foreign_experts(encoder)
-    layers = layer_states(encoder)
+    layers = layer_states(encoder) if has_experts(encoder) else []
     if not layers or not all(isinstance(router, Given) for _, _, router in layers):
         raise ValueError("the encoder has no experts with router given, of which one could be chosen")
     count = len(layers[0][2].weight)

@@ -69,10 +69,10 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def layer_states(encoder: nn.Module) -> list[tuple[int, LayerState, Router]]:
-    """Number, shared state and router of each layer with experts, in order; none where no layer has some."""
+    """Number, shared state and router of each layer with experts, in order."""
     return [
         (index, half.state, half.router)
-        for index, layer in enumerate(filter(_is_layer, encoder.modules()))
+        for index, layer in enumerate(find_layers(encoder))
         for half in (layer.intermediate, layer.output)
         if hasattr(half, "router")
     ]
@@ -80,7 +80,7 @@ def layer_states(encoder: nn.Module) -> list[tuple[int, LayerState, Router]]:
 
 def find_layers(encoder: nn.Module) -> list[TransformerLayer]:
     """The transformer layers of an encoder, in order; raises :class:`ValueError` where there are none."""
-    layers = list(filter(_is_layer, encoder.modules()))
+    layers = [module for module in encoder.modules() if _is_layer(module)]
     if not layers:
         raise ValueError(
             f"{type(encoder).__name__} has no layers with attention, intermediate.dense and output.dense, as XLM-R, BERT"

@@ -122,7 +122,8 @@ def add_experts(
         except ValueError as error:
             raise UserError(f"{at(model_args.model_name_or_path)}: {error}") from None
     if frozen is None:
-        training_args.frozen_layers = min((index for index, _, _ in layer_states(encoder)), default=upper.start)
+        with_experts = [index for index, _, _ in layer_states(encoder)] if has_experts(encoder) else []
+        training_args.frozen_layers = min(with_experts, default=upper.start)
     if training_args.merge_experts is None:
         training_args.merge_experts = has_experts(encoder) and training_args.trainable != "lora"
     if training_args.merge_experts and not has_experts(encoder):
