@@ -37,6 +37,12 @@ def test_unknown_names_list_the_packaged_ones(name):
         find_config(name)
 
 
+def test_a_folder_is_no_config(folder):
+    (folder / "mine").mkdir()
+    with pytest.raises(UserError, match="mine: found a folder, expected a config file"):
+        find_config("mine")
+
+
 def test_packaged_configs_read_packaged_samples_where_the_folder_has_none(folder):
     _, options = read_config("ko")
     train, dev = Path(*options["train_data"]), Path(options["dev_collection"])

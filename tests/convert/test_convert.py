@@ -239,7 +239,10 @@ def test_judged_passages_without_text_are_in_no_training_line(tmp_path):
             "own.jsonl: this command reads the file; name another output",
         ),
         (["--to", "beir", "--output", "x", "--collection", "c"], "--language: missing"),
-        (["--to", "beir", "--output", "x", "--collection", "c", "--language", "ko"], "no collection with queries"),
+        (
+            ["--to", "beir", "--output", "x", "--collection", "c", "--language", "ko"],
+            "c: no such folder of collections",
+        ),
         (
             ["--to", "flag_embedding", "--output", "x.jsonl", "--train_data", "uneven.jsonl"],
             "uneven.jsonl:1: field 'neg'",

@@ -417,7 +417,7 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
         ("hub:", "found no name of a data set after hub:"),
         ("t.csv,header=no", "found header=no, expected true or false"),
         ("t.csv,queries=t.csv", "found no corpus=FILE, expected a table of texts for queries and for corpus"),
-        ("t.csv,queries=t.csv,corpus=no.tsv", r"no.tsv: no such file, .* \(corpus=\)"),
+        ("t.csv,queries=t.csv,corpus=no.tsv", r"no.tsv: no such file .* \(corpus=\)"),
         ("t.csv,queries=t.csv,corpus=t.csv,query=a", "'query' has no effect where lines have ids"),
         ("owner/name", r"owner/name: no such file or folder, .*; a data set of the hub is hub:owner/name"),
         ("a,b.jsonl", "a,b.jsonl: no such file or folder"),

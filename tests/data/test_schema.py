@@ -165,7 +165,7 @@ def test_files_and_folders(tmp_path):
         found = data_files([str(tmp_path)])
     assert [Path(file.path).name for file in found] == ["a.json", "b.jsonl"]
     assert [p.path for p in data_files([str(without)])] == [str(without)]
-    with pytest.raises(UserError, match="empty: the folder holds no .jsonl or .json file"):
+    with pytest.raises(UserError, match="empty: the folder holds no training data"):
         data_files([str(tmp_path / "empty")])
     with pytest.raises(UserError, match="nowhere.jsonl: no such file or folder"):
         data_files([str(tmp_path / "nowhere.jsonl")])
@@ -179,7 +179,7 @@ def test_commands_end_with_the_message_and_write_nothing(tiny_encoder, tmp_path,
     for path, message in [
         (bad, f"{bad}:2: field 'pos': found an empty list"),
         (empty, f"{empty}: the file is empty"),
-        (tmp_path / "folder", f"{tmp_path / 'folder'}: the folder holds no .jsonl"),
+        (tmp_path / "folder", f"{tmp_path / 'folder'}: the folder holds no training data"),
         (tmp_path / "gone", f"{tmp_path / 'gone'}: no such file or folder"),
     ]:
         for dry_run in ("false", "true"):

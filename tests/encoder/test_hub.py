@@ -2,9 +2,17 @@ import socket
 
 import pytest
 from huggingface_hub import constants
+from transformers import AutoModel, AutoTokenizer
 
+from clpl_moe.common.errors import UserError
 from clpl_moe.encoder import hub, weights
+from clpl_moe.encoder.load import load_encoder
 from clpl_moe.encoder.weights import find_file
+from clpl_moe.llm.local import LocalModel
+from clpl_moe.llm.options import AskingArguments
+from clpl_moe.mine.rerank import Reranker
+from clpl_moe.validate.reading import _load_counter
+from helpers.hub import put_into_cache
 
 
 @pytest.fixture
@@ -40,6 +48,39 @@ def test_a_hub_out_of_reach_is_looked_for_once(endpoint, requests, monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: 1100.0)  # it may be there again
     find_file("some/model", "config.json")
     assert len(looks) == 2
+
+
+def test_nobody_looks_for_the_hub_to_read_a_folder(endpoint, requests, tmp_path):
+    assert hub.asked({"revision": None}, tmp_path) == {"revision": None}
+    assert not requests[1]
+    assert hub.asked({}, tmp_path / "none") == {"local_files_only": True}
+
+
+def test_a_name_that_is_nowhere_is_told_at_once(endpoint, monkeypatch):
+    """huggingface_hub asks again and again for a file, which takes most of a minute."""
+    asked = []
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: asked.append(1))
+    arguments = AskingArguments(
+        train_data=["x"], output="y", language="ko", model="models/none", backend="transformers"
+    )
+    for load in (
+        lambda: _load_counter("models/none", revision=None),
+        lambda: LocalModel(arguments, False),
+        lambda: Reranker("models/none", 8, 1, trust_remote_code=False),
+    ):
+        with pytest.raises(UserError, match="models/none: neither a folder here nor a model that could be fetched"):
+            load()
+    assert not asked
+
+
+def test_a_model_in_the_cache_is_loaded_without_asking_the_hub(endpoint, tiny_encoder, tmp_path, monkeypatch):
+    seen = []
+    fetched = {cls: cls.from_pretrained for cls in (AutoModel, AutoTokenizer)}
+    put_into_cache(monkeypatch, tmp_path / "cache", "some/model", {"0" * 40: tiny_encoder}, main="0" * 40)
+    for cls, load in fetched.items():
+        monkeypatch.setattr(cls, "from_pretrained", lambda *a, _load=load, **o: seen.append(o) or _load(*a, **o))
+    load_encoder("some/model")
+    assert [options["local_files_only"] for options in seen] == [True, True]
 
 
 @pytest.mark.parametrize("status", [200, 404])

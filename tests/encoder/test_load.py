@@ -118,6 +118,24 @@ def test_the_2024_format(tmp_path, tiny_tokenizer, target, size, file, prefix):
     assert torch.equal(load_encoder(tmp_path / "new")[0](**batch)[0], encoder(**batch)[0])
 
 
+@pytest.mark.parametrize("kind", ["xlm-roberta", "roberta", "bert"])
+def test_a_folder_without_tokenizer_is_refused(tmp_path, kind):
+    """transformers makes a tokenizer without words of it, for which every text is the same."""
+    make_encoder(kind).save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match="the tokenizer cannot be loaded: .*found no vocabulary, expected tokenizer.json"
+    ):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_what_git_did_not_fetch_is_told(tmp_path, tiny_encoder, name):
+    folder = shutil.copytree(tiny_encoder, tmp_path / "model")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=f"{name}: found Git LFS's pointer to the file"):
+        load_encoder(folder)
+
+
 def test_a_2024_configuration_without_experts(tmp_path, tiny_tokenizer):
     dense = make_encoder()
     config = config_2024(None, **stock_config(dense))
@@ -261,7 +279,7 @@ def test_a_damaged_2024_folder_gets_one_message(tmp_path, tiny_tokenizer):
 def test_a_file_is_no_model_folder(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text("")
-    with pytest.raises(UserError, match=r"no config\.json, expected a model folder"):
+    with pytest.raises(UserError, match="found a file, expected a model folder"):
         load_encoder(path)
 
 

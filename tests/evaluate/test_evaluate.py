@@ -424,7 +424,7 @@ def test_called_from_python(tiny_encoder, collections, tmp_path, capsys):
     [
         ({"modle": "x"}, r"evaluate\(\): unknown argument 'modle'; did you mean 'model'"),
         ({"top_k": 0}, r"top_k: found 0, expected at least 1"),
-        ({"top_k": "many"}, r"field 'top_k': found 'many', expected int"),
+        ({"top_k": "many"}, r"field 'top_k': found 'many', expected a whole number"),
         ({"languages": ["en"]}, "holds fa, ko"),
     ],
 )

@@ -103,7 +103,10 @@ def test_reranker_that_cannot_score_is_refused(tiny_encoder, reranker, tmp_path,
     import torch
     from safetensors.torch import load_file, save_file
 
-    cut, broken, unpadded = (shutil.copytree(reranker, tmp_path / name) for name in ("cut", "broken", "unpadded"))
+    names = ("cut", "broken", "unpadded", "wordless")
+    cut, broken, unpadded, wordless = (shutil.copytree(reranker, tmp_path / name) for name in names)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (wordless / name).unlink()
     settings = json.loads((unpadded / "tokenizer_config.json").read_text())
     (unpadded / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "no token of the model"}))
     (cut / "model.safetensors").write_bytes((reranker / "model.safetensors").read_bytes()[:-9])
@@ -116,6 +119,7 @@ def test_reranker_that_cannot_score_is_refused(tiny_encoder, reranker, tmp_path,
         (reranker, 129, "--reranker_max_len: found 129"),
         (cut, 100, "cannot be loaded"),
         (unpadded, 100, "cannot be loaded: "),
+        (wordless, 100, "cannot be loaded: found no vocabulary"),
         (broken, 100, "NaN or infinite scores"),
     ):
         with pytest.raises(SystemExit) as exit:

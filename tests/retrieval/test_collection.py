@@ -116,8 +116,12 @@ def test_unknown_language_and_split_name_what_is_there(tmp_path):
         Collection.load(tmp_path, "hi", "dev")
     with pytest.raises(UserError, match="the splits here are dev"):
         Collection.load(tmp_path, "ko", "test")
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="nowhere: no such folder of collections"):
         Collection.load(tmp_path / "nowhere", "ko", "dev")
+    with pytest.raises(UserError, match="corpus.jsonl: found a file, expected a folder of collections"):
+        Collection.load(tmp_path / "ko/corpus.jsonl", "ko", "dev")
+    with pytest.raises(UserError, match="ko/ko: no such folder; .*ko is a collection itself, name the folder above it"):
+        Collection.load(tmp_path / "ko", "ko", "dev")
     with pytest.raises(UserError, match="found 'False', which is what YAML makes of words such as no"):
         Collection.load(tmp_path, "False", "dev")
 

@@ -181,7 +181,7 @@ def test_files_that_a_killed_job_began_are_replaced_and_others_are_not(llm, tmp_
         ({"temperature": "inf"}, "--temperature: found inf"),
         ({"temperature": "1e-320"}, "--temperature: found 1e-320, expected 0 or at least 0.001"),
         ({"round_trip_model": "no/where"}, "no/where: neither a folder here nor a model"),
-        ({"round_trip_model": ".", "round_trip_collection": "none"}, "none/ko: no such folder"),
+        ({"round_trip_model": ".", "round_trip_collection": "none"}, "none: no such folder"),
         ({"api_key_env": "NO_SUCH_NAME"}, "--api_key_env: the environment has no variable"),
         ({"language": "../x"}, "language"),
         ({"output": ""}, "--output: found '', expected the name of a file"),

@@ -58,7 +58,7 @@ def test_without_evaluation_there_are_no_metrics(options):
     ("more", "message"),
     [
         ({"learning_rte": 1}, "train(): unknown argument 'learning_rte'; did you mean 'learning_rate'?"),
-        ({"temperature": "hot"}, "'temperature': found 'hot', expected float"),
+        ({"temperature": "hot"}, "'temperature': found 'hot', expected a number"),
         ({"train_data": None}, "train_data is missing"),
         (
             {"ance_refresh": "epoch", "ance_collection": "c", "ance_language": "ko", "ance_rank_from": 0},

@@ -10,7 +10,7 @@ from typing import Any
 from clpl_moe.ablate.identity import CommandOptions, Decisive, content_hash, digest, refuse_set
 from clpl_moe.ablate.options import AblateArguments, mapping
 from clpl_moe.common.cli import parse_values
-from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.errors import UserError, at, no_such
 from clpl_moe.common.files import are_numbers, find_json, is_number, is_text, read_json
 from clpl_moe.evaluate.metrics import check_metrics, evaluate_run, read_trec_run
 from clpl_moe.merge.options import RECORD_FILE
@@ -202,7 +202,7 @@ def _collection(language: str, spec: Any, arguments: AblateArguments, root: Path
     (options,) = parse_values([prepare_arguments()], "clpl_moe.prepare", f"{place}: prepare", values)
     for path in options.squad:
         if not Path(path).is_file():
-            raise UserError(f"{at(path)}: no such file ({place}: squad)")
+            raise UserError(f"{at(path)}: {no_such('file', path)} ({place}: squad)")
     names = {name: getattr(options, name) for name in values.keys() - {"squad", "language", "output"}}
     key = digest(names | {"squad": [content_hash(Path(path)) for path in options.squad]})
     options.output = str(root / "collections" / key[:10])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from clpl_moe.check.calls import Model, Tool, describe, find_tools, flag_embedding_arguments
 from clpl_moe.check.options import CheckArguments
 from clpl_moe.common.api import takes_options
-from clpl_moe.common.errors import UserError, at, shorten
+from clpl_moe.common.errors import UserError, at, no_such, shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +112,7 @@ def check(arguments: CheckArguments) -> Checked:
 
     folder = Path(str(arguments.folder))
     if not folder.is_dir():
-        raise UserError(f"{at(folder)}: no such folder, expected a model folder")
+        raise UserError(f"{at(folder)}: {no_such('folder', folder)} of a model")
     if not arguments.trust_remote_code:
         _refuse_foreign_code(folder)
     encoder = Encoder.load(

@@ -167,6 +167,9 @@ def _to_argv(path: str | Path, values: dict[str, Any], parser: argparse.Argument
     return argv
 
 
+_KINDS = {"string_to_bool": "true or false", "int": "a whole number", "float": "a number"}
+
+
 def _check_value(place: str, value: Any, action: argparse.Action, word: str) -> None:
     """Refuse an ill-typed value here, where the file's name is known."""
     if action.type is str and not isinstance(value, str | Number | date | dict):
@@ -177,7 +180,7 @@ def _check_value(place: str, value: Any, action: argparse.Action, word: str) -> 
         converted = action.type(word)
     except (argparse.ArgumentTypeError, TypeError, ValueError):
         expected = getattr(action.type, "__name__", str(action.type))
-        expected = {"string_to_bool": "true or false"}.get(expected, expected)
+        expected = _KINDS.get(expected, expected)
         raise UserError(f"{place}: found {value!r}, expected {expected}") from None
     if action.choices is not None and converted not in action.choices:
         raise UserError(f"{place}: found {value!r}, expected one of {', '.join(map(str, action.choices))}")

@@ -24,6 +24,15 @@ _MARKS = {  # longest first: one of UTF-32 begins with one of UTF-16
 AS_UTF8 = "save it as UTF-8 (a spreadsheet: 'CSV UTF-8'), or"  # what to do with text in another encoding
 
 
+def refuse_pointer(path: str | Path, start: bytes | None = None) -> None:
+    """Raise :class:`UserError` where a file, whose ``start`` may be given, is Git LFS's pointer to what was not fetched."""
+    if start is None:
+        with Path(path).open("rb") as file:
+            start = file.read(len(_GIT_LFS))
+    if start.startswith(_GIT_LFS):
+        raise UserError(f"{at(path)}: found Git LFS's pointer to the file, not the file; run `git lfs pull` there")
+
+
 def plain_name(path: str | Path) -> str:
     """A file's name in lower case, without the suffix of its compression.
 
@@ -56,8 +65,8 @@ def open_bytes(path: str | Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     except OSError as error:
         raise UserError(f"{at(path)}: cannot be read ({error.strerror})") from None
     with raw:
-        if (start := raw.read(len(_GIT_LFS))) == _GIT_LFS:
-            raise UserError(f"{at(path)}: found Git LFS's pointer to the file, not the file; run `git lfs pull` there")
+        start = raw.read(len(_GIT_LFS))
+        refuse_pointer(path, start)
         raw.seek(0)
         content = _decompressed(raw, path)
         if content is not raw:

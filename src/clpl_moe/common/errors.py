@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 
 class UserError(Exception):
@@ -48,6 +48,13 @@ def at(path: str | Path, line: int | None = None, field: str | None = None) -> s
     """The place of a fault, as every message begins with it: ``file:line: field 'x'``."""
     place = str(path) if line is None else f"{path}:{line}"
     return place if field is None else f"{place}: field '{field}'"
+
+
+def no_such(kind: Literal["file", "folder"], path: str | Path) -> str:
+    """What to say of a path where a file, or a folder, is expected and is none."""
+    other = Path(path).is_dir() if kind == "file" else Path(path).is_file()
+    found = "folder" if kind == "file" else "file"
+    return f"found a {found}, expected a {kind}" if other else f"no such {kind}"
 
 
 def type_name(value: object) -> str:

@@ -107,7 +107,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{at(path)}: found a {type(values).__name__}, expected 'option: value' lines")
+        kind = "text" if isinstance(values, str) else f"a {type(values).__name__}"
+        raise UserError(f"{at(path)}: found {kind}, expected 'option: value' lines")
     check_plain(values, at(path))
     return values
 

@@ -14,7 +14,7 @@ from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.files import read_jsonl, write_jsonl
 from clpl_moe.common.output import atomic_dir
 from clpl_moe.convert.options import ConvertArguments
-from clpl_moe.retrieval.collection import Collection
+from clpl_moe.retrieval.collection import Collection, language_folder
 
 
 class Beir:
@@ -84,7 +84,7 @@ class Beir:
 
 def write_collection(arguments: ConvertArguments, output: Path) -> Counter[str]:
     """Write a collection as asked for; returns counts of what was written."""
-    folder = Path(str(arguments.collection), str(arguments.language))
+    folder = language_folder(str(arguments.collection), str(arguments.language))
     there = {path.name.removesuffix("_queries.jsonl") for path in folder.glob("*_queries.jsonl")} - {"positive"}
     splits = arguments.splits or sorted(there)
     if not splits:

@@ -28,7 +28,7 @@ from typing import Any
 
 from clpl_moe.common.cli import nearest
 from clpl_moe.common.compressed import open_bytes, plain_name
-from clpl_moe.common.errors import UserError, at, type_name
+from clpl_moe.common.errors import UserError, at, no_such, type_name
 from clpl_moe.common.files import (
     LONE_SURROGATE,
     has_lone_surrogates,
@@ -287,7 +287,7 @@ def _parse(entry: str) -> tuple[str, dict[str, str]]:
         for name in _TABLES:
             if not Path(settings[name]).is_file():
                 raise UserError(
-                    f"{at(settings[name])}: no such file, expected lines of an id, a tab and a text ({name}=)"
+                    f"{at(settings[name])}: {no_such('file', settings[name])} of lines of an id, a tab and a text ({name}=)"
                 )
     return path, settings
 
@@ -326,7 +326,7 @@ def _files_of(entry: str) -> list[DataFile]:
             (f for f in sorted(path.glob("*/*")) if Path(plain_name(f)).suffix in _ENDINGS and f.is_file()), None
         )
         hint = "" if inside is None else f"; folders within it are not read, name {inside.parent}"
-        raise UserError(f"{at(path)}: the folder holds no .jsonl or .json file, expected training data ({known}){hint}")
+        raise UserError(f"{at(path)}: the folder holds no training data, expected files that end in {known}{hint}")
     return [DataFile(str(file), str(file), settings) for file in found]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, get_session
@@ -13,8 +14,11 @@ _SECONDS = 10.0  # that an answer may take
 _MEMORY = 60.0  # seconds after which it is asked again
 
 
-def asked(hub: Mapping[str, Any]) -> dict[str, Any]:
-    """What the hub is asked with; only this disk is looked at where the hub cannot be reached."""
+def asked(hub: Mapping[str, Any], path: str | Path | None = None) -> dict[str, Any]:
+    """What the hub is asked with; only this disk is looked at where the hub cannot be reached. For a ``path`` that is a folder
+    nobody looks whether it can."""
+    if path is not None and Path(path).is_dir():
+        return dict(hub)
     out_of_reach = not constants.HF_HUB_OFFLINE and _out_of_reach(constants.ENDPOINT, int(time.monotonic() / _MEMORY))
     return {**hub, "local_files_only": True} if out_of_reach else dict(hub)
 

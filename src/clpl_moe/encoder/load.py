@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from clpl_moe.common.compressed import refuse_pointer
 from clpl_moe.common.errors import OptionError, UserError, at, one_line
 from clpl_moe.common.files import read_json
 from clpl_moe.encoder.adapter import AdapterFolder, described_by, find_adapter, merge_adapter
 from clpl_moe.encoder.folder import TRUST, check_config
+from clpl_moe.encoder.hub import asked
 from clpl_moe.encoder.settings import remember_stated
 from clpl_moe.encoder.weights import find_file, no_bar_of_weights, read_weights, weight_names
 from clpl_moe.moe.config import MoEConfig
@@ -53,7 +55,7 @@ def load_encoder(
     elif is_2024_checkpoint(config) and any(".dense.experts." in key for key in keys):
         model = _load_2024(path, config, hub)
     else:
-        kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **hub}
+        kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **asked(hub, path)}
         if model_type in {_model_type(c) for pair in MOE_CLASSES.items() for c in pair}:
             kwargs["add_pooling_layer"] = any(".pooler." in f".{key}" for key in keys)
         with refuse_unloadable(path, "encoder", trust_remote_code), no_bar_of_weights():
@@ -69,7 +71,9 @@ def load_encoder(
     model.to(dtype)  # type: ignore[arg-type]
     named, hub = tokenizer_of(path, tokenizer, hub)
     with refuse_unloadable(named, "tokenizer", trust_remote_code):
-        loaded_tokenizer = AutoTokenizer.from_pretrained(named, trust_remote_code=trust_remote_code, **hub)
+        loaded_tokenizer = AutoTokenizer.from_pretrained(
+            named, trust_remote_code=trust_remote_code, **asked(hub, named)
+        )
         try_tokenizer(loaded_tokenizer)
     return model.eval(), loaded_tokenizer
 
@@ -84,7 +88,10 @@ def tokenizer_of(path: str, tokenizer: str | Path | None, hub: dict[str, Any]) -
 
 
 def try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise what a tokenizer raises that was read from damaged files, some of which it meets as it is used only."""
+    """Raise what a tokenizer raises that was read from damaged files, some of which it meets as it is used only, and
+    ValueError for one without words, which transformers makes of a folder that lacks its files."""
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError("found no vocabulary, expected tokenizer.json, or the vocabulary of the tokenizer's kind")
     tokens = tokenizer(["a", "b c"], truncation=True, max_length=8)
     if tokenizer.pad_token is not None:
         tokenizer.pad(tokens)
@@ -106,12 +113,19 @@ def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
         return _config_with_adapter(path, adapter, hub)
     if file is None:
         if Path(path).exists():
-            raise UserError(f"{at(path)}: no config.json, expected a model folder")
-        raise UserError(
-            f"{at(path)}: neither a folder here nor a model that could be fetched from the hub{_of(hub)}; check the spelling,"
-            " the network and, for gated models, HF_TOKEN"
-        )
+            found = "no config.json" if Path(path).is_dir() else "found a file"
+            raise UserError(f"{at(path)}: {found}, expected a model folder")
+        raise not_found(path, hub)
     return check_config(read_json(file, dict), at(file))
+
+
+def not_found(path: str | Path, hub: dict[str, Any]) -> UserError:
+    """What to raise where neither this disk nor the hub has a model of this name."""
+    revision = f" at revision {hub['revision']}" if hub.get("revision") else ""
+    return UserError(
+        f"{at(path)}: neither a folder here nor a model that could be fetched from the hub{revision}; check the spelling,"
+        " the network and, for gated models, HF_TOKEN"
+    )
 
 
 def _config_with_adapter(path: str | Path, adapter: AdapterFolder, hub: dict[str, Any]) -> dict[str, Any]:
@@ -148,10 +162,6 @@ def _of_adapter(path: str | Path, adapter: AdapterFolder) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{at(path)}: an adapter, whose base model cannot be loaded: {error}") from None
-
-
-def _of(hub: dict[str, Any]) -> str:
-    return f" at revision {hub['revision']}" if hub.get("revision") else ""
 
 
 def is_2024_checkpoint(config: dict[str, Any]) -> bool:
@@ -209,5 +219,7 @@ def refuse_unloadable(path: str, what: str, trusted: bool) -> Iterator[None]:
     except Exception as error:  # the tokenizers library raises plain ones
         if not trusted and "trust_remote_code" in str(error):
             raise UserError(f"{at(path)}: the model needs code from its own folder; {TRUST}") from error
+        for file in sorted(file for file in Path(path).glob("*") if file.is_file()):
+            refuse_pointer(file)
         fault = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{at(path)}: the {what} cannot be loaded: {fault}") from error

@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import extract_commit_hash
 
+from clpl_moe.common.compressed import refuse_pointer
 from clpl_moe.common.errors import UserError, at, one_line
 from clpl_moe.common.files import read_json
 from clpl_moe.encoder.hub import asked
@@ -81,6 +82,7 @@ def read_tensors(file: str, names_only: bool = False) -> dict[str, Any]:
         # Files of before torch 1.6 are no archives and cannot be mapped.
         return torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except Exception as error:
+        refuse_pointer(file)
         fault = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{at(file)}: the weights cannot be read: {fault}") from error
 

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clpl_moe.common.errors import OptionError, UserError, one_line
-from clpl_moe.encoder.load import try_tokenizer
-from clpl_moe.encoder.weights import no_bar_of_weights
+from clpl_moe.encoder.hub import asked
+from clpl_moe.encoder.load import not_found, try_tokenizer
+from clpl_moe.encoder.weights import find_file, no_bar_of_weights
 from clpl_moe.llm.backends import Answer, Done, Question
 from clpl_moe.llm.options import AskingArguments
 
@@ -22,9 +23,12 @@ class LocalModel:
 
     def __init__(self, arguments: AskingArguments, trust_remote_code: bool) -> None:
         model = arguments.model
-        code: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": arguments.revision}
+        hub = {"revision": arguments.revision}
         if arguments.revision is not None and Path(model).is_dir():
             raise OptionError("revision", f"{model} is a folder here, which has none")
+        if not Path(model).exists() and find_file(model, "config.json", hub) is None:
+            raise not_found(model, hub)
+        code: dict[str, Any] = {"trust_remote_code": trust_remote_code, **asked(hub, model)}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **code)
             if self._tokenizer.pad_token is None:

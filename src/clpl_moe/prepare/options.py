@@ -45,7 +45,7 @@ class PrepareArguments:
         if len(named) != 1:
             *most, last = sources
             found = " and ".join(named) or "none"
-            raise UserError(f"sources to prepare from: found {found}, set one of {', '.join(most)} and {last}")
+            raise UserError(f"sources to prepare from: found {found}, set one of {', '.join(most)} or {last}")
         chosen = sources[named[0]]
         own = {known.name for known in fields(chosen)}
         for known in fields(self):

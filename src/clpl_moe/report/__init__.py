@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clpl_moe.common.api import takes_options
-from clpl_moe.common.errors import OptionError, UserError, at
+from clpl_moe.common.errors import OptionError, UserError, at, no_such
 from clpl_moe.common.files import atomic_open, refuse_existing
 from clpl_moe.common.output import Output, writing
 from clpl_moe.evaluate.metrics import check_metrics
@@ -59,7 +59,7 @@ def _write(arguments: ReportArguments, output: Output) -> None:
 def _course_folder(folder: Path) -> Path | None:
     """Where the course of a run lies: a run of ``ablate`` has it inside, its run of the base model has results only."""
     if not folder.is_dir():
-        raise UserError(f"{at(folder)}: no such folder")
+        raise UserError(f"{at(folder)}: {no_such('folder', folder)}")
     if (folder / "model" / METRICS_FILE).is_file():
         return folder / "model"
     return folder if (folder / METRICS_FILE).is_file() or not (folder / "results").is_dir() else None

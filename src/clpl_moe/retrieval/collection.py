@@ -28,7 +28,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from clpl_moe.common.errors import UserError, at, type_name
+from clpl_moe.common.errors import UserError, at, no_such, type_name
 from clpl_moe.common.files import parse_line, read_jsonl, read_lines
 
 COLLECTION_FILES = ("corpus.jsonl", "*_queries.jsonl", "*_qrels.jsonl")  # of a language
@@ -64,7 +64,7 @@ class Collection:
         names an unknown query, raise :class:`UserError`.
         """
         directory = Path(directory)
-        folder = _language_folder(directory, language)
+        folder = language_folder(directory, language)
         queries_path, qrels_path = folder / f"{split}_queries.jsonl", folder / f"{split}_qrels.jsonl"
         if not queries_path.is_file():
             names = {path.name.removesuffix("_queries.jsonl") for path in folder.glob("*_queries.jsonl")}
@@ -104,7 +104,7 @@ class Collection:
 
 def load_passages(directory: str | Path, language: str) -> Sequence[str]:
     """The passages of a collection as :meth:`Collection.load` reads and checks them, without the queries."""
-    return _read_corpus(_language_folder(Path(directory), language) / "corpus.jsonl")[1]
+    return _read_corpus(language_folder(directory, language) / "corpus.jsonl")[1]
 
 
 class LazyTexts(Sequence[str]):
@@ -351,10 +351,17 @@ def _get(path: str | Path, line: int, record: dict[str, Any], name: str, kind: t
     return record[name]
 
 
-def _language_folder(directory: Path, language: str) -> Path:
+def language_folder(directory: str | Path, language: str) -> Path:
+    """The folder of a language's collection; :class:`UserError` where there is none, which says what there is."""
+    directory = Path(directory)
     check_language(language)
     if not (folder := directory / language).is_dir():
-        there = ", ".join(sorted(p.parent.name for p in directory.glob("*/corpus.jsonl"))) or "no collection"
-        there = f"; {directory} holds {there}" if directory.is_dir() else f", nor is there a folder {directory}"
-        raise UserError(f"{at(folder)}: no such folder{there}")
+        there = f"holds {', '.join(sorted(p.parent.name for p in directory.glob('*/corpus.jsonl'))) or 'no collection'}"
+        if (directory / "corpus.jsonl").is_file():
+            there = "is a collection itself, name the folder above it"
+        if not directory.is_dir():
+            raise UserError(
+                f"{at(directory)}: {no_such('folder', directory)} of collections, with a folder {language} in it"
+            )
+        raise UserError(f"{at(folder)}: {no_such('folder', folder)}; {directory} {there}")
     return folder

@@ -9,7 +9,8 @@ from clpl_moe.common.errors import UserError
 from clpl_moe.data.dataset import CLPLTrainDataset
 from clpl_moe.data.lengths import Count, sample, token_counter
 from clpl_moe.encoder.adapter import whole_model
-from clpl_moe.encoder.load import is_2024_checkpoint, read_config, refuse_unloadable, tokenizer_of
+from clpl_moe.encoder.hub import asked
+from clpl_moe.encoder.load import is_2024_checkpoint, read_config, refuse_unloadable, tokenizer_of, try_tokenizer
 from clpl_moe.encoder.settings import check_lengths
 from clpl_moe.moe.config import MoEConfig
 from clpl_moe.moe.modeling_clpl_moe import MOE_CLASSES
@@ -94,7 +95,9 @@ def _meta_encoder(args: CLPLModelArguments, training_args: CLPLTrainingArguments
                 encoder = encoder_class(config_class.from_dict(known), add_pooling_layer=False)
             else:
                 place, hub = whole_model(args.model_name_or_path, args.hub)
-                config = AutoConfig.from_pretrained(place, trust_remote_code=args.trust_remote_code, **hub)
+                config = AutoConfig.from_pretrained(
+                    place, trust_remote_code=args.trust_remote_code, **asked(hub, place)
+                )
                 encoder = AutoModel.from_config(config, trust_remote_code=args.trust_remote_code)
             if is_2024_checkpoint(values):
                 target = values.get("moe") or "intermediate"
@@ -106,7 +109,9 @@ def _meta_encoder(args: CLPLModelArguments, training_args: CLPLTrainingArguments
 def _tokenizer(args: CLPLModelArguments) -> PreTrainedTokenizerBase | None:
     try:
         name, hub = tokenizer_of(args.model_name_or_path, args.tokenizer_name, args.hub)
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code, **hub)
+        found = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code, **asked(hub, name))
+        try_tokenizer(found)
+        return found
     except Exception:  # the real run says what is wrong with it; lengths can be guessed
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clpl_moe.common.cli import parse
@@ -74,15 +75,20 @@ def open_reading(arguments: ValidateArguments) -> tuple[list[str], Reading]:
     return data.train_data, Reading(count, limits, prompts, required)
 
 
-def _load_counter(name: str, **hub: Any) -> Count:
+def _load_counter(name: str, *, trust_remote_code: bool = False, **hub: Any) -> Count:
     """A function that counts the tokens of texts, special ones included, as a model's tokenizer makes them."""
     from transformers import AutoTokenizer
 
     from clpl_moe.data.lengths import token_counter
-    from clpl_moe.encoder.load import try_tokenizer
+    from clpl_moe.encoder.hub import asked
+    from clpl_moe.encoder.load import not_found, try_tokenizer
+    from clpl_moe.encoder.weights import find_file
 
+    files = ("tokenizer_config.json", "tokenizer.json", "config.json")
+    if not Path(name).exists() and not any(find_file(name, file, hub) for file in files):
+        raise not_found(name, hub)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **asked(hub, name))
         try_tokenizer(tokenizer)
     except Exception as error:  # the tokenizers library raises plain ones
         reason = str(error).strip().partition("\n")[0]

@@ -164,7 +164,7 @@ def test_missing_folders_and_splits(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "sources to prepare from: found none, set one of beir, hub, ir_dataset, miracl and squad"),
+        ([], "sources to prepare from: found none, set one of beir, hub, ir_dataset, miracl or squad"),
         (["--beir", "x"], "--language: missing"),
         (
             ["--squad", "x.json", "--language", "ko", "--splits", "dev"],

@@ -276,7 +276,7 @@ def test_existing_collection_stays_unless_asked_and_when_the_source_is_broken(tm
         ({"miracl": "yo", "splits": "train dev"}, "--splits: MIRACL has no train queries in yo, expected dev alone"),
         ({"dev_share": 0.5}, "--dev_share: goes with squad, not with miracl"),
         ({"seed": 1}, "--seed: goes with squad, not with miracl"),
-        ({"beir": "x"}, "found beir and miracl, set one of beir, hub, ir_dataset, miracl and squad"),
+        ({"beir": "x"}, "found beir and miracl, set one of beir, hub, ir_dataset, miracl or squad"),
         ({"language": "a/b"}, "expected the name of a folder"),
     ],
 )

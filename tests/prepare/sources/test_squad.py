@@ -144,6 +144,11 @@ def test_faults_name_the_place_and_write_nothing(tmp_path, capsys, name):
 def test_missing_and_binary_files(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_squad(tmp_path / "a.json")
+    with pytest.raises(UserError, match="found a folder, expected a file"):
+        read_squad(tmp_path)
+    (tmp_path / "a.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="Git LFS's pointer"):
+        read_squad(tmp_path / "a.json")
     (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
         read_squad(tmp_path / "a.json")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from clpl_moe.common.compressed import plain_name
-from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.errors import UserError, at, no_such
 from clpl_moe.common.options import option
 from clpl_moe.prepare.files import collect_queries, read_passages, read_qrels, read_texts
 from clpl_moe.prepare.source import Passage, Source, Split, register_source
@@ -42,7 +42,7 @@ class Beir(Source):
 
     def read_splits(self) -> dict[str, Split]:
         if not Path(self.beir).is_dir():
-            raise UserError(f"{at(self.beir)}: no such folder, expected one in BEIR's layout")
+            raise UserError(f"{at(self.beir)}: {no_such('folder', self.beir)} in BEIR's layout")
         self._find("corpus.jsonl")
         path, qrels = self._find("queries.jsonl"), self._find_qrels()
         texts = ((number, i, record["text"]) for number, i, record in read_texts(path, self.id_field))

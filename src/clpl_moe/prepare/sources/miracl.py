@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
-from clpl_moe.common.errors import OptionError, UserError, at
+from clpl_moe.common.errors import OptionError, UserError, at, no_such
 from clpl_moe.common.options import option
 from clpl_moe.prepare.files import collect_queries, read_passages, read_qrels, read_table
 from clpl_moe.prepare.source import Passage, Source, Split, register_source
@@ -82,7 +82,9 @@ class Miracl(Source):
         corpus, queries = self._download() if self.source is None else (Path(self.source), Path(self.source))
         for folder in (corpus, queries):
             if not folder.is_dir():
-                raise UserError(f"{at(folder)}: no such folder; expected one with\n{self._placement(folder)}")
+                raise UserError(
+                    f"{at(folder)}: {no_such('folder', folder)}; expected one with\n{self._placement(folder)}"
+                )
         missing, found = [], {}
         for split in self.splits or ():
             topics, qrels = (

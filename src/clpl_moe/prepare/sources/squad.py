@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from clpl_moe.common.compressed import refuse_utf16
-from clpl_moe.common.errors import OptionError, UserError, at, type_name
+from clpl_moe.common.compressed import refuse_pointer, refuse_utf16
+from clpl_moe.common.errors import OptionError, UserError, at, no_such, type_name
 from clpl_moe.common.files import LONE_SURROGATE, has_lone_surrogates, json_fault, parse_json
 from clpl_moe.common.options import option
 from clpl_moe.prepare.articles import Article, Question, make_collection
@@ -52,8 +52,9 @@ def read_squad(path: str | Path) -> list[Article]:
     """The articles of one file; :class:`UserError` with the place of a fault, as in ``data[3].paragraphs[0].context``."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{at(path)}: no such file")
+        raise UserError(f"{at(path)}: {no_such('file', path)}")
     raw = path.read_bytes()
+    refuse_pointer(path, raw)
     refuse_utf16(path, raw)
     try:
         content = parse_json(raw)
