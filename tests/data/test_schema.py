@@ -5,7 +5,7 @@ import pytest
 
 from clpl_moe.common.errors import UserError
 from clpl_moe.data.formats import data_files
-from clpl_moe.data.schema import find_faults, normalise, read_examples
+from clpl_moe.data.schema import checked_lines, find_faults, normalise, read_examples
 from helpers.tiny_training import arguments, make_triplets, refused
 
 GOOD = {"query": "q", "pos": ["p"], "neg": ["n", "m"], "neg_q": ["a", None]}
@@ -76,6 +76,19 @@ def test_each_fault_has_one_message_with_file_and_line(tmp_path, change, message
         list(read_examples(path))
     assert str(error.value).startswith(f"{path}:2: {message}")
     assert "\n" not in str(error.value)
+
+
+def test_other_names_of_the_fields_are_asked_for_once(tmp_path):
+    path = write(tmp_path / "data.jsonl", {"input": "q", "output": "p"}, {"input": "r", "output": "s"})
+    first, second = ([*line.faults] for line in checked_lines(data_files([str(path)])[0]))
+    hint = f"; the line has input, output; if these are other names, write {path},query=NAME,pos=NAME"
+    assert first == [f"field 'query': is missing, expected a string{hint}", *second[1:]]
+    assert second[0] == "field 'query': is missing, expected a string"
+    named = data_files([f"{path},query=input,pos=output"])[0]
+    assert [(x["query"], x["pos"]) for x in read_examples(named)] == [("q", ["p"]), ("r", ["s"])]
+    path = write(tmp_path / "data.jsonl", GOOD, changed({"pos": ...}))  # these are the names
+    with pytest.raises(UserError, match=r":2: field 'pos': is missing, expected a list of strings$"):
+        list(read_examples(path))
 
 
 @pytest.mark.parametrize(

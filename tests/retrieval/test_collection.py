@@ -54,7 +54,12 @@ def test_load(tmp_path):
         ("corpus", [], "corpus.jsonl", "empty"),
         ("corpus", ['{"id": "a", "text": "\\ud83d"}'], "corpus.jsonl:1", "half of a surrogate pair"),
         ("corpus", [{"text": "x"}], "corpus.jsonl:1: field 'id'", "missing"),
-        ("corpus", [{"id": 1.5, "text": "x"}], "corpus.jsonl:1: field 'id'", "found float, expected a string"),
+        (
+            "corpus",
+            [{"id": 1.5, "text": "x"}],
+            "corpus.jsonl:1: field 'id'",
+            "found float, expected a string or a whole number",
+        ),
         ("corpus", [{"id": "a b", "text": "x"}], "corpus.jsonl:1: field 'id'", "white space"),
         ("corpus", [{"id": "", "text": "x"}], "corpus.jsonl:1: field 'id'", "white space"),
         ("corpus", [{"id": "a\0b", "text": "x"}], "corpus.jsonl:1: field 'id'", "found 'a\\x00b'"),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clpl_moe.common.cli import command_name
-from clpl_moe.common.errors import UserError
+from clpl_moe.common.errors import UserError, shorten
 from clpl_moe.data.columns import rename
 from clpl_moe.data.formats import DataFile, Line
 
@@ -82,7 +82,17 @@ def checked_lines(file: DataFile, *, scores_required: bool = False) -> Iterator[
         if line.record is not None:
             found = find_faults(line.record, scores_required=scores_required)
             line.faults += [rename(fault, line.origin) for fault in found]
+            if line.number == 1 and line.faults and "is missing" in line.faults[0]:
+                line.faults[0] += _other_names(file, line.record)
         yield line
+
+
+def _other_names(file: DataFile, record: dict[str, Any]) -> str:
+    """How to name the fields of a file whose first line lacks one that it needs."""
+    if {"query", "pos"} <= record.keys():  # it lacks scores
+        return ""
+    there = shorten(", ".join(record), 100) or "{}"
+    return f"; the line has {there}; if these are other names, write {file.name},query=NAME,pos=NAME"
 
 
 def training_lines(files: Iterable[DataFile]) -> Iterator[tuple[str, dict[str, Any]]]:

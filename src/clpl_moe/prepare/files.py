@@ -12,7 +12,7 @@ from clpl_moe.common.compressed import naming_damage, open_bytes, plain_name
 from clpl_moe.common.errors import UserError, at
 from clpl_moe.common.files import is_blank, parse_line
 from clpl_moe.prepare.source import Passage
-from clpl_moe.retrieval.collection import check_id, check_relevance, read_id, read_relevance
+from clpl_moe.retrieval.collection import ID, check_id, check_relevance, read_id, read_relevance
 
 # TREC's files have no other between their fields: an id may hold a space that does not break.
 _ASCII_SPACE = re.compile(r"[ \t\v\f\r]+")
@@ -49,7 +49,9 @@ def read_texts(path: Path, id_field: str, bar: Any = None) -> Iterator[tuple[int
                 record[name] = ""
             elif not isinstance(record.get(name), str):
                 found = f"{record[name]!r:.50}" if name in record else f"only {', '.join(record) or '{}'}"
-                raise UserError(f"{at(path, number, name)}: found {found}, expected a string")
+                raise UserError(
+                    f"{at(path, number, name)}: found {found}, expected {ID if name == id_field else 'a string'}"
+                )
         check_id(record[id_field], path, number, id_field)
         yield number, record[id_field], record
 
@@ -154,5 +156,5 @@ def _json_judgements(path: Path, fields: Sequence[str]) -> _Judgements:
         for place, name in ((0, fields[0]), (1, fields[-2])):
             values[place] = read_id(values[place])
             if not isinstance(values[place], str):
-                raise UserError(f"{at(path, number, name)}: found {values[place]!r:.50}, expected a string")
+                raise UserError(f"{at(path, number, name)}: found {values[place]!r:.50}, expected {ID}")
         yield number, (values[0], values[1], values[2])

@@ -212,6 +212,9 @@ def is_id(value: Any) -> bool:
     return isinstance(value, str) and value != "" and _CUTS_IDS.search(value) is None
 
 
+ID = "a string or a whole number"  # what messages expect
+
+
 def read_id(value: Any) -> Any:
     """An id as a string; many files have numbers."""
     return str(value) if type(value) is int else value
@@ -336,7 +339,7 @@ def _warn_of_gaps(
 def _identifier(path: str | Path, line: int, record: dict[str, Any], name: str) -> str:
     if name in record:
         record[name] = read_id(record[name])
-    identifier = _get(path, line, record, name, str, "a string")
+    identifier = _get(path, line, record, name, str, ID)
     check_id(identifier, path, line, name)
     return identifier
 

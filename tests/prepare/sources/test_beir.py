@@ -81,7 +81,7 @@ FAULTS = {
     "number as id": (
         "queries.jsonl",
         append('{"_id": 9.5, "text": "x"}\n'),
-        ":5: field '_id': found 9.5, expected a string",
+        ":5: field '_id': found 9.5, expected a string or a whole number",
     ),
     "unknown query": ("qrels/train.tsv", append("q9\td1\t1\n"), "train.tsv:5: field 'query-id': 'q9' is not an id of "),
     "score": (

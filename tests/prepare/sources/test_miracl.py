@@ -191,7 +191,11 @@ FAULTS = {
     "git lfs": (PART, lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "`git lfs pull`"),
     "not JSON": (PART, lambda path: path.write_bytes(gzip.compress(b'{"docid": 1\n')), "docs-1.jsonl.gz:1: not JSON"),
     "no id": (PART, rewrite(passage(1), {"id": "1", "text": "x"}), ":2: field 'docid': found only id, text"),
-    "id type": (PART, rewrite(passage(1, docid=[7])), ":1: field 'docid': found [7], expected a string"),
+    "id type": (
+        PART,
+        rewrite(passage(1, docid=[7])),
+        ":1: field 'docid': found [7], expected a string or a whole number",
+    ),
     "id space": (PART, rewrite(passage(1, docid="7 #1")), "found '7 #1', expected an id without white space"),
     "no text": (PART, rewrite(passage(1, text=None)), ":1: field 'text': found None, expected a string"),
     "title": (PART, rewrite(passage(1, title=["x"])), ":1: field 'title': found ['x'], expected a string"),

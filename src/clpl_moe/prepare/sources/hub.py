@@ -21,7 +21,7 @@ from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.hub_data import config_names, load_rows
 from clpl_moe.common.options import option
 from clpl_moe.prepare.source import Passage, Source, Split, register_source
-from clpl_moe.retrieval.collection import check_id, check_relevance, read_id, read_relevance
+from clpl_moe.retrieval.collection import ID, check_id, check_relevance, read_id, read_relevance
 
 _NAMES = {"corpus": ("corpus",), "queries": ("queries",), "judgements": ("default", "qrels")}
 _FIELDS = {"id": ("_id", "id"), "query": ("query-id", "query_id"), "passage": ("corpus-id", "corpus_id")}
@@ -98,7 +98,7 @@ class Hub(Source):
             raise UserError(f"{at(place, field=_FIELDS[kind][0])}: missing; there are {', '.join(row)}")
         identifier = read_id(row[name])
         if not isinstance(identifier, str):
-            raise UserError(f"{at(place, field=name)}: found {row[name]!r:.50}, expected a string")
+            raise UserError(f"{at(place, field=name)}: found {row[name]!r:.50}, expected {ID}")
         check_id(identifier, place, None, name)
         return identifier
 
