@@ -19,5 +19,5 @@ def test_scripts_are_counted_over_all_blocks(monkeypatch):
 
 def test_a_file_without_a_good_line_has_a_table():
     rows = list(table(FileReport(Path("t.jsonl"), 2, 1, figures=Figures(Reading()))))
-    assert rows == ["  examples  0", "  faults    2 in 1 lines, which the rest of this table leaves out"]
+    assert rows == ["  examples  0", "  faults    2 in 1 line, which the rest of this table leaves out"]
     assert not list(table(FileReport(Path("t.jsonl"), 1)))

@@ -148,7 +148,8 @@ def table(report: FileReport) -> Iterator[str]:
         return
     rows = {"examples": f"{figures.examples:,}", "faults": f"{report.faults:,}"}
     if report.faults:
-        rows["faults"] += f" in {report.faulty_lines:,} lines, which the rest of this table leaves out"
+        lines = f"{report.faulty_lines:,} line{'s' * (report.faulty_lines != 1)}"
+        rows["faults"] += f" in {lines}, which the rest of this table leaves out"
     if figures.examples:
         for kind, name in (("pos", "positives"), ("neg", "negatives")):
             counts = np.array(figures.per_query[kind])
