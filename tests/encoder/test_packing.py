@@ -8,6 +8,7 @@ from clpl_moe.encoder import packing
 from clpl_moe.encoder.packing import PackedTexts, can_pack, embed_packed
 from clpl_moe.encoder.settings import pool
 from clpl_moe.moe.balance import pop_router_terms, track_routers
+from clpl_moe.moe.install import layer_states
 from helpers.tiny import DENSE_CLASSES, checkpoint_gradients, make_encoder, make_moe
 
 POOLINGS = ["cls", "mean", "last_token"]
@@ -218,7 +219,7 @@ def test_encoder_is_left_as_it_was():
     assert encoder.config.to_dict() == config
     assert encoder.config._attn_implementation == implementation
     assert encoder.training
-    assert all(not state.is_running() for _, state, _ in packing.layer_states(encoder))
+    assert all(not state.is_running() for _, state, _ in layer_states(encoder))
 
 
 def test_other_encoders_are_padded():

@@ -399,7 +399,7 @@ def _flash_fits(encoder: StockEncoder, device: torch.device) -> bool:
 @contextlib.contextmanager
 def _running(encoder: StockEncoder) -> Iterator[None]:
     """Tells experts that this is the pass itself, and not what checkpointing repeats of it."""
-    halves = [half for layer in _layers(encoder) for half in (layer.intermediate, layer.output)]
+    halves: list[Any] = [half for layer in _layers(encoder) for half in (layer.intermediate, layer.output)]
     states = [half.state for half in halves if hasattr(half, "router")]
     for state in states:
         state.set_running(True)
