@@ -123,7 +123,7 @@ def compare(
 ) -> dict[str, Any]:
     ours, theirs = found[row], found[reference]
     rng = np.random.default_rng(1)
-    line: dict[str, Any] = {"row": row, "reference": reference, "languages": {}}
+    line: dict[str, Any] = {"row": row, "reference": reference, "seeds": 0, "languages": {}}
     drawn, of_all, means = None, [], []
     for language, answers in of.items():
         sums, counts, common = gaps(ours, theirs, language, seeds, answers)

@@ -37,11 +37,12 @@ def test_values_of_queries_stay_when_their_runs_are_gone(tmp_path, monkeypatch):
         (folder / "results" / "per_query.csv").write_text("\n".join(lines))
 
     def differences(*seeds):
-        argv = ["compare.py", tmp_path / "runs", tmp_path / "out.json", "a-base", "--seeds", *seeds]
+        argv = ["compare.py", tmp_path / "runs", tmp_path / "out.json", "a-base", "not-yet", "--seeds", *seeds]
         argv += ["--collection", tmp_path, "--languages", "ko", "--values", tmp_path / "values.json"]
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         compare.main()
-        (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+        row, without_runs = json.loads((tmp_path / "out.json").read_text())["rows"]
+        assert without_runs["seeds"] == 0
         return row["languages"]["ko"]["by_seed"], row["languages"]["ko"]["interval"]
 
     monkeypatch.setattr(compare, "passages", lambda *_: {"q0": "p0", "q1": "p1", "q2": "p2"})
