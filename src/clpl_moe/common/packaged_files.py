@@ -31,8 +31,8 @@ def find_config(name: str | Path) -> Path:
             return found
     if path.as_posix() in packaged_configs():
         return _CONFIGS / beside
-    found = "found a folder, expected a config file" if name != "" and path.is_dir() else "no such config file"
-    raise UserError(f"{at(path)}: {found}; packaged ones are {', '.join(packaged_configs())}")
+    fault = "found a folder, expected a config file" if name != "" and path.is_dir() else "no such config file"
+    raise UserError(f"{at(path)}: {fault}; packaged ones are {', '.join(packaged_configs())}")
 
 
 def with_packaged_samples(config: Path, values: dict[str, Any]) -> dict[str, Any]:

@@ -102,9 +102,9 @@ def read_trec_run(path: str | Path, collection: Collection | None = None) -> dic
         except ValueError:  # of UTF-8, too
             found, expected = raw.strip().decode(errors="replace"), "'query-id Q0 passage-id rank score tag'"
             raise UserError(f"{at(path, number)}: found {found!r}, expected {expected}") from None
-        if passage_id in (found := run.setdefault(query_id, {})):
+        if passage_id in (ranked := run.setdefault(query_id, {})):
             raise UserError(f"{at(path, number)}: the passage '{passage_id}' stands twice for the query '{query_id}'")
-        found[passage_id] = float(score)
+        ranked[passage_id] = float(score)
     if collection is not None:
         _refuse_unknown(path, run, collection)
     return run
