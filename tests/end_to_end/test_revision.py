@@ -102,7 +102,7 @@ def test_mine_and_its_reranker(hub, tmp_path, monkeypatch):
 def test_validate_counts_the_tokens_of_a_revision(hub, tmp_path):
     data = write_triplets(tmp_path / "t.jsonl", 6)
     validate(train_data=[str(data)], tokenizer=NAME, revision="v1")
-    with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
+    with pytest.raises(UserError, match="nor a model that could be fetched from the hub at revision v9"):
         validate(train_data=[str(data)], tokenizer=NAME, revision="v9")
     with pytest.raises(UserError, match="revision: is for tokenizer"):
         validate(train_data=[str(data)], revision="v1")

@@ -299,7 +299,7 @@ def test_prompts_are_used_but_not_written(tiny_encoder, tmp_path):
         ({"sampling_temperature": 1}, "--sampling_temperature: goes with sampling score, not with top"),
         ({"margin": 0.1, "sampling": "corpus"}, "--margin: goes with a sampling that ranks passages, not with corpus"),
         ({"quantize": "binary", "sampling": "corpus"}, "--quantize: goes with a search, and here is none"),
-        ({"reranker": "/nowhere/reranker"}, "--reranker: /nowhere/reranker cannot be loaded"),
+        ({"reranker": "/nowhere/reranker"}, "--reranker: /nowhere/reranker: neither a folder here nor a model"),
     ],
 )
 def test_mistakes_end_in_a_message(tiny_encoder, tmp_path, capsys, options, words):

@@ -34,7 +34,7 @@ _HE_WITH_HAMZA = re.compile("\u06c0|\u0647\u0654+")
 _LETTERS = {"\u064a": "\u06cc", "\u0649": "\u06cc", "\u0643": "\u06a9", "\u06c0": "\u0647", "\u066a": "%"}
 _MADDA_AND_HAMZA = range(0x0653, 0x0656)
 # Invisible, though letters or marks by category: the tatweel, a grapheme joiner, fillers of Hangul, variation selectors.
-_INVISIBLE = (0x0640, 0x034F, 0x115F, 0x1160, *range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))
+_INVISIBLE = {0x0640, 0x034F, 0x115F, 0x1160, *range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
 
 
 def text_key(text: str) -> str:
