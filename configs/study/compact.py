@@ -121,7 +121,7 @@ def sentence_transformers(output: Path, of_machine: Path, *sources: Path) -> Non
     for line in lines:
         del line["queries"]
         line["metrics"] = {name: round(value, 4) for name, value in line["metrics"].items()}
-    question = "sentence-transformers' trainer on the same training files: seed 1 tunes, the best setting of a loss has more seeds"
+    question = "sentence-transformers' trainer on the same training files: on dev, seed 1 tunes, and the best setting of a loss has more"
     write_json(output, {"question": question, **machine(of_machine), "lines": lines})
 
 

@@ -1,9 +1,9 @@
 """How far rows of a comparison by `ablate` differ, with intervals over seeds and queries.
 
     python configs/study/compare.py RUNS OUTPUT.json ROW-REFERENCE [ROW-REFERENCE ...] [--seeds 11 12 13] [--split test]
-        [--values VALUES.json]
+        [--values VALUES.json] [--sentence_transformers LINES.jsonl ...]
 
-VALUES.json gets the value of each query in RUNS, and keeps those of runs whose folders are gone: a study can go on elsewhere.
+LINES.jsonl are of `sentence_transformers_rows.py`, and make the row `sentence_transformers`. VALUES.json gets the value of each query in RUNS, and keeps those of runs whose folders are gone: a study can go on elsewhere.
 
 A row is paired with its reference: same language, seed and query. The interval has 95% of 10,000 bootstrap draws of seeds and
 of passages with all their queries, as queries of one passage rise and fall together. Both rows get the same draws. The base
@@ -37,6 +37,15 @@ def read(runs: Path, row: str) -> Values:
             with (path.parent / "results/per_query.csv").open(encoding="utf-8", newline="") as file:
                 values = {line["query_id"]: float(value_of(line)) for line in csv.DictReader(file)}
             found.setdefault(run["language"], {})[run["seed"]] = values
+    return found
+
+
+def read_lines(paths: list[Path], split: str) -> Values:
+    """The values of each query in files of `sentence_transformers_rows.py`."""
+    found: Values = {}
+    for line in (json.loads(text) for path in paths for text in path.open(encoding="utf-8")):
+        if line["split"] == split:
+            found.setdefault(line["language"], {})[line["seed"]] = line["queries"]
     return found
 
 
@@ -165,10 +174,13 @@ def main() -> None:
     parser.add_argument("--languages", nargs="*", default=["korquad_ko", "pquad_fa"])
     parser.add_argument("--split", default="dev")
     parser.add_argument("--values", type=Path)
+    parser.add_argument("--sentence_transformers", nargs="*", type=Path, default=[])
     arguments = parser.parse_args()
     of = {language: passages(arguments.collection, language, arguments.split) for language in arguments.languages}
     pairs = [pair.split("-") for pair in arguments.pairs]
     found = {row: read(arguments.runs, row) for row in dict.fromkeys(name for pair in pairs for name in pair)}
+    if "sentence_transformers" in found:
+        found["sentence_transformers"] = read_lines(arguments.sentence_transformers, arguments.split)
     if arguments.values is not None:
         found = keep(arguments.values, found, of)
     lines = [compare(found, row, reference, arguments.seeds, of) for row, reference in pairs]

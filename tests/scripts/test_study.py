@@ -5,6 +5,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "configs" / "study"))
 import compare
 import tune
@@ -37,16 +39,20 @@ def test_values_of_queries_stay_when_their_runs_are_gone(tmp_path, monkeypatch):
         (folder / "results" / "per_query.csv").write_text("\n".join(lines))
 
     def differences(*seeds):
-        argv = ["compare.py", tmp_path / "runs", tmp_path / "out.json", "a-base", "not-yet", "--seeds", *seeds]
+        argv = ["compare.py", tmp_path / "runs", tmp_path / "out.json", "a-base", "a-sentence_transformers", "not-yet"]
+        argv += ["--sentence_transformers", tmp_path / "st.jsonl", "--seeds", *seeds]
         argv += ["--collection", tmp_path, "--languages", "ko", "--values", tmp_path / "values.json"]
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         compare.main()
-        row, without_runs = json.loads((tmp_path / "out.json").read_text())["rows"]
+        row, other, without_runs = json.loads((tmp_path / "out.json").read_text())["rows"]
         assert without_runs["seeds"] == 0
+        assert other["languages"]["ko"]["difference"] == pytest.approx(0.25)
         return row["languages"]["ko"]["by_seed"], row["languages"]["ko"]["interval"]
 
     monkeypatch.setattr(compare, "passages", lambda *_: {"q0": "p0", "q1": "p1", "q2": "p2"})
     monkeypatch.setattr(compare, "similarities", lambda *_: {})
+    st = {"language": "ko", "seed": 11, "split": "dev", "queries": {"q0": 0.5, "q1": 0.25, "q2": 0.25}}
+    (tmp_path / "st.jsonl").write_text(json.dumps(st) + "\n" + json.dumps(st | {"split": "test", "queries": {}}))
     add("base", None, [0.5, 0.25, 1])
     add("a", 11, [0.6, 0.35, 0.8])
     first = differences(11)
