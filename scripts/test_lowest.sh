@@ -17,7 +17,7 @@ if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     if [ -n "${TORCH:-}" ]; then
         # What belongs to the lowest torch does not fit another one.
         sed -i -E '/^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==/d' "$lowest"
-        echo "$TORCH" >> "$lowest"
+        printf '%s\n' "$TORCH" triton >> "$lowest"
     fi
     python -m pip install --quiet --disable-pip-version-check --requirement "$lowest" hatchling editables
     python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .

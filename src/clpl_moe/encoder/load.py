@@ -56,6 +56,8 @@ def load_encoder(
         model = _load_2024(path, config, hub)
     else:
         kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **asked(hub, path)}
+        if kwargs.get("local_files_only"):  # the lowest version asks the hub for an adapter otherwise
+            kwargs["adapter_kwargs"] = {"local_files_only": True}
         if model_type in {_model_type(c) for pair in MOE_CLASSES.items() for c in pair}:
             kwargs["add_pooling_layer"] = any(".pooler." in f".{key}" for key in keys)
         with refuse_unloadable(path, "encoder", trust_remote_code), no_bar_of_weights():
