@@ -3,7 +3,8 @@
     python configs/study/compare.py RUNS OUTPUT.json ROW-REFERENCE [ROW-REFERENCE ...] [--seeds 11 12 13] [--split test]
         [--values VALUES.json] [--sentence_transformers LINES.jsonl ...]
 
-LINES.jsonl are of `sentence_transformers_rows.py`, and make the row `sentence_transformers`. VALUES.json gets the value of each query in RUNS, and keeps those of runs whose folders are gone: a study can go on elsewhere.
+LINES.jsonl are of `sentence_transformers_rows.py`, and make the row `sentence_transformers`. VALUES.json gets the value of each
+query in RUNS, and keeps those of runs whose folders are gone: a study can go on elsewhere.
 
 A row is paired with its reference: same language, seed and query. The interval has 95% of 10,000 bootstrap draws of seeds and
 of passages with all their queries, as queries of one passage rise and fall together. Both rows get the same draws. The base

@@ -163,11 +163,10 @@ def _signal_again(hook: Callable[[Any], object], unraisable: Any) -> None:
     interrupted = issubclass(unraisable.exc_type, KeyboardInterrupt)
     if interrupted or getattr(unraisable.exc_value, "code", None) == 128 + signal.SIGTERM:
         number = signal.SIGINT if interrupted else signal.SIGTERM
-        sent = False
-        while not sent:
+        while True:
             try:
                 threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # not while this function runs
-                sent = True
+                break
             except KeyboardInterrupt:  # it did run longer, on a busy machine
                 continue
     else:

@@ -121,6 +121,11 @@ def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
     return check_config(read_json(file, dict), at(file))
 
 
+def is_nowhere(name: str, hub: dict[str, Any], *files: str) -> bool:
+    """Whether neither this disk nor the hub has a model of this name, known by any of the ``files``."""
+    return not Path(name).exists() and not any(find_file(name, file, hub) for file in files)
+
+
 def not_found(path: str | Path, hub: dict[str, Any]) -> UserError:
     """What to raise where neither this disk nor the hub has a model of this name."""
     revision = f" at revision {hub['revision']}" if hub.get("revision") else ""

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clpl_moe.common.errors import OptionError, UserError, one_line
 from clpl_moe.encoder.hub import asked
-from clpl_moe.encoder.load import not_found, try_tokenizer
-from clpl_moe.encoder.weights import find_file, no_bar_of_weights
+from clpl_moe.encoder.load import is_nowhere, not_found, try_tokenizer
+from clpl_moe.encoder.weights import no_bar_of_weights
 from clpl_moe.llm.backends import Answer, Done, Question
 from clpl_moe.llm.options import AskingArguments
 
@@ -26,7 +26,7 @@ class LocalModel:
         hub = {"revision": arguments.revision}
         if arguments.revision is not None and Path(model).is_dir():
             raise OptionError("revision", f"{model} is a folder here, which has none")
-        if not Path(model).exists() and find_file(model, "config.json", hub) is None:
+        if is_nowhere(model, hub, "config.json"):
             raise not_found(model, hub)
         code: dict[str, Any] = {"trust_remote_code": trust_remote_code, **asked(hub, model)}
         try:

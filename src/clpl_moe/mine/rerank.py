@@ -15,9 +15,9 @@ from clpl_moe.common.files import atomic_open
 from clpl_moe.encoder.cut import cut_texts
 from clpl_moe.encoder.folder import refuse_own_code
 from clpl_moe.encoder.hub import asked
-from clpl_moe.encoder.load import not_found, try_tokenizer
+from clpl_moe.encoder.load import is_nowhere, not_found, try_tokenizer
 from clpl_moe.encoder.settings import max_positions
-from clpl_moe.encoder.weights import find_file, model_fingerprint, no_bar_of_weights
+from clpl_moe.encoder.weights import model_fingerprint, no_bar_of_weights
 from clpl_moe.mine.index import PassageIndex
 from clpl_moe.mine.rank import Candidate, MiningQuery
 from clpl_moe.retrieval.collection import hash_texts
@@ -38,7 +38,7 @@ class Reranker:
         if revision is not None and Path(name).is_dir():
             raise OptionError("reranker_revision", f"{name} is a folder here, which has none")
         hub = {"revision": revision}
-        if not Path(name).exists() and find_file(name, "config.json", hub) is None:
+        if is_nowhere(name, hub, "config.json"):
             raise OptionError("reranker", str(not_found(name, hub)))
         if not trust_remote_code:
             refuse_own_code(name, hub)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clpl_moe.common.cli import parse
@@ -81,11 +80,9 @@ def _load_counter(name: str, *, trust_remote_code: bool = False, **hub: Any) -> 
 
     from clpl_moe.data.lengths import token_counter
     from clpl_moe.encoder.hub import asked
-    from clpl_moe.encoder.load import not_found, try_tokenizer
-    from clpl_moe.encoder.weights import find_file
+    from clpl_moe.encoder.load import is_nowhere, not_found, try_tokenizer
 
-    files = ("tokenizer_config.json", "tokenizer.json", "config.json")
-    if not Path(name).exists() and not any(find_file(name, file, hub) for file in files):
+    if is_nowhere(name, hub, "tokenizer_config.json", "tokenizer.json", "config.json"):
         raise not_found(name, hub)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **asked(hub, name))
