@@ -149,6 +149,32 @@ def test_ctrl_c_is_not_lost_while_python_removes_an_object(capfd, monkeypatch, b
     assert time.monotonic() - started < 10
 
 
+def test_sigterm_is_not_lost_while_python_removes_an_object():
+    """It comes again, and what is unfinished is put in order then."""
+    code = """if True:
+        import os, signal, time
+        from clpl_moe.common.errors import command
+
+        class Slow:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                for _ in range(1000):
+                    pass
+
+        @command
+        def main():
+            try:
+                Slow()
+                time.sleep(60)
+            finally:
+                print("in order")
+
+        main()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "in order\n", "terminated\n")
+
+
 def test_a_command_shows_a_warning_without_the_line_of_code():
     code = (
         "import warnings; from clpl_moe.common.errors import command; command(lambda: warnings.warn('a\\x1b thing'))()"

@@ -163,6 +163,8 @@ def _signal_again(hook: Callable[[Any], object], unraisable: Any) -> None:
     interrupted = issubclass(unraisable.exc_type, KeyboardInterrupt)
     if interrupted or getattr(unraisable.exc_value, "code", None) == 128 + signal.SIGTERM:
         number = signal.SIGINT if interrupted else signal.SIGTERM
+        if not interrupted:  # the first one has left the default, which ends the process with all that is unfinished
+            signal.signal(number, functools.partial(_terminate, told=True))
         while True:
             try:
                 threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # not while this function runs
@@ -173,7 +175,8 @@ def _signal_again(hook: Callable[[Any], object], unraisable: Any) -> None:
         hook(unraisable)
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
+def _terminate(number: int, frame: object, told: bool = False) -> NoReturn:
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-    os.write(2, b"terminated\n")
+    if not told:
+        os.write(2, b"terminated\n")
     raise SystemExit(128 + number)
