@@ -24,6 +24,13 @@ def test_on_a_cpu_freed_memory_is_kept(tiny_encoder, data, tmp_path, monkeypatch
     assert calls == [True]
 
 
+def test_of_a_model_that_is_nowhere_only_that_is_told(data, tmp_path, capsys, caplog):
+    for dry_run in (False, True):
+        err = refused(arguments("no/where", data, tmp_path / "run", use_cpu=True, dry_run=dry_run), capsys)
+        assert "error: no/where: neither a folder here nor a model" in err
+    assert not caplog.records
+
+
 def test_push_to_hub_without_network(tiny_encoder, data, tmp_path, capsys):
     err = refused(arguments(tiny_encoder, data, tmp_path / "run", push_to_hub=True, hub_model_id="a/b"), capsys)
     assert "error: push_to_hub: the hub does not open the repository" in err

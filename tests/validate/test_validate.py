@@ -112,6 +112,14 @@ def test_figures(tmp_path, capsys):
     assert rows["pos"][-4:] == ["Latin", "69.2%,", "Hangul", "30.8%"]
 
 
+def test_of_a_tokenizer_that_is_nowhere_only_that_is_told(tmp_path, capsys, caplog):
+    write_jsonl(tmp_path / "train.jsonl", [{"query": "a", "pos": ["b"], "neg": ["c"]}])
+    code, _, err = run(capsys, tmp_path / "train.jsonl", "--tokenizer", "no/where")
+    assert (code, len(err)) == (2, 1)
+    assert err[0].startswith("error: no/where: neither a folder here nor a model")
+    assert not caplog.records
+
+
 def test_lengths_in_tokens_are_those_that_training_cuts(tiny_encoder, tiny_tokenizer, tmp_path, capsys):
     """By another way than validation's: with the limit, each cut text is exactly as long as it."""
     path = write_triplets(tmp_path / "t.jsonl", 30)

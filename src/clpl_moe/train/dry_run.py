@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -43,9 +45,10 @@ def plan_run(
     """Read config and data as training would, stop at the same faults, and estimate what the run takes."""
     check_optimizer(training_args)
     keep_options(model_args, data_args, training_args)
+    config, shape_source, reached = _config(model_args)
     resolve_settings(model_args, data_args, training_args)
     data = open_data(data_args, training_args)
-    encoder, shape_source, reached = _meta_encoder(model_args, training_args)
+    encoder = _meta_encoder(config, model_args, training_args)
     check_lengths(encoder, data_args.query_max_len, data_args.passage_max_len, model_args.model_name_or_path)
     check_dimensions(encoder, training_args)
     give_experts(encoder, model_args, data_args, training_args)
@@ -73,14 +76,20 @@ def plan_run(
     return plan
 
 
-def _meta_encoder(args: CLPLModelArguments, training_args: CLPLTrainingArguments) -> tuple[PreTrainedModel, str, bool]:
-    """The encoder with experts, shapes only; where its shape comes from; whether the model could be reached."""
+def _config(args: CLPLModelArguments) -> tuple[dict[str, Any], str, bool]:
+    """The encoder's config.json; where its shape comes from; whether the model could be reached."""
     try:
-        values, source, reached = read_config(args.model_name_or_path, **args.hub), "shape from its config.json", True
+        return read_config(args.model_name_or_path, **args.hub), "shape from its config.json", True
     except UserError:
         if args.model_name_or_path != "BAAI/bge-m3":
             raise
-        values, source, reached = _BGE_M3, "known shape, the hub was not reached", False
+        return _BGE_M3, "known shape, the hub was not reached", False
+
+
+def _meta_encoder(
+    values: dict[str, Any], args: CLPLModelArguments, training_args: CLPLTrainingArguments
+) -> PreTrainedModel:
+    """The encoder with experts, shapes only."""
     model_type = values.get("model_type")
     configs = [(c, c.config_class) for pair in MOE_CLASSES.items() for c in pair]
     classes = {config_class.model_type: (c, config_class) for c, config_class in configs if config_class is not None}
@@ -103,7 +112,7 @@ def _meta_encoder(args: CLPLModelArguments, training_args: CLPLTrainingArguments
                 target = values.get("moe") or "intermediate"
                 moe = MoEConfig(values["num_experts"], values["num_experts_per_tok"], target)
         add_experts(encoder, args, training_args, moe)
-    return encoder, source, reached
+    return encoder
 
 
 def _tokenizer(args: CLPLModelArguments) -> PreTrainedTokenizerBase | None:

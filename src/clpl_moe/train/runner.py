@@ -24,6 +24,7 @@ from clpl_moe.data.collator import CLPLCollator
 from clpl_moe.data.lengths import token_counter
 from clpl_moe.encoder import Encoder
 from clpl_moe.encoder.frozen_cache import set_frozen_cache
+from clpl_moe.encoder.load import read_config
 from clpl_moe.encoder.settings import check_lengths
 from clpl_moe.encoder.weights import resolved_revision
 from clpl_moe.loss import CLPLLoss
@@ -82,6 +83,7 @@ class CLPLRunner:
                 " CPU (configs/quickstart.yaml is made for that)"
             )
         check_optimizer(training_args)
+        read_config(model_args.model_name_or_path, **model_args.hub)  # of a model that is nowhere nothing else is told
         self.settings = resolve_settings(model_args, data_args, training_args)
         if training_args.use_cpu:
             keep_freed_memory()

@@ -40,11 +40,10 @@ def open_reading(arguments: ValidateArguments) -> tuple[list[str], Reading]:
             return arguments.train_data, Reading(limits=limits, scores_required=required)
         from clpl_moe.encoder.settings import read_settings
 
+        of_tokenizer = _load_counter(arguments.tokenizer, revision=arguments.revision)
         settings = read_settings(arguments.tokenizer, revision=arguments.revision)
         prompts = _by_kind(settings.query_prompt, settings.passage_prompt)
-        return arguments.train_data, Reading(
-            _load_counter(arguments.tokenizer, revision=arguments.revision), limits, prompts, required
-        )
+        return arguments.train_data, Reading(of_tokenizer, limits, prompts, required)
     from clpl_moe.train.arguments import CLPLDataArguments, CLPLModelArguments, CLPLTrainingArguments
     from clpl_moe.train.base_model import resolve_settings
 
@@ -57,7 +56,6 @@ def open_reading(arguments: ValidateArguments) -> tuple[list[str], Reading]:
     model, data, training = parse(
         [CLPLModelArguments, CLPLDataArguments, CLPLTrainingArguments], "clpl_moe.validate", "", argv
     )
-    settings = resolve_settings(model, data, training)
     hub = {**model.hub, "trust_remote_code": model.trust_remote_code}
     if model.tokenizer_name is not None:
         hub["revision"] = arguments.revision
@@ -68,6 +66,7 @@ def open_reading(arguments: ValidateArguments) -> tuple[list[str], Reading]:
         if arguments.tokenizer is not None:
             raise
         print(f"{error}; lengths are in characters (set tokenizer to count tokens)", file=sys.stderr)
+    settings = resolve_settings(model, data, training)
     limits = _by_kind(data.query_max_len, data.passage_max_len)
     prompts = _by_kind(settings.query_prompt, settings.passage_prompt)
     required = data.knowledge_distillation or arguments.knowledge_distillation
