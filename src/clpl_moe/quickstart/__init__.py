@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.cli import read_config
 from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.files import refuse_unwritable
 from clpl_moe.common.output import refuse_taken, writing
 from clpl_moe.evaluate import Evaluation, evaluate
 from clpl_moe.quickstart.options import QuickstartArguments
@@ -73,6 +74,12 @@ def _quickstart(arguments: QuickstartArguments) -> Quickstart:
     if (model / "config.json").is_file():
         _tell(f"1 of 3: the encoder of {model}")
     else:
+        if model.is_file() or (model.is_dir() and any(model.iterdir())):
+            found = "no config.json" if model.is_dir() else "found a file"
+            raise UserError(
+                f"{at(model)}: {found}, expected a model folder, or none yet: the small encoder is written there"
+            )
+        refuse_unwritable(model)
         _tell(f"1 of 3: writing the small encoder to {model}")
         small_encoder(output=model)
     options: dict[str, Any] = {"model_name_or_path": arguments.model, "output_dir": arguments.output_dir}
