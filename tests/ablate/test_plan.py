@@ -1,6 +1,10 @@
 import pytest
 
+from clpl_moe.ablate.options import AblateArguments
+from clpl_moe.ablate.plan import make_plan
+from clpl_moe.common.cli import parse
 from clpl_moe.common.errors import UserError
+from clpl_moe.common.yaml_files import as_text, load_yaml, write_yaml
 from helpers.ablation import TRAIN, make_collection, plan
 
 
@@ -49,6 +53,21 @@ def test_options_of_a_language_and_of_a_row_go_before_the_shared_ones(configurat
     assert (dense.train["max_steps"], dense.train["learning_rate"]) == (5, 1e-4)
     assert (experts.train["max_steps"], experts.train["learning_rate"]) == (5, 1e-3)
     assert dense.train["per_device_train_batch_size"] == 2
+
+
+def test_text_that_looks_like_a_number_stays_as_it_is(configuration, tmp_path):
+    """Such as a commit, in the plan and in the file that a run's command reads."""
+    rows = "rows: {a: {label: 1.10, train: {query_instruction_for_retrieval: 12345e6}, mine: {query_prompt: 0123456}}}"
+    write_yaml(tmp_path / "c.yaml", {name: value for name, value in configuration.items() if name != "rows"})
+    with (tmp_path / "c.yaml").open("a") as file:
+        file.write(rows)
+    found = make_plan(*parse([AblateArguments], "clpl_moe.ablate", "", ["--config", str(tmp_path / "c.yaml")]))
+    assert found.labels == {"a": "1.10"}
+    run = found.runs[0]
+    assert run.decisive.values["train.query_instruction_for_retrieval"] == "12345e6"
+    assert run.mined.decisive.values["mine.query_prompt"] == "0123456"
+    write_yaml(tmp_path / "run.yaml", run.train)
+    assert as_text(load_yaml(tmp_path / "run.yaml")["query_instruction_for_retrieval"]) == "12345e6"
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,13 @@ def test_values_that_begin_with_a_dash_or_hold_spaces(config):
     assert (options.name, options.margin, options.files) == ("--odd name", -1.0, ["one file.jsonl"])
 
 
+def test_numbers_in_mappings_stay_as_they_are(config):
+    written = parse(
+        "--config", config("name: {a: 1.10, b: [12345e6, -0.50, .5, 3], c: {d: 0123456, 7: null, e: true}}")
+    ).name
+    assert written == '{"a": 1.10, "b": [12345e6, -0.50, 0.5, 3], "c": {"d": "0123456", "7": null, "e": true}}'
+
+
 def test_mappings_with_dates(config):
     assert parse("--config", config("name: {since: 2024-12-01}")).name == '{"since": "2024-12-01"}'
 

@@ -10,6 +10,7 @@ from typing import Any
 from clpl_moe.common.errors import OptionError, UserError
 from clpl_moe.common.files import parse_json
 from clpl_moe.common.options import check_bounds, check_outputs, option
+from clpl_moe.common.yaml_files import as_written
 
 _MAPPINGS = ("languages", "rows", "prepare", "mine", "train", "evaluate")
 
@@ -69,7 +70,7 @@ def mapping(place: str, value: Any, known: set[str] | None = None) -> dict[str, 
     """A part of the configuration, given as a dictionary or as JSON; ``known`` are the entries that it may have."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
-            value = parse_json(value.encode())
+            value = parse_json(value.encode(), parse_float=as_written)  # text that looks like a number stays
     if not isinstance(value, dict):
         raise UserError(f"{place}: found {value!r}, expected a mapping of names to values")
     for name in value:

@@ -12,6 +12,7 @@ from clpl_moe.ablate.options import AblateArguments, mapping
 from clpl_moe.common.cli import parse_values
 from clpl_moe.common.errors import UserError, at, no_such
 from clpl_moe.common.files import are_numbers, find_json, is_number, is_text, read_json
+from clpl_moe.common.yaml_files import as_text
 from clpl_moe.evaluate.metrics import check_metrics, evaluate_run, read_trec_run
 from clpl_moe.merge.options import RECORD_FILE
 from clpl_moe.prepare.options import prepare_arguments
@@ -129,7 +130,7 @@ def make_plan(arguments: AblateArguments) -> Plan:
         if not isinstance(row, str) or row != Path(row).name or row in ("", ".", "..") or row != row.strip():
             raise UserError(f"rows: '{row}': expected a name that can be one of a folder")
         spec = mapping(f"rows: '{row}'", {} if given is None else given, {"label", "mine", "train", "seeds"})
-        labels[row] = str(spec.get("label") or row)
+        labels[row] = as_text(spec.get("label") or row)
         for collection in collections:
             place = f"rows: '{row}', language '{collection.language}'"
             own: dict[str, dict[str, Any]] = {}
@@ -192,7 +193,7 @@ def _collection(language: str, spec: Any, arguments: AblateArguments, root: Path
     if ("collection" in spec) == ("squad" in spec):
         raise UserError(f"{place}: expected either `collection`, a folder, or `squad`, files to prepare one from")
     if "collection" in spec:
-        folder = Path(str(spec["collection"]), language)
+        folder = Path(as_text(spec["collection"]), language)
         if not (folder / "corpus.jsonl").is_file():
             raise UserError(f"{at(folder / 'corpus.jsonl')}: no such file; {place}: collection is the folder above it")
         return CollectionJob(language, folder.parent, content_hash(folder))

@@ -13,7 +13,6 @@ import difflib
 import functools
 import importlib.machinery
 import importlib.util
-import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from clpl_moe.common.errors import OptionError, UserError, at, shorten, type_name
 from clpl_moe.common.files import is_text
 from clpl_moe.common.packaged_files import find_config, with_packaged_samples
-from clpl_moe.common.yaml_files import as_text, check_plain, load_yaml
+from clpl_moe.common.yaml_files import as_json, as_text, check_plain, load_yaml
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -159,7 +158,7 @@ def _to_argv(path: str | Path, values: dict[str, Any], parser: argparse.Argument
             raise UserError(f"{place}: a list was found, one value is expected")
         if not items:
             raise UserError(f"{place}: an empty list was found, at least one value is expected")
-        words = [json.dumps(v, default=str) if isinstance(v, dict) else as_text(v) for v in items]
+        words = [as_json(v) if isinstance(v, dict) else as_text(v) for v in items]
         for item, word in zip(items, words):
             _check_value(place, item, known[key], word)
         # `=` keeps a value that begins with a dash from being taken for an option.

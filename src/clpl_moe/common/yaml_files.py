@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,7 @@ class _Loader(yaml.SafeLoader):
             found = shorten(str(node.value), 40)
             expected = f"found {found!r}, expected {kind.get(name, name)}; in quotes it is text"
             raise yaml.constructor.ConstructorError(None, None, expected, node.start_mark)
-        if isinstance(value, float):
-            value = _Float(value)
-            value.text = node.value
-        return value
+        return as_written(node.value, value) if isinstance(value, float) else value
 
 
 class _Float(float):
@@ -57,11 +55,29 @@ class _Float(float):
     text: str
 
 
+def as_written(text: str, value: float | None = None) -> float:
+    """A number with its text, from which it is read unless a ``value`` is given."""
+    number = _Float(text if value is None else value)
+    number.text = text
+    return number
+
+
 def as_text(value: Any) -> str:
     """A value as it stands in its file: ``12345e6`` may be a commit, and ``1.10`` a version."""
     return value.text if isinstance(value, _Float) else str(value)
 
 
+def as_json(value: Any) -> str:
+    """A mapping as JSON, with its numbers as they stand in their file, where JSON has such."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(key))}: {as_json(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_json, value)) + "]"
+    written = isinstance(value, _Float) and _JSON_NUMBER.fullmatch(value.text)
+    return value.text if written else json.dumps(value, default=str)
+
+
+_JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
 _NONE = object()
 _INT = re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$")
 _FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
@@ -77,6 +93,11 @@ _Loader.add_implicit_resolver(_WHOLE, _INT, _DIGITS)
 class _Dumper(yaml.SafeDumper):
     """Puts into quotes what :class:`_Loader` would take for a number."""
 
+    def represent_written(self, value: _Float) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:float", value.text)
+
+
+_Dumper.add_representer(_Float, _Dumper.represent_written)
 
 for reads_or_writes in (_Loader, _Dumper):
     reads_or_writes.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, [*_DIGITS, "."])
