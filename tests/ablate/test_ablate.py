@@ -82,6 +82,13 @@ def test_a_dry_run_says_what_is_missing_and_writes_nothing(configuration, tmp_pa
     assert run_main(configuration, tmp_path / "c.yaml", "--dry_run", "true") == 0  # which is not in its way
 
 
+def test_a_metric_that_looks_deeper_than_the_runs_is_warned_of(configuration, tmp_path, capsys):
+    for metric, warned in (("nDCG@10", False), ("R@100", True)):
+        assert run_main(configuration | {"metric": metric}, tmp_path / "c.yaml", "--dry_run", "true") == 0
+        err = capsys.readouterr().err
+        assert (f"warning: {metric}: only 10 passages are retrieved for each query (top_k)" in err) == warned
+
+
 @pytest.mark.slow
 def test_a_comparison_from_squad_to_table_through_a_kill(configuration, tmp_path, capsys):
     """Prepared, mined, trained, evaluated; killed after a checkpoint; a row fails; started again."""

@@ -313,16 +313,19 @@ def test_a_model_that_is_named_again_keeps_its_place(tiny_encoder, collections, 
 
 def test_top_k_and_metrics(tiny_encoder, collections, tmp_path, capsys):
     argv = ["--model", str(tiny_encoder), "--collection", str(collections), "--output", str(tmp_path / "out")]
-    argv += ["--languages", "fa", "--passage_max_len", "100", "--top_k", "3", "--metrics", "RR@10", "nDCG@3"]
+    argv += ["--languages", "fa", "--passage_max_len", "100", "--top_k", "3", "--metrics", "RR@10", "nDCG@3", "AP"]
     main(argv)
     assert list(json.loads((tmp_path / "out" / "fa" / "metrics.json").read_text())["metrics"]) == [
         "RR@10",
         "nDCG@3",
+        "AP",
     ]
     assert len((tmp_path / "out" / "fa" / "run.trec").read_text().splitlines()) == 24
-    assert "warning: RR@10: only 3 passages are retrieved for each query (top_k)" in capsys.readouterr().err
-    run(tiny_encoder, collections, tmp_path / "all", top_k=20)  # as many as there are
+    assert "warning: RR@10, AP: only 3 passages are retrieved for each query (top_k)" in capsys.readouterr().err
+    run(tiny_encoder, collections, tmp_path / "all", top_k=20, m3_scores=True)  # as many as there are
     assert "warning: " not in capsys.readouterr().err
+    run(tiny_encoder, collections, tmp_path / "few", m3_scores=True, rerank_top=5, metrics="nDCG@10")
+    assert "warning: nDCG@10: only 5 passages are ranked by m3_scores for each" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

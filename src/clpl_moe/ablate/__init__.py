@@ -65,8 +65,13 @@ def ablate(arguments: AblateArguments) -> Ablation:
 def _ablate(arguments: AblateArguments) -> Ablation:
     from clpl_moe.ablate import results, work
     from clpl_moe.ablate.plan import make_plan
+    from clpl_moe.evaluate.metrics import warn_of_cut
 
     plan = make_plan(arguments)
+    for depth in sorted(
+        {run.decisive.values["evaluate.top_k"] for run in plan.runs}
+    ):  # runs' commands write to their logs
+        warn_of_cut([arguments.metric], depth)
 
     def state(**jobs: Any) -> Ablation:
         rows = results.summarize(plan, arguments.metric)

@@ -13,7 +13,7 @@ from pathlib import Path
 from clpl_moe.common.api import takes_options
 from clpl_moe.common.errors import OptionError
 from clpl_moe.common.output import Output, writing
-from clpl_moe.evaluate.metrics import check_metrics, evaluate_run, read_trec_run
+from clpl_moe.evaluate.metrics import check_metrics, evaluate_run, read_trec_run, warn_of_cut
 from clpl_moe.evaluate.options import EvaluateArguments
 from clpl_moe.evaluate.results import Evaluation, Result
 from clpl_moe.evaluate.significance import compare_results
@@ -43,7 +43,7 @@ def _evaluate(arguments: EvaluateArguments, encoding: EncodingArguments, output:
     from clpl_moe.evaluate.shared import TABLE, refuse_others_files, write_shared_files
     from clpl_moe.retrieval.store import processes
 
-    measures = check_metrics(arguments.metrics)
+    check_metrics(arguments.metrics)
     collections = {
         language: Collection.load(arguments.collection, language, arguments.split)
         for language in dict.fromkeys(arguments.languages)
@@ -57,11 +57,11 @@ def _evaluate(arguments: EvaluateArguments, encoding: EncodingArguments, output:
             fault = "no model has sparse and multi-vector heads (sparse_linear.pt, colbert_linear.pt)"
             raise OptionError("m3_scores", fault)
         refuse_others_files(Path(arguments.output))
-        top = arguments.top_k
-        deeper = [name for name, measure in measures.items() if measure.params.get("cutoff", 0) > top]
-        if first and deeper and any(len(collection.passages) > top for collection in collections.values()):
-            why = f"only {top:,} passages are retrieved for each query (top_k), and others count as not found"
-            print(f"warning: {', '.join(deeper)}: {why}", file=sys.stderr)
+        if first:
+            most = max(len(collection.passages) for collection in collections.values())
+            warn_of_cut(arguments.metrics, arguments.top_k, most)
+            if arguments.m3_scores and arguments.rerank_top < arguments.top_k:
+                warn_of_cut(arguments.metrics, arguments.rerank_top, most, "ranked by m3_scores", "rerank_top")
         for task in tasks:
             found = None if arguments.overwrite else task.finished()
             if found is None:

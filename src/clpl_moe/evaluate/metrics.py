@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,8 @@ EVALUATION_METRICS = ("nDCG@5", "nDCG@10", "nDCG@20", "R@100", "R@1000", "RR@10"
 # The kinds of score, each with its own run file: the embeddings' similarity, and those of BGE-M3's heads and their sums.
 DENSE = "dense"
 M3_SCORES = ("sparse", "multi-vec", "dense+sparse", "all")
+_UNCUT = 1000
+
 # Of dense, sparse and multi-vec in the sums: the M3 report's on MIRACL.
 M3_WEIGHTS = (1.0, 0.3, 1.0)
 
@@ -49,6 +52,17 @@ def check_metrics(metrics: Sequence[str]) -> dict[str, Any]:
             ) from None
         measures[name] = measure
     return measures
+
+
+def warn_of_cut(
+    metrics: Sequence[str], depth: int, passages: float = math.inf, what: str = "retrieved", option: str = "top_k"
+) -> None:
+    """Say on stderr which metrics count beyond the first ``depth`` of a collection's ``passages``, which alone are ``what`` an
+    ``option`` says; those without a cut-off count 1,000, as runs of TREC have."""
+    cut = [name for name, measure in check_metrics(metrics).items() if measure.params.get("cutoff", _UNCUT) > depth]
+    if cut and passages > depth:
+        why = f"only {depth:,} passages are {what} for each query ({option}), and others count as not found"
+        print(f"warning: {', '.join(cut)}: {why}", file=sys.stderr)
 
 
 def evaluate_run(
