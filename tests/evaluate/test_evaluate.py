@@ -5,6 +5,7 @@ import ir_measures
 import pytest
 import torch
 
+from clpl_moe import Encoder, MoEConfig, inject_moe
 from clpl_moe.common.errors import UserError
 from clpl_moe.encoder.settings import EmbeddingSettings, write_settings
 from clpl_moe.evaluate import evaluate
@@ -12,6 +13,7 @@ from clpl_moe.evaluate.__main__ import main
 from clpl_moe.evaluate.metrics import EVALUATION_METRICS, M3_SCORES, evaluate_run, read_trec_run
 from clpl_moe.evaluate.options import EvaluateArguments
 from clpl_moe.evaluate.significance import compare
+from clpl_moe.moe.inject import expert_parameters
 from clpl_moe.retrieval.collection import Collection
 from clpl_moe.retrieval.options import EncodingArguments, open_encoder
 from helpers.evaluating import changed_copy, read_csv, run, table
@@ -60,6 +62,27 @@ def test_on_a_cpu_freed_memory_is_kept(tiny_encoder, monkeypatch):
 def test_an_expert_of_a_model_without_any_is_refused_by_the_models_name(tiny_encoder):
     with pytest.raises(UserError, match=r"expert: \S*/tiny: the encoder has no experts with router given"):
         open_encoder(str(tiny_encoder), EncodingArguments(expert=1))
+
+
+def test_an_expert_is_that_of_the_models_that_have_such(tiny_encoder, collections, tmp_path, capsys):
+    encoder = inject_moe(Encoder.load(tiny_encoder, device="cpu"), MoEConfig(2, router="given"))
+    with torch.no_grad():
+        for _, parameter in expert_parameters(encoder.model):
+            parameter[1] += 0.3
+    encoder.save(tmp_path / "given")
+    options = {"collection": collections, "languages": ["ko"], "passage_max_len": 100}
+
+    def hashes(output, *models, **more):
+        found = evaluate(model=list(models), output=tmp_path / output, **options, **more)
+        return [result.about["model_hash"] for result in found.results]
+
+    dense, given = hashes("none", tiny_encoder, tmp_path / "given")
+    both = hashes("both", tiny_encoder, tmp_path / "given", expert=1)
+    assert "tiny: no experts with router given; it is evaluated without expert" in capsys.readouterr().err
+    assert both == [dense, *hashes("alone", tmp_path / "given", expert=1)]
+    assert both[1] != given
+    with pytest.raises(UserError, match=r"expert: \S*/tiny: no experts with router given"):
+        hashes("refused", tiny_encoder, expert=1)
 
 
 def test_truncated_embeddings(tiny_encoder, collections, tmp_path, capsys):

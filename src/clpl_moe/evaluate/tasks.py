@@ -7,19 +7,20 @@ computed again; other content in the same folder is refused.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clpl_moe.common.errors import UserError, at
+from clpl_moe.common.errors import OptionError, UserError, at
 from clpl_moe.common.files import are_numbers, is_text, read_json, refuse_unwritable
 from clpl_moe.common.output import Output
 from clpl_moe.evaluate.metrics import DENSE, M3_SCORES, run_file
 from clpl_moe.evaluate.options import EvaluateArguments
 from clpl_moe.retrieval.collection import Collection
-from clpl_moe.retrieval.options import EncodingArguments, open_encoder
+from clpl_moe.retrieval.options import EncodingArguments, choose_or_refuse, open_encoder
 
 if TYPE_CHECKING:
     from clpl_moe.encoder import Encoder
@@ -99,7 +100,8 @@ class Task:
 
 
 class CurrentEncoder:
-    """Loads encoders by name, and holds one at a time in memory."""
+    """Loads encoders by name, and holds one at a time in memory. The expert that is asked for is that of those with router
+    given."""
 
     def __init__(self, encoding: EncodingArguments, revisions: Mapping[str, str | None]) -> None:
         self.encoding, self.revisions = encoding, revisions
@@ -107,9 +109,14 @@ class CurrentEncoder:
         self._encoder: Encoder | None = None
 
     def open(self, name: str) -> Encoder:
+        from clpl_moe.moe.inject import takes_expert
+
         if self._encoder is None or self._name != name:
             self._encoder = None
-            self._encoder, self._name = open_encoder(name, self.encoding, self.revisions[name]), name
+            encoding = dataclasses.replace(self.encoding, expert=None)
+            self._encoder, self._name = open_encoder(name, encoding, self.revisions[name]), name
+            if self.encoding.expert is not None and takes_expert(self._encoder):
+                choose_or_refuse(self._encoder, self.encoding.expert, where=f"{name}: ")
         return self._encoder
 
 
@@ -118,16 +125,20 @@ def plan_tasks(
 ) -> list[Task]:
     """All that is to be ranked, models outermost; raises :class:`UserError` where a task cannot be done."""
     from clpl_moe.encoder.settings import check_lengths
+    from clpl_moe.moe.inject import takes_expert
+    from clpl_moe.retrieval.store import process
 
     encoding = current.encoding
     named: dict[tuple[str, ...], str] = {}
     for name in arguments.model:  # two spellings of one folder are one model
         named.setdefault(_parts(name), name)
     models = list(named.values())
-    tasks = []
+    tasks, without = [], []
     for model, label in zip(models, model_labels(models), strict=True):
         encoder = current.open(model)
         check_lengths(encoder.model, encoding.query_max_len, encoding.passage_max_len, model)
+        if encoding.expert is not None and not takes_expert(encoder):
+            without.append(model)
         model_hash = encoder.fingerprint()
         heads_hash = _hash_heads(model, encoder, current.revisions[model]) if arguments.m3_scores else None
         for language, collection in collections.items():
@@ -140,6 +151,11 @@ def plan_tasks(
                 settings = settings | {"rerank_top": arguments.rerank_top, "m3_weights": arguments.m3_weights}
                 key = key | {"settings": settings, "heads_hash": heads_hash}
                 tasks.append(Task(model, label, collection, folder, key, heads=True))
+    if len(without) == len(models):
+        raise OptionError("expert", f"{', '.join(models)}: no experts with router given, of which one could be chosen")
+    if process()[0] == 0:
+        for model in without:
+            print(f"{model}: no experts with router given; it is evaluated without expert", file=sys.stderr)
     for task in tasks:
         refuse_unwritable(task.file)
         if not arguments.overwrite:

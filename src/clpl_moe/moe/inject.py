@@ -61,6 +61,13 @@ def merge_experts(model: Model, shares: Tensor | None = None) -> Model:
     return model
 
 
+def takes_expert(model: object) -> bool:
+    """Whether an expert of a model can be chosen: it has some, with router ``given``."""
+    encoder = encoder_of(model)
+    layers = layer_states(encoder) if has_experts(encoder) else []
+    return bool(layers) and all(isinstance(router, Given) for _, _, router in layers)
+
+
 def choose_expert(model: Model, expert: int) -> Model:
     """Let all texts go to one expert of an encoder with router ``given``, from 0; in place, returns ``model``.
 
@@ -71,9 +78,9 @@ def choose_expert(model: Model, expert: int) -> Model:
     """
     encoder = encoder_of(model)
     refuse_foreign_experts(encoder)
-    layers = layer_states(encoder) if has_experts(encoder) else []
-    if not layers or not all(isinstance(router, Given) for _, _, router in layers):
+    if not takes_expert(encoder):
         raise ValueError("the encoder has no experts with router given, of which one could be chosen")
+    layers = layer_states(encoder)
     count = len(layers[0][2].weight)
     if not 0 <= expert < count:
         raise ValueError(f"expert is {expert}: choose a number from 0 to {count - 1}")
