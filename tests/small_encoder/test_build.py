@@ -184,7 +184,6 @@ def tokenizer(small_encoder):
 
 @pytest.fixture(scope="module")
 def model(small_encoder):
-    torch.set_num_threads(1)
     return XLMRobertaModel.from_pretrained(small_encoder, add_pooling_layer=False).eval()
 
 
