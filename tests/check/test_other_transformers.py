@@ -59,7 +59,7 @@ def test_a_folder_with_experts_loads_or_names_what_does(tiny_encoder, load, pyth
     perturb_experts(encoder.model)
     printed, theirs, ours = load(python, encoder, "experts")
     if int(printed.split(".")[0]) >= 5:
-        assert torch.equal(theirs, ours)
+        torch.testing.assert_close(theirs, ours)
     else:
         assert "needs transformers 5.0 or later" in printed
         assert "clpl-moe merge" in printed

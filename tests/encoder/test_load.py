@@ -112,10 +112,10 @@ def test_the_2024_format(tmp_path, tiny_tokenizer, target, size, file, prefix):
     assert loaded.config.moe == MoEConfig(*size, target, [1], "topk_softmax").to_dict()
     assert tokenizer("가")["input_ids"] == tiny_tokenizer("가")["input_ids"]
     batch = make_batch([9, 4])
-    assert torch.equal(loaded(**batch)[0], encoder(**batch)[0])
+    torch.testing.assert_close(loaded(**batch)[0], encoder(**batch)[0])
     loaded.save_pretrained(tmp_path / "new")  # converts
     tokenizer.save_pretrained(tmp_path / "new")
-    assert torch.equal(load_encoder(tmp_path / "new")[0](**batch)[0], encoder(**batch)[0])
+    torch.testing.assert_close(load_encoder(tmp_path / "new")[0](**batch)[0], encoder(**batch)[0])
 
 
 @pytest.mark.parametrize("kind", ["xlm-roberta", "roberta", "bert"])
@@ -143,7 +143,7 @@ def test_a_2024_configuration_without_experts(tmp_path, tiny_tokenizer):
     loaded, _ = load_encoder(folder)
     assert type(loaded) is transformers.XLMRobertaModel
     batch = make_batch([9, 4])
-    assert torch.equal(loaded(**batch)[0], dense(**batch)[0])
+    torch.testing.assert_close(loaded(**batch)[0], dense(**batch)[0])
 
 
 def test_a_stock_folder(tiny_encoder):
@@ -164,7 +164,7 @@ def test_a_folder_with_experts(tmp_path, tiny_tokenizer, kind, target):
     tiny_tokenizer.save_pretrained(tmp_path)
     loaded, _ = load_encoder(tmp_path)
     assert type(loaded) is type(encoder)
-    assert torch.equal(loaded(**batch)[0], encoder(**batch)[0])
+    torch.testing.assert_close(loaded(**batch)[0], encoder(**batch)[0])
 
 
 @pytest.mark.parametrize("moe", [False, True])
@@ -183,7 +183,7 @@ def test_weights_in_several_files(tmp_path, tiny_tokenizer):
     encoder.save_pretrained(tmp_path, max_shard_size="20KB")
     tiny_tokenizer.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    assert torch.equal(load_encoder(tmp_path)[0](**batch)[0], encoder(**batch)[0])
+    torch.testing.assert_close(load_encoder(tmp_path)[0](**batch)[0], encoder(**batch)[0])
 
 
 def test_weights_saved_before_torch_1_6(tmp_path, tiny_tokenizer):
@@ -192,7 +192,7 @@ def test_weights_saved_before_torch_1_6(tmp_path, tiny_tokenizer):
     folder = write_folder(tmp_path / "old", config, {}, tiny_tokenizer, "pytorch_model.bin")
     torch.save(dense.state_dict(), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     batch = make_batch([9, 4])
-    assert torch.equal(load_encoder(folder)[0](**batch)[0], dense(**batch)[0])
+    torch.testing.assert_close(load_encoder(folder)[0](**batch)[0], dense(**batch)[0])
 
 
 @pytest.fixture
