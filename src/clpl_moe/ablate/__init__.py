@@ -68,9 +68,7 @@ def _ablate(arguments: AblateArguments) -> Ablation:
     from clpl_moe.evaluate.metrics import warn_of_cut
 
     plan = make_plan(arguments)
-    for depth in sorted(
-        {run.decisive.values["evaluate.top_k"] for run in plan.runs}
-    ):  # runs' commands write to their logs
+    for depth in sorted({run.decisive.values["evaluate.top_k"] for run in plan.runs}):  # a run itself warns in its log
         warn_of_cut([arguments.metric], depth)
 
     def state(**jobs: Any) -> Ablation:

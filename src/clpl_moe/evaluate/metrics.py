@@ -21,10 +21,9 @@ EVALUATION_METRICS = ("nDCG@5", "nDCG@10", "nDCG@20", "R@100", "R@1000", "RR@10"
 # The kinds of score, each with its own run file: the embeddings' similarity, and those of BGE-M3's heads and their sums.
 DENSE = "dense"
 M3_SCORES = ("sparse", "multi-vec", "dense+sparse", "all")
-_UNCUT = 1000
-
 # Of dense, sparse and multi-vec in the sums: the M3 report's on MIRACL.
 M3_WEIGHTS = (1.0, 0.3, 1.0)
+_UNCUT = 1000  # passages that metrics without a cut-off count, as runs of TREC have
 
 
 def run_file(score: str) -> str:
@@ -57,8 +56,8 @@ def check_metrics(metrics: Sequence[str]) -> dict[str, Any]:
 def warn_of_cut(
     metrics: Sequence[str], depth: int, passages: float = math.inf, what: str = "retrieved", option: str = "top_k"
 ) -> None:
-    """Say on stderr which metrics count beyond the first ``depth`` of a collection's ``passages``, which alone are ``what`` an
-    ``option`` says; those without a cut-off count 1,000, as runs of TREC have."""
+    """Say on stderr which metrics count more than the first ``depth`` of a collection's ``passages``: ``what`` was done with
+    these alone, as ``option`` says."""
     cut = [name for name, measure in check_metrics(metrics).items() if measure.params.get("cutoff", _UNCUT) > depth]
     if cut and passages > depth:
         why = f"only {depth:,} passages are {what} for each query ({option}), and others count as not found"
