@@ -127,3 +127,17 @@ def test_many_ids(marco):
     (marco / "t.jsonl").write_text("".join(json.dumps([1185868, n, 5001 - n]) + "\n" for n in range(1, 5001, 7)))
     for n, (_, pos, neg) in zip(range(1, 5001, 7), read("t.jsonl"), strict=True):
         assert (pos, neg) == ([f"text {n}"], [f"text {5001 - n}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("triples.tsv", "the ids of a query, a positive and negatives a line"),
+        ("collection.tsv", "an id, a tab and a text a line"),
+    ],
+)
+def test_an_empty_file_is_told_of_as_what_it_is(marco, name, expected):
+    (marco / "triples.tsv").write_text("1185869\t0\t1\n")
+    (marco / name).write_text("\n")
+    with pytest.raises(UserError, match=f"{name}: the file is empty, expected {expected}"):
+        read("triples.tsv")

@@ -57,6 +57,12 @@ def test_texts_that_are_none_are_told_of(tiny_encoder, tmp_path):
             export(**names, **options)
 
 
+def test_a_file_of_text_without_any_is_told_of_as_one(tiny_encoder, tmp_path):
+    (tmp_path / "blank.txt").write_text("\n\r\n")
+    with pytest.raises(UserError, match=r"blank\.txt: the file is empty, expected a text a line"):
+        export(input=tiny_encoder, output=tmp_path / "out", to="onnx", check_texts=tmp_path / "blank.txt")
+
+
 def test_an_exported_model_is_replaced_when_asked_and_nothing_else(tiny_encoder, tmp_path):
     output = tmp_path / "out"
     export(input=tiny_encoder, output=output)

@@ -36,10 +36,12 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, parse_line(path, number, raw)
 
 
-def read_lines(path: str | Path, may_be_empty: bool = False) -> Iterator[tuple[int, int, bytes]]:
+def read_lines(
+    path: str | Path, may_be_empty: bool = False, expected: str = "one JSON object a line"
+) -> Iterator[tuple[int, int, bytes]]:
     """Line number (from 1), the byte where it begins, and bytes of each line that is not blank, of a file that has some.
 
-    A compressed file (:mod:`clpl_moe.common.compressed`) is decompressed.
+    The message about a file without any says what was ``expected``. A compressed file (:mod:`clpl_moe.common.compressed`) is decompressed.
     """
     empty, start, number = True, 0, 0
     with open_bytes(path) as (file, _), naming_damage(path, lambda: number + 1):
@@ -49,7 +51,7 @@ def read_lines(path: str | Path, may_be_empty: bool = False) -> Iterator[tuple[i
                 yield number, start, raw
             start += len(raw)
     if empty and not may_be_empty:
-        raise UserError(f"{at(path)}: the file is empty, expected one JSON object a line")
+        raise UserError(f"{at(path)}: the file is empty, expected {expected}")
 
 
 def is_blank(raw: bytes) -> bool:

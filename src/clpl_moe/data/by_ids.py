@@ -35,9 +35,8 @@ class TextsById:
         if self._path.suffix.lower() in SUFFIXES:
             raise UserError(f"{at(path)}: texts are read here and there in this file; decompress it first")
         hashes, starts = array("q"), array("q")
-        for number, start, raw in tqdm(
-            read_lines(path), f"look up {self._path.name}", unit="line", delay=2, leave=False
-        ):
+        rows = read_lines(path, expected="an id, a tab and a text a line")
+        for number, start, raw in tqdm(rows, f"look up {self._path.name}", unit="line", delay=2, leave=False):
             identifier, *texts = raw.removeprefix(_MARK).split(b"\t")
             if len(texts) != 1:
                 raise UserError(f"{at(path, number)}: found {len(texts) + 1} cells, expected an id, a tab and a text")
@@ -74,7 +73,7 @@ def lines_by_ids(
 ) -> Iterator[tuple[int, dict[str, Any] | None, list[str]]]:
     """Number, record and faults of each line; those of judgements that say 0 are passed over."""
     is_qrels = None
-    for number, _, raw in read_lines(path):
+    for number, _, raw in read_lines(path, expected="the ids of a query, a positive and negatives a line"):
         try:
             ids = _ids(raw)
         except ValueError:

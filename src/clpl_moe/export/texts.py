@@ -43,7 +43,7 @@ def read_texts(files: Sequence[Path]) -> Iterator[str]:
                     yield f"{title} {text}"
                 yield from _strings(record)
         else:
-            for number, _, raw in read_lines(file):
+            for number, _, raw in read_lines(file, expected="a text a line"):
                 try:
                     yield raw.decode("utf-8-sig").rstrip("\r\n")
                 except UnicodeDecodeError:
