@@ -13,7 +13,8 @@ from clpl_moe.check.__main__ import main
 from clpl_moe.check.calls import TOOLS, Tool
 from clpl_moe.common.errors import UserError
 from clpl_moe.encoder.settings import EmbeddingSettings
-from helpers.tiny import perturb_experts
+from clpl_moe.export import export
+from helpers.tiny import make_moe, make_tokenizer, perturb_experts
 from helpers.tools import all_installed
 
 
@@ -76,16 +77,24 @@ def test_a_tool_that_fails_is_told_of(stand_ins, folder, capsys, call, fault):
         main([str(folder), "--tools", "stand-in"])
     assert ended.value.code == 2
     captured = capsys.readouterr()
-    assert "other embeddings than ours: Stand-in" in captured.err
+    assert "other embeddings than ours, or none: Stand-in" in captured.err
     assert "fails" in captured.out
     assert fault is None or fault in captured.out
     assert f"# {folder}" not in captured.out  # no call that is wrong
 
 
+def test_a_checkpoint_of_2024_is_told_of_before_tools_fail_at_it(tmp_path):
+    """They would load it as a dense model, without its experts."""
+    Encoder(make_moe("intermediate", num_experts=2), make_tokenizer()).save(tmp_path / "model")
+    export(input=tmp_path / "model", output=tmp_path / "2024", to="2024")
+    with pytest.raises(UserError, match=r"2024: a checkpoint of 2024, whose experts no tool here reads; .*export"):
+        check(folder=tmp_path / "2024", tools=["transformers"])
+
+
 def test_wrong_embeddings_are_told_of(stand_ins, folder):
     use, _, wrong = stand_ins
     use(wrong)
-    checked = check(folder=folder, tools=["Stand-in"])
+    checked = check(folder=folder, tools=["Stand-in", "stand-in"])  # once
     (tool,) = checked.wrong
     assert tool.right > 0.001
     assert tool.fault is None

@@ -168,7 +168,7 @@ def test_a_base_with_other_words_is_refused(tiny_encoder, tuned, tmp_path):
 def test_both_folders_are_named_as_words_or_as_options(tuned, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tuned)])
-    assert "found 1 words without an option, expected INPUT OUTPUT" in capsys.readouterr().err
+    assert "found 1 word without an option, expected INPUT OUTPUT" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([str(tuned), "out", "--output", str(tmp_path / "out")])
     assert "--output: given as an option and as words without one" in capsys.readouterr().err

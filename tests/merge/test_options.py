@@ -27,6 +27,7 @@ def test_the_base_is_a_candidate_where_there_are_several(options, alphas):
         ({"base": "b/../out"}, "output: found the folder of base"),
         ({"alpha": [0.5]}, "alpha: mixes with the weights of a base model, expected base"),
         ({"base_revision": "v1"}, "base_revision: found no base"),
+        ({"base": ".", "base_revision": "v1"}, "base_revision: . is a folder here, which has none"),
         ({"base": "b", "alpha": [1.5]}, "alpha: found 1.5, expected at most 1"),
         ({"base": "b", "alpha": [float("nan")]}, "alpha: found nan"),
         ({"base": "b", "alpha": [0.1, 0.2]}, "alpha: found several, expected one, or a collection"),

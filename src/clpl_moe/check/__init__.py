@@ -103,7 +103,7 @@ def check(arguments: CheckArguments) -> Checked:
     """Load a model folder with each tool that is installed, and compare its embeddings with :class:`clpl_moe.Encoder`'s.
 
     Raises:
-        UserError: there is no such folder, it cannot be loaded, or it holds code that is not this package's and
+        UserError: there is no such folder, it cannot be loaded, is a checkpoint of 2024, or holds code that is not this package's and
             ``trust_remote_code`` is not set.
     """
     import torch
@@ -115,6 +115,7 @@ def check(arguments: CheckArguments) -> Checked:
         raise UserError(f"{at(folder)}: {no_such('folder', folder)} of a model")
     if not arguments.trust_remote_code:
         _refuse_foreign_code(folder)
+    _refuse_2024(folder)
     encoder = Encoder.load(
         folder, compute_dtype=torch.float32, device="cpu", trust_remote_code=arguments.trust_remote_code
     )
@@ -142,6 +143,15 @@ def _refuse_foreign_code(folder: Path) -> None:
             raise UserError(
                 f"{at(file)}: is not the code of this version of clpl_moe, and the tools would run it; {TRUST}"
             )
+
+
+def _refuse_2024(folder: Path) -> None:
+    """Raise :class:`UserError` for what tools would load as a dense model, without its experts."""
+    from clpl_moe.encoder.load import is_2024_checkpoint, read_config
+
+    if is_2024_checkpoint(read_config(folder)):
+        instead = "export or merge writes a folder that they load"
+        raise UserError(f"{at(folder)}: a checkpoint of 2024, whose experts no tool here reads; {instead}")
 
 
 def _long_text(encoder: Encoder) -> str:

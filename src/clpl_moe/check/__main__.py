@@ -11,7 +11,7 @@ _DESCRIPTION = "Show whether other tools give a model folder's own embeddings, a
 def main(checked: Checked) -> None:
     print(checked)
     if wrong := checked.wrong:
-        raise UserError(f"other embeddings than ours: {', '.join(tool.tool for tool in wrong)}")
+        raise UserError(f"other embeddings than ours, or none: {', '.join(tool.tool for tool in wrong)}")
 
 
 if __name__ == "__main__":

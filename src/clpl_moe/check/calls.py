@@ -329,13 +329,13 @@ TOOLS = [
 
 
 def find_tools(names: Sequence[str] | None) -> list[Tool]:
-    """The tools of these names, in their order; None: all. Raises :class:`OptionError` for an unknown name."""
+    """The tools of these names, in their order, each once; None: all. Raises :class:`OptionError` for an unknown name."""
     known = {tool.name.lower(): tool for tool in TOOLS}
     for name in names or []:
         if name.lower() not in known:
             found = nearest(name, [tool.name for tool in TOOLS], "")
             raise OptionError("tools", f"found '{name}'{found}; choose of {', '.join(tool.name for tool in TOOLS)}")
-    return TOOLS if names is None else [known[name.lower()] for name in names]
+    return TOOLS if names is None else [known[name] for name in dict.fromkeys(name.lower() for name in names)]
 
 
 def describe(folder: str | Path, settings: EmbeddingSettings, max_length: int, name: str | Path | None = None) -> Model:

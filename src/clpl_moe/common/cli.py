@@ -234,7 +234,8 @@ def parse(
     if positional is not None and (words := getattr(namespace, _WORDS, None)):
         values = dict(zip(positional, words)) if isinstance(positional, tuple) else {positional: words}
         if isinstance(positional, tuple) and len(words) != len(positional):
-            raise UserError(f"found {len(words)} words without an option, expected {' '.join(positional).upper()}")
+            found = f"{len(words)} word{'s' * (len(words) > 1)}"
+            raise UserError(f"found {found} without an option, expected {' '.join(positional).upper()}")
         for name, value in values.items():
             option = _option_names(parser)[name].option_strings  # with dashes, too
             if any(word.split("=")[0] in option for word in typed):

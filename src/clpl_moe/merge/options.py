@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from clpl_moe.common.errors import OptionError
@@ -54,6 +55,8 @@ class MergeArguments:
             raise OptionError("alpha", "mixes with the weights of a base model, expected base, too")
         if self.base_revision is not None and self.base is None:
             raise OptionError("base_revision", "found no base, whose revision it is")
+        if self.base_revision is not None and Path(str(self.base)).is_dir():
+            raise OptionError("base_revision", f"{self.base} is a folder here, which has none")
         if len(self.alphas) > 1 and self.collection is None:
             raise OptionError("alpha", "found several, expected one, or a collection that decides between them")
         if (self.collection is None) != (self.languages is None):
