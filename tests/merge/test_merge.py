@@ -53,7 +53,8 @@ def test_before_and_after_are_what_evaluate_finds(tuned, collections, tmp_path):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_with_the_base_model(tuned, tiny_encoder, tmp_path, alpha):
-    merge(input=tuned, output=tmp_path / "dense", base=tiny_encoder, alpha=[alpha])
+    merged = merge(input=tuned, output=tmp_path / "dense", base=tiny_encoder, alpha=[alpha])
+    assert str(merged).endswith(f"the dense model, of alpha {alpha:g}")
     dense, base = merge_experts(Encoder.load(tuned, device="cpu")).model.state_dict(), weights(tiny_encoder)
     for name, found in weights(tmp_path / "dense").items():
         if "pooler" not in name:
