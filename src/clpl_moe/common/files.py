@@ -41,7 +41,8 @@ def read_lines(
 ) -> Iterator[tuple[int, int, bytes]]:
     """Line number (from 1), the byte where it begins, and bytes of each line that is not blank, of a file that has some.
 
-    The message about a file without any says what was ``expected``. A compressed file (:mod:`clpl_moe.common.compressed`) is decompressed.
+    The message about a file without any says what was ``expected``. A compressed file (:mod:`clpl_moe.common.compressed`) is
+    decompressed.
     """
     empty, start, number = True, 0, 0
     with open_bytes(path) as (file, _), naming_damage(path, lambda: number + 1):

@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from clpl_moe.common.errors import OptionError
@@ -103,6 +104,12 @@ def check_needs(options: Any, needs: Mapping[str, str]) -> None:
             raise OptionError(name, f"goes with {other} {expected}, not with {value}")
         if not expected and value in (None, False, "", []):
             raise OptionError(name, f"goes with {other}, which is not set")
+
+
+def refuse_revision_of_folder(name: str | Path, revision: str | None, option: str = "revision") -> None:
+    """Raise :class:`OptionError` for the ``option`` that gives a model a ``revision``, where the model is a folder of this disk."""
+    if revision is not None and Path(name).is_dir():
+        raise OptionError(option, f"{name} is a folder here, which has none; name a model of the hub, or leave it out")
 
 
 def refuse_given(options: Any, other: str, but: Collection[str] = ()) -> None:

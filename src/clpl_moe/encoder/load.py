@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from clpl_moe.common.compressed import refuse_pointer
-from clpl_moe.common.errors import OptionError, UserError, at, one_line
+from clpl_moe.common.errors import UserError, at, one_line
 from clpl_moe.common.files import read_json
+from clpl_moe.common.options import refuse_revision_of_folder
 from clpl_moe.encoder.adapter import AdapterFolder, described_by, find_adapter, merge_adapter
 from clpl_moe.encoder.folder import TRUST, check_config
 from clpl_moe.encoder.hub import asked
@@ -104,10 +105,7 @@ def try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 def read_config(path: str | Path, **hub: Any) -> dict[str, Any]:
     """The ``config.json`` of a folder or of a model on the hub, of an adapter the base model's with the experts that were put
     into it; raises :class:`UserError` where there is none."""
-    if hub.get("revision") is not None and Path(path).is_dir():
-        raise OptionError(
-            "revision", f"{path} is a folder here, which has none; name a model of the hub, or leave it out"
-        )
+    refuse_revision_of_folder(path, hub.get("revision"))
     if not str(path):
         raise UserError("found an empty name of a model, expected a folder or a name on the hub")
     file = find_file(str(path), "config.json", hub)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clpl_moe.common.errors import OptionError, UserError, one_line
+from clpl_moe.common.options import refuse_revision_of_folder
 from clpl_moe.encoder.hub import asked
 from clpl_moe.encoder.load import is_nowhere, not_found, try_tokenizer
 from clpl_moe.encoder.weights import no_bar_of_weights
@@ -24,8 +24,7 @@ class LocalModel:
     def __init__(self, arguments: AskingArguments, trust_remote_code: bool) -> None:
         model = arguments.model
         hub = {"revision": arguments.revision}
-        if arguments.revision is not None and Path(model).is_dir():
-            raise OptionError("revision", f"{model} is a folder here, which has none")
+        refuse_revision_of_folder(model, arguments.revision)
         if is_nowhere(model, hub, "config.json"):
             raise not_found(model, hub)
         code: dict[str, Any] = {"trust_remote_code": trust_remote_code, **asked(hub, model)}

@@ -73,8 +73,9 @@ class Merged:
             for name, values in rows.items():
                 cells = [*values.values(), _mean(values)]
                 lines.append(f"{name:<12}" + "".join(f"{value:>10.4f}" for value in cells))
-        kept = f", of alpha {self.alpha:g}" if len(self.candidates) > 1 or self.alpha != 1 else ""
-        if len(self.candidates) > 1 and self.alpha == 0:
+        chosen = len(self.candidates) > 1
+        kept = f", of alpha {self.alpha:g}" if chosen or self.alpha != 1 else ""
+        if chosen and self.alpha == 0:
             kept += ": no other candidate is better than the base model, which it is"
         return "\n".join([*lines, f"saved to {self.folder}: the dense model{kept}"])
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from clpl_moe.common.errors import OptionError
 from clpl_moe.common.files import resolved
-from clpl_moe.common.options import check_bounds, check_needs, check_outputs, option
+from clpl_moe.common.options import check_bounds, check_needs, check_outputs, option, refuse_revision_of_folder
 
 RECORD_FILE = "merge.json"  # of a merged model's folder: what it was made from, and how good each candidate was
 _SPREAD = [0.25, 0.5, 0.75, 1.0]
@@ -55,8 +54,7 @@ class MergeArguments:
             raise OptionError("alpha", "mixes with the weights of a base model, expected base, too")
         if self.base_revision is not None and self.base is None:
             raise OptionError("base_revision", "found no base, whose revision it is")
-        if self.base_revision is not None and Path(str(self.base)).is_dir():
-            raise OptionError("base_revision", f"{self.base} is a folder here, which has none")
+        refuse_revision_of_folder(str(self.base), self.base_revision, "base_revision")
         if len(self.alphas) > 1 and self.collection is None:
             raise OptionError("alpha", "found several, expected one, or a collection that decides between them")
         if (self.collection is None) != (self.languages is None):

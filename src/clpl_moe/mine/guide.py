@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from clpl_moe.common.errors import OptionError
+from clpl_moe.common.options import refuse_revision_of_folder
 from clpl_moe.encoder import Encoder
 from clpl_moe.encoder.settings import max_positions
 from clpl_moe.mine.index import PassageIndex
@@ -47,8 +47,7 @@ class Guide:
     def load(cls, arguments: MineArguments, encoding: EncodingArguments, cache: Path) -> Guide:
         """The guide of a command's options: it has its folder's pooling and prompts, unless it is given prompts of its own."""
         assert arguments.guide is not None
-        if arguments.guide_revision is not None and Path(arguments.guide).is_dir():
-            raise OptionError("guide_revision", f"{arguments.guide} is a folder here, which has none")
+        refuse_revision_of_folder(arguments.guide, arguments.guide_revision, "guide_revision")
         encoding = dataclasses.replace(
             encoding,
             query_prompt=arguments.guide_query_prompt,

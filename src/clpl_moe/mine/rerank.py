@@ -12,6 +12,7 @@ import numpy as np
 
 from clpl_moe.common.errors import OptionError, UserError, one_line
 from clpl_moe.common.files import atomic_open
+from clpl_moe.common.options import refuse_revision_of_folder
 from clpl_moe.encoder.cut import cut_texts
 from clpl_moe.encoder.folder import refuse_own_code
 from clpl_moe.encoder.hub import asked
@@ -35,8 +36,7 @@ class Reranker:
         import torch
         from sentence_transformers import CrossEncoder
 
-        if revision is not None and Path(name).is_dir():
-            raise OptionError("reranker_revision", f"{name} is a folder here, which has none")
+        refuse_revision_of_folder(name, revision, "reranker_revision")
         hub = {"revision": revision}
         if is_nowhere(name, hub, "config.json"):
             raise OptionError("reranker", str(not_found(name, hub)))
